@@ -1,0 +1,372 @@
+"""Where a transformer keeps its layers, and which spaces its linear layers read and write.
+
+A known architecture is a row of data (``ROWS``); an unknown one is inferred from its module tree, or refused
+with the reason and with what a row would have to say. See docs/architectures.md for how to add a row.
+
+Spaces of a layer, in the order in which a layer computes them:
+
+    attn.in          what query, key and value read (the residual stream)
+    attn.query.out   attn.key.out   attn.value.out
+    attn.context     attention-weighted values, read by the attention's output projection
+    attn.output.out  what that projection writes, before residual and norm
+    ffn.in           what the feed-forward block reads
+    ffn.up.out       (ffn.gate.out)   before the activation function
+    ffn.mid          what the feed-forward block's second projection reads
+    ffn.down.out     what that projection writes, before residual and norm
+    layer.out        the layer's output
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from peft_graft.errors import ArchitectureError
+from peft_graft.modules import FIRST_OUT, GLOBAL_SPACES, POOLED_OUT, TOKENS_OUT, Site, Space
+
+TOKEN_CLASSIFICATION = "token-classification"
+SEQUENCE_CLASSIFICATION = "sequence-classification"
+
+
+@dataclass(frozen=True)
+class LinearRole:
+    """A linear layer: its path inside the layer, the space it reads and the space it writes."""
+
+    path: str
+    reads: str
+    writes: str
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a space can be observed: the input or the output of a module, by its path inside the layer."""
+
+    path: str
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class AdapterPoint:
+    """Where AdapterHub puts a bottleneck adapter, and what it sees in each of its three arrangements."""
+
+    path: str
+    before_norm: str  # the block's output, before residual and norm (Houlsby)
+    after_norm: str  # the same after residual and norm (Pfeiffer)
+    parallel: str  # the block's input (He et al. 2022)
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """How a task class arranges its head: module paths seen from the task model, activation, what it reads.
+
+    ``dense_in_base``: the inner layer is part of the base model (BERT's pooler), seen from the base model.
+    """
+
+    out: str
+    reads: str
+    dense: str | None = None
+    activation: str | None = None
+    dense_in_base: bool = False
+
+
+@dataclass(frozen=True)
+class ArchitectureRow:
+    """One row of the table: everything that peft-graft knows about a family of models."""
+
+    model_types: tuple[str, ...]
+    layers: str
+    linears: Mapping[str, LinearRole]
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterPoint] = field(default_factory=dict)
+    heads: Mapping[str, HeadForm] = field(default_factory=dict)
+
+
+_SPACES_OF_ROLE = {
+    "attn.query": ("attn.in", "attn.query.out"),
+    "attn.key": ("attn.in", "attn.key.out"),
+    "attn.value": ("attn.in", "attn.value.out"),
+    "attn.output": ("attn.context", "attn.output.out"),
+    "ffn.up": ("ffn.in", "ffn.up.out"),
+    "ffn.gate": ("ffn.in", "ffn.gate.out"),
+    "ffn.down": ("ffn.mid", "ffn.down.out"),
+}
+LINEAR_ROLES = tuple(_SPACES_OF_ROLE)
+
+
+def _linears(**paths: str) -> dict[str, LinearRole]:
+    roles = {name.replace("_", ".", 1): path for name, path in paths.items()}
+    return {role: LinearRole(path, *_SPACES_OF_ROLE[role]) for role, path in roles.items()}
+
+
+def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
+    return {
+        "attn.adapter": AdapterPoint(attention, "attn.output.out", "ffn.in", "attn.in"),
+        "ffn.adapter": AdapterPoint(output, "ffn.down.out", "layer.out", "ffn.in"),
+    }
+
+
+_TOKEN_HEAD = HeadForm(out="classifier", reads=TOKENS_OUT)
+_DENSE_HEAD = HeadForm(out="classifier.out_proj", reads=FIRST_OUT, dense="classifier.dense", activation="tanh")
+
+_BERT_LINEARS = _linears(
+    attn_query="attention.self.query",
+    attn_key="attention.self.key",
+    attn_value="attention.self.value",
+    attn_output="attention.output.dense",
+    ffn_up="intermediate.dense",
+    ffn_down="output.dense",
+)
+_BERT_TAPS = {"layer.out": Tap("output.LayerNorm", "output")}
+_BERT_ADAPTERS = _adapters("attention.output.adapters", "output.adapters")
+
+ROWS: tuple[ArchitectureRow, ...] = (
+    ArchitectureRow(
+        model_types=("bert",),
+        layers="encoder.layer",
+        linears=_BERT_LINEARS,
+        taps=_BERT_TAPS,
+        adapters=_BERT_ADAPTERS,
+        heads={
+            TOKEN_CLASSIFICATION: _TOKEN_HEAD,
+            SEQUENCE_CLASSIFICATION: HeadForm(
+                out="classifier", reads=FIRST_OUT, dense="pooler.dense", activation="tanh", dense_in_base=True
+            ),
+        },
+    ),
+    ArchitectureRow(
+        model_types=("roberta", "xlm-roberta", "camembert"),
+        layers="encoder.layer",
+        linears=_BERT_LINEARS,
+        taps=_BERT_TAPS,
+        adapters=_BERT_ADAPTERS,
+        heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
+    ),
+    ArchitectureRow(
+        model_types=("electra",),
+        layers="encoder.layer",
+        linears=_BERT_LINEARS,
+        taps=_BERT_TAPS,
+        adapters=_BERT_ADAPTERS,
+        heads={
+            TOKEN_CLASSIFICATION: _TOKEN_HEAD,
+            SEQUENCE_CLASSIFICATION: HeadForm(
+                out="classifier.out_proj", reads=FIRST_OUT, dense="classifier.dense", activation="gelu"
+            ),
+        },
+    ),
+    ArchitectureRow(
+        model_types=("distilbert",),
+        layers="transformer.layer",
+        linears=_linears(
+            attn_query="attention.q_lin",
+            attn_key="attention.k_lin",
+            attn_value="attention.v_lin",
+            attn_output="attention.out_lin",
+            ffn_up="ffn.lin1",
+            ffn_down="ffn.lin2",
+        ),
+        taps={"layer.out": Tap("output_layer_norm", "output")},
+        adapters=_adapters("attention_adapters.adapters", "output_adapters.adapters"),
+        heads={
+            TOKEN_CLASSIFICATION: _TOKEN_HEAD,
+            SEQUENCE_CLASSIFICATION: HeadForm(
+                out="classifier", reads=FIRST_OUT, dense="pre_classifier", activation="relu"
+            ),
+        },
+    ),
+    ArchitectureRow(
+        model_types=("mpnet",),
+        layers="encoder.layer",
+        linears=_linears(
+            attn_query="attention.attn.q",
+            attn_key="attention.attn.k",
+            attn_value="attention.attn.v",
+            attn_output="attention.attn.o",
+            ffn_up="intermediate.dense",
+            ffn_down="output.dense",
+        ),
+        taps=_BERT_TAPS,
+        heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
+    ),
+)
+
+_ROW_OF_TYPE = {model_type: row for row in ROWS for model_type in row.model_types}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row made concrete for one model: number of layers and the size of every space.
+
+    ``prefix`` is the attribute under which a task model keeps this base model (``bert``).
+    """
+
+    model_type: str
+    row: ArchitectureRow
+    prefix: str
+    num_layers: int
+    sizes: Mapping[Space, int]
+    inferred: bool = False
+
+    def size(self, space: Space) -> int:
+        """Number of units of a space.
+
+        Raises:
+            ArchitectureError: the model has no such space.
+        """
+        if space not in self.sizes:
+            raise ArchitectureError(
+                f"a {self.model_type} model of {self.num_layers} layers has no such space", where=str(space)
+            )
+        return self.sizes[space]
+
+    def tap(self, space: Space) -> Tap:
+        """Where to observe a space of a layer, as an absolute module path of the base model."""
+        local = self.row.taps.get(space.name) or _tap_from_linears(self.row.linears, space.name)
+        if local is None:
+            raise ArchitectureError(f"a {self.model_type} model has no such space", where=str(space))
+        return Tap(f"{self.row.layers}.{space.layer}.{local.path}", local.side)
+
+    def path(self, site: Site) -> str:
+        """The module path of a linear site, or of a bottleneck adapter's container, seen from the base model.
+
+        Raises:
+            ArchitectureError: the architecture has no such role.
+        """
+        place = self.row.linears.get(site.role) or self.row.adapters.get(site.role)
+        if place is None:
+            raise ArchitectureError(
+                f"{self.model_type} has no role {site.role!r}",
+                where=str(site),
+                fix=f"roles of this architecture: {', '.join([*self.row.linears, *self.row.adapters])}",
+            )
+        return f"{self.row.layers}.{site.layer}.{place.path}"
+
+    def site(self, path: str) -> tuple[Site, str] | None:
+        """The site of a module path and what stands before the layers in it (``bert.`` or nothing), if it is one."""
+        match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?){re.escape(self.row.layers)}\.(?P<layer>\d+)\.(?P<path>.+)", path)
+        if match is None:
+            return None
+        for role, place in (*self.row.linears.items(), *self.row.adapters.items()):
+            if place.path == match["path"]:
+                return Site(int(match["layer"]), role), match["prefix"]
+        return None
+
+
+def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
+    """Describe a base model (no task head) from its module tree; parameters may be on the meta device.
+
+    Args:
+        base: the base model, e.g. a ``BertModel``.
+        model_type: ``config.model_type``.
+        prefix: ``base_model_prefix`` of its task models.
+
+    Raises:
+        ArchitectureError: the model type is not in the table and its roles cannot be inferred, or a row's path is
+            missing in this model.
+    """
+    row = _ROW_OF_TYPE.get(model_type)
+    inferred = row is None
+    if row is None:
+        row = infer_row(base, model_type)
+    layers = _submodule(base, row.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise ArchitectureError(
+            "the model has no list of layers where its architecture's row says",
+            where=f"{model_type} {row.layers}",
+            fix="load the base model with AutoModel, or correct the row in peft_graft/architectures.py",
+        )
+    sizes: dict[Space, int] = {}
+    for index, layer in enumerate(layers):
+        for role, linear in row.linears.items():
+            module = _submodule(layer, linear.path)
+            if not isinstance(module, nn.Linear):
+                raise ArchitectureError(
+                    "the layer has no plain linear module there",
+                    where=f"{model_type} layer {index} {role}",
+                    expected=f"torch.nn.Linear at {linear.path}",
+                    found=type(module).__name__ if module is not None else "nothing",
+                )
+            sizes[Space(index, linear.reads)] = module.in_features
+            sizes[Space(index, linear.writes)] = module.out_features
+        if "layer.out" in row.taps:
+            sizes[Space(index, "layer.out")] = sizes[Space(index, "ffn.down.out")]
+    last = max((space for space in sizes if space.name == "ffn.down.out"), default=None)
+    hidden = sizes[last] if last else getattr(getattr(base, "config", None), "hidden_size", None)
+    if hidden is not None:
+        sizes.update({Space(-1, name): int(hidden) for name in GLOBAL_SPACES})
+        if getattr(base, "pooler", None) is None:
+            sizes.pop(Space(-1, POOLED_OUT))
+    return Architecture(model_type, row, prefix, len(layers), sizes, inferred)
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _tap_from_linears(linears: Mapping[str, LinearRole], name: str) -> Tap | None:
+    for linear in linears.values():
+        if linear.reads == name:
+            return Tap(linear.path, "input")
+        if linear.writes == name:
+            return Tap(linear.path, "output")
+    return None
+
+
+# Names that model authors give to the linear layers of a transformer block; matched against the path in the layer.
+_ROLE_PATTERNS = {
+    "attn.query": r"(.*\.)?(query|q|q_proj|q_lin|query_proj|wq|to_q|linear_q)",
+    "attn.key": r"(.*\.)?(key|k|k_proj|k_lin|key_proj|wk|to_k|linear_k)",
+    "attn.value": r"(.*\.)?(value|v|v_proj|v_lin|value_proj|wv|to_v|linear_v)",
+    "attn.output": r".*att.*\.(o|o_proj|out_proj|out_lin|wo|to_out|output\.dense|dense|linear_out)",
+    "ffn.gate": r"(.*\.)?(gate_proj|w1_gate)",
+    "ffn.up": r"(.*\.)?(up_proj|fc1|lin1|fc_in|linear1|intermediate\.dense|dense_h_to_4h)",
+    "ffn.down": r"(?!.*att)(.*\.)?(down_proj|fc2|lin2|fc_out|linear2|output\.dense|dense_4h_to_h)",
+}
+
+
+def infer_row(base: nn.Module, model_type: str) -> ArchitectureRow:
+    """Infer a row from a module tree: the one stack of like layers, and its linear layers by their usual names.
+
+    Raises:
+        ArchitectureError: no such stack, several of them, or names that fit no role or several.
+    """
+
+    def refuse(reason: str) -> ArchitectureError:
+        return ArchitectureError(
+            f"this architecture is not in the table and cannot be inferred: {reason}",
+            where=model_type,
+            fix="add a row with its layers and role paths to ROWS in peft_graft/architectures.py "
+            "(docs/architectures.md shows how)",
+        )
+
+    stacks = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and len({type(child) for child in module}) == 1
+        and sum(isinstance(inner, nn.Linear) for inner in module[0].modules()) >= 2
+    ]
+    stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(stacks) != 1:
+        raise refuse(f"found {len(stacks)} stacks of layers ({', '.join(stacks) or 'none'}), expected one")
+    layer = base.get_submodule(f"{stacks[0]}.0")
+    linears: dict[str, LinearRole] = {}
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        roles = [role for role, pattern in _ROLE_PATTERNS.items() if re.fullmatch(pattern, path)]
+        if len(roles) > 1 or (roles and roles[0] in linears):
+            raise refuse(f"{path} could be {' or '.join(roles)}, which is taken")
+        if roles:
+            linears[roles[0]] = LinearRole(path, *_SPACES_OF_ROLE[roles[0]])
+    if not {"attn.query", "attn.value"} <= linears.keys():
+        raise refuse(f"no query and value projections in {stacks[0]}.0; found roles: {', '.join(linears) or 'none'}")
+    return ArchitectureRow((model_type,), stacks[0], linears)

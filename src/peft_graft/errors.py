@@ -1,0 +1,99 @@
+"""Every error that peft-graft raises on purpose.
+
+    GraftError
+    ├── CheckpointError      the module's files are not a readable, supported checkpoint
+    ├── ModelError           a teacher or student cannot be loaded, or is not what the module needs
+    ├── ArchitectureError    a model's layers and roles are not known and cannot be inferred
+    ├── PlanError            a site, layer or shape has no counterpart
+    ├── HeadError            a classification head cannot be carried
+    ├── TextError            the text source is missing, empty or has other columns
+    ├── PairingError         too few tokens pair, or activations are not finite
+    ├── AlignmentError       an alignment does not fit the models or the module
+    ├── DeviceError          the device does not exist
+    ├── OutputError          the result cannot be written
+    ├── VerificationError    what was written does not load, or does nothing
+    └── DependencyError      an optional library is not installed
+
+One message says what is wrong, where, what was expected, what came, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class GraftError(Exception):
+    """Root of the errors of this package.
+
+    Args:
+        message: what is wrong, without a closing full stop.
+        where: the site, file or option concerned, named as the user knows it.
+        expected: what would have been right.
+        found: what came instead.
+        fix: what the user can do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.where, self.expected, self.found, self.fix = where, expected, found, fix
+        text = f"{where}: {message}" if where else message
+        if expected is not None:
+            text += f"; expected {expected}"
+        if found is not None:
+            text += f"{',' if expected is not None else ';'} found {found}"
+        if fix:
+            text += f". Fix: {fix}"
+        super().__init__(text)
+
+
+class CheckpointError(GraftError):
+    """The module's files are not a readable, supported checkpoint."""
+
+
+class ModelError(GraftError):
+    """A teacher or student cannot be loaded, or is not the model that the module needs."""
+
+
+class ArchitectureError(GraftError):
+    """A model's layers and roles are not in the table and cannot be inferred."""
+
+
+class PlanError(GraftError):
+    """A site, layer or shape of the module has no counterpart in the student."""
+
+
+class HeadError(GraftError):
+    """A classification head cannot be carried to the student."""
+
+
+class TextError(GraftError):
+    """The text source is missing, empty, or lacks the columns asked for."""
+
+
+class PairingError(GraftError):
+    """Too few tokens of the two models pair, or their activations are not finite."""
+
+
+class AlignmentError(GraftError):
+    """An alignment does not belong to these models, or lacks spaces that the module needs."""
+
+
+class DeviceError(GraftError):
+    """The device asked for does not exist on this machine."""
+
+
+class OutputError(GraftError):
+    """The result cannot be written where it was asked for."""
+
+
+class VerificationError(GraftError):
+    """The written checkpoint does not load cleanly, or changes nothing in the student."""
+
+
+class DependencyError(GraftError):
+    """An optional library that this operation needs is not installed."""

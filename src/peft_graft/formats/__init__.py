@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file each, reading to and writing from ``RawCheckpoint``."""

@@ -1,0 +1,262 @@
+"""AdapterHub's checkpoints (library ``adapters``): bottleneck adapters and LoRA, with prediction heads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peft_graft.errors import CheckpointError, DependencyError
+from peft_graft.formats.raw import Kind, RawCheckpoint, StudentNames, task_of_class
+from peft_graft.weights import file_hashes, read_json, read_tensors, write_json, write_tensors
+
+CONFIG = "adapter_config.json"
+HEAD_CONFIG = "head_config.json"
+_WEIGHTS = {".safetensors": "adapter.safetensors", ".bin": "pytorch_adapter.bin"}
+_HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_model_head.bin"}
+
+#: Settings of bottleneck adapters and LoRA under which the weights mean something else.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "phm_layer": (False, None),
+    "inv_adapter": (None,),
+    "cross_adapter": (False, None),
+    "use_dora": (False, None),
+    "vera_d": (None,),
+    "vera_b": (None,),
+    "stochastic_depth": (0, 0.0, None),
+}
+_UNSUPPORTED_LORA: Mapping[str, tuple[Any, ...]] = {"composition_mode": ("add",), "use_gating": (False, None)}
+
+def detect(folder: Path) -> bool:
+    """Whether a folder holds an AdapterHub checkpoint of any kind."""
+    if not (folder / CONFIG).is_file():
+        return False
+    config = read_json(folder / CONFIG)
+    return "peft_type" not in config and "config" in config and "model_type" in config
+
+
+def module_config(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, Any]:
+    """The adapter's own settings; identifiers such as ``seq_bn`` are looked up in the library.
+
+    Raises:
+        DependencyError: the file names an identifier and ``adapters`` is not installed.
+        CheckpointError: the settings are neither an identifier nor a mapping.
+    """
+    settings = config["config"]
+    if isinstance(settings, str):
+        try:
+            from adapters import AdapterConfig
+        except ImportError as error:
+            raise DependencyError(
+                f"the adapter's configuration is the identifier {settings!r}, which only the library adapters knows",
+                where=where,
+                fix="pip install 'peft-graft[adapters]'",
+            ) from error
+        settings = AdapterConfig.load(settings).to_dict()
+    if not isinstance(settings, Mapping):
+        raise CheckpointError("the adapter's settings are missing", where=where, found=repr(settings))
+    return dict(settings)
+
+
+def read(folder: Path) -> RawCheckpoint:
+    """Read a bottleneck or LoRA checkpoint and the head beside it.
+
+    Raises:
+        CheckpointError: another kind of module, a setting that is not supported, missing or damaged weights.
+    """
+    config = read_json(folder / CONFIG)
+    settings = module_config(config, str(folder / CONFIG))
+    kind = _kind(settings, folder)
+    weights, suffix = _find(folder, _WEIGHTS)
+    if weights is None:
+        raise CheckpointError("the weights file is missing", where=str(folder), expected=" or ".join(_WEIGHTS.values()))
+    name = str(config.get("name") or "default")
+    entries = _entries(read_tensors(weights), kind, name, bool(settings.get("ln_before")), str(weights))
+    head_weights, _ = _find(folder, _HEAD_WEIGHTS)
+    head_config = read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else None
+    return RawCheckpoint(
+        format="adapterhub",
+        kind=kind,
+        name=name,
+        base_model=config.get("model_name") or None,
+        task=task_of_class(str(config.get("model_class") or "")),
+        config=config,
+        entries=entries,
+        scalings={path: settings["alpha"] / settings["r"] for path in entries} if kind == "lora" else {},
+        head=_head(read_tensors(head_weights)) if head_weights and head_config else {},
+        head_config=head_config,
+        labels=_labels(head_config),
+        files=file_hashes(folder),
+        weights_suffix=suffix,
+    )
+
+
+def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
+    """Write a checkpoint for the student in the file type of the original (the library's default loader reads .bin).
+
+    Raises:
+        CheckpointError: the library cannot express the module, such as LoRA with ranks that differ by layer.
+    """
+    write_json(folder / CONFIG, {**raw.config, **_model_fields(raw, student), "config": _settings(raw, student)})
+    tensors: dict[str, Tensor] = {}
+    for path, values in raw.entries.items():
+        for name, tensor in values.items():
+            tensors.update({key: tensor for key in _keys(raw, path, name)})
+    write_tensors(folder / _WEIGHTS[raw.weights_suffix], tensors)
+    if raw.head and raw.head_config:
+        head_name = raw.head_config.get("name")
+        write_json(folder / HEAD_CONFIG, {**raw.head_config, **_model_fields(raw, student)})
+        write_tensors(
+            folder / _HEAD_WEIGHTS[raw.weights_suffix],
+            {re.sub(r"^layers\.", f"heads.{head_name}.", key): tensor for key, tensor in raw.head.items()},
+        )
+
+
+def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
+    """All tensors of a written checkpoint, module and head, by their keys in the library's model."""
+    tensors = read_tensors(folder / _WEIGHTS[raw.weights_suffix])
+    return tensors | (read_tensors(folder / _HEAD_WEIGHTS[raw.weights_suffix]) if raw.head else {})
+
+
+def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
+    architecture = settings.get("architecture")
+    if architecture not in (None, "lora"):
+        raise CheckpointError(
+            f"AdapterHub modules of architecture {architecture!r} are not supported yet",
+            where=str(folder),
+            expected="a bottleneck adapter or LoRA",
+        )
+    kind: Kind = "lora" if architecture == "lora" else "bottleneck"
+    for option, harmless in {**_UNSUPPORTED, **(_UNSUPPORTED_LORA if kind == "lora" else {})}.items():
+        if option in settings and settings[option] not in harmless:
+            raise CheckpointError(
+                f"{kind} modules with {option}={settings[option]!r} are not supported yet", where=str(folder)
+            )
+    return kind
+
+
+def _find(folder: Path, names: Mapping[str, str]) -> tuple[Path | None, str]:
+    for suffix, name in names.items():
+        if (folder / name).is_file():
+            return folder / name, suffix
+    return None, ""
+
+
+def _entries(
+    tensors: Mapping[str, Tensor], kind: Kind, adapter: str, ln_before: bool, where: str
+) -> dict[str, dict[str, Tensor]]:
+    container = "loras" if kind == "lora" else "adapters"
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"(.+)\.{container}\.{re.escape(adapter)}\.(.+)", key)
+        if match is None:
+            raise CheckpointError(
+                f"tensor {key} belongs to no {kind} module named {adapter!r}",
+                where=where,
+                fix="modules made of several parts are not supported yet",
+            )
+        path = match[1] if kind == "lora" else f"{match[1]}.adapters"
+        name = _parameter(match[2], kind, ln_before)
+        if name is None:
+            raise CheckpointError(f"tensor {key} is not a known part of a {kind} module", where=where)
+        entries.setdefault(path, {})[name] = tensor
+    needed = {"A", "B"} if kind == "lora" else {"down.weight", "down.bias", "up.weight", "up.bias"}
+    if not entries:
+        raise CheckpointError(f"the file holds no {kind} weights", where=where)
+    for path, values in entries.items():
+        if not needed <= values.keys():
+            raise CheckpointError(f"{path} lacks {', '.join(sorted(needed - values.keys()))}", where=where)
+    return entries
+
+
+def _parameter(name: str, kind: Kind, ln_before: bool) -> str | None:
+    if kind == "lora":
+        return {"lora_A": "A", "lora_B": "B"}.get(name)
+    # With ln_before the norm is also the first member of the sequence adapter_down; the linear layer comes second.
+    down = "adapter_down.1" if ln_before else "adapter_down.0"
+    known = {f"{down}.weight": "down.weight", f"{down}.bias": "down.bias"}
+    if ln_before:
+        known |= {"adapter_down.0.weight": "norm_before.weight", "adapter_down.0.bias": "norm_before.bias"}
+    known |= {f"adapter_up.{part}": f"up.{part}" for part in ("weight", "bias")}
+    known |= {f"adapter_norm_{side}.{part}": f"norm_{side}.{part}" for side in ("before", "after") for part in ("weight", "bias")}
+    known |= {"gate.weight": "gate.weight", "gate.bias": "gate.bias", "scaling": "scaling"}
+    return known.get(name)
+
+
+def _keys(raw: RawCheckpoint, path: str, name: str) -> list[str]:
+    if raw.kind == "lora":
+        return [f"{path}.loras.{raw.name}.lora_{name}"]
+    ln_before = bool(module_config(raw.config).get("ln_before"))
+    start = f"{path}.{raw.name}."
+    part = name.rpartition(".")[2]
+    if name.startswith("down."):
+        return [f"{start}adapter_down.{int(ln_before)}.{part}"]
+    if name.startswith("norm_before."):
+        return [f"{start}adapter_norm_before.{part}", f"{start}adapter_down.0.{part}"]
+    if name.startswith(("up.", "norm_after.")):
+        return [f"{start}adapter_{name}"]
+    return [f"{start}{name}"]
+
+
+def _head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Prediction heads: heads.NAME.N.weight. Static task heads keep their path in the task model.
+    return {re.sub(r"^heads\.[^.]+\.", "layers.", key): tensor for key, tensor in tensors.items()}
+
+
+def _labels(head_config: Mapping[str, Any] | None) -> list[str] | None:
+    if not head_config:
+        return None
+    names = (head_config.get("config") or {}).get("label2id") or head_config.get("label2id")
+    return sorted(names, key=lambda label: int(names[label])) if names else None
+
+
+def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
+    classes = {"prediction-heads": student.base_class.removesuffix("Model") + "AdapterModel", "base": student.base_class}
+    return {
+        "hidden_size": student.hidden_size,
+        "model_class": classes.get(raw.task, student.task_class),
+        "model_name": student.name,
+        "model_type": student.model_type,
+    }
+
+
+def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
+    settings = module_config(raw.config)
+    layers = {path: _layer(path) for path in raw.entries}
+    settings["leave_out"] = sorted(set(range(student.num_layers)) - set(layers.values()))
+    if raw.kind == "lora":
+        ranks = {values["A"].shape[0] for values in raw.entries.values()}
+        scalings = set(raw.scalings.values())
+        if len(ranks) > 1 or len(scalings) > 1:
+            raise CheckpointError(
+                "AdapterHub's LoRA has one rank and one alpha for all layers",
+                where=raw.name,
+                found=f"ranks {sorted(ranks)}, scalings {sorted(scalings)}",
+            )
+        rank, scaling = ranks.pop(), scalings.pop()
+        alpha = scaling * rank
+        settings.update(r=rank, alpha=int(alpha) if float(alpha).is_integer() else alpha)
+        return settings
+    widths = {layers[path]: values["down.weight"].shape[0] for path, values in raw.entries.items()}
+    factors = {layer: reduction_factor(student.hidden_size, width) for layer, width in widths.items()}
+    default = Counter(factors.values()).most_common(1)[0][0]
+    others = {str(layer): factor for layer, factor in factors.items() if factor != default}
+    settings["reduction_factor"] = {**others, "default": default} if others else default
+    return settings
+
+
+def reduction_factor(hidden_size: int, width: int) -> float | int:
+    """The factor from which the library computes this bottleneck width, int(hidden_size // factor) == width."""
+    factor = hidden_size / width
+    if int(hidden_size // factor) != width:
+        factor = hidden_size / (width + 0.5)
+    return int(factor) if float(factor).is_integer() else factor
+
+
+def _layer(path: str) -> int:
+    match = re.search(r"\.(\d+)\.", path)
+    return int(match[1]) if match else 0

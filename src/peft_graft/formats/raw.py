@@ -1,0 +1,84 @@
+"""A checkpoint as its file says it, in one shape for all formats, before any model is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Format = Literal["peft", "adapterhub"]
+Kind = Literal["lora", "bottleneck"]
+
+#: Endings of task model classes; ``AdapterModel`` is AdapterHub's model with prediction heads.
+_TASK_OF_CLASS = {
+    "ForTokenClassification": "token-classification",
+    "ForSequenceClassification": "sequence-classification",
+    "ForCausalLM": "causal-lm",
+    "ForQuestionAnswering": "question-answering",
+    "AdapterModel": "prediction-heads",
+}
+
+
+def task_of_class(name: str) -> str:
+    """The task that a model class of transformers or adapters is for, ``base`` for a bare model."""
+    return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), "base")
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """What a checkpoint's files say, keyed by module path.
+
+    Attributes:
+        format, kind: which library wrote it, and what sort of module it is.
+        name: the adapter's name in its library.
+        base_model: name or path of the teacher, as recorded.
+        task: ``token-classification``, ... (``models.TASKS``), or ``base`` for a module on a bare model.
+        config: the configuration file, unchanged.
+        entries: module path (no library prefix) -> parameter name -> tensor. LoRA: ``A`` [r, d_in], ``B`` [d_out, r].
+            Bottleneck: ``down.weight`` [b, d], ``down.bias``, ``up.weight`` [d, b], ``up.bias``, ...
+        scalings: LoRA only, module path -> alpha / r or alpha / sqrt(r).
+        head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
+            AdapterHub's prediction heads.
+        head_config: AdapterHub only, the head's configuration file, unchanged.
+        labels: label names in order, where the files have them.
+        files: file name -> SHA-256.
+        weights_suffix: ``.safetensors`` or ``.bin``.
+    """
+
+    format: Format
+    kind: Kind
+    name: str
+    base_model: str | None
+    task: str
+    config: Mapping[str, Any]
+    entries: Mapping[str, Mapping[str, Tensor]]
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    head_config: Mapping[str, Any] | None = None
+    labels: Sequence[str] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    weights_suffix: str = ".safetensors"
+
+
+@dataclass(frozen=True)
+class StudentNames:
+    """What a written configuration says about the student.
+
+    Attributes:
+        name: model name or path. model_type: ``config.model_type``. hidden_size: of the student.
+        base_class, task_class: class names of the bare model and of the task model (equal for ``base``).
+        prefix: attribute of the base model in its task models, such as ``bert``.
+        modules: paths of all modules of the task model, to tell which short names are unambiguous.
+        num_layers: of the student.
+    """
+
+    name: str
+    model_type: str
+    hidden_size: int
+    base_class: str
+    task_class: str
+    prefix: str
+    modules: frozenset[str]
+    num_layers: int

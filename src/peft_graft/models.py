@@ -1,0 +1,301 @@
+"""Teachers and students: loaded with transformers, described without loading their weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peft_graft.architectures import Architecture, describe
+from peft_graft.errors import DeviceError, ModelError
+from peft_graft.formats.raw import StudentNames
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+#: Task -> transformers' auto class. ``base`` and AdapterHub's prediction heads sit on the bare model.
+TASKS: Mapping[str, str] = {
+    "base": "AutoModel",
+    "prediction-heads": "AutoModel",
+    "token-classification": "AutoModelForTokenClassification",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass
+class ModelHandle:
+    """A base model ready for forward passes, with what is known about it.
+
+    Attributes:
+        name: as the user gave it. base: the bare model, in evaluation mode.
+        architecture: its layers, roles and sizes. tokenizer: a fast one, None when no text is needed.
+        missing: base tensors that the checkpoint lacked and that transformers initialised at random.
+    """
+
+    name: str
+    base: PreTrainedModel
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase | None = None
+    missing: frozenset[str] = field(default_factory=frozenset)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See ``fingerprint``; taken once."""
+        return fingerprint(self.base)
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The base model's tensors by path, without those that were initialised at random."""
+        return {name: value for name, value in self.base.state_dict().items() if name not in self.missing}
+
+
+def check_device(device: str) -> torch.device:
+    """The device by its torch name (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
+
+    Raises:
+        DeviceError: no such device on this machine.
+    """
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = ["cpu"]
+        if torch.cuda.is_available():
+            available += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            available.append("mps")
+        raise DeviceError(
+            "no such device", where=f"--device {device}", found=f"available: {', '.join(available)}"
+        ) from error
+    return chosen
+
+
+def load_config(name: str, role: str = "model") -> PretrainedConfig:
+    """A model's configuration, by folder or hub id.
+
+    Raises:
+        ModelError: nothing of that name can be reached.
+    """
+    with _loading(name, role):
+        return transformers.AutoConfig.from_pretrained(name)
+
+
+def describe_config(config: PretrainedConfig) -> Architecture:
+    """The architecture of a model from its configuration alone, no weights loaded."""
+    base = blank_model(config, "base")
+    return describe(base, config.model_type, base.base_model_prefix)
+
+
+def blank_model(config: PretrainedConfig, task: str) -> PreTrainedModel:
+    """A model of this configuration without weights, on torch's meta device."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: PreTrainedModel = _auto_class(task, config.model_type).from_config(config)
+    return model
+
+
+def student_names(name: str, config: PretrainedConfig, task: str, architecture: Architecture) -> StudentNames:
+    """What a checkpoint written for this student says about it."""
+    task_model = blank_model(config, task)
+    return StudentNames(
+        name=name,
+        model_type=config.model_type,
+        hidden_size=int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0)),
+        base_class=type(blank_model(config, "base")).__name__,
+        task_class=type(task_model).__name__,
+        prefix=architecture.prefix,
+        modules=frozenset(path for path, _ in task_model.named_modules()),
+        num_layers=architecture.num_layers,
+    )
+
+
+def load_model(
+    name: str, *, device: str = "cpu", dtype: str = "float32", role: str = "model", tokenizer: bool = False
+) -> ModelHandle:
+    """Load a base model in evaluation mode.
+
+    Args:
+        name: folder or hub id. device: torch name. dtype: of weights and forward passes, one of ``DTYPES``.
+        role: ``teacher`` or ``student``, for messages. tokenizer: whether to load its tokenizer too.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be reached or read.
+        DeviceError: no such device.
+        ArchitectureError: its architecture is unknown.
+    """
+    place = check_device(device)
+    with _loading(name, role):
+        base, info = transformers.AutoModel.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+    base = base.to(place).eval()
+    return ModelHandle(
+        name,
+        base,
+        describe(base, base.config.model_type, base.base_model_prefix),
+        load_tokenizer(name, role) if tokenizer else None,
+        frozenset(info["missing_keys"]),
+    )
+
+
+def with_task_head(
+    handle: ModelHandle, task: str, labels: tuple[str, ...] = (), num_labels: int | None = None
+) -> PreTrainedModel:
+    """A task model around a copy of this base model, float32 on the CPU, its head filled with zeros.
+
+    It is what a checkpoint is loaded into to see whether it loads; the handle's model is not touched.
+    """
+    config = copy.deepcopy(handle.base.config)
+    set_labels(config, labels, num_labels)
+    base = copy.deepcopy(handle.base).float().cpu()
+    model = blank_model(config, task)
+    if type(model) is type(base):
+        return base
+    setattr(model, model.base_model_prefix, base)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape)))
+    return model.eval()
+
+
+def set_labels(config: PretrainedConfig, labels: tuple[str, ...] = (), num_labels: int | None = None) -> None:
+    """Write label names, or at least their number, into a configuration."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    elif num_labels is not None:
+        config.num_labels = num_labels
+
+
+def own_labels(config: PretrainedConfig) -> tuple[str, ...]:
+    """Label names that a configuration declares itself, empty where it has transformers' placeholders only."""
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
+    return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
+
+
+def load_tokenizer(name: str, role: str = "model") -> PreTrainedTokenizerBase:
+    """A model's fast tokenizer (character offsets are what pairs tokens).
+
+    Raises:
+        ModelError: there is none.
+    """
+    with _loading(name, f"{role}'s tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+    return check_tokenizer(tokenizer, name, role)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, role: str) -> PreTrainedTokenizerBase:
+    """Refuse slow tokenizers.
+
+    Raises:
+        ModelError: the tokenizer gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "a slow tokenizer gives no character offsets, so tokens cannot be paired",
+            where=f"{role} {name}",
+            fix="save its fast version (tokenizer.json) beside the model",
+        )
+    return tokenizer
+
+
+def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> ModelHandle:
+    """Describe a live model: a bare model or a task model of transformers, without a module attached.
+
+    Raises:
+        ModelError: not a model of transformers, or one with a module inside.
+        ArchitectureError: its architecture is unknown.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ModelError(
+            "not a model of transformers",
+            found=type(model).__name__,
+            fix="give the base model itself; for a peft model that is model.unload()",
+        )
+    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
+        raise ModelError(
+            "the model has a module inside, which would be part of the statistics",
+            where=name or type(model).__name__,
+            fix="load the base model anew, without its module",
+        )
+    architecture = describe(base, base.config.model_type, base.base_model_prefix)
+    return ModelHandle(name or base.config.name_or_path or type(base).__name__, base.eval(), architecture, tokenizer)
+
+
+def fingerprint(base: nn.Module) -> str:
+    """SHA-256 over the names, shapes and a strided sample of 256 values of every parameter, in float32.
+
+    It tells models apart in time independent of their size, and does not change with the file they came from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(base.named_parameters()):
+        if name.startswith("pooler."):  # task models may lack it
+            continue
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 4096) -> float | None:
+    """Mean cosine between the two models' word embeddings, row by row; None where their shapes differ.
+
+    Near 1 for a model and one made from it (distilled, pruned, tuned further), near 0 for unrelated ones.
+    """
+    first, second = (model.get_input_embeddings().weight.detach() for model in (teacher, student))  # type: ignore[operator]
+    if first.shape != second.shape:
+        return None
+    step = max(1, len(first) // rows)
+    return float(nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean())
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' remarks about heads that are random until the checkpoint fills them."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _auto_class(task: str, model_type: str) -> Any:
+    if task not in TASKS:
+        raise ModelError(f"no model class for task {task!r}", where=model_type, expected=", ".join(TASKS))
+    return getattr(transformers, TASKS[task])
+
+
+@contextmanager
+def _loading(name: str, role: str) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the {role} cannot be loaded ({reason})",
+            where=name,
+            fix=f"give a folder, or a hub id that can be reached from here{_near(name)}",
+        ) from error
+
+
+def _near(name: str) -> str:
+    return "" if Path(name).exists() else f"; there is no folder {name}"

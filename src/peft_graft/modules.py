@@ -1,0 +1,255 @@
+"""Trained modules as tensors whose axes are named after the activation spaces they live in.
+
+The idea follows git-re-basin's ``PermutationSpec``: once each axis says which space it belongs to and
+whether it reads from or writes to it, moving a module to another model is one loop over axes, and every
+method (copy, assignment, regression) is only another supplier of maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peft_graft.errors import PlanError
+
+Direction = Literal["read", "write"]
+
+#: Spaces that belong to the whole model and not to one layer.
+TOKENS_OUT = "tokens.out"  # last hidden state, one vector a token
+FIRST_OUT = "first.out"  # last hidden state of the first token ([CLS], <s>), one vector a sample
+POOLED_OUT = "pooled.out"  # the model's own pooler output, one vector a sample
+GLOBAL_SPACES = (TOKENS_OUT, FIRST_OUT, POOLED_OUT)
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in a model where a module attaches: a layer index and a role such as ``attn.query``."""
+
+    layer: int
+    role: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.role}"
+
+
+@dataclass(frozen=True, order=True)
+class Space:
+    """An activation space of one model, such as ``attn.in`` of layer 3; ``layer`` is -1 for model-wide spaces."""
+
+    layer: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.layer < 0 else f"layer {self.layer} {self.name}"
+
+    @property
+    def key(self) -> str:
+        """The space as a file key, ``3/attn.in`` or ``tokens.out``; ``Space.from_key`` reverses it."""
+        return self.name if self.layer < 0 else f"{self.layer}/{self.name}"
+
+    @staticmethod
+    def from_key(key: str) -> Space:
+        layer, _, name = key.rpartition("/")
+        return Space(int(layer) if layer else -1, name)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One tensor axis in a named space: ``read`` axes meet incoming activations, ``write`` axes make outgoing ones."""
+
+    direction: Direction
+    space: str
+
+
+@dataclass(frozen=True)
+class LabelledTensor:
+    """A weight and, for each of its axes, the space it lives in (``None``: an axis inside the module, left alone)."""
+
+    values: Tensor
+    axes: tuple[Axis | None, ...]
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != len(self.axes):
+            raise ValueError(f"{self.values.ndim} axes but {len(self.axes)} labels")
+
+
+@dataclass(frozen=True)
+class Module:
+    """What every module kind has: where it attaches and its labelled tensors."""
+
+    site: Site
+    tensors: Mapping[str, LabelledTensor]
+
+    @property
+    def spaces(self) -> frozenset[str]:
+        """Names of the spaces in which the module's axes live."""
+        return frozenset(axis.space for tensor in self.tensors.values() for axis in tensor.axes if axis)
+
+    def with_values(self, values: Mapping[str, Tensor], site: Site | None = None) -> Module:
+        """The same kind of module with other values (axes kept), optionally at another site."""
+        tensors = {name: LabelledTensor(values[name], tensor.axes) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, site=site or self.site)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the module can change anything: false when its output is zero for every input."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Size of the module's inner axis: LoRA's rank, an adapter's bottleneck."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LoraModule(Module):
+    """Low-rank update of a linear layer, y += scaling * B A x (Hu et al. 2021, arXiv 2106.09685).
+
+    Tensors: ``A`` [r, d_in] reads, ``B`` [d_out, r] writes. ``scaling`` is alpha / r, or alpha / sqrt(r) for
+    rank-stabilised LoRA.
+    """
+
+    scaling: float = 1.0
+
+    @property
+    def width(self) -> int:
+        return self.tensors["A"].values.shape[0]
+
+    @property
+    def acts(self) -> bool:
+        return self.scaling != 0 and all(bool(self.tensors[name].values.any()) for name in ("A", "B"))
+
+    def delta(self) -> Tensor:
+        """The update as one matrix, scaling * B A, [d_out, d_in], float64."""
+        return self.scaling * (self.tensors["B"].values.double() @ self.tensors["A"].values.double())
+
+    def rescaled(self, scaling: float) -> LoraModule:
+        """The same update expressed with another scaling factor; B takes the ratio."""
+        if scaling == self.scaling:
+            return self
+        b = self.tensors["B"]
+        values = (b.values.double() * (self.scaling / scaling)).to(b.values.dtype)
+        return replace(self, scaling=scaling, tensors={**self.tensors, "B": LabelledTensor(values, b.axes)})
+
+
+@dataclass(frozen=True)
+class BottleneckModule(Module):
+    """Bottleneck adapter, y = up(f(down(x))) + residual (Houlsby et al. 2019; Pfeiffer et al. 2020).
+
+    Tensors: ``down.weight`` [b, d] reads, ``down.bias`` [b], ``up.weight`` [d, b] and ``up.bias`` [d] write; optional
+    ``norm_before.*`` [d] read, ``norm_after.*`` [d] write, ``gate.weight`` [1, d] reads, ``gate.bias`` [1],
+    ``scaling`` [1], or [d] and then it writes.
+    """
+
+    @property
+    def width(self) -> int:
+        return self.tensors["down.weight"].values.shape[0]
+
+    @property
+    def acts(self) -> bool:
+        return any(bool(self.tensors[name].values.any()) for name in ("up.weight", "up.bias"))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classification head: an optional inner layer and an output layer.
+
+    ``out.weight`` [labels, d], ``out.bias`` [labels] and optionally ``dense.weight`` [h, d], ``dense.bias`` [h], followed
+    by ``activation``; then ``out.weight`` is [labels, h]. ``reads`` names the space it reads: the last hidden
+    state of every token, of the first token, or the pooler's output.
+    """
+
+    task: str
+    tensors: Mapping[str, LabelledTensor]
+    reads: str
+    labels: tuple[str, ...]
+    activation: str | None = None
+
+    @property
+    def has_inner_layer(self) -> bool:
+        return "dense.weight" in self.tensors
+
+    @property
+    def num_labels(self) -> int:
+        return self.tensors["out.weight"].values.shape[0]
+
+    def with_values(self, values: Mapping[str, Tensor]) -> Head:
+        tensors = {name: LabelledTensor(values[name], tensor.axes) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
+
+def lora_tensors(a: Tensor, b: Tensor, reads: str, writes: str) -> dict[str, LabelledTensor]:
+    """Label LoRA's factors: ``a`` [r, d_in] reads ``reads``, ``b`` [d_out, r] writes ``writes``."""
+    return {
+        "A": LabelledTensor(a, (None, Axis("read", reads))),
+        "B": LabelledTensor(b, (Axis("write", writes), None)),
+    }
+
+
+def bottleneck_tensors(values: Mapping[str, Tensor], space: str) -> dict[str, LabelledTensor]:
+    """Label an adapter's tensors; it reads and writes one residual space."""
+    read, write = Axis("read", space), Axis("write", space)
+    axes: dict[str, tuple[Axis | None, ...]] = {
+        "down.weight": (None, read),
+        "down.bias": (None,),
+        "up.weight": (write, None),
+        "up.bias": (write,),
+        "norm_before.weight": (read,),
+        "norm_before.bias": (read,),
+        "norm_after.weight": (write,),
+        "norm_after.bias": (write,),
+        "gate.weight": (None, read),
+        "gate.bias": (None,),
+        "scaling": (write,) if values.get("scaling", torch.empty(1)).numel() > 1 else (None,),
+    }
+    return {name: LabelledTensor(value, axes[name]) for name, value in values.items()}
+
+
+def head_tensors(values: Mapping[str, Tensor], reads: str) -> dict[str, LabelledTensor]:
+    """Label a head's tensors: its first layer reads ``reads``."""
+    read = Axis("read", reads)
+    first = "dense" if "dense.weight" in values else "out"
+    return {
+        name: LabelledTensor(value, (None,) if value.ndim == 1 else (None, read if name == f"{first}.weight" else None))
+        for name, value in values.items()
+    }
+
+
+def average(modules: Sequence[Module]) -> Module:
+    """True mean of the modules of one window, tensor by tensor (AVG, arXiv 2403.18804 section 3.1).
+
+    LoRA updates with different scaling are first expressed with the scaling of the first one.
+
+    Raises:
+        PlanError: the modules differ in inner width, so their tensors cannot be added.
+    """
+    first = modules[0]
+    if len(modules) == 1:
+        return first
+    widths = [module.width for module in modules]
+    if len(set(widths)) > 1:
+        raise PlanError(
+            "modules of different rank or bottleneck cannot be averaged",
+            where=str(first.site),
+            found=", ".join(f"{module.site}: {width}" for module, width in zip(modules, widths, strict=True)),
+            fix="choose layers with --layers skip or an explicit list",
+        )
+    aligned = [
+        module.rescaled(first.scaling) if isinstance(module, LoraModule) and isinstance(first, LoraModule) else module
+        for module in modules
+    ]
+    mean = {
+        name: torch.stack([module.tensors[name].values.double() for module in aligned]).mean(0).to(tensor.values.dtype)
+        for name, tensor in first.tensors.items()
+    }
+    return first.with_values(mean)
+
+
+def rank_stabilised_scaling(alpha: float, rank: int, *, rslora: bool) -> float:
+    """LoRA's scaling: alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)

@@ -1,0 +1,157 @@
+"""What a graft says about itself: ``graft.json`` for machines and a model card for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict
+
+from peft_graft.verification import Verification
+
+_PACKAGES = ("peft-graft", "torch", "transformers", "peft", "adapters", "safetensors", "numpy", "scipy", "datasets")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TransferSettings(_Record):
+    """How to transfer; the same names in Python, on the command line and in ``graft.json``.
+
+    Attributes:
+        layers: ``skip``, ``avg`` or one teacher layer for each student layer, ``0,2,4``.
+        method: a key of ``alignment.METHODS``; None lets ``planning.choose_method`` take one.
+        head: ``carry`` the classification head or ``drop`` it.
+        max_tokens: paired tokens that the alignment sees at most.
+        seed: of the order in which text is sampled.
+        device, dtype: of the forward passes; statistics are float64 in any case.
+    """
+
+    layers: str = "skip"
+    method: str | None = None
+    head: str = "carry"
+    max_tokens: int = 50_000
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+class ModelRecord(_Record):
+    """A teacher or student: name, family, depth, and fingerprint of its weights (``models.fingerprint``)."""
+
+    name: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    inferred_architecture: bool
+    fingerprint: str | None = None
+
+
+class MapRecord(_Record):
+    """One space's map, as it served a site: what the method said about it (``pairs``, ``mean_correlation``, ...)."""
+
+    space: str
+    teacher_space: str
+    diagnostics: dict[str, float]
+
+
+class SiteRecord(_Record):
+    """One module of the student.
+
+    ``norm_kept``: Frobenius norm of the grafted update over the mean of the teacher's updates that it is made from
+    (LoRA: of B A; bottleneck adapter: of up times down).
+    """
+
+    site: str
+    teacher_sites: list[str]
+    norm_kept: float
+    maps: list[MapRecord]
+
+
+class HeadRecord(_Record):
+    """The carried head: task, what it reads, label names, the map it came through, inner units dropped to fit."""
+
+    task: str
+    reads: str
+    labels: list[str]
+    dropped_inner_units: int
+    diagnostics: dict[str, float]
+
+
+class PairingRecord(_Record):
+    """How the text's tokens paired (``token_pairing.PairingCounts``), with shares of each model's tokens."""
+
+    samples: int
+    pairs: int
+    one_to_one: int
+    teacher_tokens: int
+    student_tokens: int
+    teacher_share_paired: float
+    student_share_paired: float
+    nonfinite_pairs: int
+
+
+class GraftReport(_Record):
+    """Everything about a graft, as written to ``graft.json``."""
+
+    format_version: int = 1
+    module: str
+    module_files: dict[str, str]
+    module_format: str
+    module_kind: str
+    teacher: ModelRecord
+    student: ModelRecord
+    settings: TransferSettings
+    method: str
+    method_reason: str
+    text: str | None
+    alignment: str | None
+    layers: list[list[int]]
+    sites: list[SiteRecord]
+    head: HeadRecord | None
+    pairing: PairingRecord | None
+    notes: list[str]
+    verification: Verification | None = None
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    hardware: dict[str, str | int]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: str) -> dict[str, str | int]:
+    """The machine that a result was made on."""
+    found: dict[str, str | int] = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
+    return found
+
+
+def write_model_card(folder: Path, report: GraftReport, task: str, labels: tuple[str, ...]) -> None:
+    """Write README.md: what the checkpoint is, how it was made and how to load it."""
+    environment = Environment(
+        loader=PackageLoader("peft_graft", "templates"), undefined=StrictUndefined, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    card = environment.get_template("model_card.md.jinja").render(report=report, task=task, labels=labels)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,169 @@
+"""Text for alignment: a sentence a line, columns of a data file, or a data set of the hub, as a stream of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_graft.errors import TextError
+
+#: Columns tried in this order when none are named.
+KNOWN_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("text",),
+    ("tokens",),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("sentence",),
+    ("question", "context"),
+    ("content",),
+)
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_SHUFFLE_BUFFER = 20_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sentence, or a pair of them as the models will see it."""
+
+    first: str
+    second: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+
+def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: int = 0) -> Iterator[Sample]:
+    """Stream the samples of a source in random order.
+
+    Args:
+        source: a file (.txt with a sentence a line; .jsonl, .csv, .tsv, .parquet) or a data set of the hub as
+            ``owner/name``, ``owner/name:config`` or ``owner/name:config:split`` (split ``train`` unless given).
+        columns: one column of texts or of token lists, or two columns of sentence pairs; found by their usual names
+            (``KNOWN_COLUMNS``) when not given.
+        seed: of the shuffling, within a buffer of 20,000 rows.
+
+    Raises:
+        TextError: no such file or data set, an unknown file type, a missing column, or no text in it.
+    """
+    name = str(source)
+    return _not_empty(_samples(name, _rows(name, seed), columns), name)
+
+
+def as_samples(texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample]) -> Iterator[Sample]:
+    """Samples from Python objects: strings, pairs of strings (tuples), lists of tokens."""
+    for text in texts:
+        if isinstance(text, Sample):
+            yield text
+        elif isinstance(text, str):
+            yield Sample(text)
+        elif isinstance(text, tuple):
+            yield Sample(*text)
+        else:
+            yield Sample(" ".join(text))
+
+
+def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    path = Path(source)
+    suffix = path.suffix.lower()
+    try:
+        if path.is_file():
+            if suffix == ".txt":
+                rows = load_dataset("text", data_files=source, split="train", streaming=True)
+            elif suffix in _LOADERS:
+                options = {"delimiter": "\t"} if suffix == ".tsv" else {}
+                rows = load_dataset(
+                    _LOADERS[suffix], data_files=source, split="train", streaming=True, **options
+                )
+            else:
+                raise TextError(
+                    "unknown type of text file",
+                    where=source,
+                    expected=f"one of .txt, {', '.join(_LOADERS)}",
+                    found=suffix or "no suffix",
+                )
+        elif path.exists() or suffix in {".txt", *_LOADERS} or source.count("/") > 1:
+            raise TextError("no such text file", where=source, fix="give a file, or a hub data set as owner/name")
+        else:
+            name, config, split = [*source.split(":"), "", ""][:3]
+            rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        yield from rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise TextError(
+            f"no such data set, or the hub cannot be reached ({type(error).__name__}: {_first_line(error)})",
+            where=source,
+            fix="check the name, or give a local file",
+        ) from error
+    except (ValueError, OSError) as error:
+        raise TextError(
+            f"the text cannot be read ({type(error).__name__}: {_first_line(error)})", where=source
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _choose_columns(row: Mapping[str, Any], columns: Sequence[str] | None, source: str) -> tuple[str, ...]:
+    if columns:
+        missing = [column for column in columns if column not in row]
+        if missing or len(columns) > 2:
+            raise TextError(
+                "the text has no such columns" if missing else "too many columns",
+                where=source,
+                expected=", ".join(columns) if missing else "one or two",
+                found=", ".join(row) if missing else len(columns),
+                fix="name one column, or two for sentence pairs, with --columns",
+            )
+        return tuple(columns)
+    for known in KNOWN_COLUMNS:
+        if all(column in row for column in known):
+            return known
+    raise TextError(
+        "no column with a usual name",
+        where=source,
+        expected=" or ".join("+".join(known) for known in KNOWN_COLUMNS),
+        found=", ".join(row),
+        fix="name one column, or two for sentence pairs, with --columns",
+    )
+
+
+def _samples(source: str, rows: Iterable[dict[str, Any]], columns: Sequence[str] | None) -> Iterator[Sample]:
+    chosen: tuple[str, ...] | None = None
+    for row in rows:
+        chosen = chosen or _choose_columns(row, columns, source)
+        texts = [_as_text(row[column], column, source) for column in chosen]
+        if texts[0].strip():
+            yield Sample(*texts)
+
+
+def _as_text(value: Any, column: str, source: str) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(token, str) for token in value):
+        return " ".join(value)
+    raise TextError(
+        "the column holds no text",
+        where=f"{source} column {column}",
+        expected="strings or lists of tokens",
+        found=type(value).__name__,
+        fix="name another column with --columns",
+    )
+
+
+def _not_empty(samples: Iterator[Sample], source: str) -> Iterator[Sample]:
+    empty = True
+    for sample in samples:
+        empty = False
+        yield sample
+    if empty:
+        raise TextError("the text is empty", where=source, fix="give a source with at least a few hundred sentences")

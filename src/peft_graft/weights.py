@@ -1,0 +1,158 @@
+"""Reading and writing tensors and JSON on disk: lazily where the format allows, never through unrestricted pickle."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_graft.errors import CheckpointError, OutputError
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors or .bin file, on the CPU; .bin goes through torch's restricted unpickler.
+
+    Raises:
+        CheckpointError: the file is truncated, corrupt, holds anything but tensors, or has values that are not finite.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or ["no reason given"])[0]
+        raise CheckpointError(
+            f"the weights cannot be read: the file is truncated, corrupt or not a plain tensor file ({first})",
+            where=str(path),
+            fix="copy or download the checkpoint again; pickles with code in them are not loaded",
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError("the file holds no plain dictionary of tensors", where=str(path))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity",
+                where=str(path),
+                fix="the module's training diverged, or its file is damaged; take an earlier checkpoint",
+            )
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as .safetensors, or as .bin for readers that know nothing else."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        if path.suffix == ".safetensors":
+            save_file(plain, path, metadata={"format": "pt"})
+        else:
+            torch.save({name: tensor.clone() for name, tensor in plain.items()}, path)
+    except (SafetensorError, RuntimeError) as error:  # both libraries hide the operating system's error in their own
+        raise OSError(errno.EIO, (str(error).splitlines() or ["write failed"])[0], str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"the file is not readable JSON ({error})", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError("the file holds no JSON object", where=str(path), found=type(value).__name__)
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, keys sorted, so that equal content gives equal files."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file directly inside a folder."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+@contextmanager
+def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: ``out`` exists and ``force`` is not set, or its place cannot be written (permissions, full disk).
+    """
+    check_output(out, force=force)
+    staging: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        _swap_in(staging, out, force=force)
+    except OSError as error:
+        if error.errno is None:  # a library's own OSError, nothing to do with writing here
+            raise
+        raise OutputError(
+            f"cannot be written ({error.strerror})",
+            where=str(out),
+            fix="check permissions and free space, or choose another --out; nothing was changed",
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Refuse early what ``written_aside`` would refuse in the end: an existing target without ``force``.
+
+    Raises:
+        OutputError: the target exists and ``force`` is not set.
+    """
+    if out.is_file() or (out.exists() and not force):
+        raise OutputError(
+            "exists already" if out.is_dir() else "is a file, not a folder",
+            where=str(out),
+            fix="choose another --out" + (", or replace it with --force" if out.is_dir() else ""),
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _swap_in(staging: Path, out: Path, *, force: bool) -> None:
+    check_output(out, force=force)  # someone may have written there meanwhile
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(old / "old")
+    try:
+        staging.rename(out)
+    except OSError:
+        (old / "old").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
