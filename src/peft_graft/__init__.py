@@ -1,6 +1,6 @@
 """Move trained parameter-efficient modules (LoRA, adapters) from one transformer to another.
 
-    graft = peft_graft.transfer("my-lora", student="new-base", text="sentences.txt", out="my-lora-on-new-base")
+graft = peft_graft.transfer("my-lora", student="new-base", text="sentences.txt", out="my-lora-on-new-base")
 """
 
 from peft_graft.alignment import METHODS, Alignment

@@ -285,7 +285,14 @@ def _tokenize(
     return inputs, spans
 
 
-def _pad(model: ModelHandle, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    assert model.tokenizer is not None  # _tokenize has refused a model without one
-    padded = model.tokenizer.pad(rows, return_tensors="pt", padding_side="right")
-    return {key: value.to(model.base.device) for key, value in padded.items()}
+def _pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    tokenizer = model.tokenizer
+    assert tokenizer is not None  # _tokenize has refused a model without one
+    fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    width = max(len(row["input_ids"]) for row in rows)
+    return {
+        key: torch.tensor(
+            [row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=model.base.device
+        )
+        for key in rows[0]
+    }

@@ -321,7 +321,9 @@ def head_form(head: Head, raw: RawCheckpoint, architecture: Architecture) -> Hea
             f"a {architecture.model_type} {raw.task} model has another form of head",
             where=head.reads,
             expected=f"inner layer: {head.has_inner_layer}, activation {head.activation}",
-            found="an unknown form" if form is None else f"inner layer: {bool(form.dense)}, activation {form.activation}",
+            found="an unknown form"
+            if form is None
+            else f"inner layer: {bool(form.dense)}, activation {form.activation}",
             fix="leave the head behind with --head drop",
         )
     return form

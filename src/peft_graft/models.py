@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -165,6 +166,8 @@ def with_task_head(
     model = blank_model(config, task)
     if type(model) is type(base):
         return base
+    if getattr(getattr(model, model.base_model_prefix), "pooler", None) is None and hasattr(base, "pooler"):
+        base.pooler = None  # task classes that need no pooler are built without
     setattr(model, model.base_model_prefix, base)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -180,6 +183,22 @@ def set_labels(config: PretrainedConfig, labels: tuple[str, ...] = (), num_label
         config.label2id = {label: index for index, label in enumerate(labels)}
     elif num_labels is not None:
         config.num_labels = num_labels
+
+
+def fresh_head(config: PretrainedConfig, task: str, num_labels: int | None, seed: int = 0) -> dict[str, Tensor]:
+    """An untrained head of the task model, by path: normal with the model's own deviation, zero biases."""
+    config = copy.deepcopy(config)
+    set_labels(config, (), num_labels)
+    model = blank_model(config, task)
+    generator = torch.Generator().manual_seed(seed)
+    deviation = float(getattr(config, "initializer_range", 0.02))
+    return {
+        name: torch.zeros(parameter.shape)
+        if parameter.ndim == 1
+        else deviation * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(f"{model.base_model_prefix}.")
+    }
 
 
 def own_labels(config: PretrainedConfig) -> tuple[str, ...]:
@@ -263,18 +282,24 @@ def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 409
     if first.shape != second.shape:
         return None
     step = max(1, len(first) // rows)
-    return float(nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean())
+    return float(
+        nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean()
+    )
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' remarks about heads that are random until the checkpoint fills them."""
+def quiet_libraries() -> Iterator[None]:
+    """Silence what transformers and adapters say about heads that are random until a checkpoint fills them."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    other = logging.getLogger("adapters")
+    level = other.level
+    other.setLevel(logging.ERROR)
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        other.setLevel(level)
 
 
 def _auto_class(task: str, model_type: str) -> Any:
@@ -286,7 +311,7 @@ def _auto_class(task: str, model_type: str) -> Any:
 @contextmanager
 def _loading(name: str, role: str) -> Iterator[None]:
     try:
-        with quiet_transformers():
+        with quiet_libraries():
             yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

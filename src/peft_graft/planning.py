@@ -179,9 +179,7 @@ def plan_alignment(
     return dict(sorted(pairs.items()))
 
 
-def choose_method(
-    plan: TransferPlan, similarity: float | None, threshold: float = 0.5
-) -> tuple[Method, str]:
+def choose_method(plan: TransferPlan, similarity: float | None, threshold: float = 0.5) -> tuple[Method, str]:
     """The default method and the reason for it.
 
     Args:

@@ -79,9 +79,7 @@ def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
                 rows = load_dataset("text", data_files=source, split="train", streaming=True)
             elif suffix in _LOADERS:
                 options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-                rows = load_dataset(
-                    _LOADERS[suffix], data_files=source, split="train", streaming=True, **options
-                )
+                rows = load_dataset(_LOADERS[suffix], data_files=source, split="train", streaming=True, **options)
             else:
                 raise TextError(
                     "unknown type of text file",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 from torch import nn
 
 from peft_graft.activations import CollectionSettings, Progress, check_pairs, collect
 from peft_graft.alignment import METHODS, Alignment, Method, Pair, copy_alignment, solve_alignment
 from peft_graft.alignment_files import load_alignment, save_alignment
-from peft_graft.architectures import Architecture
+from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form, locate, read_checkpoint, resolve, to_raw, write_checkpoint
 from peft_graft.errors import AlignmentError, HeadError, ModelError, PairingError, PlanError, TextError
 from peft_graft.formats.raw import RawCheckpoint
@@ -28,14 +27,24 @@ from peft_graft.models import (
     check_tokenizer,
     describe_config,
     embedding_similarity,
+    fresh_head,
     handle,
     load_config,
     load_model,
     own_labels,
+    set_labels,
     student_names,
 )
 from peft_graft.modules import POOLED_OUT, Axis, LoraModule, Module, Site, Space, average
-from peft_graft.planning import HeadChoice, SitePlan, TransferPlan, choose_method, map_axis, plan_alignment, plan_transfer
+from peft_graft.planning import (
+    HeadChoice,
+    SitePlan,
+    TransferPlan,
+    choose_method,
+    map_axis,
+    plan_alignment,
+    plan_transfer,
+)
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
     GraftReport,
@@ -57,6 +66,7 @@ from peft_graft.weights import check_output, write_json, written_aside
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+CLASSIFICATION_TASKS = (TOKEN_CLASSIFICATION, SEQUENCE_CLASSIFICATION)
 TextLike = Iterable[str | tuple[str, str] | Sequence[str] | Sample]
 
 
@@ -78,8 +88,17 @@ class Graft:
     folder: Path | None = None
 
     def raw(self) -> RawCheckpoint:
-        """The checkpoint with the student's own paths, as it will be written."""
-        return to_raw(self.checkpoint, self.student.architecture, self.student.base_tensors())
+        """The checkpoint with the student's own paths, as it will be written.
+
+        peft demands a head in every checkpoint of a classification task; where none is carried, an untrained one of
+        as many labels stands in.
+        """
+        raw = to_raw(self.checkpoint, self.student.architecture, self.student.base_tensors())
+        if raw.head or raw.format != "peft" or raw.task not in CLASSIFICATION_TASKS:
+            return raw
+        num_labels = self.checkpoint.raw.num_labels
+        config = self.student.base.config
+        return replace(raw, head=fresh_head(config, raw.task, num_labels, self.report.settings.seed))
 
     def save(self, folder: str | Path, *, force: bool = False) -> Graft:
         """Write the checkpoint, verify it in its library, and only then put it in place.
@@ -97,12 +116,13 @@ class Graft:
         names = student_names(self.report.student.name, config, task, self.student.architecture)
         with written_aside(out, force=force) as staging:
             write_checkpoint(staging, raw, names)
+            if labels and raw.format == "peft":
+                _write_labels(staging, config, labels)
+            verification = verify(staging, raw, self.student, labels)
+            skipped = [] if verification.done else [f"not verified: {verification.library} is not installed"]
             report = self.report.model_copy(
-                update={"verification": verify(staging, raw, self.student, labels), "seconds": dict(self.report.seconds)}
+                update={"verification": verification, "notes": [*self.report.notes, *skipped]}
             )
-            if not report.verification.done:
-                notes = [*report.notes, f"not verified: {report.verification.library} is not installed"]
-                report = report.model_copy(update={"notes": notes})
             write_model_card(staging, report, task, labels)
             write_json(staging / "graft.json", report.model_dump(mode="json"))
         return replace(self, report=report, folder=out)
@@ -261,7 +281,9 @@ def align(
         raise PlanError(f"{method} needs no alignment", where="--method", fix="call transfer without one")
     if out is not None:
         check_output(Path(out), force=force)
-    shapes = [describe_config(load_config(str(name), role)) for name, role in ((teacher, "teacher"), (student, "student"))]
+    shapes = [
+        describe_config(load_config(str(name), role)) for name, role in ((teacher, "teacher"), (student, "student"))
+    ]
     pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites)
     samples = _peeked(read_text(text, columns, seed))
     clock = _Clock(progress)
@@ -319,6 +341,7 @@ def _preflight(
     config_t, config_s = load_config(teacher, "teacher"), load_config(student, "student")
     shape_t, shape_s = describe_config(config_t), describe_config(config_s)
     blank = dict(blank_model(config_t, "base").state_dict())
+    raw = _with_teacher_labels(raw, config_t)
     checkpoint = resolve(raw, shape_t, blank, with_head=settings.head == "carry")
     _check_labels(checkpoint, config_s)
     method = METHODS[settings.method or "copy"]
@@ -343,6 +366,13 @@ def _check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None
             found=", ".join(own),
             fix="leave the module's head behind with --head drop, or give the student's base model",
         )
+
+
+def _with_teacher_labels(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
+    """Label names from the teacher's configuration, for a head saved without them that they fit."""
+    labels = own_labels(teacher)
+    rows = {tensor.shape[0] for tensor in raw.head.values()}
+    return replace(raw, labels=labels) if labels and not raw.labels and len(labels) in rows else raw
 
 
 def _refuse_without_text(method: str) -> None:
@@ -384,6 +414,7 @@ def _transfer(
     text: str | None,
     alignment_name: str | None = None,
 ) -> Graft:
+    raw = _with_teacher_labels(raw, teacher.base.config)
     checkpoint = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head == "carry")
     _check_labels(checkpoint, student.base.config)
     method, reason = _choose(checkpoint, teacher, student, settings, given)
@@ -564,6 +595,13 @@ def _graft_head(
         dropped_inner_units=dropped,
         diagnostics=alignment.diagnostics.get((space, space), {}),
     )
+
+
+def _write_labels(folder: Path, config: PretrainedConfig, labels: tuple[str, ...]) -> None:
+    """Label names beside the module, which peft does not store: the student's configuration as its users need it."""
+    named = copy.deepcopy(config)
+    set_labels(named, labels)
+    named.save_pretrained(folder)
 
 
 def _norm(module: Module) -> float:

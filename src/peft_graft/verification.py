@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_graft.errors import VerificationError
 from peft_graft.formats import adapterhub, peft_lora
 from peft_graft.formats.raw import RawCheckpoint
-from peft_graft.models import ModelHandle, quiet_transformers, with_task_head
+from peft_graft.models import ModelHandle, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
 
 
@@ -53,7 +53,7 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
     if importlib.util.find_spec(library) is None:
         return Verification(library=library, version=None)
     check = _verify_peft if raw.format == "peft" else _verify_adapterhub
-    with warnings.catch_warnings(), quiet_transformers():
+    with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
         loaded, with_module, without = check(folder, raw, student, labels)
     if not bool(torch.isfinite(with_module).all()):
@@ -78,7 +78,7 @@ def _verify_peft(
 ) -> tuple[int, Tensor, Tensor]:
     from peft import PeftModel, get_peft_model_state_dict
 
-    model = with_task_head(student, raw.task, labels, _head_rows(raw))
+    model = with_task_head(student, raw.task, labels, raw.num_labels)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -107,9 +107,11 @@ def _verify_adapterhub(
             ) from error
         base = getattr(model, model.base_model_prefix)
         own = base.state_dict().keys()
-        base.load_state_dict({k: v.float().cpu() for k, v in student.base.state_dict().items() if k in own}, strict=False)
+        base.load_state_dict(
+            {k: v.float().cpu() for k, v in student.base.state_dict().items() if k in own}, strict=False
+        )
     else:
-        model = with_task_head(student, raw.task, labels, _head_rows(raw))
+        model = with_task_head(student, raw.task, labels, raw.num_labels)
         adapters.init(model)
     info: dict[str, Any] = {}
     try:
@@ -139,11 +141,6 @@ def _verify_adapterhub(
         without = _last_hidden_state(model, probe)
     model.delete_adapter(name)
     return len(loaded), with_module, without
-
-
-def _head_rows(raw: RawCheckpoint) -> int | None:
-    rows = [tensor.shape[0] for key, tensor in raw.head.items() if "dense" not in key and "pre_classifier" not in key]
-    return rows[-1] if rows else None
 
 
 def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], folder: Path) -> None:

@@ -31,6 +31,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 _UNSUPPORTED_LORA: Mapping[str, tuple[Any, ...]] = {"composition_mode": ("add",), "use_gating": (False, None)}
 
+
 def detect(folder: Path) -> bool:
     """Whether a folder holds an AdapterHub checkpoint of any kind."""
     if not (folder / CONFIG).is_file():
@@ -86,7 +87,7 @@ def read(folder: Path) -> RawCheckpoint:
         task=task_of_class(str(config.get("model_class") or "")),
         config=config,
         entries=entries,
-        scalings={path: settings["alpha"] / settings["r"] for path in entries} if kind == "lora" else {},
+        scalings=dict.fromkeys(entries, settings["alpha"] / settings["r"]) if kind == "lora" else {},
         head=_head(read_tensors(head_weights)) if head_weights and head_config else {},
         head_config=head_config,
         labels=_labels(head_config),
@@ -105,7 +106,7 @@ def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
     tensors: dict[str, Tensor] = {}
     for path, values in raw.entries.items():
         for name, tensor in values.items():
-            tensors.update({key: tensor for key in _keys(raw, path, name)})
+            tensors.update(dict.fromkeys(_keys(raw, path, name), tensor))
     write_tensors(folder / _WEIGHTS[raw.weights_suffix], tensors)
     if raw.head and raw.head_config:
         head_name = raw.head_config.get("name")
@@ -182,7 +183,11 @@ def _parameter(name: str, kind: Kind, ln_before: bool) -> str | None:
     if ln_before:
         known |= {"adapter_down.0.weight": "norm_before.weight", "adapter_down.0.bias": "norm_before.bias"}
     known |= {f"adapter_up.{part}": f"up.{part}" for part in ("weight", "bias")}
-    known |= {f"adapter_norm_{side}.{part}": f"norm_{side}.{part}" for side in ("before", "after") for part in ("weight", "bias")}
+    known |= {
+        f"adapter_norm_{side}.{part}": f"norm_{side}.{part}"
+        for side in ("before", "after")
+        for part in ("weight", "bias")
+    }
     known |= {"gate.weight": "gate.weight", "gate.bias": "gate.bias", "scaling": "scaling"}
     return known.get(name)
 
@@ -215,7 +220,10 @@ def _labels(head_config: Mapping[str, Any] | None) -> list[str] | None:
 
 
 def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
-    classes = {"prediction-heads": student.base_class.removesuffix("Model") + "AdapterModel", "base": student.base_class}
+    classes = {
+        "prediction-heads": student.base_class.removesuffix("Model") + "AdapterModel",
+        "base": student.base_class,
+    }
     return {
         "hidden_size": student.hidden_size,
         "model_class": classes.get(raw.task, student.task_class),

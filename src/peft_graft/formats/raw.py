@@ -61,6 +61,13 @@ class RawCheckpoint:
     files: Mapping[str, str] = field(default_factory=dict)
     weights_suffix: str = ".safetensors"
 
+    @property
+    def num_labels(self) -> int | None:
+        """Rows of the head's output layer, None without a head."""
+        inner = ("dense", "pre_classifier")
+        outputs = [tensor for key, tensor in self.head.items() if not any(name in key for name in inner)]
+        return outputs[-1].shape[0] if outputs else None
+
 
 @dataclass(frozen=True)
 class StudentNames:

@@ -1,0 +1,343 @@
+"""The command ``peft-graft``: a thin layer over the functions of the same names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import peft_graft
+from peft_graft.activations import Progress as ProgressCall
+from peft_graft.alignment import METHODS, Alignment
+from peft_graft.errors import GraftError
+from peft_graft.inspection import Inspection
+from peft_graft.inspection import inspect as inspect_module
+from peft_graft.report import GraftReport
+from peft_graft.transfer import align as align_models
+from peft_graft.transfer import transfer as transfer_module
+
+app = typer.Typer(
+    name="peft-graft",
+    help="Move trained LoRA and adapter modules from one transformer to another.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_METHOD_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+
+
+class Head(StrEnum):
+    """What to do with the classification head saved with a module."""
+
+    carry = "carry"
+    drop = "drop"
+
+
+Layers = Annotated[str, typer.Option(help="skip, avg, or one teacher layer for each student layer, such as 0,2,4.")]
+Columns = Annotated[
+    str | None, typer.Option(help="Column of the text, or two columns of sentence pairs: premise,hypothesis.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Paired tokens that the alignment sees at most.")]
+Seed = Annotated[int, typer.Option(help="Of the order in which text is sampled.")]
+Device = Annotated[str, typer.Option(help="Torch device of the forward passes.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16, of the forward passes.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@app.command()
+def inspect(
+    module: Annotated[str, typer.Argument(help="Folder or hub id of a module.")],
+    student: Annotated[str | None, typer.Option(help="Plan a transfer to this model, without its weights.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The module's base, when its configuration is wrong.")] = None,
+    layers: Layers = "skip",
+    as_json: Json = False,
+) -> None:
+    """Say what a module is, where it attaches, and what would become of it on a student."""
+    found = inspect_module(module, student=student, teacher=teacher, layers=layers)
+    if as_json:
+        _print_json(found)
+    else:
+        _show_inspection(found)
+    if found.student and found.student.problem:
+        raise typer.Exit(1)
+
+
+@app.command()
+def transfer(
+    module: Annotated[str, typer.Argument(help="Folder or hub id of a module, PEFT or AdapterHub.")],
+    student: Annotated[str, typer.Option(help="Folder or hub id of the model that receives it.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    teacher: Annotated[str | None, typer.Option(help="The module's base; its configuration names it.")] = None,
+    layers: Layers = "skip",
+    method: Annotated[str | None, typer.Option(help=f"{_METHOD_HELP}. Chosen when not given.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text file or hub data set to align the models on.")] = None,
+    columns: Columns = None,
+    max_tokens: MaxTokens = 50_000,
+    alignment: Annotated[Path | None, typer.Option(help="A folder made by `peft-graft align`.")] = None,
+    head: Annotated[Head, typer.Option(help="Carry the saved classification head, or drop it.")] = Head.carry,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Move a trained module to another model and write an ordinary checkpoint for it."""
+    with _progress() as progress:
+        graft = transfer_module(
+            module,
+            student=student,
+            out=out,
+            teacher=teacher,
+            layers=layers,
+            method=method,
+            text=text,
+            columns=_split(columns),
+            max_tokens=max_tokens,
+            alignment=alignment,
+            head=head.value,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(graft.report)
+    else:
+        _show_graft(graft.report, out)
+
+
+@app.command()
+def align(
+    teacher: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    student: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    text: Annotated[str, typer.Option(help="Text file or hub data set to align the models on.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    columns: Columns = None,
+    layers: Layers = "skip",
+    method: Annotated[str, typer.Option(help="The method whose maps to find.")] = "prune-align",
+    sites: Annotated[
+        str | None, typer.Option(help="Roles to cover, such as attn.query,attn.value or adapter; all by default.")
+    ] = None,
+    max_tokens: MaxTokens = 50_000,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Align two models once; every module of the pair can then move with `transfer --alignment`."""
+    with _progress() as progress:
+        found = align_models(
+            teacher,
+            student,
+            text=text,
+            out=out,
+            columns=_split(columns),
+            layers=layers,
+            method=method,
+            sites=_split(sites),
+            max_tokens=max_tokens,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            force=force,
+            progress=progress,
+        )
+    _show_alignment(found, out, as_json=as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the models, modules and results.")] = Path("out/demo"),
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a module on a real teacher, move it, and compare: a few minutes on two CPU cores."""
+    from peft_graft.experiments.demo import run_demo, show_demo
+
+    with _progress() as progress:
+        result = run_demo(out, seed=seed, force=force, progress=progress)
+    if as_json:
+        _print_json(result)
+    else:
+        show_demo(result, Console())
+
+
+def main() -> None:
+    """Entry point: one clear line for every error of ours, no half-written result after an interruption."""
+    try:
+        code = app(standalone_mode=False)
+    except GraftError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("interrupted; nothing was written")
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(code or 0)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _split(names: str | None) -> list[str] | None:
+    return [name.strip() for name in names.split(",")] if names else None
+
+
+def _print_json(value: BaseModel) -> None:
+    sys.stdout.write(json.dumps(value.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressCall | None]:
+    """A progress display on standard error, none where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as display:
+        tasks: dict[str, int] = {}
+
+        def call(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = display.add_task(stage, total=total)
+            display.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield call
+
+
+def _show_inspection(found: Inspection) -> None:
+    console = Console()
+    console.print(f"[bold]{_escaped(found.module)}[/]: {found.format} {found.kind}, {found.parameters:,} parameters")
+    console.print(f"base model   {_escaped(found.base_model or 'not named')}")
+    console.print(f"task         {found.task}")
+    console.print(f"head         {_escaped(found.head or 'none')}")
+    if found.labels:
+        console.print(f"labels       {_escaped(', '.join(found.labels))}")
+    if found.sites:
+        table = Table("role", "layers", "rank or bottleneck", "scaling", "idle", title="where it attaches")
+        for site in found.sites:
+            table.add_row(
+                site.role,
+                _ranges(site.layers),
+                ", ".join(map(str, site.widths)),
+                ", ".join(f"{scaling:g}" for scaling in site.scalings) or "-",
+                _ranges(site.idle_layers) or "-",
+            )
+        console.print(table)
+    else:
+        for path in found.paths:
+            console.print(f"  {path}")
+    if found.teacher_problem:
+        console.print(f"[yellow]teacher:[/] {_escaped(found.teacher_problem)}", soft_wrap=True)
+    student = found.student
+    if student is None:
+        return
+    console.print(f"\n[bold]onto {_escaped(student.name)}[/] ({student.model_type}, {student.num_layers} layers)")
+    if student.problem:
+        console.print(f"[red]cannot:[/] {_escaped(student.problem)}", soft_wrap=True)
+        return
+    console.print(f"layers       {_layers(student.layers)}")
+    console.print(f"modules      {student.modules}, head {'carried' if student.head else 'none'}")
+    console.print(f"method       {student.method}")
+    console.print(
+        f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics, "
+        f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes"
+    )
+    for note in student.notes:
+        console.print(f"note         {_escaped(note)}")
+
+
+def _show_graft(report: GraftReport, out: Path) -> None:
+    console = Console()
+    console.print(f"[bold]method[/]  {report.method}: {_escaped(report.method_reason)}", soft_wrap=True)
+    console.print(f"[bold]layers[/]  {_layers(report.layers)}")
+    if report.pairing:
+        console.print(
+            f"[bold]text[/]    {report.pairing.pairs:,} paired tokens of {report.pairing.samples:,} samples "
+            f"({report.pairing.student_share_paired:.0%} of the student's tokens)"
+        )
+    table = Table("site", "from", "norm kept", "mean correlation of matched units", title="modules")
+    for site in report.sites:
+        correlations = [
+            f"{record.space.split()[-1]} {record.diagnostics['mean_correlation']:.2f}"
+            for record in site.maps
+            if "mean_correlation" in record.diagnostics
+        ]
+        sources = " + ".join(source.split()[1] for source in site.teacher_sites)
+        table.add_row(site.site, f"layer {sources}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space")
+    console.print(table)
+    if report.head:
+        console.print(f"[bold]head[/]    {report.head.task}: {_escaped(', '.join(report.head.labels))}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"[bold]note[/]    {_escaped(note)}", soft_wrap=True)
+    check = report.verification
+    if check and check.done:
+        console.print(
+            f"[bold]loads[/]   in {check.library} {check.version}, {check.tensors_loaded} tensors, "
+            f"changes the output by {check.output_change:.1%} of its range"
+        )
+    console.print(f"[bold green]written[/] {_escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
+
+
+def _show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "method": found.method,
+                    "details": dict(found.details),
+                    "pairs": {f"{pair[0].key} -> {pair[1].key}": value for pair, value in found.diagnostics.items()},
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+        return
+    console = Console()
+    table = Table("teacher space", "student space", "units", "mean correlation of matched units")
+    for pair, space_map in found.maps.items():
+        correlation = found.diagnostics[pair].get("mean_correlation")
+        table.add_row(
+            str(pair[0]),
+            str(pair[1]),
+            f"{space_map.teacher_size} -> {space_map.student_size}",
+            f"{correlation:.2f}" if correlation is not None else "-",
+        )
+    console.print(table)
+    console.print(f"[bold green]written[/] {_escaped(str(out))}; use it with `peft-graft transfer --alignment {out}`")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _layers(mapping: list[list[int]]) -> str:
+    return ", ".join(f"{'+'.join(map(str, sources))} → {layer}" for layer, sources in enumerate(mapping))

@@ -1,0 +1,111 @@
+"""Named entity recognition: tagged sentences, their encoding for a model, and entity F1 as seqeval counts it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peft_graft.errors import TextError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+_ENTITY = re.compile(r"\[([^\[\]]+)\]\(([A-Z]+)\)")
+_TOKEN = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class TaggedSentence:
+    """Words and their IOB2 tags."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+def read_annotated(path: Path) -> list[TaggedSentence]:
+    """A sentence a line with entities marked inline: ``[Marie Curie](PER) was born in [Warsaw](LOC).``"""
+    return [parse_annotated(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def parse_annotated(line: str) -> TaggedSentence:
+    """One inline-annotated sentence.
+
+    Example:
+        >>> parse_annotated("[Ada Lovelace](PER) wrote.").tags
+        ('B-PER', 'I-PER', 'O', 'O')
+    """
+    tokens: list[str] = []
+    tags: list[str] = []
+
+    def add(text: str, kind: str | None) -> None:
+        words = _TOKEN.findall(text)
+        tokens.extend(words)
+        tags.extend("O" if kind is None else f"{'I' if index else 'B'}-{kind}" for index in range(len(words)))
+
+    end = 0
+    for match in _ENTITY.finditer(line):
+        add(line[end : match.start()], None)
+        add(match[1], match[2])
+        end = match.end()
+    add(line[end:], None)
+    return TaggedSentence(tuple(tokens), tuple(tags))
+
+
+def read_parquet(path: Path) -> list[TaggedSentence]:
+    """A parquet file with the columns ``tokens`` and ``ner_tags`` (IOB2 strings), such as WikiNEuRal's.
+
+    Raises:
+        TextError: the columns are missing.
+    """
+    from datasets import Dataset
+
+    data = Dataset.from_parquet(str(path))
+    missing = {"tokens", "ner_tags"} - set(data.column_names)
+    if missing:
+        raise TextError("columns are missing", where=str(path), expected="tokens, ner_tags", found=data.column_names)
+    return [TaggedSentence(tuple(row["tokens"]), tuple(row["ner_tags"])) for row in data]
+
+
+def tag_names(sentences: Sequence[TaggedSentence]) -> tuple[str, ...]:
+    """The tags in use, ``O`` first, then in alphabetical order."""
+    used = {tag for sentence in sentences for tag in sentence.tags}
+    return ("O", *sorted(used - {"O"}))
+
+
+def encode(
+    sentences: Sequence[TaggedSentence],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    max_length: int = 128,
+) -> list[dict[str, Any]]:
+    """Model inputs with a label at the first piece of every word and ``IGNORED`` elsewhere."""
+    index = {label: number for number, label in enumerate(labels)}
+    rows = []
+    for sentence in sentences:
+        encoding = tokenizer(list(sentence.tokens), is_split_into_words=True, truncation=True, max_length=max_length)
+        words = encoding.word_ids(0)
+        first = [word is not None and word not in words[:position] for position, word in enumerate(words)]
+        targets = [
+            index[sentence.tags[word]] if is_first else IGNORED for word, is_first in zip(words, first, strict=True)
+        ]
+        rows.append({**{key: encoding[key] for key in encoding}, "labels": targets})
+    return rows
+
+
+def entity_f1(logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], labels: Sequence[str]) -> float:
+    """Micro F1 over entities (seqeval) of predictions [n, length, labels] against targets [n, length]."""
+    from seqeval.metrics import f1_score
+
+    predicted = logits.argmax(-1)
+    gold = [[labels[t] for t in row if t != IGNORED] for row in targets]
+    guess = [
+        [labels[p] for p, t in zip(guesses, row, strict=True) if t != IGNORED]
+        for guesses, row in zip(predicted, targets, strict=True)
+    ]
+    return float(f1_score(gold, guess, zero_division=0))

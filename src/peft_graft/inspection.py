@@ -1,0 +1,176 @@
+"""The preflight: what a module is, and what would become of it on a student, without loading any model's weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from peft_graft.alignment import METHODS
+from peft_graft.architectures import Architecture
+from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.errors import GraftError
+from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.models import blank_model, describe_config, load_config
+from peft_graft.modules import LoraModule
+from peft_graft.planning import TransferPlan, plan_transfer
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SiteSummary(_Record):
+    """The modules of one role: in which layers, how wide, how scaled, and which of them do nothing."""
+
+    role: str
+    layers: list[int]
+    widths: list[int]
+    scalings: list[float]
+    idle_layers: list[int]
+
+
+class StudentSummary(_Record):
+    """What a transfer to a student would do, or why it cannot.
+
+    ``statistics_mib``: memory of the alignment's statistics; ``products_per_token``: multiply-adds for them.
+    """
+
+    name: str
+    model_type: str | None = None
+    num_layers: int | None = None
+    layers: list[list[int]] = []
+    modules: int = 0
+    spaces: int = 0
+    same_sizes: bool | None = None
+    method: str | None = None
+    needs_text: bool | None = None
+    statistics_mib: float = 0.0
+    products_per_token: int = 0
+    head: bool = False
+    notes: list[str] = []
+    problem: str | None = None
+
+
+class Inspection(_Record):
+    """What ``inspect`` found."""
+
+    module: str
+    format: str
+    kind: str
+    task: str
+    base_model: str | None
+    parameters: int
+    sites: list[SiteSummary] = []
+    paths: list[str]
+    head: str | None = None
+    labels: list[str] = []
+    teacher_problem: str | None = None
+    student: StudentSummary | None = None
+
+
+def inspect(
+    module: str | Path,
+    *,
+    student: str | Path | None = None,
+    teacher: str | Path | None = None,
+    layers: str = "skip",
+) -> Inspection:
+    """Look at a module, and plan its transfer to a student.
+
+    Args:
+        module, student, teacher, layers: as for ``transfer.transfer``.
+
+    Returns:
+        The findings. A teacher that cannot be reached, or a student that cannot receive the module, is reported as a
+        problem and not raised.
+
+    Raises:
+        CheckpointError: the module itself cannot be read.
+    """
+    raw = read_checkpoint(locate(module))
+    checkpoint, architecture, problem = _resolved(raw, str(teacher or raw.base_model or ""))
+    found = Inspection(
+        module=str(module),
+        format=raw.format,
+        kind=raw.kind,
+        task=raw.task,
+        base_model=raw.base_model,
+        parameters=sum(value.numel() for values in raw.entries.values() for value in values.values()),
+        sites=_summaries(checkpoint) if checkpoint else [],
+        paths=sorted(raw.entries),
+        head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
+        labels=list(raw.labels or (checkpoint.head.labels if checkpoint and checkpoint.head else ())),
+        teacher_problem=problem,
+    )
+    if student is None:
+        return found
+    if checkpoint is None or architecture is None:
+        summary = StudentSummary(name=str(student), problem="the teacher has to be known first")
+    else:
+        summary = _plan_for(checkpoint, architecture, str(student), layers)
+    return found.model_copy(update={"student": summary})
+
+
+def _resolved(raw: RawCheckpoint, teacher: str) -> tuple[PeftCheckpoint | None, Architecture | None, str | None]:
+    try:
+        if not teacher:
+            return None, None, "the module's configuration names no base model; name it with --teacher"
+        config = load_config(teacher, "teacher")
+        architecture = describe_config(config)
+        blank = dict(blank_model(config, "base").state_dict())
+        return resolve(raw, architecture, blank), architecture, None
+    except GraftError as error:
+        return None, None, str(error)
+
+
+def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
+    summaries = []
+    for role in checkpoint.roles:
+        modules = [module for site, module in checkpoint.modules.items() if site.role == role]
+        scalings = [module.scaling for module in modules if isinstance(module, LoraModule)]
+        summaries.append(
+            SiteSummary(
+                role=role,
+                layers=[module.site.layer for module in modules],
+                widths=sorted(Counter(module.width for module in modules)),
+                scalings=sorted(Counter(scalings)),
+                idle_layers=[module.site.layer for module in modules if not module.acts],
+            )
+        )
+    return summaries
+
+
+def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, layers: str) -> StudentSummary:
+    try:
+        architecture = describe_config(load_config(student, "student"))
+        known = StudentSummary(
+            name=student, model_type=architecture.model_type, num_layers=architecture.num_layers
+        )
+    except GraftError as error:
+        return StudentSummary(name=student, problem=str(error))
+    try:
+        plan = plan_transfer(checkpoint, teacher, architecture, layers=layers, method=METHODS["prune-align"])
+    except GraftError as error:
+        return known.model_copy(update={"problem": str(error)})
+    return known.model_copy(update=_outlook(plan))
+
+
+def _outlook(plan: TransferPlan) -> dict[str, object]:
+    same = all(first == second for first, second in plan.pairs.values())
+    products = sum(first * second for first, second in plan.pairs.values())
+    return {
+        "layers": [list(sources) for sources in plan.layers],
+        "modules": len(plan.sites),
+        "spaces": len(plan.pairs),
+        "same_sizes": same,
+        "method": "copy if the student shares the teacher's word embeddings, else prune-align" if same else "prune-align",
+        "needs_text": None if same else True,
+        "statistics_mib": round(products * 8 / 2**20, 1),
+        "products_per_token": products,
+        "head": plan.head,
+        "notes": list(plan.notes),
+    }
+
+

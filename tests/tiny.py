@@ -1,0 +1,218 @@
+"""Tiny random models, tokenizers and modules on disk: everything the tests move about is generated here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+
+WORDS = (
+    "river mountain Lisbon harbour letter engine Maria winter Okafor museum signal Tanaka green bridge council "
+    "orchestra northern Dvorak window market paper Helsinki silver doctor railway garden captain lantern meadow "
+    "Quito violin thunder republic Amara island copper teacher planet morning saffron Bergen canyon student"
+).split()
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra")
+
+
+def sentences(count: int = 400, seed: int = 0) -> list[str]:
+    """Random sentences over a small vocabulary, with capitals and punctuation."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(count):
+        length = int(torch.randint(4, 14, (1,), generator=generator))
+        picks = torch.randint(0, len(WORDS), (length,), generator=generator).tolist()
+        lines.append(" ".join(WORDS[index] for index in picks) + ".")
+    return lines
+
+
+def tokenizer(folder: Path, *, kind: str = "wordpiece", vocab: int = 120) -> transformers.PreTrainedTokenizerFast:
+    """Train and save a fast tokenizer: lower-casing WordPiece, or cased Unigram with the blank in the token."""
+    if kind == "wordpiece":
+        core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        core.normalizer = normalizers.BertNormalizer(lowercase=True)
+        core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=SPECIALS, show_progress=False)
+    else:
+        core = Tokenizer(models.Unigram())
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=vocab, special_tokens=SPECIALS, unk_token="[UNK]", show_progress=False
+        )
+    core.train_from_iterator(sentences(300, seed=7), trainer)
+    cls, sep = core.token_to_id("[CLS]"), core.token_to_id("[SEP]")
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def config(family: str = "bert", *, layers: int = 4, hidden: int = 32, heads: int = 4, ffn: int = 48, vocab: int = 200):
+    """A small configuration of one of ``FAMILIES``, without dropout."""
+    common = {"vocab_size": vocab, "max_position_embeddings": 72, "pad_token_id": 0}
+    if family == "distilbert":
+        return transformers.DistilBertConfig(
+            **common, n_layers=layers, dim=hidden, n_heads=heads, hidden_dim=ffn, dropout=0.0, attention_dropout=0.0
+        )
+    classes = {
+        "bert": transformers.BertConfig,
+        "roberta": transformers.RobertaConfig,
+        "xlm-roberta": transformers.XLMRobertaConfig,
+        "mpnet": transformers.MPNetConfig,
+        "electra": transformers.ElectraConfig,
+    }
+    extra = {"embedding_size": hidden} if family == "electra" else {}
+    return classes[family](
+        **common,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **extra,
+    )
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights large enough that activations differ between units, layers and tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower():
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def base_model(folder: Path, family: str = "bert", *, seed: int = 0, tokens: str = "wordpiece", **shape: Any) -> Path:
+    """A base model with its tokenizer, saved in ``folder``."""
+    lively(transformers.AutoModel.from_config(config(family, **shape)), seed).save_pretrained(folder)
+    tokenizer(folder, kind=tokens)
+    return folder
+
+
+def task_model(base: str | Path, task: str = "token-classification", labels: Sequence[str] = LABELS) -> Any:
+    """The task model of a saved base, with label names."""
+    auto = {
+        "token-classification": transformers.AutoModelForTokenClassification,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "base": transformers.AutoModel,
+    }[task]
+    names = {} if task == "base" else {"id2label": dict(enumerate(labels))}
+    return auto.from_pretrained(base, **names).eval()
+
+
+TASK_TYPES = {"token-classification": "TOKEN_CLS", "sequence-classification": "SEQ_CLS", "base": None}
+
+
+def peft_lora(
+    folder: Path,
+    base: str | Path,
+    *,
+    task: str = "token-classification",
+    targets: Iterable[str] | str = ("query", "value"),
+    seed: int = 1,
+    labels: Sequence[str] = LABELS,
+    **options: Any,
+) -> Any:
+    """A "trained" LoRA (random factors and head) saved by peft; returns the adapted teacher."""
+    model = task_model(base, task, labels)
+    settings = {"r": 4, "lora_alpha": 8, **options}
+    target = targets if isinstance(targets, str) else list(targets)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type=TASK_TYPES[task], target_modules=target, **settings))
+    randomise(adapted, seed, ("lora_", "modules_to_save.default"))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def randomise(model: nn.Module, seed: int, parts: Sequence[str]) -> None:
+    """Fill the named parts of a model with random values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapterhub_module(
+    folder: Path, base: str | Path, settings: Any = "seq_bn", *, head: str | None = "tagging", seed: int = 1, **save: Any
+) -> Any:
+    """A "trained" AdapterHub module saved by the library; returns the adapted teacher."""
+    import adapters
+
+    model = adapters.AutoAdapterModel.from_pretrained(base)
+    model.add_adapter("skill", config=settings)
+    if head == "tagging":
+        model.add_tagging_head("skill", num_labels=len(LABELS), id2label=dict(enumerate(LABELS)))
+    elif head == "classification":
+        model.add_classification_head("skill", num_labels=3)
+    model.set_active_adapters("skill")
+    randomise(model, seed, ("adapters.skill", "loras.skill", "heads.skill"))
+    model.save_adapter(str(folder), "skill", with_head=head is not None, **save)
+    return model.eval()
+
+
+def permuted(model: Any, seed: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A copy of a BERT-like base model that computes the same with hidden units, heads and FFN units permuted.
+
+    Units of a head are permuted within it too, queries with keys; every layer has its own order of heads and units.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    hidden, heads = other.config.hidden_size, other.config.num_attention_heads
+    size = hidden // heads
+    stream = torch.randperm(hidden, generator=generator)
+    with torch.no_grad():
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+            table = getattr(other.embeddings, name)
+            table.weight.copy_(table.weight[:, stream])
+        _permute_norm(other.embeddings.LayerNorm, stream)
+        for layer in other.encoder.layer:
+            order = torch.randperm(heads, generator=generator)
+            inner = [torch.randperm(size, generator=generator) for _ in range(2)]
+            qk = torch.cat([head * size + inner[0] for head in order.tolist()])
+            v = torch.cat([head * size + inner[1] for head in order.tolist()])
+            ffn = torch.randperm(layer.intermediate.dense.out_features, generator=generator)
+            attention = layer.attention
+            _permute_linear(attention.self.query, stream, qk)
+            _permute_linear(attention.self.key, stream, qk)
+            _permute_linear(attention.self.value, stream, v)
+            _permute_linear(attention.output.dense, v, stream)
+            _permute_linear(layer.intermediate.dense, stream, ffn)
+            _permute_linear(layer.output.dense, ffn, stream)
+            _permute_norm(attention.output.LayerNorm, stream)
+            _permute_norm(layer.output.LayerNorm, stream)
+        if other.pooler is not None:
+            _permute_linear(other.pooler.dense, stream, torch.arange(hidden))
+    return other, {"stream": stream}
+
+
+def _permute_linear(linear: nn.Linear, columns: torch.Tensor, rows: torch.Tensor) -> None:
+    linear.weight.copy_(linear.weight[rows][:, columns])
+    linear.bias.copy_(linear.bias[rows])
+
+
+def _permute_norm(norm: nn.LayerNorm, order: torch.Tensor) -> None:
+    norm.weight.copy_(norm.weight[order])
+    norm.bias.copy_(norm.bias[order])
