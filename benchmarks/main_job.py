@@ -4,13 +4,15 @@
 
 MODELS holds the folders all-MiniLM-L6-v2, paraphrase-MiniLM-L3-v2 and multilingual-e5-small; DATA holds
 wikineural/en/{train,test}.parquet. Every run is a JSON file in OUT/runs; finished runs are not repeated. The table
-comes from those files alone. The learning rate is the one that suits the fresh module best, on a split of the train file.
+comes from those files alone. The learning rate is the one that suits the fresh module best on a split of the train
+file; every other start takes the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,7 +133,7 @@ def run_pair(name, args, train, held_out, test, labels):
                     continue
                 sentences = random.Random(seed).sample(train, budget)
                 settings = TrainingSettings(learning_rate=rates[budget], epochs=EPOCHS, seed=seed)
-                run = run_student(lambda: make(seed), start, sentences, test, tokenizer, labels, settings)
+                run = run_student(partial(make, seed), start, sentences, test, tokenizer, labels, settings)
                 write_json(
                     path,
                     {
@@ -145,7 +147,7 @@ def run_pair(name, args, train, held_out, test, labels):
 
 
 def best_rate(args, name, make, train, held_out, tokenizer, labels, budget):
-    """The learning rate that suits the fresh module best on held-out sentences, with a draw that no reported seed uses."""
+    """The learning rate that suits the fresh module best on held-out sentences, with a draw of its own."""
     if not budget:
         return RATES[0]
     path = args.out / f"rates-{name}-{budget}.json"

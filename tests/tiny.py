@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,51 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
-WORDS = (
-    "river mountain Lisbon harbour letter engine Maria winter Okafor museum signal Tanaka green bridge council "
-    "orchestra northern Dvorak window market paper Helsinki silver doctor railway garden captain lantern meadow "
-    "Quito violin thunder republic Amara island copper teacher planet morning saffron Bergen canyon student"
-).split()
+WORDS = [
+    "river",
+    "mountain",
+    "Lisbon",
+    "harbour",
+    "letter",
+    "engine",
+    "Maria",
+    "winter",
+    "Okafor",
+    "museum",
+    "signal",
+    "Tanaka",
+    "green",
+    "bridge",
+    "council",
+    "orchestra",
+    "northern",
+    "Dvorak",
+    "window",
+    "market",
+    "paper",
+    "Helsinki",
+    "silver",
+    "doctor",
+    "railway",
+    "garden",
+    "captain",
+    "lantern",
+    "meadow",
+    "Quito",
+    "violin",
+    "thunder",
+    "republic",
+    "Amara",
+    "island",
+    "copper",
+    "teacher",
+    "planet",
+    "morning",
+    "saffron",
+    "Bergen",
+    "canyon",
+    "student",
+]
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra")
@@ -34,8 +75,15 @@ def sentences(count: int = 400, seed: int = 0) -> list[str]:
     return lines
 
 
-def tokenizer(folder: Path, *, kind: str = "wordpiece", vocab: int = 120) -> transformers.PreTrainedTokenizerFast:
-    """Train and save a fast tokenizer: lower-casing WordPiece, or cased Unigram with the blank in the token."""
+def tokenizer(folder: Path, *, kind: str = "wordpiece") -> transformers.PreTrainedTokenizerFast:
+    """Save a fast tokenizer: lower-casing WordPiece, or cased Unigram with the blank in the token."""
+    fast = _trained_tokenizer(kind)
+    fast.save_pretrained(folder)
+    return fast
+
+
+@functools.cache  # training breaks ties at random: a teacher and its permuted copy must share one
+def _trained_tokenizer(kind: str, vocab: int = 120) -> transformers.PreTrainedTokenizerFast:
     if kind == "wordpiece":
         core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         core.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -52,7 +100,7 @@ def tokenizer(folder: Path, *, kind: str = "wordpiece", vocab: int = 120) -> tra
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
-    fast = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -62,8 +110,6 @@ def tokenizer(folder: Path, *, kind: str = "wordpiece", vocab: int = 120) -> tra
         model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )
-    fast.save_pretrained(folder)
-    return fast
 
 
 def config(family: str = "bert", *, layers: int = 4, hidden: int = 32, heads: int = 4, ffn: int = 48, vocab: int = 200):
@@ -156,7 +202,13 @@ def randomise(model: nn.Module, seed: int, parts: Sequence[str]) -> None:
 
 
 def adapterhub_module(
-    folder: Path, base: str | Path, settings: Any = "seq_bn", *, head: str | None = "tagging", seed: int = 1, **save: Any
+    folder: Path,
+    base: str | Path,
+    settings: Any = "seq_bn",
+    *,
+    head: str | None = "tagging",
+    seed: int = 1,
+    **save: Any,
 ) -> Any:
     """A "trained" AdapterHub module saved by the library; returns the adapted teacher."""
     import adapters
@@ -203,7 +255,7 @@ def permuted(model: Any, seed: int = 3) -> tuple[Any, dict[str, torch.Tensor]]:
             _permute_linear(layer.output.dense, ffn, stream)
             _permute_norm(attention.output.LayerNorm, stream)
             _permute_norm(layer.output.LayerNorm, stream)
-        if other.pooler is not None:
+        if getattr(other, "pooler", None) is not None:
             _permute_linear(other.pooler.dense, stream, torch.arange(hidden))
     return other, {"stream": stream}
 

@@ -14,12 +14,10 @@ from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
 from peft_graft.models import ModelHandle
 from peft_graft.modules import FIRST_OUT, POOLED_OUT, TOKENS_OUT, Space
+from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Block, PairingCounts, Span, pair_tokens, trimmed_spans
-
-#: (stage, done, total or None) -> None
-Progress = Callable[[str, int, int | None], None]
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _SAMPLE_SPACES = {FIRST_OUT, POOLED_OUT}

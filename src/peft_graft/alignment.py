@@ -46,10 +46,12 @@ class SpaceMap:
 
     @property
     def student_size(self) -> int:
+        """Number of student units."""
         return len(self.indices)
 
     @property
     def is_identity(self) -> bool:
+        """Whether every unit stands for itself."""
         return self.teacher_size == self.student_size and bool((self.indices == torch.arange(self.student_size)).all())
 
     def apply(self, values: Tensor, axis: int, direction: Direction) -> Tensor:
@@ -90,11 +92,12 @@ class Method:
 
     @property
     def needs_text(self) -> bool:
+        """Whether the method aligns on text."""
         return self.solve is not None
 
 
 def assign_by_correlation(statistics: PairedStatistics) -> tuple[SpaceMap, Diagnostics]:
-    """Correlate and assign (arXiv 2403.18804, section 3.2): maximise the summed Pearson correlation over one-to-one matches.
+    """Correlate and assign (arXiv 2403.18804): maximise the summed Pearson correlation of one-to-one matches.
 
     Units that do not vary have correlation 0 with everything, so they are matched last. With d_s > d_t the
     d_s - d_t least correlated student units stay unmatched; with d_s < d_t teacher units are pruned.

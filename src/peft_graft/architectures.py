@@ -245,13 +245,17 @@ class Architecture:
             )
         return f"{self.row.layers}.{site.layer}.{place.path}"
 
+    def _places(self) -> list[tuple[str, str]]:
+        linears = [(role, linear.path) for role, linear in self.row.linears.items()]
+        return linears + [(role, point.path) for role, point in self.row.adapters.items()]
+
     def site(self, path: str) -> tuple[Site, str] | None:
         """The site of a module path and what stands before the layers in it (``bert.`` or nothing), if it is one."""
         match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?){re.escape(self.row.layers)}\.(?P<layer>\d+)\.(?P<path>.+)", path)
         if match is None:
             return None
-        for role, place in (*self.row.linears.items(), *self.row.adapters.items()):
-            if place.path == match["path"]:
+        for role, place in self._places():
+            if place == match["path"]:
                 return Site(int(match["layer"]), role), match["prefix"]
         return None
 

@@ -28,8 +28,6 @@ from peft_graft.modules import (
     lora_tensors,
 )
 
-_FORMATS = (peft_lora, adapterhub)
-
 
 @dataclass(frozen=True)
 class PeftCheckpoint:
@@ -49,10 +47,12 @@ class PeftCheckpoint:
 
     @property
     def roles(self) -> tuple[str, ...]:
+        """Roles that carry a module."""
         return tuple(sorted({site.role for site in self.modules}))
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Layers that carry a module."""
         return tuple(sorted({site.layer for site in self.modules}))
 
     @property
@@ -96,9 +96,10 @@ def read_checkpoint(folder: Path) -> RawCheckpoint:
     Raises:
         CheckpointError: the folder holds no checkpoint of a known format, or one that is damaged or not supported.
     """
-    for reader in _FORMATS:
-        if reader.detect(folder):
-            return reader.read(folder)
+    if peft_lora.detect(folder):
+        return peft_lora.read(folder)
+    if adapterhub.detect(folder):
+        return adapterhub.read(folder)
     names = sorted(path.name for path in folder.iterdir())
     inside = [path.parent.name for path in folder.glob(f"*/{peft_lora.CONFIG}")]
     raise CheckpointError(

@@ -16,14 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import peft_graft
-from peft_graft.activations import Progress as ProgressCall
+from peft_graft.aligning import align as align_models
 from peft_graft.alignment import METHODS, Alignment
 from peft_graft.errors import GraftError
 from peft_graft.inspection import Inspection
 from peft_graft.inspection import inspect as inspect_module
 from peft_graft.report import GraftReport
-from peft_graft.transfer import align as align_models
+from peft_graft.settings import Progress as ProgressCall
 from peft_graft.transfer import transfer as transfer_module
 
 app = typer.Typer(
@@ -213,7 +212,13 @@ def _progress() -> Iterator[ProgressCall | None]:
     if not console.is_terminal:
         yield None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as display:
         tasks: dict[str, int] = {}
 

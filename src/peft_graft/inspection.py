@@ -145,9 +145,7 @@ def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
 def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, layers: str) -> StudentSummary:
     try:
         architecture = describe_config(load_config(student, "student"))
-        known = StudentSummary(
-            name=student, model_type=architecture.model_type, num_layers=architecture.num_layers
-        )
+        known = StudentSummary(name=student, model_type=architecture.model_type, num_layers=architecture.num_layers)
     except GraftError as error:
         return StudentSummary(name=student, problem=str(error))
     try:
@@ -165,12 +163,12 @@ def _outlook(plan: TransferPlan) -> dict[str, object]:
         "modules": len(plan.sites),
         "spaces": len(plan.pairs),
         "same_sizes": same,
-        "method": "copy if the student shares the teacher's word embeddings, else prune-align" if same else "prune-align",
+        "method": "copy if the student shares the teacher's word embeddings, else prune-align"
+        if same
+        else "prune-align",
         "needs_text": None if same else True,
         "statistics_mib": round(products * 8 / 2**20, 1),
         "products_per_token": products,
         "head": plan.head,
         "notes": list(plan.notes),
     }
-
-

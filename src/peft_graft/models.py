@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_graft.architectures import Architecture, describe
@@ -313,7 +314,7 @@ def _loading(name: str, role: str) -> Iterator[None]:
     try:
         with quiet_libraries():
             yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the {role} cannot be loaded ({reason})",

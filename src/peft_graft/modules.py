@@ -54,6 +54,7 @@ class Space:
 
     @staticmethod
     def from_key(key: str) -> Space:
+        """The space of a file key."""
         layer, _, name = key.rpartition("/")
         return Space(int(layer) if layer else -1, name)
 
@@ -118,10 +119,12 @@ class LoraModule(Module):
 
     @property
     def width(self) -> int:
+        """The rank r."""
         return self.tensors["A"].values.shape[0]
 
     @property
     def acts(self) -> bool:
+        """Whether B A is anything but zero."""
         return self.scaling != 0 and all(bool(self.tensors[name].values.any()) for name in ("A", "B"))
 
     def delta(self) -> Tensor:
@@ -148,10 +151,12 @@ class BottleneckModule(Module):
 
     @property
     def width(self) -> int:
+        """The bottleneck size b."""
         return self.tensors["down.weight"].values.shape[0]
 
     @property
     def acts(self) -> bool:
+        """Whether the up projection is anything but zero."""
         return any(bool(self.tensors[name].values.any()) for name in ("up.weight", "up.bias"))
 
 
@@ -159,8 +164,8 @@ class BottleneckModule(Module):
 class Head:
     """A classification head: an optional inner layer and an output layer.
 
-    ``out.weight`` [labels, d], ``out.bias`` [labels] and optionally ``dense.weight`` [h, d], ``dense.bias`` [h], followed
-    by ``activation``; then ``out.weight`` is [labels, h]. ``reads`` names the space it reads: the last hidden
+    ``out.weight`` [labels, d], ``out.bias`` [labels] and optionally ``dense.weight`` [h, d], ``dense.bias`` [h],
+    followed by ``activation``; then ``out.weight`` is [labels, h]. ``reads`` names the space it reads: the last hidden
     state of every token, of the first token, or the pooler's output.
     """
 
@@ -172,13 +177,16 @@ class Head:
 
     @property
     def has_inner_layer(self) -> bool:
+        """Whether a dense layer stands before the output layer."""
         return "dense.weight" in self.tensors
 
     @property
     def num_labels(self) -> int:
+        """Number of classes."""
         return self.tensors["out.weight"].values.shape[0]
 
     def with_values(self, values: Mapping[str, Tensor]) -> Head:
+        """The same head with other values, axes kept."""
         tensors = {name: LabelledTensor(values[name], tensor.axes) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors)
 
@@ -221,7 +229,7 @@ def head_tensors(values: Mapping[str, Tensor], reads: str) -> dict[str, Labelled
 
 
 def average(modules: Sequence[Module]) -> Module:
-    """True mean of the modules of one window, tensor by tensor (AVG, arXiv 2403.18804 section 3.1).
+    """True mean of the modules of one window, tensor by tensor (AVG, arXiv 2403.18804).
 
     LoRA updates with different scaling are first expressed with the scaling of the first one.
 

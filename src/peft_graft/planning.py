@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from peft_graft.alignment import METHODS, Method, Pair
 from peft_graft.architectures import LINEAR_ROLES, Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form
 from peft_graft.errors import PlanError
 from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space
+from peft_graft.settings import HeadChoice
 
 #: For every student layer the teacher layers whose modules make up its module.
 LayerMap = tuple[tuple[int, ...], ...]
-HeadChoice = Literal["carry", "drop"]
 
 
 def layer_map(spec: str, teacher_layers: int, student_layers: int) -> LayerMap:
     """Which teacher layers serve each student layer.
 
     With n teacher and m student layers, student layer l owns the window [floor(l n / m), floor((l + 1) n / m)) of
-    teacher layers. ``skip`` takes the window's first layer (k l for k = n / m, arXiv 2403.18804 section 3.1), ``avg``
+    teacher layers. ``skip`` takes the window's first layer (k l for k = n / m, arXiv 2403.18804), ``avg``
     the mean of all its layers. A student deeper than the teacher has empty windows; those take layer
     floor(l n / m), so teacher layers repeat in order.
 

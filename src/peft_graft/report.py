@@ -11,6 +11,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict
 
+from peft_graft.settings import TransferSettings
 from peft_graft.verification import Verification
 
 _PACKAGES = ("peft-graft", "torch", "transformers", "peft", "adapters", "safetensors", "numpy", "scipy", "datasets")
@@ -18,27 +19,6 @@ _PACKAGES = ("peft-graft", "torch", "transformers", "peft", "adapters", "safeten
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TransferSettings(_Record):
-    """How to transfer; the same names in Python, on the command line and in ``graft.json``.
-
-    Attributes:
-        layers: ``skip``, ``avg`` or one teacher layer for each student layer, ``0,2,4``.
-        method: a key of ``alignment.METHODS``; None lets ``planning.choose_method`` take one.
-        head: ``carry`` the classification head or ``drop`` it.
-        max_tokens: paired tokens that the alignment sees at most.
-        seed: of the order in which text is sampled.
-        device, dtype: of the forward passes; statistics are float64 in any case.
-    """
-
-    layers: str = "skip"
-    method: str | None = None
-    head: str = "carry"
-    max_tokens: int = 50_000
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
 
 
 class ModelRecord(_Record):

@@ -32,6 +32,7 @@ class Sample:
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """The one or two texts."""
         return (self.first,) if self.second is None else (self.first, self.second)
 
 

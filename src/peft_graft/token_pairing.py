@@ -33,6 +33,7 @@ class Block(NamedTuple):
 
     @property
     def is_one_to_one(self) -> bool:
+        """One token on each side."""
         return self.teacher_end - self.teacher_start == 1 == self.student_end - self.student_start
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ class Verification(BaseModel):
 
     @property
     def done(self) -> bool:
+        """Whether the checkpoint was loaded at all."""
         return self.output_change is not None
 
 
@@ -50,7 +50,9 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
             the same as without the module.
     """
     library = "peft" if raw.format == "peft" else "adapters"
-    if importlib.util.find_spec(library) is None:
+    try:
+        version = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
         return Verification(library=library, version=None)
     check = _verify_peft if raw.format == "peft" else _verify_adapterhub
     with warnings.catch_warnings(), quiet_libraries():
@@ -67,7 +69,7 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
         )
     return Verification(
         library=library,
-        version=importlib.metadata.version(library),
+        version=version,
         tensors_loaded=loaded,
         output_change=change,
     )
@@ -157,7 +159,7 @@ def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], folder
 
 
 def _probe(student: ModelHandle) -> dict[str, Tensor]:
-    vocabulary = student.base.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = student.base.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(10, vocabulary // 2), vocabulary, (4, 16), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -108,6 +108,8 @@ def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         staging.chmod(0o777 & ~_umask())
         yield staging
+        for path in staging.iterdir():  # safetensors writes files for the owner alone
+            path.chmod(0o666 & ~_umask())
         _swap_in(staging, out, force=force)
     except OSError as error:
         if error.errno is None:  # a library's own OSError, nothing to do with writing here

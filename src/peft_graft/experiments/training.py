@@ -27,7 +27,9 @@ class TrainingSettings(BaseModel):
     seed: int = 0
 
 
-def fine_tune(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any, settings: TrainingSettings) -> float:
+def fine_tune(
+    model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any, settings: TrainingSettings
+) -> float:
     """Train whatever parameters of a model are free, in place.
 
     Args:

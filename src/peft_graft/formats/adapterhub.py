@@ -216,7 +216,9 @@ def _labels(head_config: Mapping[str, Any] | None) -> list[str] | None:
     if not head_config:
         return None
     names = (head_config.get("config") or {}).get("label2id") or head_config.get("label2id")
-    return sorted(names, key=lambda label: int(names[label])) if names else None
+    if not names or all(name.startswith("LABEL_") for name in names):  # transformers' placeholders
+        return None
+    return sorted(names, key=lambda label: int(names[label]))
 
 
 def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:

@@ -208,7 +208,8 @@ def _check_factors(entries: Mapping[str, Mapping[str, Tensor]], where: str) -> N
 def _check_others(others: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
     saved = config.get("modules_to_save") or []
     for path in others:
-        if not any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in saved):
+        # peft compares ends of module names: "classifier" also saves DistilBERT's "pre_classifier"
+        if not any(re.match(rf".*{re.escape(name)}($|\..*)", path) for name in saved):
             raise CheckpointError(
                 f"tensor {path} is neither a LoRA factor nor one of modules_to_save ({', '.join(saved) or 'none'})",
                 where=where,

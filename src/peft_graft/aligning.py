@@ -1,0 +1,143 @@
+"""Aligning two models: streamed over text once, checked, solved, reused for every module of the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from peft_graft.activations import CollectionSettings, check_pairs, collect
+from peft_graft.alignment import METHODS, Alignment, Method, Pair, solve_alignment
+from peft_graft.alignment_files import save_alignment
+from peft_graft.errors import AlignmentError, PairingError, PlanError
+from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
+from peft_graft.planning import plan_alignment
+from peft_graft.report import hardware, versions
+from peft_graft.settings import Clock, Progress, TransferSettings, checked_settings
+from peft_graft.text import Sample, read_text
+from peft_graft.token_pairing import PairingCounts
+from peft_graft.weights import check_output
+
+
+def align(
+    teacher: str | Path,
+    student: str | Path,
+    *,
+    text: str | Path,
+    out: str | Path | None = None,
+    columns: Sequence[str] | None = None,
+    layers: str = "skip",
+    method: str = "prune-align",
+    sites: Sequence[str] | None = None,
+    max_tokens: int = 50_000,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Alignment:
+    """Align two models once, for every module that will move between them.
+
+    Args:
+        sites: roles to cover, such as ``("attn.query", "attn.value")``, ``adapter`` for bottleneck adapters; all by
+            default. The other arguments are those of ``transfer``.
+
+    Raises:
+        GraftError: as for ``transfer``.
+    """
+    settings = checked_settings(layers, method, "carry", max_tokens, seed, device, dtype)
+    chosen = METHODS[method]
+    if not chosen.needs_text:
+        raise PlanError(f"{method} needs no alignment", where="--method", fix="call transfer without one")
+    if out is not None:
+        check_output(Path(out), force=force)
+    shapes = [
+        describe_config(load_config(str(name), role)) for name, role in ((teacher, "teacher"), (student, "student"))
+    ]
+    pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites)
+    samples = peeked(read_text(text, columns, seed))
+    clock = Clock(progress)
+    with clock("loading models"):
+        first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
+        second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
+    found, _ = align_handles(first, second, samples, pairs, chosen, settings, clock, str(text), lenient=True)
+    if out is not None:
+        save_alignment(found, Path(out), force=force)
+    return found
+
+
+def check_alignment(alignment: Alignment, teacher: ModelHandle, student: ModelHandle) -> None:
+    """Refuse an alignment of other models.
+
+    Raises:
+        AlignmentError: a fingerprint differs.
+    """
+    for role, model, expected in (("teacher", teacher, alignment.teacher), ("student", student, alignment.student)):
+        if model.fingerprint != expected:
+            raise AlignmentError(
+                f"the alignment was made for another {role}",
+                where=model.name,
+                expected=f"weights with fingerprint {expected[:12]}",
+                found=model.fingerprint[:12],
+                fix="make one for these models with `peft-graft align`",
+            )
+
+
+def align_handles(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterator[Sample],
+    pairs: Mapping[Pair, tuple[int, int]],
+    method: Method,
+    settings: TransferSettings,
+    clock: Clock,
+    text: str,
+    *,
+    lenient: bool = False,
+) -> tuple[Alignment, PairingCounts]:
+    """Stream, check and solve; ``lenient`` leaves out spaces of samples that too few samples were seen for."""
+    for model, role in ((teacher, "teacher"), (student, "student")):
+        if model.tokenizer is None:
+            raise PairingError("the model came without its tokenizer", where=role, fix="pass its fast tokenizer")
+        check_tokenizer(model.tokenizer, model.name, role)
+    with clock("pairing tokens"):
+        statistics, counts = collect(
+            teacher,
+            student,
+            samples,
+            list(pairs),
+            method.moments,
+            CollectionSettings(max_tokens=settings.max_tokens),
+            clock.progress,
+        )
+    if counts.nonfinite_pairs * 2 > counts.pairs:
+        raise PairingError(
+            "most activations are not finite", where=f"--dtype {settings.dtype}", fix="use --dtype float32 or bfloat16"
+        )
+    if lenient:
+        few = [pair for pair, moments in statistics.items() if pair[0].layer < 0 and moments.count < max(pairs[pair])]
+        statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
+    check_pairs(statistics)
+    with clock("solving alignments"):
+        details = {
+            "teacher": teacher.name,
+            "student": student.name,
+            "text": text,
+            "settings": settings.model_dump(mode="json"),
+            "pairing": asdict(counts),
+            "versions": versions(),
+            "hardware": hardware(settings.device),
+        }
+        found = solve_alignment(method, statistics, teacher.fingerprint, student.fingerprint, details)
+    return found, counts
+
+
+def peeked(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """The same samples, the first already read, so that a bad source fails before models are loaded."""
+    first = next(samples)
+
+    def chained() -> Iterator[Sample]:
+        yield first
+        yield from samples
+
+    return chained()

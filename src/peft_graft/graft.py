@@ -1,0 +1,196 @@
+"""Grafts: built from a plan and an alignment, recorded site by site, written and verified."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_graft.alignment import Alignment, Diagnostics, Method, Pair
+from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Architecture
+from peft_graft.checkpoints import PeftCheckpoint, head_form, to_raw, write_checkpoint
+from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names
+from peft_graft.modules import Axis, Head, LoraModule, Module, Site, Space, average
+from peft_graft.planning import SitePlan, TransferPlan, map_axis
+from peft_graft.projection import project, resize_inner_layer
+from peft_graft.report import (
+    GraftReport,
+    HeadRecord,
+    MapRecord,
+    ModelRecord,
+    PairingRecord,
+    SiteRecord,
+    write_model_card,
+)
+from peft_graft.token_pairing import PairingCounts
+from peft_graft.verification import verify
+from peft_graft.weights import write_json, written_aside
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_CLASSIFICATION_TASKS = (TOKEN_CLASSIFICATION, SEQUENCE_CLASSIFICATION)
+
+
+@dataclass(frozen=True)
+class Graft:
+    """The result of every transfer: the student's checkpoint, how each site came about, and how to keep it.
+
+    Attributes:
+        checkpoint: the modules at the student's sites, and the head if one was carried.
+        report: everything that ``graft.json`` will say.
+        alignment: the maps that were used, reusable for every module of the same pair of models.
+        student: the student's base model; ``save`` loads the written checkpoint into a copy of it.
+    """
+
+    checkpoint: PeftCheckpoint
+    report: GraftReport
+    alignment: Alignment
+    student: ModelHandle = field(repr=False)
+    folder: Path | None = None
+
+    def raw(self) -> RawCheckpoint:
+        """The checkpoint with the student's own paths, as it will be written.
+
+        peft demands a head in every checkpoint of a classification task; where none is carried, an untrained one of
+        as many labels stands in.
+        """
+        raw = to_raw(self.checkpoint, self.student.architecture, self.student.base_tensors())
+        if raw.head or raw.format != "peft" or raw.task not in _CLASSIFICATION_TASKS:
+            return raw
+        num_labels = self.checkpoint.raw.num_labels
+        config = self.student.base.config
+        return replace(raw, head=fresh_head(config, raw.task, num_labels, self.report.settings.seed))
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Graft:
+        """Write the checkpoint, verify it in its library, and only then put it in place.
+
+        Returns:
+            The same graft with ``folder`` and the verification in its report.
+
+        Raises:
+            OutputError: the folder exists and ``force`` is not set, or cannot be written.
+            VerificationError: the written checkpoint does not load cleanly or changes nothing.
+        """
+        out, raw, task = Path(folder), self.raw(), self.checkpoint.raw.task
+        labels = self.checkpoint.head.labels if self.checkpoint.head else ()
+        config = self.student.base.config
+        names = student_names(self.report.student.name, config, task, self.student.architecture)
+        with written_aside(out, force=force) as staging:
+            write_checkpoint(staging, raw, names)
+            if labels and raw.format == "peft":
+                _write_labels(staging, config, labels)
+            verification = verify(staging, raw, self.student, labels)
+            skipped = [] if verification.done else [f"not verified: {verification.library} is not installed"]
+            report = self.report.model_copy(
+                update={"verification": verification, "notes": [*self.report.notes, *skipped]}
+            )
+            write_model_card(staging, report, task, labels)
+            write_json(staging / "graft.json", report.model_dump(mode="json"))
+        return replace(self, report=report, folder=out)
+
+
+def graft_modules(
+    checkpoint: PeftCheckpoint, plan: TransferPlan, alignment: Alignment, method: Method
+) -> tuple[dict[Site, Module], list[SiteRecord]]:
+    """The student's modules: each teacher module of a site projected through its maps, then averaged; and records."""
+    modules: dict[Site, Module] = {}
+    records: list[SiteRecord] = []
+    for site in plan.sites:
+        moved: list[Module] = []
+        maps: dict[Pair, Diagnostics] = {}
+        for source in site.teacher:
+            module = checkpoint.modules[source]
+            names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
+            used = {axis: (Space(source.layer, name), Space(site.student.layer, name)) for axis, name in names.items()}
+            found = {axis: alignment.map(pair) for axis, pair in used.items()}
+            moved.append(project(module, found.__getitem__))
+            maps.update({pair: alignment.diagnostics.get(pair, {}) for pair in used.values()})
+        module = average(moved)
+        modules[site.student] = module.with_values(
+            {name: tensor.values for name, tensor in module.tensors.items()}, site.student
+        )
+        records.append(_site_record(site, checkpoint, modules[site.student], maps))
+    return modules, records
+
+
+def _named_axes(module: Module) -> list[Axis]:
+    axes = [axis for tensor in module.tensors.values() for axis in tensor.axes if axis is not None]
+    return list(dict.fromkeys(axes))
+
+
+def graft_head(
+    checkpoint: PeftCheckpoint, plan: TransferPlan, alignment: Alignment, student: Architecture
+) -> tuple[Head | None, HeadRecord | None]:
+    """The student's head and its record, None where the plan carries none."""
+    if checkpoint.head is None or not plan.head:
+        return None, None
+    space = Space(-1, checkpoint.head.reads)
+    moved = project(checkpoint.head, lambda axis: alignment.map((space, space)))
+    head_form(moved, checkpoint.raw, student)
+    moved, dropped = resize_inner_layer(moved, student.size(space))
+    return moved, HeadRecord(
+        task=moved.task,
+        reads=moved.reads,
+        labels=list(moved.labels) or [f"LABEL_{index}" for index in range(moved.num_labels)],
+        dropped_inner_units=dropped,
+        diagnostics=alignment.diagnostics.get((space, space), {}),
+    )
+
+
+def _write_labels(folder: Path, config: PretrainedConfig, labels: tuple[str, ...]) -> None:
+    """Label names beside the module, which peft does not store: the student's configuration as its users need it."""
+    named = copy.deepcopy(config)
+    set_labels(named, labels)
+    named.save_pretrained(folder)
+
+
+def _norm(module: Module) -> float:
+    if isinstance(module, LoraModule):
+        return float(module.delta().norm())
+    up, down = (module.tensors[name].values.double() for name in ("up.weight", "down.weight"))
+    return float((up @ down).norm())
+
+
+def _site_record(
+    site: SitePlan, checkpoint: PeftCheckpoint, module: Module, maps: dict[Pair, Diagnostics]
+) -> SiteRecord:
+    before = sum(_norm(checkpoint.modules[source]) for source in site.teacher) / len(site.teacher)
+    return SiteRecord(
+        site=str(site.student),
+        teacher_sites=[str(source) for source in site.teacher],
+        norm_kept=_norm(module) / before if before else 0.0,
+        maps=[
+            MapRecord(space=str(second), teacher_space=str(first), diagnostics=diagnostics)
+            for (first, second), diagnostics in maps.items()
+        ],
+    )
+
+
+def model_record(model: ModelHandle) -> ModelRecord:
+    """What a report says about a teacher or student."""
+    architecture = model.architecture
+    return ModelRecord(
+        name=model.name,
+        model_type=architecture.model_type,
+        num_layers=architecture.num_layers,
+        hidden_size=int(model.base.config.hidden_size),
+        inferred_architecture=architecture.inferred,
+        fingerprint=model.fingerprint,
+    )
+
+
+def pairing_record(counts: PairingCounts) -> PairingRecord:
+    """What a report says about how tokens paired."""
+    return PairingRecord(
+        samples=counts.samples,
+        pairs=counts.pairs,
+        one_to_one=counts.one_to_one,
+        teacher_tokens=counts.teacher_tokens,
+        student_tokens=counts.student_tokens,
+        teacher_share_paired=counts.paired_teacher_tokens / max(1, counts.teacher_tokens),
+        student_share_paired=counts.paired_student_tokens / max(1, counts.student_tokens),
+        nonfinite_pairs=counts.nonfinite_pairs,
+    )

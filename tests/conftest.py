@@ -1,0 +1,30 @@
+"""Shared fixtures: tiny models and modules, made once a session; nothing here needs a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teachers, students, modules and text that many tests read and none writes."""
+    root = tmp_path_factory.mktemp("world")
+    teacher = tiny.base_model(root / "teacher", "bert", layers=4, hidden=32)
+    tiny.base_model(root / "shallow", "bert", layers=2, hidden=32, seed=0)
+    tiny.base_model(root / "narrow", "distilbert", layers=2, hidden=24, seed=5, tokens="unigram")
+    tiny.base_model(root / "wide", "roberta", layers=6, hidden=48, seed=6, tokens="unigram")
+    tiny.peft_lora(root / "lora", teacher)
+    tiny.adapterhub_module(root / "pfeiffer", teacher)
+    (root / "text.txt").write_text("\n".join(tiny.sentences()) + "\n", encoding="utf-8")
+    return root

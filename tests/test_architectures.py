@@ -1,0 +1,96 @@
+"""The table of architectures against the real module trees, and inference for what is not in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import tiny
+from peft_graft.activations import Capture
+from peft_graft.architectures import LINEAR_ROLES, ROWS, describe, infer_row
+from peft_graft.errors import ArchitectureError
+from peft_graft.models import describe_config, handle
+from peft_graft.modules import Site, Space
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_row_fits_its_models(family: str) -> None:
+    architecture = describe_config(tiny.config(family, layers=3, hidden=32, ffn=48))
+    assert not architecture.inferred
+    assert architecture.num_layers == 3
+    assert architecture.size(Space(2, "attn.in")) == 32
+    assert architecture.size(Space(2, "ffn.mid")) == 48
+    for role in ("attn.query", "attn.key", "attn.value", "attn.output", "ffn.up", "ffn.down"):
+        path = architecture.path(Site(1, role))
+        assert architecture.site(f"{architecture.prefix}.{path}") == (Site(1, role), f"{architecture.prefix}.")
+        assert architecture.site(path) == (Site(1, role), "")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_spaces_are_the_tensors_they_claim_to_be(family: str) -> None:
+    """layer.out of one layer is attn.in of the next, and the last one the last hidden state."""
+    model = handle(tiny.lively(transformers.AutoModel.from_config(tiny.config(family, layers=3))))
+    spaces = [Space(layer, name) for layer in range(3) for name in ("attn.in", "layer.out", "ffn.in", "ffn.mid")]
+    ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), Capture(model, [*spaces, Space(-1, "tokens.out"), Space(-1, "first.out")]) as capture:
+        held = capture.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for layer in range(2):
+        assert torch.equal(held[Space(layer, "layer.out")], held[Space(layer + 1, "attn.in")])
+    assert torch.equal(held[Space(2, "layer.out")], held[Space(-1, "tokens.out")])
+    assert torch.equal(held[Space(-1, "first.out")], held[Space(-1, "tokens.out")][:, 0])
+    assert not torch.equal(held[Space(0, "ffn.in")], held[Space(0, "attn.in")])
+    for space, value in held.items():
+        assert value.shape[-1] == model.architecture.size(space)
+
+
+def test_hooks_are_removed_after_a_capture() -> None:
+    model = handle(transformers.AutoModel.from_config(tiny.config()))
+    with Capture(model, [Space(0, "attn.in"), Space(1, "ffn.up.out")]):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.base.modules())
+
+
+def test_rows_use_known_roles_and_name_each_model_type_once() -> None:
+    types = [name for row in ROWS for name in row.model_types]
+    assert len(types) == len(set(types))
+    assert all(set(row.linears) <= set(LINEAR_ROLES) for row in ROWS)
+
+
+def test_an_unknown_architecture_is_inferred_from_its_module_tree() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    architecture = describe_config(config)
+    assert architecture.inferred
+    assert architecture.num_layers == 2
+    assert architecture.path(Site(1, "ffn.gate")) == "layers.1.mlp.gate_proj"
+    assert set(architecture.row.linears) == set(LINEAR_ROLES)
+
+
+class _Odd(nn.Module):
+    def __init__(self, *names: str, stacks: int = 1) -> None:
+        super().__init__()
+        for stack in range(stacks):
+            layers = [nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for _ in range(2)]
+            setattr(self, f"stack{stack}", nn.ModuleList(layers))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (_Odd("query", "value", stacks=2), "found 2 stacks of layers .stack0, stack1."),
+        (nn.Linear(2, 2), "found 0 stacks"),
+        (_Odd("alpha", "beta"), "no query and value projections"),
+        (_Odd("query", "q", "value"), "which is taken"),
+    ],
+)
+def test_what_cannot_be_inferred_is_refused_with_the_reason(model: nn.Module, reason: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"odd: .*{reason}.*ROWS"):
+        infer_row(model, "odd")
+
+
+def test_a_model_that_does_not_fit_its_row_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match=r"bert encoder\.layer"):
+        describe(_Odd("query", "value"), "bert", "bert")

@@ -1,0 +1,459 @@
+"""Everything that can go wrong for a user: one clear error that names the place and the fix, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import peft_graft
+import tiny
+from peft_graft import errors
+from peft_graft.checkpoints import read_checkpoint
+from peft_graft.errors import (
+    AlignmentError,
+    ArchitectureError,
+    CheckpointError,
+    DeviceError,
+    GraftError,
+    HeadError,
+    ModelError,
+    OutputError,
+    PairingError,
+    PlanError,
+    TextError,
+    VerificationError,
+)
+from peft_graft.text import read_text
+from peft_graft.weights import written_aside
+
+
+@pytest.fixture
+def module(world, tmp_path) -> Path:
+    return Path(shutil.copytree(world / "lora", tmp_path / "module"))
+
+
+@pytest.fixture
+def move(world, tmp_path):
+    """A transfer that would work, changed by the options given; afterwards nothing may lie in its output folder."""
+
+    def run(module: object = world / "lora", **options):
+        settings = {"student": world / "narrow", "text": world / "text.txt", "out": tmp_path / "graft", **options}
+        return peft_graft.transfer(module, **settings)
+
+    yield run
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def weights(module: Path) -> dict[str, torch.Tensor]:
+    return load_file(module / "adapter_model.safetensors")
+
+
+def set_config(module: Path, **changes: object) -> None:
+    path = module / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_errors_have_one_root_and_say_where_what_and_how() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert all(issubclass(kind, GraftError) for kind in kinds)
+    assert str(PlanError("odd", where="layer 1", expected=2, found=3, fix="do this")) == (
+        "layer 1: odd; expected 2, found 3. Fix: do this"
+    )
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+def test_no_such_module(move) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        move("./nowhere")
+
+
+def test_a_hub_module_that_cannot_be_reached(move) -> None:
+    with pytest.raises(CheckpointError, match=r"somebody/lora: no such folder, and the hub"):
+        move("somebody/lora")
+
+
+def test_a_folder_that_is_no_checkpoint(move, world) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"no module checkpoint; expected adapter_config\.json.*found config\.json"
+    ):
+        move(world / "teacher")
+
+
+def test_a_folder_of_several_modules_names_them(move, tmp_path, world) -> None:
+    shutil.copytree(world / "lora", tmp_path / "many" / "ner")
+    with pytest.raises(CheckpointError, match="one of its sub-folders: ner"):
+        move(tmp_path / "many")
+
+
+@pytest.mark.parametrize("keep", [0, 40, 3000])
+def test_truncated_safetensors(move, module, keep: int) -> None:
+    path = module / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: the weights cannot be read.*truncated"):
+        move(module)
+
+
+def test_corrupt_json(move, module) -> None:
+    (module / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: the file is not readable JSON"):
+        move(module)
+
+
+def test_missing_weights(move, module) -> None:
+    (module / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"weights file is missing; expected adapter_model\.safetensors or"):
+        move(module)
+
+
+def test_a_pickle_with_code_in_it_is_not_run(move, module, tmp_path) -> None:
+    (module / "adapter_model.safetensors").unlink()
+    torch.save({"x": _Bomb(tmp_path / "ran")}, module / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="pickles with code in them are not loaded"):
+        move(module)
+    assert not (tmp_path / "ran").exists()
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(move, module, value: float) -> None:
+    tensors = weights(module)
+    name = next(key for key in tensors if "layer.2.attention.self.value.lora_B" in key)
+    tensors[name][0, 0] = value
+    save_file(tensors, module / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer\.2\.attention\.self\.value\.lora_B\.weight holds NaN or inf"):
+        move(module)
+
+
+def test_a_factor_without_its_twin(move, module) -> None:
+    tensors = weights(module)
+    del tensors[next(key for key in tensors if key.endswith("lora_B.weight"))]
+    save_file(tensors, module / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="lora_A of .* lacks its twin"):
+        move(module)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "type IA3 are not supported yet"),
+        ({"use_dora": True}, "use_dora=True is not supported yet"),
+        ({"bias": "all"}, "bias='all' is not supported yet"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialisation changed"),
+    ],
+)
+def test_kinds_that_are_not_supported_are_refused_by_name(move, module, changes, message: str) -> None:
+    set_config(module, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        move(module)
+
+
+def test_an_adapterhub_setting_that_is_not_supported(move, world, tmp_path) -> None:
+    module = Path(shutil.copytree(world / "pfeiffer", tmp_path / "module"))
+    config = json.loads((module / "adapter_config.json").read_text())
+    config["config"]["phm_layer"] = True
+    (module / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="phm_layer=True are not supported yet"):
+        move(module)
+
+
+def test_a_module_that_does_nothing_is_not_written(move, module, tmp_path) -> None:
+    tensors = weights(module)
+    save_file(
+        {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()},
+        module / "adapter_model.safetensors",
+    )
+    with pytest.raises(VerificationError, match="loads but changes nothing"):
+        move(module)
+    assert not (tmp_path / "graft").exists()
+
+
+# ---- the models ------------------------------------------------------------------------------------------------------
+
+
+def test_no_teacher_named(move, module) -> None:
+    set_config(module, base_model_name_or_path=None)
+    with pytest.raises(ModelError, match="names no base model.*--teacher"):
+        move(module)
+
+
+def test_the_teacher_cannot_be_reached(move, module) -> None:
+    set_config(module, base_model_name_or_path="somebody/gone")
+    with pytest.raises(ModelError, match="somebody/gone: the teacher cannot be loaded"):
+        move(module)
+
+
+def test_the_student_cannot_be_reached(move, tmp_path) -> None:
+    with pytest.raises(ModelError, match=r"the student cannot be loaded.*there is no folder"):
+        move(student=tmp_path / "nothing")
+
+
+def test_the_teacher_is_not_the_modules_base(move, world) -> None:
+    with pytest.raises(ModelError, match=r"layer 0 attn\.query: the teacher is not the base.*expected 48.*found 32"):
+        move(teacher=world / "wide")
+
+
+def test_a_student_with_damaged_weights(move, world, tmp_path) -> None:
+    student = Path(shutil.copytree(world / "narrow", tmp_path / "student"))
+    (student / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelError, match="the student cannot be loaded"):
+        move(student=student)
+
+
+def test_an_unknown_architecture_is_refused_with_what_to_write(move, tmp_path) -> None:
+    transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=4, num_heads=4, d_ff=16, num_layers=2, num_decoder_layers=2
+    ).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ArchitectureError, match="t5: .*cannot be inferred: found 2 stacks.*ROWS"):
+        move(student=tmp_path / "t5")
+
+
+def test_a_slow_tokenizer(world) -> None:
+    models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
+    (world / "vocab.txt").write_text("\n".join([*tiny.SPECIALS, *tiny.WORDS]))
+    slow = transformers.BertTokenizer(str(world / "vocab.txt"))
+    if slow.is_fast:
+        pytest.skip("this version of transformers has no slow tokenizers")
+    with pytest.raises(ModelError, match=r"slow tokenizer.*tokenizer\.json"):
+        peft_graft.transfer_checkpoint(
+            read_checkpoint(world / "lora"),
+            *models,
+            teacher_tokenizer=slow,
+            student_tokenizer=slow,
+            text=tiny.sentences(),
+        )
+
+
+def test_live_models_without_tokenizers(world) -> None:
+    models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
+    with pytest.raises(PairingError, match="without its tokenizer"):
+        peft_graft.transfer_checkpoint(read_checkpoint(world / "lora"), *models, text=tiny.sentences())
+
+
+def test_a_live_model_with_a_module_inside(world) -> None:
+    teacher = tiny.peft_lora(world / "again", world / "teacher").base_model.model
+    student = transformers.AutoModel.from_pretrained(world / "shallow")
+    with pytest.raises(ModelError, match="has a module inside"):
+        peft_graft.transfer_checkpoint(read_checkpoint(world / "lora"), teacher, student)
+
+
+# ---- head ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_whose_own_head_has_other_labels(move, world, tmp_path) -> None:
+    tiny.task_model(world / "narrow", labels=("no", "yes")).save_pretrained(tmp_path / "student")
+    tiny.tokenizer(tmp_path / "student")
+    with pytest.raises(HeadError, match="head with other labels; expected 5 labels, found no, yes.*--head drop"):
+        move(student=tmp_path / "student")
+    assert move(student=tmp_path / "student", head="drop").report.head is None
+
+
+def test_a_head_that_the_students_family_cannot_express(move, world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", task="sequence-classification")
+    with pytest.raises(HeadError, match="expected inner layer: True, activation tanh, found .*relu.*--head drop"):
+        move(tmp_path / "m")
+
+
+def test_a_head_whose_pooler_was_never_saved(move, world, tmp_path) -> None:
+    model = transformers.BertModel.from_pretrained(world / "teacher", add_pooling_layer=False)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tiny.tokenizer(base)
+    tiny.peft_lora(tmp_path / "m", base, task="sequence-classification")
+    with pytest.raises(HeadError, match=r"pooler\.dense\.weight.*neither in the checkpoint.*--head drop"):
+        move(tmp_path / "m", student=world / "wide")
+
+
+# ---- options, text, tokens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "--method: unknown choice; expected copy, prune-align, .*found magic"),
+        ({"head": "keep"}, "--head: unknown choice; expected carry, drop"),
+        ({"dtype": "int8"}, "--dtype: unknown choice"),
+        ({"layers": "0,1,2"}, "--layers 0,1,2: the layer map has the wrong length"),
+        ({"max_tokens": 0}, "--max-tokens: must be positive"),
+    ],
+)
+def test_options_that_do_not_exist(move, options, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        move(**options)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "warp"])
+def test_no_such_device(move, device: str) -> None:
+    with pytest.raises(DeviceError, match=f"--device {device}: no such device; found available: cpu"):
+        move(device=device)
+
+
+def test_copy_between_sizes(move) -> None:
+    with pytest.raises(AlignmentError, match="different size cannot be copied.*--method prune-align"):
+        move(method="copy")
+
+
+def test_no_text(move) -> None:
+    with pytest.raises(TextError, match="--text: prune-align aligns the two models on text, and none was given"):
+        move(text=None)
+
+
+def test_missing_text(move, tmp_path) -> None:
+    with pytest.raises(TextError, match=r"nowhere\.txt: no such text file"):
+        move(text=tmp_path / "nowhere.txt")
+    with pytest.raises(TextError, match="no such data set, or the hub cannot be reached"):
+        move(text="somebody/some-data")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n \n"])
+def test_empty_text(move, tmp_path, content: str) -> None:
+    (tmp_path / "empty.txt").write_text(content)
+    with pytest.raises(TextError, match=r"empty\.txt: the text is empty"):
+        move(text=tmp_path / "empty.txt")
+
+
+def test_wrong_columns(move, tmp_path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"a": "one two", "b": 1}\n')
+    with pytest.raises(TextError, match="no column with a usual name; expected text or .*found a, b.*--columns"):
+        move(text=tmp_path / "d.jsonl")
+    with pytest.raises(TextError, match="no such columns; expected c, found a, b"):
+        move(text=tmp_path / "d.jsonl", columns=["c"])
+    with pytest.raises(TextError, match="column b: the column holds no text; expected strings.*found int"):
+        move(text=tmp_path / "d.jsonl", columns=["b"])
+
+
+def test_unknown_file_type_and_broken_file(tmp_path) -> None:
+    (tmp_path / "d.docx").write_text("x")
+    with pytest.raises(TextError, match=r"unknown type of text file; expected one of \.txt"):
+        next(read_text(tmp_path / "d.docx"))
+    (tmp_path / "d.parquet").write_text("x")
+    with pytest.raises(TextError, match="the text cannot be read"):
+        next(read_text(tmp_path / "d.parquet"))
+
+
+def test_too_few_pairs_for_the_dimension(move, tmp_path) -> None:
+    (tmp_path / "short.txt").write_text("river mountain letter\n")
+    with pytest.raises(PairingError, match=r"too few paired tokens for the dimension; expected at least 32, found \d"):
+        move(text=tmp_path / "short.txt")
+
+
+def test_too_few_samples_for_a_sentence_head(move, world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", task="sequence-classification")
+    (tmp_path / "short.txt").write_text("\n".join(tiny.sentences(20)))
+    with pytest.raises(PairingError, match=r"first\.out.*too few samples.*found 20.*--head drop"):
+        move(tmp_path / "m", student=world / "wide", text=tmp_path / "short.txt")
+
+
+def test_activations_that_are_not_finite(move, world, tmp_path) -> None:
+    model = transformers.AutoModel.from_pretrained(world / "narrow")
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "student")
+    tiny.tokenizer(tmp_path / "student")
+    with pytest.raises(PairingError, match="most activations are not finite"):
+        move(student=tmp_path / "student")
+
+
+# ---- alignments ------------------------------------------------------------------------------------------------------
+
+
+def test_an_alignment_of_other_models(move, world, tmp_path) -> None:
+    peft_graft.align(world / "teacher", world / "narrow", text=world / "text.txt", out=tmp_path / "a")
+    with pytest.raises(AlignmentError, match="the alignment was made for another student"):
+        move(student=world / "wide", alignment=tmp_path / "a")
+    with pytest.raises(AlignmentError, match=r"lacks this pair of spaces"):
+        move(layers="1,3", alignment=tmp_path / "a")
+    with pytest.raises(AlignmentError, match="another method; expected prune-align, found copy"):
+        peft_graft.transfer(world / "lora", student=world / "teacher", method="copy", alignment=tmp_path / "a")
+    with pytest.raises(AlignmentError, match="holds no alignment"):
+        move(alignment=world / "lora")
+
+
+def test_aligning_with_copy_makes_no_sense(world) -> None:
+    with pytest.raises(PlanError, match="copy needs no alignment"):
+        peft_graft.align(world / "teacher", world / "narrow", text=world / "text.txt", method="copy")
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_not_touched_without_force(move, tmp_path) -> None:
+    (tmp_path / "graft").mkdir()
+    (tmp_path / "graft" / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="exists already.*--force"):
+        move()
+    assert (tmp_path / "graft" / "mine").read_text() == "keep"
+    move(force=True)
+    assert sorted(path.name for path in (tmp_path / "graft").iterdir())[:2] == ["README.md", "adapter_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graft"]
+
+
+def test_a_file_is_never_replaced(move, tmp_path) -> None:
+    (tmp_path / "graft").write_text("keep")
+    with pytest.raises(OutputError, match="is a file"):
+        move(force=True)
+    assert (tmp_path / "graft").read_text() == "keep"
+
+
+def test_a_failure_with_force_leaves_the_old_folder(move, module, tmp_path) -> None:
+    (tmp_path / "graft").mkdir()
+    (tmp_path / "graft" / "mine").write_text("keep")
+    tensors = {key: value * 0 for key, value in weights(module).items()}
+    save_file(tensors, module / "adapter_model.safetensors")
+    with pytest.raises(VerificationError):
+        move(module, force=True)
+    assert (tmp_path / "graft" / "mine").read_text() == "keep"
+
+
+def test_a_place_that_cannot_be_written(move, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written .*nothing was changed"):
+        move(out=tmp_path / "file" / "graft")
+    with pytest.raises(OutputError, match="cannot be written"):
+        move(out=Path("/proc/graft"))
+
+
+def test_a_full_disk(tmp_path, monkeypatch) -> None:
+    """The operating system's error, and the shape in which safetensors and torch pass it on."""
+    from safetensors import SafetensorError
+
+    import peft_graft.weights as weights_module
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights_module, "save_file", full)
+    with (
+        pytest.raises(OutputError, match=r"No space left on device.*nothing was changed"),
+        written_aside(tmp_path / "out") as staging,
+    ):
+        weights_module.write_tensors(staging / "x.safetensors", {"x": torch.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(OutputError, match="No space left on device"),
+        written_aside(tmp_path / "out") as staging,
+    ):
+        (staging / "part").write_text("half")
+        raise OSError(28, "No space left on device", str(staging / "x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing(tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out") as staging:
+        (staging / "part").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,113 @@
+"""Imports go downward only, and importing has no effects."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import peft_graft
+
+PACKAGE = Path(peft_graft.__file__).parent
+#: Modules by level: each may import from lower levels only.
+LEVELS = (
+    ("errors",),
+    ("modules",),
+    ("architectures", "statistics", "text", "token_pairing", "weights"),
+    ("alignment", "formats.raw"),
+    ("formats.peft_lora", "formats.adapterhub", "alignment_files", "projection", "models"),
+    ("settings", "checkpoints", "verification"),
+    ("activations", "planning", "report"),
+    ("graft", "inspection", "aligning"),
+    ("transfer",),
+    ("experiments.ner", "experiments.packaged_models"),
+    ("experiments.training",),
+    ("experiments.comparison",),
+    ("experiments.demo",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+#: The only modules that may import these libraries when they are imported themselves.
+HEAVY = {
+    "transformers": {"models", "experiments.training", "experiments.comparison", "experiments.demo"},
+    "peft": {"formats.peft_lora"},
+    "adapters": set(),
+    "datasets": set(),
+    "onnx": set(),
+    "seqeval": set(),
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def sources() -> dict[str, ast.Module]:
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    return {name_of(path): ast.parse(path.read_text()) for path in paths}
+
+
+def imported(tree: ast.AST, *, top_only: bool = False) -> set[str]:
+    nodes = tree.body if top_only and isinstance(tree, ast.Module) else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "relative imports hide the direction"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_level() -> None:
+    assert sources().keys() == LEVEL.keys()
+
+
+def test_imports_go_downward_only() -> None:
+    for name, tree in sources().items():
+        for other in imported(tree):
+            target = other.removeprefix("peft_graft.")
+            if other.startswith("peft_graft.") and target in LEVEL:
+                assert LEVEL[target] < LEVEL[name], f"{name} imports {target}"
+
+
+def test_heavy_libraries_are_imported_where_they_belong() -> None:
+    for name, tree in sources().items():
+        roots = {module.split(".")[0] for module in imported(tree, top_only=True)}
+        for library, allowed in HEAVY.items():
+            assert library not in roots or name in allowed, f"{name} imports {library}"
+
+
+def test_no_module_grows_past_reading_in_one_sitting() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_importing_has_no_effects() -> None:
+    script = (
+        "import logging, sys, warnings; warnings.simplefilter('error'); before = list(logging.root.handlers);"
+        "import peft_graft; assert logging.root.handlers == before;"
+        "assert not {'adapters', 'datasets', 'onnx', 'matplotlib'} & set(sys.modules), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
+
+
+def test_the_public_names() -> None:
+    assert peft_graft.__all__ == [
+        "METHODS",
+        "Alignment",
+        "Graft",
+        "GraftError",
+        "GraftReport",
+        "PeftCheckpoint",
+        "align",
+        "inspect",
+        "load_alignment",
+        "read_checkpoint",
+        "save_alignment",
+        "transfer",
+        "transfer_checkpoint",
+    ]

@@ -1,0 +1,110 @@
+"""Laws of the streaming statistics: chunked = whole = merged, against numpy in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_graft.statistics import PairedStatistics
+
+ALL = ("cross", "teacher", "student")
+
+
+def batch(n: int, offset: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    teacher = shared @ torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    student = shared @ torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    teacher = teacher + 0.3 * torch.randn(n, 5, generator=generator, dtype=torch.float64) + offset
+    student = student + 0.3 * torch.randn(n, 4, generator=generator, dtype=torch.float64) - offset
+    return teacher.to(dtype), student.to(dtype)
+
+
+def assert_same(one: PairedStatistics, other: PairedStatistics, rtol: float = 1e-9) -> None:
+    assert one.count == other.count
+    for name, value in one.__dict__.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, getattr(other, name), rtol=rtol, atol=1e-9)
+
+
+@given(st.lists(st.integers(1, 39), max_size=5), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_chunked_equals_whole(cuts: list[int], seed: int) -> None:
+    teacher, student = batch(40, seed=seed)
+    whole = PairedStatistics.of(teacher, student, ALL)
+    chunked = PairedStatistics.empty(5, 4, ALL)
+    edges = [0, *sorted(cuts), 40]
+    for start, end in itertools.pairwise(edges):
+        chunked.update(teacher[start:end], student[start:end])
+    assert_same(whole, chunked)
+
+
+@given(st.permutations(range(4)), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_merging_in_any_order(order: list[int], seed: int) -> None:
+    parts = [batch(7 + index, seed=seed + index) for index in range(4)]
+    whole = PairedStatistics.of(torch.cat([t for t, _ in parts]), torch.cat([s for _, s in parts]), ALL)
+    merged = PairedStatistics.empty(5, 4, ALL)
+    for index in order:
+        merged = merged.merge(PairedStatistics.of(*parts[index], ALL))
+    assert_same(whole, merged)
+
+
+def test_merging_changes_neither_operand() -> None:
+    one, other = PairedStatistics.of(*batch(9)), PairedStatistics.of(*batch(11, seed=1))
+    before = one.cross.clone()
+    one.merge(other)
+    assert torch.equal(one.cross, before)
+    assert one.count == 9
+
+
+def test_correlation_is_numpys() -> None:
+    teacher, student = batch(50)
+    expected = np.corrcoef(student.numpy().T, teacher.numpy().T)[:4, 4:]
+    np.testing.assert_allclose(PairedStatistics.of(teacher, student).correlation().numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_float32_data_with_an_offset_does_not_cancel(offset: float) -> None:
+    teacher, student = batch(4000, offset, dtype=torch.float32)
+    exact = PairedStatistics.of(teacher.double(), student.double()).correlation()
+    streamed = PairedStatistics.empty(5, 4)
+    for start in range(0, 4000, 128):
+        streamed.update(teacher[start : start + 128], student[start : start + 128])
+    torch.testing.assert_close(streamed.correlation(), exact, rtol=0, atol=2e-5)
+
+
+def test_constant_units_are_found_and_have_no_correlation() -> None:
+    teacher, student = batch(30)
+    teacher[:, 2], student[:, 0] = 7.25, 0.0
+    statistics = PairedStatistics.of(teacher.float(), student.float())
+    of_teacher, of_student = statistics.constant_units()
+    assert of_teacher.tolist() == [False, False, True, False, False]
+    assert of_student.tolist() == [True, False, False, False]
+    correlation = statistics.correlation()
+    assert not correlation[0].any()
+    assert not correlation[:, 2].any()
+    assert bool(torch.isfinite(correlation).all())
+
+
+def test_moments_that_were_not_asked_for_are_not_kept() -> None:
+    statistics = PairedStatistics.of(*batch(5))
+    assert statistics.teacher_moment is None
+    assert statistics.student_moment is None
+
+
+def test_no_pairs_yet() -> None:
+    empty = PairedStatistics.empty(5, 4)
+    empty.update(torch.zeros(0, 5), torch.zeros(0, 4))
+    assert empty.count == 0
+    assert not empty.correlation().any()
+
+
+def test_unpaired_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="paired"):
+        PairedStatistics.of(torch.zeros(3, 5), torch.zeros(2, 4))

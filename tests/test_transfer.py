@@ -1,0 +1,319 @@
+"""Transfers between tiny models of all families: what is written loads, acts, and says what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForTokenClassification, PeftModel
+from safetensors.torch import load_file
+
+import peft_graft
+import tiny
+from peft_graft.checkpoints import read_checkpoint, resolve
+from peft_graft.models import describe_config, load_config
+from peft_graft.modules import LoraModule, Site
+from peft_graft.report import GraftReport
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("shape", [{"layers": 2, "hidden": 24}, {"layers": 5, "hidden": 48}])
+def test_a_bert_lora_moves_to_every_family(world, tmp_path, family: str, shape) -> None:
+    student = tiny.base_model(tmp_path / "student", family, seed=8, tokens="unigram", **shape)
+    graft = peft_graft.transfer(
+        world / "lora", student=student, out=tmp_path / "graft", text=world / "text.txt", method="prune-align"
+    )
+    assert graft.report.verification is not None
+    assert graft.report.verification.output_change > 0
+    assert len(graft.checkpoint.modules) == 2 * shape["layers"]
+    model = PeftModel.from_pretrained(tiny.task_model(student), tmp_path / "graft")
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * shape["layers"]
+    assert model.peft_config["default"].r == 4
+    # native: trains on from here
+    model = PeftModel.from_pretrained(tiny.task_model(student), tmp_path / "graft", is_trainable=True)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora"])
+def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path, family: str, settings: str) -> None:
+    from adapters import AutoAdapterModel
+
+    tiny.adapterhub_module(tmp_path / "module", world / "teacher", settings)
+    student = tiny.base_model(tmp_path / "student", family, seed=8, layers=3, hidden=24, tokens="unigram")
+    graft = peft_graft.transfer(tmp_path / "module", student=student, out=tmp_path / "graft", text=world / "text.txt")
+    assert graft.report.verification.done
+    model = AutoAdapterModel.from_pretrained(student)
+    info: dict = {}
+    model.load_adapter(str(tmp_path / "graft"), loading_info=info, set_active=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == []
+    assert model.heads["skill"].config["label2id"] == {label: i for i, label in enumerate(tiny.LABELS)}
+    width = graft.checkpoint.modules[min(graft.checkpoint.modules)].width
+    assert width == (8 if settings == "lora" else 32 // (16 if settings != "par_bn" else 2))
+
+
+def test_the_published_shortcut_differs_only_in_the_output_rows(world, tmp_path) -> None:
+    def graft(method: str):
+        return peft_graft.transfer(world / "lora", student=world / "narrow", text=world / "text.txt", method=method)
+
+    own, shared = graft("prune-align"), graft("prune-align-published")
+    for site, module in own.checkpoint.modules.items():
+        other = shared.checkpoint.modules[site]
+        assert torch.equal(module.tensors["A"].values, other.tensors["A"].values)
+        assert not torch.equal(module.tensors["B"].values, other.tensors["B"].values)
+    teacher = peft_graft.transfer(world / "lora", student=world / "teacher").checkpoint.modules[Site(0, "attn.value")]
+    space_map = next(m for pair, m in shared.alignment.maps.items() if pair[1].key == "0/attn.in")
+    expected = space_map.apply(teacher.tensors["B"].values, 0, "write")
+    assert torch.equal(shared.checkpoint.modules[Site(0, "attn.value")].tensors["B"].values, expected)
+
+
+def test_avg_is_the_true_mean_of_every_window(world) -> None:
+    graft = peft_graft.transfer(world / "lora", student=world / "shallow", layers="avg", method="copy")
+    source = resolve(read_checkpoint(world / "lora"), describe_config(load_config(str(world / "teacher"))))
+    for layer in range(2):
+        for role in ("attn.query", "attn.value"):
+            pair = [source.modules[Site(2 * layer + offset, role)] for offset in range(2)]
+            for name in ("A", "B"):
+                mean = (pair[0].tensors[name].values + pair[1].tensors[name].values) / 2
+                torch.testing.assert_close(graft.checkpoint.modules[Site(layer, role)].tensors[name].values, mean)
+
+
+def test_avg_of_modules_with_other_scaling_expresses_them_alike(world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", alpha_pattern={"layer.1.attention.self.query": 2})
+    graft = peft_graft.transfer(tmp_path / "m", student=world / "shallow", layers="avg", method="copy")
+    source = resolve(read_checkpoint(tmp_path / "m"), describe_config(load_config(str(world / "teacher"))))
+    first, second = (source.modules[Site(layer, "attn.query")] for layer in (0, 1))
+    assert isinstance(first, LoraModule)
+    assert isinstance(second, LoraModule)
+    assert (first.scaling, second.scaling) == (2.0, 0.5)
+    module = graft.checkpoint.modules[Site(0, "attn.query")]
+    assert isinstance(module, LoraModule)
+    assert module.scaling == 2.0
+    torch.testing.assert_close(
+        module.tensors["B"].values, (first.tensors["B"].values + second.tensors["B"].values / 4) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"layer.0.attention.self.query": 2}, "alpha_pattern": {"value": 16}},
+        {"use_rslora": True, "r": 6, "lora_alpha": 7},
+        {"layers_to_transform": [0, 2]},
+        {"targets": r".*layer\.[02]\.attention\.(self\.query|output\.dense)"},
+    ],
+    ids=["patterns", "rslora", "layers_to_transform", "regex"],
+)
+def test_peft_options_survive(world, tmp_path, options) -> None:
+    """Ranks, scaling and targets as the teacher had them: the update of every site is the teacher's."""
+    teacher = tiny.peft_lora(tmp_path / "module", world / "teacher", **options)
+    peft_graft.transfer(tmp_path / "module", student=world / "teacher", out=tmp_path / "graft")
+    moved = PeftModel.from_pretrained(tiny.task_model(world / "teacher"), tmp_path / "graft").eval()
+
+    def deltas(model):
+        return {
+            name: module.get_delta_weight("default")
+            for name, module in model.named_modules()
+            if isinstance(module, peft.tuners.lora.Linear)
+        }
+
+    expected, found = deltas(teacher), deltas(moved)
+    assert expected.keys() == found.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta)
+
+
+def test_target_modules_are_written_as_a_person_would(world, tmp_path) -> None:
+    peft_graft.transfer(world / "lora", student=world / "narrow", out=tmp_path / "g", text=world / "text.txt")
+    config = json.loads((tmp_path / "g" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_lin", "v_lin"]
+    assert config["base_model_name_or_path"] == str(world / "narrow")
+    assert config["modules_to_save"] == ["classifier"]
+
+
+def test_label_names_come_along(world, tmp_path) -> None:
+    """peft stores no label names: they come from the teacher's configuration, or from config.json beside the module."""
+    tiny.task_model(world / "teacher").save_pretrained(tmp_path / "named")
+    graft = peft_graft.transfer(
+        world / "lora", teacher=tmp_path / "named", student=world / "shallow", method="copy", out=tmp_path / "g"
+    )
+    assert graft.checkpoint.head.labels == tiny.LABELS
+    again = peft_graft.transfer(tmp_path / "g", student=world / "shallow")
+    assert again.checkpoint.head.labels == tiny.LABELS
+    card = (tmp_path / "g" / "README.md").read_text()
+    assert "B-PER" in card
+    model = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "g", num_labels=len(tiny.LABELS))
+    assert model.base_model.model.classifier.modules_to_save["default"].weight.shape == (5, 32)
+
+
+def test_a_dropped_head_leaves_an_untrained_one_that_peft_can_load(world, tmp_path) -> None:
+    graft = peft_graft.transfer(
+        world / "lora", student=world / "shallow", method="copy", head="drop", out=tmp_path / "g"
+    )
+    assert graft.report.head is None
+    written = load_file(tmp_path / "g" / "adapter_model.safetensors")
+    assert written["base_model.model.classifier.weight"].shape == (5, 32)
+    trained = load_file(world / "lora" / "adapter_model.safetensors")
+    assert not torch.equal(written["base_model.model.classifier.weight"], trained["base_model.model.classifier.weight"])
+    PeftModel.from_pretrained(tiny.task_model(world / "shallow"), tmp_path / "g")
+
+
+def test_an_adapterhub_head_can_be_dropped(world, tmp_path) -> None:
+    peft_graft.transfer(world / "pfeiffer", student=world / "shallow", method="copy", head="drop", out=tmp_path / "g")
+    assert not (tmp_path / "g" / "head_config.json").exists()
+
+
+def test_a_module_on_a_bare_model(world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", task="base")
+    peft_graft.transfer(tmp_path / "m", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g")
+    keys = load_file(tmp_path / "g" / "adapter_model.safetensors")
+    assert all(key.startswith("base_model.model.transformer.layer.") for key in keys)
+    PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(world / "narrow"), tmp_path / "g")
+
+
+def test_a_wider_head_of_two_layers_computes_the_same_logits(world, tmp_path) -> None:
+    """A RoBERTa sentence head has an inner layer of hidden size; a wider student pads it with units that do nothing."""
+    base = tiny.base_model(tmp_path / "base", "roberta", layers=2, hidden=24)
+    tiny.peft_lora(tmp_path / "m", base, task="sequence-classification", labels=("a", "b", "c"))
+    wide = peft_graft.transfer(tmp_path / "m", student=world / "wide", text=world / "text.txt", out=tmp_path / "g")
+    head = wide.checkpoint.head
+    assert head.tensors["dense.weight"].values.shape == (48, 48)
+    assert not head.tensors["dense.weight"].values[24:].any()
+    assert wide.report.head.dropped_inner_units == 0
+    narrow = tiny.base_model(tmp_path / "narrow", "roberta", layers=2, hidden=16)
+    small = peft_graft.transfer(tmp_path / "m", student=narrow, text=world / "text.txt", out=tmp_path / "s")
+    assert small.report.head.dropped_inner_units == 8
+
+
+def test_a_bert_sentence_head_becomes_a_roberta_one(world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", task="sequence-classification", labels=("a", "b", "c"))
+    graft = peft_graft.transfer(tmp_path / "m", student=world / "wide", text=world / "text.txt", out=tmp_path / "g")
+    assert graft.checkpoint.head.activation == "tanh"
+    keys = load_file(tmp_path / "g" / "adapter_model.safetensors")
+    assert keys["base_model.model.classifier.dense.weight"].shape == (48, 48)
+
+
+def test_an_alignment_serves_every_module_of_its_pair(world, tmp_path) -> None:
+    alignment = peft_graft.align(
+        world / "teacher", world / "narrow", text=world / "text.txt", out=tmp_path / "alignment", layers="avg"
+    )
+    for module in ("lora", "pfeiffer"):
+        direct = peft_graft.transfer(world / module, student=world / "narrow", text=world / "text.txt")
+        reused = peft_graft.transfer(world / module, student=world / "narrow", alignment=tmp_path / "alignment")
+        live = peft_graft.transfer(world / module, student=world / "narrow", alignment=alignment)
+        assert reused.report.method_reason == "the method of the given alignment"
+        for site, found in direct.checkpoint.modules.items():
+            for name, tensor in found.tensors.items():
+                assert torch.equal(tensor.values, reused.checkpoint.modules[site].tensors[name].values)
+                assert torch.equal(tensor.values, live.checkpoint.modules[site].tensors[name].values)
+
+
+def test_live_objects_give_the_same_graft(world) -> None:
+    by_name = peft_graft.transfer(world / "lora", student=world / "narrow", text=world / "text.txt")
+    models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
+    live = peft_graft.transfer_checkpoint(
+        read_checkpoint(world / "lora"),
+        *models,
+        teacher_tokenizer=tokenizers[0],
+        student_tokenizer=tokenizers[1],
+        text=tiny.sentences(),
+    )
+    for site, module in by_name.checkpoint.modules.items():
+        assert torch.equal(module.tensors["A"].values, live.checkpoint.modules[site].tensors["A"].values)
+
+
+def test_a_live_graft_can_be_saved_later(world, tmp_path) -> None:
+    models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "shallow")]
+    graft = peft_graft.transfer_checkpoint(read_checkpoint(world / "lora"), *models, method="copy")
+    assert graft.folder is None
+    saved = graft.save(tmp_path / "g")
+    assert saved.folder == tmp_path / "g"
+    assert saved.report.verification.done
+
+
+def test_the_report_round_trips_and_names_its_inputs(world, tmp_path) -> None:
+    graft = peft_graft.transfer(world / "lora", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g")
+    report = GraftReport.model_validate_json((tmp_path / "g" / "graft.json").read_text())
+    assert report == graft.report
+    assert report.module_files["adapter_model.safetensors"] == _sha256(world / "lora" / "adapter_model.safetensors")
+    assert report.pairing.samples == 400
+    assert report.pairing.one_to_one > 0
+    assert report.layers == [[0], [2]]
+    assert report.versions["torch"] == torch.__version__
+
+
+def test_sampling_depends_on_the_seed_only(world) -> None:
+    def maps(seed: int):
+        graft = peft_graft.transfer(
+            world / "lora", student=world / "narrow", text=world / "text.txt", max_tokens=500, seed=seed
+        )
+        return [m.indices.tolist() for m in graft.alignment.maps.values()]
+
+    assert maps(1) == maps(1)
+    assert maps(1) != maps(2)
+
+
+def test_legacy_bin_files_and_safetensors_of_both_libraries(world, tmp_path) -> None:
+    raw = read_checkpoint(world / "lora")
+    legacy = tmp_path / "legacy"
+    legacy.mkdir()
+    (legacy / "adapter_config.json").write_text((world / "lora" / "adapter_config.json").read_text())
+    torch.save(load_file(world / "lora" / "adapter_model.safetensors"), legacy / "adapter_model.bin")
+    again = read_checkpoint(legacy)
+    assert all(
+        torch.equal(again.entries[path][name], value)
+        for path, factors in raw.entries.items()
+        for name, value in factors.items()
+    )
+    model = tiny.adapterhub_module(tmp_path / "bin", world / "teacher")
+    model.save_adapter(str(tmp_path / "safe"), "skill", use_safetensors=True)
+    assert (tmp_path / "safe" / "adapter.safetensors").exists()
+    graft = peft_graft.transfer(tmp_path / "safe", student=world / "shallow", method="copy", out=tmp_path / "g")
+    assert (tmp_path / "g" / "adapter.safetensors").exists()
+    assert (tmp_path / "g" / "model_head.safetensors").exists()
+    assert graft.report.verification.done
+
+
+def test_static_heads_and_bare_models_of_adapterhub(world, tmp_path) -> None:
+    import adapters
+
+    for task in ("base", "token-classification"):
+        model = tiny.task_model(world / "teacher", task)
+        adapters.init(model)
+        model.add_adapter("x", config="seq_bn")
+        tiny.randomise(model, 3, ["adapters.x", "classifier"])
+        model.save_adapter(str(tmp_path / task), "x")
+        graft = peft_graft.transfer(
+            tmp_path / task, student=world / "narrow", text=world / "text.txt", out=tmp_path / f"{task}-graft"
+        )
+        assert graft.report.verification.done
+        assert (graft.checkpoint.head is not None) == (task != "base")
+
+
+def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
+    """Norms, gates and learned scaling of an adapter move along their axes; bottlenecks may differ by layer."""
+    import adapters
+
+    settings = adapters.SeqBnConfig(
+        ln_before=True, ln_after=True, use_gating=True, scaling="channel", reduction_factor={"1": 4, "default": 8}
+    )
+    tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
+    graft = peft_graft.transfer(tmp_path / "m", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g")
+    module = graft.checkpoint.modules[Site(0, "ffn.adapter")]
+    assert module.tensors["scaling"].values.shape == (24,)
+    assert module.tensors["gate.weight"].values.shape == (1, 24)
+    assert graft.report.verification.done
+    peft_graft.transfer(tmp_path / "m", student=world / "shallow", layers="0,1", method="copy", out=tmp_path / "c")
+    config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
+    assert sorted(config["config"]["reduction_factor"].values()) == [4, 8]
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
