@@ -16,6 +16,9 @@ import tiny
 torch.set_num_threads(1)
 
 
+needs_adapters = pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the library adapters is not installed")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teachers, students, modules and text that many tests read and none writes."""
@@ -25,6 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.base_model(root / "narrow", "distilbert", layers=2, hidden=24, seed=5, tokens="unigram")
     tiny.base_model(root / "wide", "roberta", layers=6, hidden=48, seed=6, tokens="unigram")
     tiny.peft_lora(root / "lora", teacher)
-    tiny.adapterhub_module(root / "pfeiffer", teacher)
+    if tiny.HAS_ADAPTERS:
+        tiny.adapterhub_module(root / "pfeiffer", teacher)
     (root / "text.txt").write_text("\n".join(tiny.sentences()) + "\n", encoding="utf-8")
     return root

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import peft_graft
 import tiny
+from conftest import needs_adapters
 from peft_graft import errors
 from peft_graft.checkpoints import read_checkpoint
 from peft_graft.errors import (
@@ -162,6 +163,7 @@ def test_kinds_that_are_not_supported_are_refused_by_name(move, module, changes,
         move(module)
 
 
+@needs_adapters
 def test_an_adapterhub_setting_that_is_not_supported(move, world, tmp_path) -> None:
     module = Path(shutil.copytree(world / "pfeiffer", tmp_path / "module"))
     config = json.loads((module / "adapter_config.json").read_text())

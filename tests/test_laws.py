@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import peft_graft
 import tiny
+from conftest import needs_adapters
 
 ALL_LINEAR = ("query", "key", "value", "dense")
 
@@ -66,6 +67,7 @@ def test_a_permuted_student_computes_what_the_teacher_does(tmp_path, family: str
     torch.testing.assert_close(logits(moved, batch), expected, rtol=0, atol=1e-4)
 
 
+@needs_adapters
 @pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora"])
 @pytest.mark.parametrize("head", ["tagging", "classification"])
 def test_a_permuted_student_with_adapterhub_modules(tmp_path, settings: str, head: str) -> None:

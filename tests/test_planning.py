@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from conftest import needs_adapters
 from peft_graft.alignment import METHODS
 from peft_graft.checkpoints import read_checkpoint, resolve
 from peft_graft.errors import ModelError, PlanError
@@ -85,6 +86,7 @@ def test_layers_without_modules_are_no_sites(world, parts, tmp_path) -> None:
     assert [site.teacher for site in plan.sites][::2] == [(Site(1, "attn.query"),), (Site(3, "attn.query"),)]
 
 
+@needs_adapters
 def test_a_site_without_counterpart_is_refused(world) -> None:
     teacher = describe_config(load_config(str(world / "teacher")))
     checkpoint = resolve(read_checkpoint(world / "pfeiffer"), teacher)

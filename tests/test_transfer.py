@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import peft_graft
 import tiny
+from conftest import needs_adapters
 from peft_graft.checkpoints import read_checkpoint, resolve
 from peft_graft.models import describe_config, load_config
 from peft_graft.modules import LoraModule, Site
@@ -38,6 +39,7 @@ def test_a_bert_lora_moves_to_every_family(world, tmp_path, family: str, shape) 
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
+@needs_adapters
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "distilbert", "electra"])
 @pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora"])
 def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path, family: str, settings: str) -> None:
@@ -162,6 +164,7 @@ def test_a_dropped_head_leaves_an_untrained_one_that_peft_can_load(world, tmp_pa
     PeftModel.from_pretrained(tiny.task_model(world / "shallow"), tmp_path / "g")
 
 
+@needs_adapters
 def test_an_adapterhub_head_can_be_dropped(world, tmp_path) -> None:
     peft_graft.transfer(world / "pfeiffer", student=world / "shallow", method="copy", head="drop", out=tmp_path / "g")
     assert not (tmp_path / "g" / "head_config.json").exists()
@@ -197,6 +200,7 @@ def test_a_bert_sentence_head_becomes_a_roberta_one(world, tmp_path) -> None:
     assert keys["base_model.model.classifier.dense.weight"].shape == (48, 48)
 
 
+@needs_adapters
 def test_an_alignment_serves_every_module_of_its_pair(world, tmp_path) -> None:
     alignment = peft_graft.align(
         world / "teacher", world / "narrow", text=world / "text.txt", out=tmp_path / "alignment", layers="avg"
@@ -258,6 +262,7 @@ def test_sampling_depends_on_the_seed_only(world) -> None:
     assert maps(1) != maps(2)
 
 
+@needs_adapters
 def test_legacy_bin_files_and_safetensors_of_both_libraries(world, tmp_path) -> None:
     raw = read_checkpoint(world / "lora")
     legacy = tmp_path / "legacy"
@@ -279,6 +284,7 @@ def test_legacy_bin_files_and_safetensors_of_both_libraries(world, tmp_path) -> 
     assert graft.report.verification.done
 
 
+@needs_adapters
 def test_static_heads_and_bare_models_of_adapterhub(world, tmp_path) -> None:
     import adapters
 
@@ -295,6 +301,7 @@ def test_static_heads_and_bare_models_of_adapterhub(world, tmp_path) -> None:
         assert (graft.checkpoint.head is not None) == (task != "base")
 
 
+@needs_adapters
 def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
     """Norms, gates and learned scaling of an adapter move along their axes; bottlenecks may differ by layer."""
     import adapters

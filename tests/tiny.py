@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ WORDS = [
 ]
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+HAS_ADAPTERS = importlib.util.find_spec("adapters") is not None  # it needs transformers 4
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra")
 
 

@@ -32,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_INTERRUPTED = 130
 _METHOD_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 
 
@@ -179,12 +180,14 @@ def main() -> None:
     """Entry point: one clear line for every error of ours, no half-written result after an interruption."""
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns the signal into its exit code
+            raise KeyboardInterrupt
     except GraftError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted; nothing was written")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
             error.show()

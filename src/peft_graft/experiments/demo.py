@@ -37,9 +37,9 @@ from peft_graft.settings import Progress
 from peft_graft.transfer import transfer
 from peft_graft.weights import check_output, write_json
 
-TEACHER_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=12)
+TEACHER_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=10)
 STUDENT_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=12, batch_size=8)
-TEST_SENTENCES, BUDGET, SEEDS = 180, 60, 3
+TEST_SENTENCES, BUDGET, SEEDS = 200, 60, 3
 #: How the module gets to the student: name in the table -> folder, method and layers of ``transfer``.
 STARTS = {
     "copy, skip": ("copy-skip", "copy", "skip"),
@@ -99,7 +99,7 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progres
     return result
 
 
-def _run(teacher: Path, student: Path, staging: Path, final: Path, seed: int, progress: Progress | None) -> DemoResult:
+def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress | None) -> DemoResult:
     def say(stage: str, done: int = 0, total: int | None = None) -> None:
         if progress:
             progress(stage, done, total)
@@ -163,7 +163,8 @@ def show_demo(result: DemoResult, console: Console) -> None:
         "before",
         f"after {BUDGET} labelled sentences",
         "share of the gain",
-        title=f"entity F1 on {result.test_sentences} sentences\n{result.teacher} (6 layers) → {result.student} (3 layers)",
+        title=f"entity F1 on {result.test_sentences} sentences\n"
+        f"{result.teacher} (6 layers) → {result.student} (3 layers)",
     )
     after = {row.start: row for row in result.rows if row.budget}
     for row in result.rows:

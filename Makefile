@@ -1,0 +1,31 @@
+# make install   .venv with peft-graft and all that demo and tests need
+# make demo      the main job on real pretrained weights
+# make test      lint, types and tests
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+# torch first and by exact version: elsewhere the default build would bring gigabytes of CUDA.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,adapters,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/peft-graft demo --out out/demo --force
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+clean:
+	rm -rf .venv out

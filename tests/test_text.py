@@ -1,0 +1,56 @@
+"""Text sources: every file type, columns by name, a random order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from peft_graft.text import Sample, as_samples, read_text
+
+ROWS = [{"premise": f"one {i}", "hypothesis": f"two {i}", "tokens": ["a", f"b{i}", "."], "n": i} for i in range(30)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    data = Dataset.from_list(ROWS)
+    data.to_parquet(str(tmp_path / "d.parquet"))
+    data.to_json(str(tmp_path / "d.jsonl"))
+    data.remove_columns("tokens").to_csv(str(tmp_path / "d.csv"), index=False)
+    data.remove_columns("tokens").to_csv(str(tmp_path / "d.tsv"), index=False, sep="\t")
+    (tmp_path / "d.txt").write_text("\n\n".join(row["premise"] for row in ROWS))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.jsonl", "d.csv", "d.tsv"])
+def test_sentence_pairs_by_name(folder, name: str) -> None:
+    found = set(read_text(folder / name, ["premise", "hypothesis"]))
+    assert found == {Sample(row["premise"], row["hypothesis"]) for row in ROWS}
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv"])
+def test_usual_column_names_are_found(folder, name: str) -> None:
+    assert set(read_text(folder / name)) == {Sample(row["premise"], row["hypothesis"]) for row in ROWS}
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.jsonl"])
+def test_token_lists_become_text(folder, name: str) -> None:
+    assert set(read_text(folder / name)) == {Sample(f"a b{i} .") for i in range(30)}
+
+
+def test_lines_of_a_text_file_without_the_empty_ones(folder) -> None:
+    assert {sample.first for sample in read_text(folder / "d.txt")} == {row["premise"] for row in ROWS}
+
+
+def test_the_order_is_random_and_reproducible(folder) -> None:
+    orders = [[sample.first for sample in read_text(folder / "d.txt", seed=seed)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != [row["premise"] for row in ROWS]
+
+
+def test_python_objects() -> None:
+    assert list(as_samples(["a b", ("c", "d"), ["e", "f"], Sample("g")])) == [
+        Sample("a b"),
+        Sample("c", "d"),
+        Sample("e f"),
+        Sample("g"),
+    ]
