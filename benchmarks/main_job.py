@@ -125,9 +125,9 @@ def run_pair(name, args, train, held_out, test, labels):
         budget: best_rate(args, name, makers["fresh"], train, held_out, tokenizer, labels, budget)
         for budget in args.budgets
     }
-    for start, make in makers.items():
-        for budget in args.budgets:
-            for seed in range(args.seeds if budget else 1):
+    for seed in range(args.seeds):  # outermost, so that an interrupted run leaves whole comparisons
+        for budget in args.budgets if seed == 0 else [budget for budget in args.budgets if budget]:
+            for start, make in makers.items():
                 path = args.out / "runs" / f"{name}-{start}-{budget}-{seed}.json".replace(", ", "-").replace(" ", "-")
                 if path.exists():
                     continue

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 from peft import PeftModel
 
 import peft_graft
+import tiny
 from peft_graft.experiments import packaged_models
 from peft_graft.experiments.demo import DemoResult
 
