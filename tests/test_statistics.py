@@ -92,6 +92,14 @@ def test_constant_units_are_found_and_have_no_correlation() -> None:
     assert bool(torch.isfinite(correlation).all())
 
 
+def test_a_unit_whose_spread_vanishes_beside_the_others_counts_as_constant() -> None:
+    teacher, student = batch(30)
+    teacher[:, 1] *= 1e-32
+    of_teacher, of_student = PairedStatistics.of(teacher.float(), student.float()).constant_units()
+    assert of_teacher.tolist() == [False, True, False, False, False]
+    assert not of_student.any()
+
+
 def test_moments_that_were_not_asked_for_are_not_kept() -> None:
     statistics = PairedStatistics.of(*batch(5))
     assert statistics.teacher_moment is None

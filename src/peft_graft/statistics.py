@@ -118,9 +118,10 @@ class PairedStatistics:
         self.__dict__.update(merged.__dict__)
 
     def _is_constant(self, variance_sum: Tensor, mean: Tensor) -> Tensor:
-        # Constant up to rounding: spread below float32 resolution of the unit's own offset.
+        # Constant up to rounding: spread below float32's resolution of the unit's own offset, or vanishing beside the
+        # other units' (MiniLM's last hidden state has a unit of deviation 1e-32, whose squares underflow).
         deviation = (variance_sum / max(self.count, 1)).sqrt()
-        return deviation <= 1e-6 * mean.abs().clamp_min(1e-30)
+        return deviation <= torch.maximum(1e-6 * mean.abs(), 1e-9 * deviation.max())
 
     def constant_units(self) -> tuple[Tensor, Tensor]:
         """Boolean masks [d_t] and [d_s] of units that do not vary over the pairs."""
