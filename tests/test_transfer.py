@@ -320,6 +320,32 @@ def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
     assert sorted(config["config"]["reduction_factor"].values()) == [4, 8]
 
 
+def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:
+    """Grouped-query Llama, roles inferred from the module tree: identity exactly, and onto another size."""
+    for name, hidden, layers in (("teacher", 32, 4), ("student", 24, 2)):
+        config = transformers.LlamaConfig(
+            vocab_size=200, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+        )  # fmt: skip
+        tiny.lively(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path / name)
+        tiny.tokenizer(tmp_path / name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
+    tiny.randomise(adapted, 3, ["lora_"])
+    adapted.save_pretrained(tmp_path / "module")
+    peft_graft.transfer(tmp_path / "module", student=tmp_path / "teacher", out=tmp_path / "same")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("module", "same"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences()))
+    graft = peft_graft.transfer(
+        tmp_path / "module", student=tmp_path / "student", text=tmp_path / "text.txt", out=tmp_path / "small"
+    )
+    assert graft.report.student.inferred_architecture
+    assert graft.report.verification.output_change > 0
+
+
 def _sha256(path: Path) -> str:
     import hashlib
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -112,50 +112,40 @@ def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
 _TOKEN_HEAD = HeadForm(out="classifier", reads=TOKENS_OUT)
 _DENSE_HEAD = HeadForm(out="classifier.out_proj", reads=FIRST_OUT, dense="classifier.dense", activation="tanh")
 
-_BERT_LINEARS = _linears(
-    attn_query="attention.self.query",
-    attn_key="attention.self.key",
-    attn_value="attention.self.value",
-    attn_output="attention.output.dense",
-    ffn_up="intermediate.dense",
-    ffn_down="output.dense",
+_BERT = ArchitectureRow(
+    model_types=("bert",),
+    layers="encoder.layer",
+    linears=_linears(
+        attn_query="attention.self.query",
+        attn_key="attention.self.key",
+        attn_value="attention.self.value",
+        attn_output="attention.output.dense",
+        ffn_up="intermediate.dense",
+        ffn_down="output.dense",
+    ),
+    taps={"layer.out": Tap("output.LayerNorm", "output")},
+    adapters=_adapters("attention.output.adapters", "output.adapters"),
+    heads={
+        TOKEN_CLASSIFICATION: _TOKEN_HEAD,
+        SEQUENCE_CLASSIFICATION: HeadForm(
+            out="classifier", reads=FIRST_OUT, dense="pooler.dense", activation="tanh", dense_in_base=True
+        ),
+    },
 )
-_BERT_TAPS = {"layer.out": Tap("output.LayerNorm", "output")}
-_BERT_ADAPTERS = _adapters("attention.output.adapters", "output.adapters")
 
 ROWS: tuple[ArchitectureRow, ...] = (
-    ArchitectureRow(
-        model_types=("bert",),
-        layers="encoder.layer",
-        linears=_BERT_LINEARS,
-        taps=_BERT_TAPS,
-        adapters=_BERT_ADAPTERS,
-        heads={
-            TOKEN_CLASSIFICATION: _TOKEN_HEAD,
-            SEQUENCE_CLASSIFICATION: HeadForm(
-                out="classifier", reads=FIRST_OUT, dense="pooler.dense", activation="tanh", dense_in_base=True
-            ),
-        },
-    ),
-    ArchitectureRow(
+    _BERT,
+    replace(
+        _BERT,
         model_types=("roberta", "xlm-roberta", "camembert"),
-        layers="encoder.layer",
-        linears=_BERT_LINEARS,
-        taps=_BERT_TAPS,
-        adapters=_BERT_ADAPTERS,
         heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
     ),
-    ArchitectureRow(
+    replace(
+        _BERT,
         model_types=("electra",),
-        layers="encoder.layer",
-        linears=_BERT_LINEARS,
-        taps=_BERT_TAPS,
-        adapters=_BERT_ADAPTERS,
         heads={
             TOKEN_CLASSIFICATION: _TOKEN_HEAD,
-            SEQUENCE_CLASSIFICATION: HeadForm(
-                out="classifier.out_proj", reads=FIRST_OUT, dense="classifier.dense", activation="gelu"
-            ),
+            SEQUENCE_CLASSIFICATION: replace(_DENSE_HEAD, activation="gelu"),
         },
     ),
     ArchitectureRow(
@@ -189,7 +179,7 @@ ROWS: tuple[ArchitectureRow, ...] = (
             ffn_up="intermediate.dense",
             ffn_down="output.dense",
         ),
-        taps=_BERT_TAPS,
+        taps=_BERT.taps,
         heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
     ),
 )

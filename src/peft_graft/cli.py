@@ -227,6 +227,8 @@ def _progress() -> Iterator[ProgressCall | None]:
 
         def call(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
+                for finished in tasks.values():
+                    display.update(finished, visible=False)  # type: ignore[arg-type]
                 tasks[stage] = display.add_task(stage, total=total)
             display.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
