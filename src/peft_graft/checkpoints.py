@@ -154,6 +154,7 @@ def resolve(
             )
         modules[site] = _module(raw, site, path, values, architecture)
         _check_shapes(modules[site], architecture)
+    _check_saved_parts(raw, architecture)
     head = _resolve_head(raw, architecture, base_tensors or {}) if raw.head and with_head else None
     wrapped = bool(prefixes - {""}) or (raw.task != "base")
     return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped)
@@ -227,6 +228,18 @@ def _check_shapes(module: Module, architecture: Architecture) -> None:
                     found=tensor.values.shape[axis],
                     fix="name the model that the module was trained on with --teacher",
                 )
+
+
+def _check_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> None:
+    """Refuse parts of the base model that were trained and saved beside the module; its pooler belongs to the head."""
+    start = f"{architecture.prefix}."
+    inside = [key for key in raw.head if key.startswith(start) and not key.startswith(f"{start}pooler.")]
+    if inside:
+        raise CheckpointError(
+            f"the module comes with a trained part of its base model, {inside[0]}, which cannot be moved yet",
+            where=raw.base_model or raw.name,
+            fix="train the module without this part in modules_to_save",
+        )
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------

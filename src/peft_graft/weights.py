@@ -61,7 +61,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         else:
             torch.save({name: tensor.clone() for name, tensor in plain.items()}, path)
     except (SafetensorError, RuntimeError) as error:  # both libraries hide the operating system's error in their own
-        raise OSError(errno.EIO, (str(error).splitlines() or ["write failed"])[0], str(path)) from error
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+        full = shutil.disk_usage(path.parent).free < needed
+        reason = os.strerror(errno.ENOSPC) if full else (str(error).splitlines() or ["write failed"])[0]
+        raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(path)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
