@@ -157,6 +157,7 @@ def test_a_dropped_head_leaves_an_untrained_one_that_peft_can_load(world, tmp_pa
         world / "lora", student=world / "shallow", method="copy", head="drop", out=tmp_path / "g"
     )
     assert graft.report.head is None
+    assert any("untrained head stands in" in note for note in graft.report.notes)
     written = load_file(tmp_path / "g" / "adapter_model.safetensors")
     assert written["base_model.model.classifier.weight"].shape == (5, 32)
     trained = load_file(world / "lora" / "adapter_model.safetensors")

@@ -83,10 +83,12 @@ class Graft:
             if labels and raw.format == "peft":
                 _write_labels(staging, config, labels)
             verification = verify(staging, raw, self.student, labels)
-            skipped = [] if verification.done else [f"not verified: {verification.library} is not installed"]
-            report = self.report.model_copy(
-                update={"verification": verification, "notes": [*self.report.notes, *skipped]}
-            )
+            notes = list(self.report.notes)
+            if raw.head and self.checkpoint.head is None:
+                notes.append(f"an untrained head stands in for one that was not carried, as peft demands for {task}")
+            if not verification.done:
+                notes.append(f"not verified: {verification.library} is not installed")
+            report = self.report.model_copy(update={"verification": verification, "notes": notes})
             write_model_card(staging, report, task, labels)
             write_json(staging / "graft.json", report.model_dump(mode="json"))
         return replace(self, report=report, folder=out)
