@@ -290,9 +290,13 @@ def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 409
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence what transformers and adapters say about heads that are random until a checkpoint fills them."""
-    verbosity = transformers.logging.get_verbosity()
+    """Silence what transformers and adapters say about heads that are random until a checkpoint fills them.
+
+    Also transformers 5's bars for loading weights, which would end up in logs; our own progress says as much.
+    """
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     other = logging.getLogger("adapters")
     level = other.level
     other.setLevel(logging.ERROR)
@@ -300,6 +304,8 @@ def quiet_libraries() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
         other.setLevel(level)
 
 
