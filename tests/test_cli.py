@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -112,18 +114,32 @@ def test_mistakes_end_in_one_line_and_a_code(tmp_path, arguments: list[str], cod
 def test_an_interrupted_transfer_leaves_nothing(world, tmp_path) -> None:
     (tmp_path / "long.txt").write_text((world / "text.txt").read_text() * 60)
     (tmp_path / "outputs").mkdir()
+    terminal, theirs = pty.openpty()  # a terminal, so that progress shows when the long stage has begun
     process = subprocess.Popen(
         [*COMMAND, "transfer", str(world / "lora"), "--student", str(world / "narrow"), "--text",
          str(tmp_path / "long.txt"), "--max-tokens", "100000000", "--out", str(tmp_path / "outputs" / "g")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=theirs, env={**ENVIRONMENT, "TERM": "xterm"},
     )  # fmt: skip
-    time.sleep(9)
+    os.close(theirs)
+    seen = _read_until(terminal, b"pairing tokens")
     assert process.poll() is None, "the transfer ended before it could be interrupted"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "interrupted; nothing was written" in stderr
+    seen += _read_until(terminal, b"nothing was written")
+    os.close(terminal)
+    assert process.wait(timeout=60) == 130
+    assert b"interrupted; nothing was written" in seen
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def _read_until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
+    seen, end = b"", time.monotonic() + seconds
+    while text not in seen and time.monotonic() < end:
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                seen += os.read(terminal, 4096)
+            except OSError:  # the other side has closed
+                break
+    return seen
 
 
 def test_help_names_every_option_of_the_documentation() -> None:
