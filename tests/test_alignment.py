@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft.alignment import METHODS, Alignment, SpaceMap, assign_by_correlation, copy_alignment
+from peft_graft.alignment import Alignment, copy_alignment
 from peft_graft.alignment_files import load_alignment, save_alignment
 from peft_graft.errors import AlignmentError, OutputError
+from peft_graft.maps import Selection
+from peft_graft.methods import METHODS, assign_by_correlation
 from peft_graft.modules import Space
 from peft_graft.statistics import PairedStatistics
 
@@ -60,14 +62,14 @@ def test_units_without_variance_are_matched_last_and_counted() -> None:
 
 def test_identity_copies_bit_for_bit_and_keeps_the_dtype() -> None:
     weight = torch.randn(3, 5).to(torch.bfloat16)
-    moved = SpaceMap.identity(5).apply(weight, 1, "write")
+    moved = Selection.identity(5).apply(weight, 1, "write")
     assert torch.equal(moved, weight)
     assert moved.dtype == torch.bfloat16
 
 
 def test_a_map_refuses_an_axis_of_another_size() -> None:
     with pytest.raises(AlignmentError, match="expected size 5, found 4"):
-        SpaceMap.identity(5).apply(torch.zeros(4), 0, "read")
+        Selection.identity(5).apply(torch.zeros(4), 0, "read")
 
 
 def test_copy_refuses_spaces_of_different_size() -> None:
@@ -80,7 +82,7 @@ def test_an_alignment_survives_its_files(tmp_path) -> None:
         "prune-align",
         "teacher",
         "student",
-        {PAIR: SpaceMap(torch.tensor([2, -1, 0]), 3), (Space(-1, "tokens.out"),) * 2: SpaceMap.identity(4)},
+        {PAIR: Selection(torch.tensor([2, -1, 0]), 3), (Space(-1, "tokens.out"),) * 2: Selection.identity(4)},
         {PAIR: {"mean_correlation": 0.5}},
         {"text": "here"},
     )

@@ -19,6 +19,7 @@ from peft_graft.checkpoints import read_checkpoint, resolve
 from peft_graft.models import describe_config, load_config
 from peft_graft.modules import LoraModule, Site
 from peft_graft.report import GraftReport
+from peft_graft.text import read_text
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -47,7 +48,9 @@ def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path,
 
     tiny.adapterhub_module(tmp_path / "module", world / "teacher", settings)
     student = tiny.base_model(tmp_path / "student", family, seed=8, layers=3, hidden=24, tokens="unigram")
-    graft = peft_graft.transfer(tmp_path / "module", student=student, out=tmp_path / "graft", text=world / "text.txt")
+    graft = peft_graft.transfer(
+        tmp_path / "module", student=student, out=tmp_path / "graft", text=world / "text.txt", polish=3
+    )
     assert graft.report.verification.done
     model = AutoAdapterModel.from_pretrained(student)
     info: dict = {}
@@ -207,18 +210,18 @@ def test_an_alignment_serves_every_module_of_its_pair(world, tmp_path) -> None:
         world / "teacher", world / "narrow", text=world / "text.txt", out=tmp_path / "alignment", layers="avg"
     )
     for module in ("lora", "pfeiffer"):
-        direct = peft_graft.transfer(world / module, student=world / "narrow", text=world / "text.txt")
         reused = peft_graft.transfer(world / module, student=world / "narrow", alignment=tmp_path / "alignment")
         live = peft_graft.transfer(world / module, student=world / "narrow", alignment=alignment)
         assert reused.report.method_reason == "the method of the given alignment"
-        for site, found in direct.checkpoint.modules.items():
+        for site, found in live.checkpoint.modules.items():
             for name, tensor in found.tensors.items():
                 assert torch.equal(tensor.values, reused.checkpoint.modules[site].tensors[name].values)
-                assert torch.equal(tensor.values, live.checkpoint.modules[site].tensors[name].values)
 
 
 def test_live_objects_give_the_same_graft(world) -> None:
-    by_name = peft_graft.transfer(world / "lora", student=world / "narrow", text=world / "text.txt")
+    by_name = peft_graft.transfer(
+        world / "lora", student=world / "narrow", text=world / "text.txt", method="prune-align", head="carry"
+    )
     models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
     live = peft_graft.transfer_checkpoint(
@@ -226,7 +229,9 @@ def test_live_objects_give_the_same_graft(world) -> None:
         *models,
         teacher_tokenizer=tokenizers[0],
         student_tokenizer=tokenizers[1],
-        text=tiny.sentences(),
+        text=list(read_text(world / "text.txt")),  # in the same order
+        method="prune-align",
+        head="carry",
     )
     for site, module in by_name.checkpoint.modules.items():
         assert torch.equal(module.tensors["A"].values, live.checkpoint.modules[site].tensors["A"].values)
@@ -246,7 +251,7 @@ def test_the_report_round_trips_and_names_its_inputs(world, tmp_path) -> None:
     report = GraftReport.model_validate_json((tmp_path / "g" / "graft.json").read_text())
     assert report == graft.report
     assert report.module_files["adapter_model.safetensors"] == _sha256(world / "lora" / "adapter_model.safetensors")
-    assert report.pairing.samples == 400
+    assert report.pairing.samples == 320  # a fifth judges
     assert report.pairing.one_to_one > 0
     assert report.layers == [[0], [2]]
     assert report.versions["torch"] == torch.__version__
@@ -255,7 +260,12 @@ def test_the_report_round_trips_and_names_its_inputs(world, tmp_path) -> None:
 def test_sampling_depends_on_the_seed_only(world) -> None:
     def maps(seed: int):
         graft = peft_graft.transfer(
-            world / "lora", student=world / "narrow", text=world / "text.txt", max_tokens=500, seed=seed
+            world / "lora",
+            student=world / "narrow",
+            text=world / "text.txt",
+            max_tokens=500,
+            seed=seed,
+            method="prune-align",
         )
         return [m.indices.tolist() for m in graft.alignment.maps.values()]
 

@@ -20,6 +20,7 @@ from peft_graft.text import Sample
 from peft_graft.token_pairing import Block, PairingCounts, Span, pair_tokens, trimmed_spans
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
+_HELD_OUT_EVERY = 8
 _SAMPLE_SPACES = {FIRST_OUT, POOLED_OUT}
 
 
@@ -143,52 +144,59 @@ def collect(
     moments: Sequence[Moment] = ("cross",),
     settings: CollectionSettings | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[Pair, PairedStatistics], PairingCounts]:
+    *,
+    hold_out: bool = False,
+) -> tuple[dict[Pair, tuple[PairedStatistics, PairedStatistics]], PairingCounts]:
     """Statistics of every pair of spaces over the samples, in one pass of both models.
 
     Args:
         teacher, student: with tokenizers. samples: streamed; memory does not depend on how many there are.
         pairs: (teacher space, student space). moments: what the method needs beside the cross moment.
+        hold_out: keep every eighth batch apart, for methods that choose by held-out pairs.
 
     Returns:
-        Statistics by pair, and how the tokens paired. Pairs of a batch whose activations are not finite are left
-        out and counted.
+        Statistics by pair, to fit and held out (empty unless asked for), and how the tokens paired. Pairs of a batch
+        whose activations are not finite are left out and counted.
     """
     settings = settings or CollectionSettings()
     counts = PairingCounts()
-    statistics = {
-        pair: PairedStatistics.empty(
-            teacher.architecture.size(pair[0]), student.architecture.size(pair[1]), moments, str(teacher.base.device)
-        )
-        for pair in pairs
-    }
+    fit, held_out = (
+        {
+            pair: PairedStatistics.empty(
+                teacher.architecture.size(pair[0]), student.architecture.size(pair[1]), wanted, str(teacher.base.device)
+            )
+            for pair in pairs
+        }
+        for wanted in (moments, moments if hold_out else ())
+    )
     with (
         torch.inference_mode(),
         Capture(teacher, (pair[0] for pair in pairs)) as of_teacher,
         Capture(student, (pair[1] for pair in pairs)) as of_student,
     ):
-        for batch in _batches(teacher, student, iter(samples), settings, counts):
+        for number, batch in enumerate(_batches(teacher, student, iter(samples), settings, counts)):
+            statistics = held_out if hold_out and number % _HELD_OUT_EVERY == 0 else fit
             _update(statistics, of_teacher, of_student, batch, counts)
             if progress:
                 progress("pairing tokens", min(counts.pairs, settings.max_tokens), settings.max_tokens)
-    return statistics, counts
+    return {pair: (fit[pair], held_out[pair]) for pair in pairs}, counts
 
 
-def check_pairs(statistics: Mapping[Pair, PairedStatistics]) -> None:
+def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatistics]]) -> None:
     """Refuse statistics of too few pairs: an assignment of d units from fewer than d pairs is noise.
 
     Raises:
         PairingError: a pair of spaces has fewer pairs than its wider space has units.
     """
-    for (teacher_space, student_space), moments in statistics.items():
-        needed = max(moments.cross.shape)
-        if moments.count < needed:
+    for (teacher_space, student_space), (fit, held_out) in statistics.items():
+        needed, count = max(fit.cross.shape), fit.count + held_out.count
+        if count < needed:
             per_sample = teacher_space.name in _SAMPLE_SPACES
             raise PairingError(
                 f"too few {'samples' if per_sample else 'paired tokens'} for the dimension",
                 where=f"teacher {teacher_space} -> student {student_space}",
                 expected=f"at least {needed}",
-                found=moments.count,
+                found=count,
                 fix="give more text or raise --max-tokens" + (", or use --head drop" if per_sample else ""),
             )
 
@@ -200,8 +208,8 @@ def _update(
     batch: Sequence[_Encoded],
     counts: PairingCounts,
 ) -> None:
-    inputs_t = _pad(of_teacher.model, [sample.teacher for sample in batch])
-    inputs_s = _pad(of_student.model, [sample.student for sample in batch])
+    inputs_t = pad(of_teacher.model, [sample.teacher for sample in batch], of_teacher.model.base.device)
+    inputs_s = pad(of_student.model, [sample.student for sample in batch], of_student.model.base.device)
     gather_t, gather_s = _Gather(), _Gather()
     for row, sample in enumerate(batch):
         gather_t.add(row, inputs_t["input_ids"].shape[1], ((b.teacher_start, b.teacher_end) for b in sample.blocks))
@@ -256,7 +264,7 @@ def _encode(
     settings: CollectionSettings,
     counts: PairingCounts,
 ) -> Iterator[_Encoded]:
-    sides = [(*_tokenize(model, chunk, settings.max_length), model) for model in (teacher, student)]
+    sides = [(*tokenize(model, chunk, settings.max_length), model) for model in (teacher, student)]
     (inputs_t, spans_t, _), (inputs_s, spans_s, _) = sides
     for row in range(len(chunk)):
         if counts.pairs >= settings.max_tokens:
@@ -266,9 +274,14 @@ def _encode(
         yield _Encoded(inputs_t[row], inputs_s[row], blocks)
 
 
-def _tokenize(
-    model: ModelHandle, chunk: Sequence[Sample], max_length: int
+def tokenize(
+    model: ModelHandle, samples: Sequence[Sample], max_length: int
 ) -> tuple[list[dict[str, list[int]]], list[list[Span | None]]]:
+    """Model inputs of the samples and the characters of every token (``token_pairing.trimmed_spans``).
+
+    Raises:
+        PairingError: the model came without its tokenizer.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise PairingError("the model came without its tokenizer", where=model.name, fix="pass its fast tokenizer")
@@ -276,21 +289,20 @@ def _tokenize(
     positions = getattr(model.base.config, "max_position_embeddings", max_length + 2) - 2
     limit = min(max_length, tokenizer.model_max_length, positions)
     inputs, spans = [], []
-    for sample in chunk:
+    for sample in samples:
         encoding = tokenizer(*sample.texts, truncation=True, max_length=limit, return_offsets_mapping=True)
         spans.append(trimmed_spans(sample.texts, encoding.sequence_ids(0), encoding["offset_mapping"]))
         inputs.append({key: encoding[key] for key in tokenizer.model_input_names if key in encoding})
     return inputs, spans
 
 
-def _pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+def pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]], device: torch.device) -> dict[str, Tensor]:
+    """One padded batch, [rows, longest row], int64."""
     tokenizer = model.tokenizer
-    assert tokenizer is not None  # _tokenize has refused a model without one
+    assert tokenizer is not None  # tokenize has refused a model without one
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
     width = max(len(row["input_ids"]) for row in rows)
     return {
-        key: torch.tensor(
-            [row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=model.base.device
-        )
+        key: torch.tensor([row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=device)
         for key in rows[0]
     }

@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peft_graft.activations import CollectionSettings, check_pairs, collect
-from peft_graft.alignment import METHODS, Alignment, Method, Pair, solve_alignment
+from peft_graft.alignment import Alignment, Pair, copy_alignment, solve_alignment
 from peft_graft.alignment_files import save_alignment
 from peft_graft.errors import AlignmentError, PairingError, PlanError
+from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
 from peft_graft.planning import plan_alignment
+from peft_graft.preflight import no_text
 from peft_graft.report import hardware, versions
 from peft_graft.settings import Clock, Progress, TransferSettings, checked_settings
 from peft_graft.text import Sample, read_text
@@ -45,7 +47,7 @@ def align(
     Raises:
         GraftError: as for ``transfer``.
     """
-    settings = checked_settings(layers, method, "carry", max_tokens, seed, device, dtype)
+    settings = checked_settings(layers, method, "auto", max_tokens, seed, device, dtype)
     chosen = METHODS[method]
     if not chosen.needs_text:
         raise PlanError(f"{method} needs no alignment", where="--method", fix="call transfer without one")
@@ -60,7 +62,7 @@ def align(
     with clock("loading models"):
         first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
         second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
-    found, _ = align_handles(first, second, samples, pairs, chosen, settings, clock, str(text), lenient=True)
+    (found,), _ = align_handles(first, second, samples, pairs, [chosen], settings, clock, str(text), lenient=True)
     if out is not None:
         save_alignment(found, Path(out), force=force)
     return found
@@ -88,14 +90,17 @@ def align_handles(
     student: ModelHandle,
     samples: Iterator[Sample],
     pairs: Mapping[Pair, tuple[int, int]],
-    method: Method,
+    methods: Sequence[Method],
     settings: TransferSettings,
     clock: Clock,
     text: str,
     *,
     lenient: bool = False,
-) -> tuple[Alignment, PairingCounts]:
-    """Stream, check and solve; ``lenient`` leaves out spaces of samples that too few samples were seen for."""
+) -> tuple[list[Alignment], PairingCounts]:
+    """Stream once, check, and solve with every method.
+
+    ``lenient`` leaves out spaces of samples that too few samples were seen for.
+    """
     for model, role in ((teacher, "teacher"), (student, "student")):
         if model.tokenizer is None:
             raise PairingError("the model came without its tokenizer", where=role, fix="pass its fast tokenizer")
@@ -106,30 +111,84 @@ def align_handles(
             student,
             samples,
             list(pairs),
-            method.moments,
+            sorted({moment for method in methods for moment in method.moments}),
             CollectionSettings(max_tokens=settings.max_tokens),
             clock.progress,
+            hold_out=any(method.holds_out for method in methods),
         )
     if counts.nonfinite_pairs * 2 > counts.pairs:
         raise PairingError(
             "most activations are not finite", where=f"--dtype {settings.dtype}", fix="use --dtype float32 or bfloat16"
         )
     if lenient:
-        few = [pair for pair, moments in statistics.items() if pair[0].layer < 0 and moments.count < max(pairs[pair])]
+        few = [
+            pair
+            for pair, (fit, held_out) in statistics.items()
+            if pair[0].layer < 0 and fit.count + held_out.count < max(pairs[pair])
+        ]
         statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
     check_pairs(statistics)
+    details = {
+        "teacher": teacher.name,
+        "student": student.name,
+        "text": text,
+        "settings": settings.model_dump(mode="json"),
+        "pairing": asdict(counts),
+        "versions": versions(),
+        "hardware": hardware(settings.device),
+    }
     with clock("solving alignments"):
-        details = {
-            "teacher": teacher.name,
-            "student": student.name,
-            "text": text,
-            "settings": settings.model_dump(mode="json"),
-            "pairing": asdict(counts),
-            "versions": versions(),
-            "hardware": hardware(settings.device),
-        }
-        found = solve_alignment(method, statistics, teacher.fingerprint, student.fingerprint, details)
+        found = [
+            solve_alignment(method, statistics, teacher.fingerprint, student.fingerprint, details) for method in methods
+        ]
     return found, counts
+
+
+class Aligner:
+    """The alignments that the methods of one transfer need, made when they are first asked for.
+
+    All methods that need text share one pass over it.
+    """
+
+    def __init__(
+        self,
+        teacher: ModelHandle,
+        student: ModelHandle,
+        pairs: Mapping[Pair, tuple[int, int]],
+        methods: Sequence[Method],
+        samples: Iterator[Sample] | None,
+        given: Alignment | None,
+        settings: TransferSettings,
+        clock: Clock,
+        text: str | None,
+    ) -> None:
+        self.teacher, self.student, self.pairs, self.methods = teacher, student, pairs, methods
+        self.samples, self.settings, self.clock, self.text = samples, settings, clock, text
+        self.counts: PairingCounts | None = None
+        self._made: dict[str, Alignment] = {}
+        if given is not None:
+            check_alignment(given, teacher, student)
+            self._made[given.method] = given
+
+    def alignment(self, method: Method) -> Alignment:
+        """The alignment of one of the methods.
+
+        Raises:
+            TextError: it needs text, and there is none.
+        """
+        if method.name not in self._made:
+            if not method.needs_text:
+                self._made[method.name] = copy_alignment(self.pairs, self.teacher.fingerprint, self.student.fingerprint)
+            else:
+                if self.samples is None:
+                    raise no_text(method.name)
+                wanted = [one for one in self.methods if one.needs_text]
+                found, self.counts = align_handles(
+                    self.teacher, self.student, self.samples, self.pairs, wanted, self.settings, self.clock,
+                    self.text or "",
+                )  # fmt: skip
+                self._made.update({alignment.method: alignment for alignment in found})
+        return self._made[method.name]
 
 
 def peeked(samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft_graft.alignment import METHODS, Alignment, SpaceMap
+from torch import Tensor
+
+from peft_graft.alignment import Alignment
 from peft_graft.errors import AlignmentError, CheckpointError
+from peft_graft.maps import LinearMap, Selection, SpaceMap
+from peft_graft.methods import METHODS
 from peft_graft.modules import Space
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
 
 CONFIG = "alignment.json"
 MAPS = "alignment.safetensors"
 _SEPARATOR = " -> "
+_MATRICES = ("reading", "writing", "shift")
 
 
 def save_alignment(alignment: Alignment, folder: Path, *, force: bool = False) -> None:
@@ -40,7 +46,14 @@ def save_alignment(alignment: Alignment, folder: Path, *, force: bool = False) -
                 },
             },
         )
-        write_tensors(staging / MAPS, {keys[pair]: space_map.indices for pair, space_map in alignment.maps.items()})
+        write_tensors(
+            staging / MAPS,
+            {
+                f"{keys[pair]}{suffix}": tensor
+                for pair, space_map in alignment.maps.items()
+                for suffix, tensor in _tensors(space_map).items()
+            },
+        )
 
 
 def load_alignment(folder: Path) -> Alignment:
@@ -65,15 +78,29 @@ def load_alignment(folder: Path) -> Alignment:
             found=f"method {config.get('method')!r}, format {config.get('format_version')!r}",
             fix="make it again with `peft-graft align`",
         )
-    indices = read_tensors(folder / MAPS)
+    tensors = read_tensors(folder / MAPS)
     maps, diagnostics = {}, {}
     try:
         for key, entry in config["pairs"].items():
             first, _, second = key.partition(_SEPARATOR)
             pair = Space.from_key(first), Space.from_key(second)
-            maps[pair] = SpaceMap(indices[key], entry["teacher_size"])
+            maps[pair] = _map(tensors, key, entry["teacher_size"])
             diagnostics[pair] = {k: v for k, v in entry.items() if k not in ("teacher_size", "student_size")}
         teacher, student = config["teacher"], config["student"]
     except (KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{CONFIG} and {MAPS} do not fit each other ({error})", where=str(folder)) from error
     return Alignment(config["method"], teacher, student, maps, diagnostics, config.get("details", {}))
+
+
+def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
+    """A map's tensors by the suffix of their key in the file."""
+    if isinstance(space_map, LinearMap):
+        return {f" {part}": getattr(space_map, part).float() for part in _MATRICES}
+    assert isinstance(space_map, Selection)
+    return {"": space_map.indices}
+
+
+def _map(tensors: Mapping[str, Tensor], key: str, teacher_size: int) -> SpaceMap:
+    if key in tensors:
+        return Selection(tensors[key], teacher_size)
+    return LinearMap(**{part: tensors[f"{key} {part}"] for part in _MATRICES})

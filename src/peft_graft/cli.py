@@ -17,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from peft_graft.aligning import align as align_models
-from peft_graft.alignment import METHODS, Alignment
+from peft_graft.alignment import Alignment
 from peft_graft.errors import GraftError
 from peft_graft.inspection import Inspection
 from peft_graft.inspection import inspect as inspect_module
+from peft_graft.methods import METHODS
 from peft_graft.report import GraftReport
+from peft_graft.settings import POLISH
 from peft_graft.settings import Progress as ProgressCall
 from peft_graft.transfer import transfer as transfer_module
 
@@ -39,7 +41,9 @@ _METHOD_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS
 class Head(StrEnum):
     """What to do with the classification head saved with a module."""
 
+    auto = "auto"
     carry = "carry"
+    fit = "fit"
     drop = "drop"
 
 
@@ -80,12 +84,29 @@ def transfer(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     teacher: Annotated[str | None, typer.Option(help="The module's base; its configuration names it.")] = None,
     layers: Layers = "skip",
-    method: Annotated[str | None, typer.Option(help=f"{_METHOD_HELP}. Chosen when not given.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text file or hub data set to align the models on.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{_METHOD_HELP}. Whichever agrees best with the teacher when not given.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Unlabelled text to align, fit, polish and judge on: a file or hub data set.")
+    ] = None,
     columns: Columns = None,
     max_tokens: MaxTokens = 50_000,
     alignment: Annotated[Path | None, typer.Option(help="A folder made by `peft-graft align`.")] = None,
-    head: Annotated[Head, typer.Option(help="Carry the saved classification head, or drop it.")] = Head.carry,
+    head: Annotated[
+        Head,
+        typer.Option(
+            help="The saved classification head: carry it through the maps, fit it to the teacher's predictions on the "
+            "text, drop it, or auto: carry or fit, whichever agrees better with the teacher."
+        ),
+    ] = Head.auto,
+    polish: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Steps of label-free training on the teacher's predictions; {POLISH} when neither this nor --method "
+            "is given and there is text, else 0. An interrupted polish goes on when the same command is run again."
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -106,6 +127,7 @@ def transfer(
             max_tokens=max_tokens,
             alignment=alignment,
             head=head.value,
+            polish=polish,
             seed=seed,
             device=device,
             dtype=dtype,
@@ -186,7 +208,7 @@ def main() -> None:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("interrupted; nothing was written")
+        Console(stderr=True).print("interrupted; nothing was written (a polish goes on where it stopped)")
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
@@ -286,20 +308,36 @@ def _show_graft(report: GraftReport, out: Path) -> None:
             f"[bold]text[/]    {report.pairing.pairs:,} paired tokens of {report.pairing.samples:,} samples "
             f"({report.pairing.student_share_paired:.0%} of the student's tokens)"
         )
-    table = Table("site", "from", "norm kept", "mean correlation of matched units", title="modules")
+    table = Table(
+        "site", "from", "norm kept", "maps: mean correlation, or variance explained reading/writing", title="modules"
+    )
     for site in report.sites:
         correlations = [
             f"{record.space.split()[-1]} {record.diagnostics['mean_correlation']:.2f}"
             for record in site.maps
             if "mean_correlation" in record.diagnostics
+        ] + [
+            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%}/"
+            f"{record.diagnostics['write_explained']:.0%} explained"
+            for record in site.maps
+            if "read_explained" in record.diagnostics
         ]
         sources = " + ".join(source.split()[1] for source in site.teacher_sites)
         table.add_row(site.site, f"layer {sources}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space")
     console.print(table)
     if report.head:
-        console.print(f"[bold]head[/]    {report.head.task}: {_escaped(', '.join(report.head.labels))}", soft_wrap=True)
+        labels = _escaped(", ".join(report.head.labels))
+        console.print(f"[bold]head[/]    {report.head.task}, {report.head.how}: {labels}", soft_wrap=True)
+    for name, found in report.tried.items():
+        console.print(f"[bold]tried[/]   {name}: agreement {found.agreement:.2f}, {found.divergence:.3f} nats")
+    if report.polish:
+        curve = ", ".join(f"{point.step}: {point.agreement:.2f}" for point in report.polish.curve)
+        console.print(f"[bold]polish[/]  agreement after steps {curve}")
     for note in report.notes:
         console.print(f"[bold]note[/]    {_escaped(note)}", soft_wrap=True)
+    measured = report.verdict.measured
+    on = f" (agreement {measured.agreement:.2f} over {measured.answers:,} held-out answers)" if measured else ""
+    console.print(f"[bold]verdict[/] {report.verdict.level or 'none'}: {report.verdict.text}{on}", soft_wrap=True)
     check = report.verification
     if check and check.done:
         console.print(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_graft.alignment import Alignment, Diagnostics, Method, Pair
+from peft_graft.alignment import Alignment, Pair
 from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form, to_raw, write_checkpoint
-from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.formats.raw import RawCheckpoint, StudentNames
+from peft_graft.methods import Diagnostics, Method
 from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names
 from peft_graft.modules import Axis, Head, LoraModule, Module, Site, Space, average
 from peft_graft.planning import SitePlan, TransferPlan, map_axis
@@ -52,17 +53,8 @@ class Graft:
     folder: Path | None = None
 
     def raw(self) -> RawCheckpoint:
-        """The checkpoint with the student's own paths, as it will be written.
-
-        peft demands a head in every checkpoint of a classification task; where none is carried, an untrained one of
-        as many labels stands in.
-        """
-        raw = to_raw(self.checkpoint, self.student.architecture, self.student.base_tensors())
-        if raw.head or raw.format != "peft" or raw.task not in _CLASSIFICATION_TASKS:
-            return raw
-        num_labels = self.checkpoint.raw.num_labels
-        config = self.student.base.config
-        return replace(raw, head=fresh_head(config, raw.task, num_labels, self.report.settings.seed))
+        """The checkpoint with the student's own paths, as it will be written."""
+        return checkpoint_of_student(self.checkpoint, self.student, self.report.settings.seed)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Graft:
         """Write the checkpoint, verify it in its library, and only then put it in place.
@@ -77,7 +69,7 @@ class Graft:
         out, raw, task = Path(folder), self.raw(), self.checkpoint.raw.task
         labels = self.checkpoint.head.labels if self.checkpoint.head else ()
         config = self.student.base.config
-        names = student_names(self.report.student.name, config, task, self.student.architecture)
+        names = written_names(self.student, task)
         with written_aside(out, force=force) as staging:
             write_checkpoint(staging, raw, names)
             if labels and raw.format == "peft":
@@ -92,6 +84,23 @@ class Graft:
             write_model_card(staging, report, task, labels)
             write_json(staging / "graft.json", report.model_dump(mode="json"))
         return replace(self, report=report, folder=out)
+
+
+def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed: int = 0) -> RawCheckpoint:
+    """A checkpoint with the student's own paths, as it will be written.
+
+    peft demands a head in every checkpoint of a classification task; where none is carried, an untrained one of as many
+    labels stands in.
+    """
+    raw = to_raw(checkpoint, student.architecture, student.base_tensors())
+    if raw.head or raw.format != "peft" or raw.task not in _CLASSIFICATION_TASKS:
+        return raw
+    return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
+
+
+def written_names(model: ModelHandle, task: str) -> StudentNames:
+    """What a checkpoint for this model says about it."""
+    return student_names(model.name, model.base.config, task, model.architecture)
 
 
 def graft_modules(

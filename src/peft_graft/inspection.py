@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from peft_graft.alignment import METHODS
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.errors import GraftError
 from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.methods import METHODS
 from peft_graft.models import blank_model, describe_config, load_config
 from peft_graft.modules import LoraModule
 from peft_graft.planning import TransferPlan, plan_transfer

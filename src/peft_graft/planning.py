@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from peft_graft.alignment import METHODS, Method, Pair
+from peft_graft.alignment import Pair
 from peft_graft.architectures import LINEAR_ROLES, Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form
 from peft_graft.errors import PlanError
+from peft_graft.methods import METHODS, Method
 from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space
 from peft_graft.settings import HeadChoice
 
@@ -99,7 +100,7 @@ def plan_transfer(
     *,
     layers: str = "skip",
     method: Method,
-    head: HeadChoice = "carry",
+    head: HeadChoice = "auto",
 ) -> TransferPlan:
     """Plan a transfer, every site, layer and shape checked.
 
@@ -131,12 +132,12 @@ def plan_transfer(
             for axis in _axes(module):
                 _add_pair(pairs, method, module, axis, site.student, teacher, student)
     notes = _layer_notes(checkpoint, mapping, sites, student)
-    carried = checkpoint.head is not None and head == "carry"
+    carried = checkpoint.head is not None and head != "drop"
     if checkpoint.head is not None and carried:
         head_form(checkpoint.head, checkpoint.raw, student)
         space = Space(-1, checkpoint.head.reads)
         pairs[space, space] = (teacher.size(space), student.size(space))
-    elif checkpoint.head is None and head == "carry" and checkpoint.raw.task not in ("base", "causal-lm"):
+    elif checkpoint.head is None and head != "drop" and checkpoint.raw.task not in ("base", "causal-lm"):
         notes.append("no head was saved with the module, so none is carried")
     return TransferPlan(mapping, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes))
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from peft_graft.alignment import SpaceMap
+from peft_graft.maps import Selection, SpaceMap
 from peft_graft.modules import Axis, Head, LabelledTensor, Module
 
 #: The map of a named space.
@@ -24,6 +24,15 @@ def project(part: Part, lookup: Lookup) -> Part:
         lookup: axis label -> map; a method that shares maps between spaces does so here.
     """
     values = {name: _project_tensor(tensor, lookup) for name, tensor in part.tensors.items()}
+    for name, tensor in part.tensors.items():
+        # x_t ~ R x_s + offset: what the offset gives goes into the bias of the layer that reads.
+        bias, read = f"{name.removesuffix('.weight')}.bias", tensor.axes[-1]
+        if read is None or read.direction != "read" or tensor.values.ndim < 2 or bias not in values:
+            continue
+        offset = lookup(read).offset
+        if offset is not None:
+            constant = tensor.values.double() @ offset.to(tensor.values.device, torch.float64)
+            values[bias] = (values[bias].double() + constant).to(values[bias].dtype)
     moved = part.with_values(values)
     assert isinstance(moved, type(part))
     return moved
@@ -55,7 +64,7 @@ def resize_inner_layer(head: Head, size: int) -> tuple[Head, int]:
     else:
         weight = dense.float().norm(dim=1) * out.float().norm(dim=0)
         kept = weight.topk(size).indices.sort().values
-    select = SpaceMap(kept, present)
+    select = Selection(kept, present)
     values = {name: tensor.values for name, tensor in head.tensors.items()}
     values["dense.weight"] = select.apply(values["dense.weight"], 0, "write")
     if "dense.bias" in values:

@@ -11,6 +11,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict
 
+from peft_graft.agreement import Agreement, Verdict
+from peft_graft.polishing import CurvePoint, PolishSettings
 from peft_graft.settings import TransferSettings
 from peft_graft.verification import Verification
 
@@ -54,13 +56,18 @@ class SiteRecord(_Record):
 
 
 class HeadRecord(_Record):
-    """The carried head: task, what it reads, label names, the map it came through, inner units dropped to fit."""
+    """The head: task, what it reads, label names, the map it came through, inner units dropped for lack of room.
+
+    ``how``: ``carried`` through the map, or ``fitted`` to the teacher's predictions; then ``fit`` says how well.
+    """
 
     task: str
     reads: str
     labels: list[str]
     dropped_inner_units: int
     diagnostics: dict[str, float]
+    how: str | None = None
+    fit: dict[str, float] = {}
 
 
 class PairingRecord(_Record):
@@ -76,8 +83,19 @@ class PairingRecord(_Record):
     nonfinite_pairs: int
 
 
+class PolishRecord(_Record):
+    """A label-free polish: its settings, the samples it learned from and the held-out curve."""
+
+    settings: PolishSettings
+    samples: int
+    curve: list[CurvePoint]
+
+
 class GraftReport(_Record):
-    """Everything about a graft, as written to ``graft.json``."""
+    """Everything about a graft, as written to ``graft.json``.
+
+    ``tried``: agreement with the teacher on held-out text of everything that the default chose from.
+    """
 
     format_version: int = 1
     module: str
@@ -95,6 +113,9 @@ class GraftReport(_Record):
     sites: list[SiteRecord]
     head: HeadRecord | None
     pairing: PairingRecord | None
+    verdict: Verdict
+    tried: dict[str, Agreement] = {}
+    polish: PolishRecord | None = None
     notes: list[str]
     verification: Verification | None = None
     seconds: dict[str, float]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from peft_graft.alignment import METHODS
 from peft_graft.errors import PlanError
+from peft_graft.methods import METHODS
 from peft_graft.models import DTYPES, check_device
 
 #: (stage, done, total or None) -> None
 Progress = Callable[[str, int, int | None], None]
-HeadChoice = Literal["carry", "drop"]
+#: Steps of the polish by default.
+POLISH = 300
+HeadChoice = Literal["auto", "carry", "fit", "drop"]
 
 
 class TransferSettings(BaseModel):
@@ -23,8 +25,12 @@ class TransferSettings(BaseModel):
 
     Attributes:
         layers: ``skip``, ``avg`` or one teacher layer for each student layer, ``0,2,4``.
-        method: a key of ``alignment.METHODS``; None lets ``planning.choose_method`` take one.
-        head: ``carry`` the classification head or ``drop`` it.
+        method: a key of ``methods.METHODS``; None takes the one whose graft agrees best with the teacher on held-out
+            text, or without text the one that ``planning.choose_method`` takes.
+        head: ``carry`` the classification head through the maps, ``fit`` it to the teacher's predictions on the text,
+            ``drop`` it, or ``auto``: whichever of the first two agrees better with the teacher on held-out text.
+        polish: steps of label-free training on the teacher's predictions; None is ``POLISH`` where method is None and
+            there is text, else 0.
         max_tokens: paired tokens that the alignment sees at most.
         seed: of the order in which text is sampled.
         device, dtype: of the forward passes; statistics are float64 in any case.
@@ -33,7 +39,8 @@ class TransferSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     layers: str = "skip"
     method: str | None = None
-    head: HeadChoice = "carry"
+    head: HeadChoice = "auto"
+    polish: int | None = None
     max_tokens: int = 50_000
     seed: int = 0
     device: str = "cpu"
@@ -41,12 +48,19 @@ class TransferSettings(BaseModel):
 
 
 def checked_settings(
-    layers: str, method: str | None, head: str, max_tokens: int, seed: int, device: str, dtype: str
+    layers: str,
+    method: str | None,
+    head: str,
+    max_tokens: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    polish: int | None = None,
 ) -> TransferSettings:
     """Settings whose every choice exists.
 
     Raises:
-        PlanError: an unknown method, head choice or dtype, or no tokens.
+        PlanError: an unknown method, head choice or dtype, no tokens, or fewer than no steps.
         DeviceError: no such device.
     """
     for option, value, known in (
@@ -59,11 +73,14 @@ def checked_settings(
             raise PlanError("unknown choice", where=option, expected=choices, found=value)
     if max_tokens < 1:
         raise PlanError("must be positive", where="--max-tokens", found=max_tokens)
+    if polish is not None and polish < 0:
+        raise PlanError("must not be negative", where="--polish", found=polish)
     check_device(device)
     return TransferSettings(
         layers=layers,
         method=method,
-        head="drop" if head == "drop" else "carry",
+        head=cast(HeadChoice, head),
+        polish=polish,
         max_tokens=max_tokens,
         seed=seed,
         device=device,

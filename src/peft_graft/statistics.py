@@ -61,7 +61,10 @@ class PairedStatistics:
 
     @classmethod
     def of(cls, teacher: Tensor, student: Tensor, moments: Iterable[Moment] = ("cross",)) -> PairedStatistics:
-        """Statistics of one batch, teacher [n, d_t] and student [n, d_s], products in the batch's own precision.
+        """Statistics of one batch, teacher [n, d_t] and student [n, d_s].
+
+        Products are taken in the batch's own precision where only the cross moment is wanted, which a correlation needs
+        no better; a regression inverts what it is given, so its products are float64.
 
         Raises:
             ValueError: the two batches differ in length.
@@ -73,6 +76,8 @@ class PairedStatistics:
             return cls.empty(teacher.shape[1], student.shape[1], moments, str(teacher.device))
         teacher_mean, student_mean = teacher.double().mean(0), student.double().mean(0)
         t, s = teacher - teacher_mean.to(teacher.dtype), student - student_mean.to(student.dtype)
+        if wanted - {"cross"}:
+            t, s = teacher.double() - teacher_mean, student.double() - student_mean
         return cls(
             len(teacher),
             teacher_mean,

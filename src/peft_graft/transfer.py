@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peft_graft.aligning import align_handles, check_alignment, peeked
-from peft_graft.alignment import METHODS, Alignment, Method, copy_alignment
+from peft_graft.agreement import judge
+from peft_graft.aligning import Aligner, peeked
+from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
-from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
-from peft_graft.errors import AlignmentError, HeadError, ModelError, TextError
+from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record
-from peft_graft.models import (
-    ModelHandle,
-    blank_model,
-    describe_config,
-    embedding_similarity,
-    handle,
-    load_config,
-    load_model,
-    own_labels,
+from peft_graft.live import library_of, library_version
+from peft_graft.methods import AUTO, METHODS, Method
+from peft_graft.models import ModelHandle, embedding_similarity, handle, load_model
+from peft_graft.planning import choose_method
+from peft_graft.polishing import PolishSettings
+from peft_graft.preflight import check_labels, check_pooler, planned, preflight, with_teacher_labels
+from peft_graft.report import GraftReport, PolishRecord, hardware, versions
+from peft_graft.settings import POLISH, Clock, HeadChoice, Progress, TransferSettings, checked_settings
+from peft_graft.teaching import (
+    EXACT,
+    FIT,
+    LEAST_HELD_OUT,
+    TOKENS,
+    Candidate,
+    Outcome,
+    best_graft,
+    held_out_size,
+    open_classroom,
+    polished,
 )
-from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import TransferPlan, choose_method, plan_transfer
-from peft_graft.report import GraftReport, hardware, versions
-from peft_graft.settings import Clock, HeadChoice, Progress, TransferSettings, checked_settings
 from peft_graft.text import Sample, as_samples, read_text
-from peft_graft.token_pairing import PairingCounts
 from peft_graft.weights import check_output
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+#: Samples that are looked at beyond the alignment: to judge, fit and polish.
+_POOL = 20_000
+#: A polish that was interrupted leaves its state beside the output, under its name with this ending.
+UNFINISHED = ".unfinished"
 TextLike = Iterable[str | tuple[str, str] | Sequence[str] | Sample]
 
 
@@ -53,7 +65,8 @@ def transfer(
     columns: Sequence[str] | None = None,
     max_tokens: int = 50_000,
     alignment: str | Path | Alignment | None = None,
-    head: HeadChoice = "carry",
+    head: HeadChoice = "auto",
+    polish: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
@@ -68,11 +81,11 @@ def transfer(
         out: folder to write; nothing is written without it.
         teacher: the model that the module was trained on; the one that its configuration names by default.
         layers: ``skip``, ``avg``, or one teacher layer for each student layer, ``"0,2,4"``.
-        method: a key of ``METHODS``; chosen by ``planning.choose_method`` when None.
-        text: source for alignment (``text.read_text``), with ``columns`` and ``max_tokens``.
+        method: a key of ``METHODS``; when None the one whose graft agrees best with the teacher on held-out text.
+        text: unlabelled text (``text.read_text``) to align, fit, polish and judge on, with ``columns``; ``max_tokens``
+            limits what the alignment sees.
         alignment: a saved alignment of the two models, or a live one; no text is needed then.
-        head: ``carry`` the saved classification head, or ``drop`` it.
-        seed, device, dtype: see ``TransferSettings``.
+        head, polish, seed, device, dtype: see ``TransferSettings``.
         force: replace ``out`` if it exists.
         progress: called as (stage, done, total).
 
@@ -83,7 +96,7 @@ def transfer(
         GraftError: one of its kinds, naming the site or option, what was expected, what came and the fix. All that
             can be known without weights is checked before any weights are loaded.
     """
-    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype)
+    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish)
     if out is not None:
         check_output(Path(out), force=force)
     folder = locate(module)
@@ -94,13 +107,13 @@ def transfer(
             "the module's configuration names no base model", where=str(module), fix="name it with --teacher"
         )
     given = load_alignment(Path(alignment)) if isinstance(alignment, str | Path) else alignment
-    _preflight(raw, teacher_name, str(student), settings, given is not None, text is not None)
+    preflight(raw, teacher_name, str(student), settings, given is not None, text is not None)
     samples = read_text(text, columns, seed) if text is not None else None
-    if samples is not None and given is None:
+    if samples is not None:
         samples = peeked(samples)
     clock = Clock(progress)
     with clock("loading models"):
-        needs_tokens = given is None and text is not None
+        needs_tokens = text is not None
         teacher_model = load_model(teacher_name, device=device, dtype=dtype, role="teacher", tokenizer=needs_tokens)
         student_model = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=needs_tokens)
     graft = _transfer(
@@ -114,11 +127,14 @@ def transfer(
         module=str(module),
         text=str(text) if text is not None else None,
         alignment_name=str(alignment) if isinstance(alignment, str | Path) else None,
+        work=Path(f"{out}{UNFINISHED}") if out is not None else None,
     )
     if out is None:
         return graft
     with clock("writing and verifying"):
-        return graft.save(out, force=force)
+        graft = graft.save(out, force=force)
+    shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
+    return graft
 
 
 def transfer_checkpoint(
@@ -133,7 +149,10 @@ def transfer_checkpoint(
     method: str | None = None,
     max_tokens: int = 50_000,
     alignment: Alignment | None = None,
-    head: HeadChoice = "carry",
+    head: HeadChoice = "auto",
+    polish: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Graft:
     """Move a module between live models; ``transfer`` is the same by name or path.
@@ -144,11 +163,12 @@ def transfer_checkpoint(
             run where and in what precision they are.
         teacher_tokenizer, student_tokenizer: fast tokenizers, for methods that need text.
         text: strings, pairs of strings (tuples) or lists of tokens; streamed.
-        layers, method, max_tokens, alignment, head, progress: as for ``transfer``.
+        layers, method, max_tokens, alignment, head, polish, seed, progress: as for ``transfer``.
+        dtype: of the forward passes that fit, polish and judge; that of the student's weights when None.
     """
     device = str(next(student.parameters()).device)
-    dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
-    settings = checked_settings(layers, method, head, max_tokens, 0, device, dtype)
+    dtype = dtype or str(next(student.parameters()).dtype).removeprefix("torch.")
+    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish)
     return _transfer(
         checkpoint,
         handle(teacher, teacher_tokenizer, ""),
@@ -160,61 +180,6 @@ def transfer_checkpoint(
         module=checkpoint.name,
         text="given in memory" if text is not None else None,
     )
-
-
-def _preflight(
-    raw: RawCheckpoint, teacher: str, student: str, settings: TransferSettings, has_alignment: bool, has_text: bool
-) -> None:
-    """Plan on configurations alone, so that what cannot work fails before weights are loaded."""
-    config_t, config_s = load_config(teacher, "teacher"), load_config(student, "student")
-    shape_t, shape_s = describe_config(config_t), describe_config(config_s)
-    blank = dict(blank_model(config_t, "base").state_dict())
-    raw = _with_teacher_labels(raw, config_t)
-    checkpoint = resolve(raw, shape_t, blank, with_head=settings.head == "carry")
-    _check_labels(checkpoint, config_s)
-    method = METHODS[settings.method or "copy"]
-    plan = _plan(checkpoint, shape_t, shape_s, settings, method)
-    if settings.method == "copy":
-        copy_alignment(plan.pairs, "", "")
-    elif not has_text and not has_alignment:
-        sizes_differ = any(first != second for first, second in plan.pairs.values())
-        if settings.method or sizes_differ:
-            raise _no_text(settings.method or "prune-align")
-
-
-def _check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:
-    head, own = checkpoint.head, own_labels(student)
-    if head is None or not own:
-        return
-    if (head.labels and head.labels != own) or head.num_labels != len(own):
-        raise HeadError(
-            "the student has a head with other labels",
-            where=str(student.name_or_path or student.model_type),
-            expected=", ".join(head.labels) or f"{head.num_labels} labels",
-            found=", ".join(own),
-            fix="leave the module's head behind with --head drop, or give the student's base model",
-        )
-
-
-def _with_teacher_labels(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
-    """Label names from the teacher's configuration, for a head saved without them that they fit."""
-    labels = own_labels(teacher)
-    rows = {tensor.shape[0] for tensor in raw.head.values()}
-    return replace(raw, labels=labels) if labels and not raw.labels and len(labels) in rows else raw
-
-
-def _no_text(method: str) -> TextError:
-    return TextError(
-        f"{method} aligns the two models on text, and none was given",
-        where="--text",
-        fix="name a text file or data set with --text, or a saved alignment with --alignment",
-    )
-
-
-def _plan(
-    checkpoint: PeftCheckpoint, teacher: Architecture, student: Architecture, settings: TransferSettings, method: Method
-) -> TransferPlan:
-    return plan_transfer(checkpoint, teacher, student, layers=settings.layers, method=method, head=settings.head)
 
 
 def _transfer(
@@ -229,26 +194,53 @@ def _transfer(
     module: str,
     text: str | None,
     alignment_name: str | None = None,
+    work: Path | None = None,
 ) -> Graft:
-    raw = _with_teacher_labels(raw, teacher.base.config)
-    checkpoint = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head == "carry")
-    _check_labels(checkpoint, student.base.config)
-    method, reason = _choose(checkpoint, teacher, student, settings, given)
-    plan = _plan(checkpoint, teacher.architecture, student.architecture, settings, method)
-    _check_pooler(plan, student)
-    counts: PairingCounts | None = None
-    if given is not None:
-        check_alignment(given, teacher, student)
-        alignment = given
-    elif not method.needs_text:
-        alignment = copy_alignment(plan.pairs, teacher.fingerprint, student.fingerprint)
+    raw = with_teacher_labels(raw, teacher.base.config)
+    checkpoint = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
+    check_labels(checkpoint, student.base.config)
+    methods, reason = _methods(checkpoint, teacher, student, settings, given, has_text=samples is not None)
+    plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0])
+    check_pooler(plan, student)
+    pool = list(islice(samples, _POOL)) if samples is not None else []
+    asked, notes = _can_learn(checkpoint, pool, settings)
+    pairs = dict(plan.pairs)
+    if asked and checkpoint.head is None:
+        pairs[TOKENS, TOKENS] = (teacher.architecture.size(TOKENS), student.architecture.size(TOKENS))
+    fitting_text = chain(pool[held_out_size(len(pool)) if asked else 0 :], samples or ())
+    aligner = Aligner(teacher, student, pairs, methods, fitting_text if pool else None, given, settings, clock, text)
+
+    def candidate(method: Method) -> Candidate:
+        alignment = aligner.alignment(method)
+        with clock("projecting"):
+            modules, sites = graft_modules(checkpoint, plan, alignment, method)
+            head, head_record = graft_head(checkpoint, plan, alignment, student.architecture)
+        moved = replace(checkpoint, modules=modules, head=head)
+        return Candidate(method.name, alignment, moved, sites, head_record)
+
+    steps = 0
+    if asked:
+        steps = settings.polish if settings.polish is not None else (0 if settings.method else POLISH)
+        polishing = PolishSettings(steps=steps, seed=settings.seed)
+        room = open_classroom(
+            checkpoint, teacher, student, pool,
+            lessons=max(FIT, steps * polishing.batch_size),
+            write=None if checkpoint.head else aligner.alignment(methods[-1]),
+            device=settings.device, bf16=settings.dtype == "bfloat16", clock=clock,
+        )  # fmt: skip
+        outcome = best_graft(room, [partial(candidate, method) for method in methods], settings.head, clock)
+        if len(methods) > 1:
+            reason = "its graft agrees best with the teacher on held-out text"
+        measured = outcome.verdict.measured
+        if steps and measured and measured.divergence > EXACT:
+            identity = f"{teacher.fingerprint}{student.fingerprint}{dict(raw.files)}{settings}{text}{len(pool)}"
+            outcome = polished(room, outcome, polishing, work=work, identity=identity, clock=clock)
+        elif steps:
+            notes.append("not polished: the graft computes what the teacher does")
     else:
-        if samples is None:
-            raise _no_text(method.name)
-        alignment, counts = align_handles(teacher, student, samples, plan.pairs, method, settings, clock, text or "")
-    with clock("projecting"):
-        modules, sites = graft_modules(checkpoint, plan, alignment, method)
-        head, head_record = graft_head(checkpoint, plan, alignment, student.architecture)
+        found = candidate(methods[0])
+        outcome = Outcome(found, "carried" if found.head else None, judge(None), {}, {})
+    chosen = outcome.candidate
     report = GraftReport(
         module=module,
         module_files=dict(raw.files),
@@ -257,29 +249,70 @@ def _transfer(
         teacher=model_record(teacher),
         student=model_record(student),
         settings=settings,
-        method=method.name,
+        method=chosen.method,
         method_reason=reason,
         text=text,
         alignment=alignment_name,
         layers=[list(sources) for sources in plan.layers],
-        sites=sites,
-        head=head_record,
-        pairing=pairing_record(counts) if counts else None,
-        notes=list(plan.notes),
+        sites=chosen.sites,
+        head=chosen.head.model_copy(update={"how": outcome.head, "fit": outcome.fit}) if chosen.head else None,
+        pairing=pairing_record(aligner.counts) if aligner.counts else None,
+        verdict=outcome.verdict,
+        tried=outcome.tried,
+        polish=PolishRecord(settings=polishing, samples=len(room.lessons), curve=outcome.curve)
+        if outcome.curve
+        else None,
+        notes=[*plan.notes, *notes],
         seconds=clock.seconds,
         versions=versions(),
         hardware=hardware(settings.device),
     )
-    return Graft(replace(checkpoint, modules=modules, head=head), report, alignment, student)
+    return Graft(chosen.checkpoint, report, chosen.alignment, student)
 
 
-def _choose(
+def _can_learn(
+    checkpoint: PeftCheckpoint, pool: Sequence[Sample], settings: TransferSettings
+) -> tuple[bool, list[str]]:
+    """Whether the teacher can be asked about the text, and remarks if not.
+
+    Raises:
+        DependencyError: what was asked for needs the teacher's answers, and its module's library is not installed.
+        TextError: ... and the text is too short.
+    """
+    if not pool:
+        return False, []
+    needed = bool(settings.polish) or settings.head == "fit"
+    library = library_of(checkpoint.raw)
+    if library_version(library) is None:
+        if needed:
+            raise DependencyError(
+                f"{library} is not installed, so the teacher cannot be asked",
+                where="--polish" if settings.polish else "--head fit",
+                fix="pip install 'peft-graft[adapters]'",
+            )
+        return False, [f"neither fitted nor judged: {library} is not installed, so the teacher could not be asked"]
+    if held_out_size(len(pool)) < LEAST_HELD_OUT:
+        if needed:
+            raise TextError(
+                "too few samples to learn from and be judged by",
+                where="--text",
+                expected=f"at least {LEAST_HELD_OUT * 5}",
+                found=len(pool),
+            )
+        return False, [f"neither fitted nor judged: {len(pool)} samples of text are too few"]
+    return True, []
+
+
+def _methods(
     checkpoint: PeftCheckpoint,
     teacher: ModelHandle,
     student: ModelHandle,
     settings: TransferSettings,
     given: Alignment | None,
-) -> tuple[Method, str]:
+    *,
+    has_text: bool,
+) -> tuple[list[Method], str]:
+    """The methods to try, and why."""
     if given is not None:
         if settings.method not in (None, given.method):
             raise AlignmentError(
@@ -289,18 +322,12 @@ def _choose(
                 found=settings.method,
                 fix="leave --method out, or align again",
             )
-        return METHODS[given.method], "the method of the given alignment"
+        return [METHODS[given.method]], "the method of the given alignment"
     if settings.method:
-        return METHODS[settings.method], "asked for"
-    plan = _plan(checkpoint, teacher.architecture, student.architecture, settings, METHODS["copy"])
-    return choose_method(plan, embedding_similarity(teacher.base, student.base))
-
-
-def _check_pooler(plan: TransferPlan, student: ModelHandle) -> None:
-    pooled = Space(-1, POOLED_OUT)
-    if any(pair[1] == pooled for pair in plan.pairs) and any("pooler" in name for name in student.missing):
-        raise HeadError(
-            "the head reads the pooler's output, and the student's checkpoint has no pooler",
-            where=student.name,
-            fix="leave the head behind with --head drop",
-        )
+        return [METHODS[settings.method]], "asked for"
+    plan = planned(checkpoint, teacher.architecture, student.architecture, settings, METHODS["copy"])
+    first, reason = choose_method(plan, embedding_similarity(teacher.base, student.base))
+    if not has_text:
+        return [first], reason
+    others = [METHODS[name] for name in AUTO if name != "copy"]
+    return ([first] if not first.needs_text else []) + others, reason

@@ -11,9 +11,10 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
 
+from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.errors import DependencyError
-from peft_graft.experiments.ner import TaggedSentence, encode
-from peft_graft.experiments.training import TrainingSettings, fine_tune, score_f1
+from peft_graft.experiments.tasks import Example, Task
+from peft_graft.experiments.training import TrainingSettings, fine_tune, score
 from peft_graft.models import quiet_libraries
 
 Library = Literal["peft", "adapterhub"]
@@ -24,12 +25,12 @@ class _Record(BaseModel):
 
 
 class Run(_Record):
-    """One student, fine-tuned on ``budget`` labelled sentences (0: not at all) and scored on the test sentences."""
+    """One student, fine-tuned on ``budget`` labelled examples (0: not at all) and scored on the test examples."""
 
     start: str
     budget: int
     seed: int
-    f1: float
+    score: float
     seconds: float
 
 
@@ -49,11 +50,11 @@ def share_of_gain(grafted: float, baseline: float, teacher: float) -> float | No
     return (grafted - baseline) / (teacher - baseline) if teacher - baseline > 1e-9 else None
 
 
-def summarise(runs: Sequence[Run], teacher_f1: float, baseline: str = "fresh") -> list[Row]:
+def summarise(runs: Sequence[Run], teacher_score: float, baseline: str = "fresh") -> list[Row]:
     """Mean and standard deviation over seeds, and the share of the gain recovered, per start and budget."""
     groups: dict[tuple[int, str], list[float]] = {}
     for run in runs:
-        groups.setdefault((run.budget, run.start), []).append(run.f1)
+        groups.setdefault((run.budget, run.start), []).append(run.score)
     rows = []
     for (budget, start), scores in groups.items():
         mean = statistics.fmean(scores)
@@ -65,7 +66,7 @@ def summarise(runs: Sequence[Run], teacher_f1: float, baseline: str = "fresh") -
                 mean=mean,
                 spread=statistics.stdev(scores) if len(scores) > 1 else 0.0,
                 seeds=len(scores),
-                share_of_gain=share_of_gain(mean, statistics.fmean(fresh), teacher_f1)
+                share_of_gain=share_of_gain(mean, statistics.fmean(fresh), teacher_score)
                 if fresh and start != baseline
                 else None,
             )
@@ -73,78 +74,91 @@ def summarise(runs: Sequence[Run], teacher_f1: float, baseline: str = "fresh") -
     return rows
 
 
-def new_module(base: Path | str, library: Library, labels: Sequence[str], seed: int) -> Any:
-    """A student with an untrained module and head: LoRA r=8 on query and value, or a Pfeiffer adapter (factor 16)."""
+def new_module(base: Path | str, library: Library, task: Task, seed: int) -> Any:
+    """A student with an untrained module and head: LoRA r=8 on query and value, or a Pfeiffer adapter (factor 16).
+
+    BERT's sentence head sits behind a pooler that many encoders lack; it is trained and saved with the head.
+    """
     torch.manual_seed(seed)
     with quiet_libraries():
         if library == "peft":
             import peft
 
-            model = transformers.AutoModelForTokenClassification.from_pretrained(
-                base, dtype=torch.float32, **_names(labels)
-            )
+            model = _task_model(base, task)
             row = {"mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}
+            pooler = hasattr(model.base_model, "pooler") and model.base_model.pooler is not None
             return peft.get_peft_model(
                 model,
                 peft.LoraConfig(
-                    task_type="TOKEN_CLS",
+                    task_type=task.peft_type,
                     r=8,
                     lora_alpha=16,
                     target_modules=row.get(model.config.model_type, ["query", "value"]),
+                    modules_to_save=["classifier", "pooler"] if pooler else ["classifier"],
                 ),
             )
         adapters = _adapters()
         model = adapters.AutoAdapterModel.from_pretrained(base, dtype=torch.float32)
-        model.add_adapter("ner", config="seq_bn")
-        model.add_tagging_head("ner", num_labels=len(labels), id2label=dict(enumerate(labels)))
-        model.train_adapter("ner")
+        model.add_adapter(task.name, config="seq_bn")
+        _add_prediction_head(model, task)
+        model.train_adapter(task.name)
         return model
 
 
-def load_module(base: Path | str, module: Path | str, library: Library, labels: Sequence[str]) -> Any:
+def load_module(base: Path | str, module: Path | str, library: Library, task: Task) -> Any:
     """A student with a written module, ready to be scored or trained further."""
     with quiet_libraries():
         if library == "peft":
             import peft
 
-            model = transformers.AutoModelForTokenClassification.from_pretrained(
-                base, dtype=torch.float32, **_names(labels)
-            )
-            return peft.PeftModel.from_pretrained(model, module, is_trainable=True)
+            return peft.PeftModel.from_pretrained(_task_model(base, task), module, is_trainable=True)
         model = _adapters().AutoAdapterModel.from_pretrained(base, dtype=torch.float32)
         model.load_adapter(str(module), set_active=True)
-        if "ner" not in model.heads:
-            model.add_tagging_head("ner", num_labels=len(labels), id2label=dict(enumerate(labels)))
-        model.train_adapter("ner")
+        if task.name not in model.heads:
+            _add_prediction_head(model, task)
+        model.train_adapter(task.name)
         return model
 
 
-def save_module(model: Any, folder: Path, library: Library) -> None:
+def _task_model(base: Path | str, task: Task) -> Any:
+    auto = {
+        TOKEN_CLASSIFICATION: transformers.AutoModelForTokenClassification,
+        SEQUENCE_CLASSIFICATION: transformers.AutoModelForSequenceClassification,
+    }[task.kind]
+    names = {
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {label: index for index, label in enumerate(task.labels)},
+    }
+    return auto.from_pretrained(base, dtype=torch.float32, **names)
+
+
+def _add_prediction_head(model: Any, task: Task) -> None:
+    add = model.add_tagging_head if task.kind == TOKEN_CLASSIFICATION else model.add_classification_head
+    add(task.name, num_labels=len(task.labels), id2label=dict(enumerate(task.labels)))
+
+
+def save_module(model: Any, folder: Path, library: Library, task: Task) -> None:
     """Write a trained module the way its library does."""
     if library == "peft":
         model.save_pretrained(folder)
     else:
-        model.save_adapter(str(folder), "ner", with_head=True)
+        model.save_adapter(str(folder), task.name, with_head=True)
 
 
 def run_student(
     make: Callable[[], Any],
     start: str,
-    train: Sequence[TaggedSentence],
-    test: Sequence[TaggedSentence],
+    train: Sequence[Example],
+    test: Sequence[Example],
     tokenizer: Any,
-    labels: Sequence[str],
+    task: Task,
     settings: TrainingSettings,
 ) -> Run:
-    """Fine-tune one student on the sentences given (none: only score it) and score it on the test sentences."""
+    """Fine-tune one student on the examples given (none: only score it) and score it on the test examples."""
     model = make()
-    seconds = fine_tune(model, encode(train, tokenizer, labels), tokenizer, settings) if train else 0.0
-    f1 = score_f1(model, encode(test, tokenizer, labels), tokenizer, labels)
-    return Run(start=start, budget=len(train), seed=settings.seed, f1=f1, seconds=round(seconds, 2))
-
-
-def _names(labels: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    seconds = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings) if train else 0.0
+    result = score(model, task.encode(test, tokenizer), tokenizer, task)
+    return Run(start=start, budget=len(train), seed=settings.seed, score=result, seconds=round(seconds, 2))
 
 
 def _adapters() -> Any:

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from peft_graft.alignment import METHODS
 from peft_graft.errors import DependencyError
 from peft_graft.experiments import packaged_models
 from peft_graft.experiments.comparison import (
@@ -30,8 +29,10 @@ from peft_graft.experiments.comparison import (
     save_module,
     summarise,
 )
-from peft_graft.experiments.ner import encode, read_annotated, tag_names
-from peft_graft.experiments.training import TrainingSettings, fine_tune, score_f1
+from peft_graft.experiments.ner import read_annotated
+from peft_graft.experiments.tasks import Task, ner_task
+from peft_graft.experiments.training import TrainingSettings, fine_tune, score
+from peft_graft.methods import METHODS
 from peft_graft.report import hardware, versions
 from peft_graft.settings import Progress
 from peft_graft.transfer import transfer
@@ -54,7 +55,7 @@ class DemoResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     teacher: str
     student: str
-    teacher_f1: float
+    teacher_score: float
     teacher_sentences: int
     test_sentences: int
     rows: list[Row]
@@ -106,7 +107,7 @@ def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress 
 
     corpus = Path(str(files("peft_graft.experiments") / "corpus" / "sentences.txt"))
     sentences = read_annotated(corpus)
-    labels = tag_names(sentences)
+    task = ner_task(sentences)
     test, train = sentences[:TEST_SENTENCES], sentences[TEST_SENTENCES:]
     text = run / "sentences.txt"
     text.write_text("\n".join(" ".join(sentence.tokens) for sentence in train) + "\n", encoding="utf-8")
@@ -114,17 +115,17 @@ def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress 
 
     say("training the teacher's module")
     module = run / "teacher-lora"
-    model = new_module(teacher, "peft", labels, seed)
-    fine_tune(model, encode(train, tokenizer, labels), tokenizer, TEACHER_SETTINGS.model_copy(update={"seed": seed}))
-    save_module(model, module, "peft")
-    teacher_f1 = score_f1(model, encode(test, tokenizer, labels), tokenizer, labels)
+    model = new_module(teacher, "peft", task, seed)
+    fine_tune(model, task.encode(train, tokenizer), tokenizer, TEACHER_SETTINGS.model_copy(update={"seed": seed}))
+    save_module(model, module, "peft", task)
+    teacher_score = score(model, task.encode(test, tokenizer), tokenizer, task)
 
-    makers = {"fresh": partial(new_module, student, "peft", labels)}
+    makers = {"fresh": partial(new_module, student, "peft", task)}
     for name, (folder, method, layers) in STARTS.items():
         say(f"moving the module: {name}")
         source = text if METHODS[method].needs_text else None
         transfer(module, student=student, out=run / folder, text=source, method=method, layers=layers, seed=seed)
-        makers[name] = partial(_loaded, student, run / folder, labels)
+        makers[name] = partial(_loaded, student, run / folder, task)
 
     runs: list[Run] = []
     total = len(makers) * (1 + SEEDS)
@@ -133,14 +134,14 @@ def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress 
             say("training and scoring students", len(runs), total)
             settings = STUDENT_SETTINGS.model_copy(update={"seed": seed + number})
             few = train[number * budget : (number + 1) * budget]
-            runs.append(run_student(partial(make, seed + number), name, few, test, tokenizer, labels, settings))
+            runs.append(run_student(partial(make, seed + number), name, few, test, tokenizer, task, settings))
     return DemoResult(
         teacher=packaged_models.TEACHER,
         student=packaged_models.STUDENT,
-        teacher_f1=teacher_f1,
+        teacher_score=teacher_score,
         teacher_sentences=len(train),
         test_sentences=len(test),
-        rows=summarise(runs, teacher_f1),
+        rows=summarise(runs, teacher_score),
         runs=runs,
         folders={"teacher": str(module), **{name: str(run / start[0]) for name, start in STARTS.items()}},
         text=str(text),
@@ -150,9 +151,9 @@ def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress 
     )
 
 
-def _loaded(student: Path, folder: Path, labels: tuple[str, ...], seed: int) -> torch.nn.Module:
+def _loaded(student: Path, folder: Path, task: Task, seed: int) -> torch.nn.Module:
     del seed  # the graft is the same for every seed; the sentences and their order are not
-    model: torch.nn.Module = load_module(student, folder, "peft", labels)
+    model: torch.nn.Module = load_module(student, folder, "peft", task)
     return model
 
 
@@ -173,7 +174,7 @@ def show_demo(result: DemoResult, console: Console) -> None:
             share = "" if tuned.share_of_gain is None else f"{tuned.share_of_gain:+.0%}"
             table.add_row(row.start, f"{row.mean:.3f}", f"{tuned.mean:.3f} ± {tuned.spread:.3f}", share)
     table.add_section()
-    table.add_row(f"teacher, {result.teacher_sentences} labelled sentences", f"{result.teacher_f1:.3f}", "", "")
+    table.add_row(f"teacher, {result.teacher_sentences} labelled sentences", f"{result.teacher_score:.3f}", "", "")
     console.print(table)
     console.print(
         f"mean ± standard deviation over {SEEDS} draws of {BUDGET} sentences; share of the gain = (grafted - fresh) / "

@@ -1,0 +1,118 @@
+"""Labelled tasks: what an example is, how it becomes a model's input, and how predictions are scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from peft_graft.errors import TextError
+from peft_graft.experiments import ner
+from peft_graft.experiments.ner import TaggedSentence
+from peft_graft.text import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Two sentences and the label of what holds between them."""
+
+    first: str
+    second: str
+    label: str
+
+
+Example = TaggedSentence | LabelledPair
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its label names.
+
+    Attributes:
+        name: as in files and tables. labels: class names, in the order of the model's outputs.
+        kind: ``token-classification`` (entity F1) or ``sequence-classification`` (accuracy).
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+
+    @property
+    def metric(self) -> str:
+        """Name of the score."""
+        return "entity F1" if self.kind == TOKEN_CLASSIFICATION else "accuracy"
+
+    @property
+    def peft_type(self) -> str:
+        """The task type of peft's configurations."""
+        return "TOKEN_CLS" if self.kind == TOKEN_CLASSIFICATION else "SEQ_CLS"
+
+    def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """Model inputs with labels, not padded."""
+        if self.kind == TOKEN_CLASSIFICATION:
+            tagged = [example for example in examples if isinstance(example, TaggedSentence)]
+            return ner.encode(tagged, tokenizer, self.labels, MAX_LENGTH)
+        rows = []
+        for example in examples:
+            assert isinstance(example, LabelledPair)
+            encoding = tokenizer(example.first, example.second, truncation=True, max_length=MAX_LENGTH)
+            rows.append({**{key: encoding[key] for key in encoding}, "labels": self.labels.index(example.label)})
+        return rows
+
+    def score(self, logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
+        """Entity F1 of logits [n, length, labels], or accuracy of logits [n, labels]."""
+        if self.kind == TOKEN_CLASSIFICATION:
+            return ner.entity_f1(logits, targets, self.labels)
+        return float((logits.argmax(-1) == targets).mean())
+
+    def majority_score(self, test: Sequence[Example]) -> float:
+        """The score of always giving the most frequent class: 0 for entities."""
+        if self.kind == TOKEN_CLASSIFICATION:
+            return 0.0
+        counts = Counter(example.label for example in test if isinstance(example, LabelledPair))
+        return max(counts.values()) / len(test)
+
+
+def sample_of(example: Example) -> Sample:
+    """The example's text without its label."""
+    if isinstance(example, TaggedSentence):
+        return Sample(" ".join(example.tokens))
+    return Sample(example.first, example.second)
+
+
+def ner_task(examples: Sequence[TaggedSentence]) -> Task:
+    """The task of tagged sentences, its labels those in use."""
+    return Task("ner", TOKEN_CLASSIFICATION, ner.tag_names(examples))
+
+
+def read_pairs(path: Path) -> list[LabelledPair]:
+    """A parquet file of sentence pairs with a column ``label``, names or numbers, as on the hub.
+
+    Raises:
+        TextError: the columns are missing.
+    """
+    from datasets import Dataset
+
+    data = Dataset.from_parquet(str(path))
+    for names in (("premise", "hypothesis"), ("sentence1", "sentence2")):
+        if {*names, "label"} <= set(data.column_names):
+            feature = data.features["label"]
+            to_name = feature.int2str if hasattr(feature, "int2str") else str
+            return [LabelledPair(row[names[0]], row[names[1]], to_name(row["label"])) for row in data]
+    raise TextError("columns are missing", where=str(path), expected="a pair of sentences and label",
+                    found=", ".join(data.column_names))  # fmt: skip
+
+
+def pair_task(name: str, examples: Sequence[LabelledPair]) -> Task:
+    """The task of labelled sentence pairs, its labels in alphabetical order."""
+    return Task(name, SEQUENCE_CLASSIFICATION, tuple(sorted({example.label for example in examples})))

@@ -1,0 +1,222 @@
+"""Models with a module inside, loaded by the library that the module is for: to be run, verified or trained further."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_graft.checkpoints import read_checkpoint, write_checkpoint
+from peft_graft.errors import DependencyError, VerificationError
+from peft_graft.formats import adapterhub, peft_lora
+from peft_graft.formats.raw import RawCheckpoint, StudentNames
+from peft_graft.models import ModelHandle, quiet_libraries, with_task_head
+from peft_graft.weights import read_tensors
+
+Library = Literal["peft", "adapters"]
+
+
+def library_of(raw: RawCheckpoint) -> Library:
+    """The library that a checkpoint is for."""
+    return "peft" if raw.format == "peft" else "adapters"
+
+
+def library_version(library: Library) -> str | None:
+    """Its version, None where it is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass
+class LiveModule:
+    """A task model with a checkpoint loaded into it, a copy of its own.
+
+    Attributes:
+        model: takes ``input_ids`` and so on, gives ``logits`` where the checkpoint's task has a head.
+        raw: what was loaded. name: the module's name in its library.
+        written, loaded: the checkpoint's tensors by key, as in its file and as in the model.
+        bf16: forward passes in mixed precision; the weights are float32 in any case.
+    """
+
+    model: Any
+    raw: RawCheckpoint
+    name: str
+    written: Mapping[str, Tensor]
+    loaded: Mapping[str, Tensor]
+    bf16: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device = next(self.model.parameters()).device
+        assert isinstance(device, torch.device)
+        return device
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Switch the module off."""
+        if self.raw.format == "peft":
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_active_adapters(None)
+        try:
+            yield
+        finally:
+            self.model.set_active_adapters(self.name)
+
+    def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
+        """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch."""
+        mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with nullcontext() if module else self.without(), mixed:
+            output = self.model(**inputs, output_hidden_states=True)
+        state = output.last_hidden_state if "last_hidden_state" in output else output.hidden_states[-1]
+        return output.get("logits"), state
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters of module and head, by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def checkpoint(self) -> RawCheckpoint:
+        """The checkpoint with the values that the model has now."""
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            if self.raw.format == "peft":
+                self.model.save_pretrained(folder)
+            else:
+                self.model.save_adapter(folder, self.name, with_head=bool(self.raw.head))
+            found = read_checkpoint(Path(folder))
+        entries = {
+            path: {name: found.entries[path][name].to(value.dtype) for name, value in values.items()}
+            for path, values in self.raw.entries.items()
+        }
+        return replace(self.raw, entries=entries, head={key: found.head[key] for key in self.raw.head})
+
+
+def attach(
+    folder: Path,
+    raw: RawCheckpoint,
+    handle: ModelHandle,
+    labels: tuple[str, ...] = (),
+    *,
+    trainable: bool = False,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> LiveModule:
+    """Load a written checkpoint into a float32 copy of its model with the checkpoint's own library.
+
+    Args:
+        folder: the checkpoint. raw: what is in it. handle: its base model, not touched. labels: names of its classes.
+        trainable: whether module and head shall require gradients.
+
+    Raises:
+        VerificationError: the library cannot load it, or found keys missing or unexpected.
+        DependencyError: the library is not installed.
+    """
+    if library_version(library_of(raw)) is None:
+        raise DependencyError(
+            f"{library_of(raw)} is not installed, so the module cannot be run",
+            where=str(folder),
+            fix="pip install 'peft-graft[adapters]'",
+        )
+    with _quiet():
+        load = _attach_peft if raw.format == "peft" else _attach_adapterhub
+        live = load(folder, raw, handle, labels, trainable)
+    live.model.to(device).eval()
+    live.bf16 = bf16
+    return live
+
+
+def attach_raw(
+    raw: RawCheckpoint,
+    names: StudentNames,
+    handle: ModelHandle,
+    labels: tuple[str, ...] = (),
+    *,
+    trainable: bool = False,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> LiveModule:
+    """The same for a checkpoint that has not been written yet; ``names`` is what a written one says of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), raw, names)
+        return attach(Path(folder), raw, handle, labels, trainable=trainable, device=device, bf16=bf16)
+
+
+def _attach_peft(
+    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
+) -> LiveModule:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model = with_task_head(handle, raw.task, labels, raw.num_labels)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=str(folder)) from error
+    file = next(folder / name for name in peft_lora.WEIGHTS if (folder / name).exists())
+    return LiveModule(adapted, raw, "default", read_tensors(file), get_peft_model_state_dict(adapted))
+
+
+def _attach_adapterhub(
+    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
+) -> LiveModule:
+    import adapters
+
+    if raw.task == "prediction-heads":
+        try:
+            model: Any = adapters.AutoAdapterModel.from_config(handle.base.config)
+        except ValueError as error:
+            raise VerificationError(
+                f"the library adapters has no model class for {handle.architecture.model_type}", where=handle.name
+            ) from error
+        base = getattr(model, model.base_model_prefix)
+        own = base.state_dict().keys()
+        base.load_state_dict(
+            {k: v.float().cpu() for k, v in handle.base.state_dict().items() if k in own}, strict=False
+        )
+    else:
+        model = with_task_head(handle, raw.task, labels, raw.num_labels)
+        adapters.init(model)
+    info: dict[str, Any] = {}
+    try:
+        name = model.load_adapter(
+            str(folder),
+            with_head=bool(raw.head),
+            set_active=True,
+            loading_info=info,
+            use_safetensors=raw.weights_suffix == ".safetensors",
+        )
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise VerificationError(f"adapters cannot load it ({_first_line(error)})", where=str(folder)) from error
+    if info.get("missing_keys") or info.get("unexpected_keys"):
+        raise VerificationError(
+            "keys are missing or unexpected on loading",
+            where=str(folder),
+            found=f"missing {info.get('missing_keys')}, unexpected {info.get('unexpected_keys')}",
+        )
+    if trainable:
+        model.train_adapter(name)
+    written = adapterhub.written_tensors(folder, raw)
+    state = model.state_dict()
+    return LiveModule(model, raw, name, written, {key: value for key, value in state.items() if key in written})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), quiet_libraries():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

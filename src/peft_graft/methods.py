@@ -1,0 +1,180 @@
+"""The methods that find maps between spaces from statistics of paired activations.
+
+A method is a pure function ``PairedStatistics -> (SpaceMap, diagnostics)`` in the dict ``METHODS``; it never sees text
+or models. One that shrinks its estimate is also given statistics of held-out pairs to choose by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from peft_graft.maps import LinearMap, Selection, SpaceMap
+from peft_graft.statistics import Moment, PairedStatistics
+
+Diagnostics = dict[str, float]
+#: (fit, held-out pairs) -> map and what to report about it.
+Solver = Callable[[PairedStatistics, PairedStatistics], tuple[SpaceMap, Diagnostics]]
+
+#: Ridge penalties to choose from, relative to the mean variance of the units that are read.
+PENALTIES = tuple(10.0**power for power in (-10, -8, -6, -5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 1))
+
+_TOLERANCE = 1.02  # of the least held-out error
+_EXACT = 1e-6  # a relation that leaves less of the variance unexplained is one without noise
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of aligning two spaces.
+
+    Attributes:
+        name: as the user types it.
+        solve: statistics to a map and its diagnostics; None for a method that needs no text.
+        moments: what ``solve`` needs beside the cross moment.
+        holds_out: whether ``solve`` chooses by held-out pairs.
+        writes_through_input: LoRA's output rows are mapped with the map of its input space (published shortcut).
+        summary: one line for help and reports.
+    """
+
+    name: str
+    summary: str
+    solve: Solver | None = None
+    moments: tuple[Moment, ...] = ("cross",)
+    holds_out: bool = False
+    writes_through_input: bool = False
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method aligns on text."""
+        return self.solve is not None
+
+
+def assign_by_correlation(
+    statistics: PairedStatistics, held_out: PairedStatistics | None = None
+) -> tuple[Selection, Diagnostics]:
+    """Correlate and assign (arXiv 2403.18804): maximise the summed Pearson correlation of one-to-one matches.
+
+    Units that do not vary have correlation 0 with everything, so they are matched last. With d_s > d_t the
+    d_s - d_t least correlated student units stay unmatched; with d_s < d_t teacher units are pruned.
+    """
+    statistics = statistics.merge(held_out) if held_out else statistics
+    correlation = statistics.correlation().cpu().numpy()
+    rows, columns = linear_sum_assignment(correlation, maximize=True)
+    indices = np.full(correlation.shape[0], -1, dtype=np.int64)
+    indices[rows] = columns
+    matched = correlation[rows, columns]
+    teacher_constant, student_constant = statistics.constant_units()
+    return Selection(torch.from_numpy(indices), correlation.shape[1]), {
+        "pairs": statistics.count,
+        "mean_correlation": float(matched.mean()),
+        "min_correlation": float(matched.min()),
+        "unmatched_student_units": int((indices < 0).sum()),
+        "constant_teacher_units": int(teacher_constant.sum()),
+        "constant_student_units": int(student_constant.sum()),
+    }
+
+
+def regress(statistics: PairedStatistics, held_out: PairedStatistics) -> tuple[LinearMap, Diagnostics]:
+    """Ridge regression in both directions: R = C_ts (C_ss + lambda I)^-1 and W = C_st (C_tt + lambda I)^-1.
+
+    For a LoRA, A_t R x_s is then the least-squares estimate of A_t x_t. Each penalty is the largest of ``PENALTIES``
+    that leaves hardly more variance of the held-out pairs unexplained than the best; the maps are then solved from all
+    pairs.
+    ``read_explained`` and ``write_explained`` are the held-out shares of variance.
+    """
+    assert statistics.teacher_moment is not None
+    assert statistics.student_moment is not None
+    assert held_out.teacher_moment is not None
+    assert held_out.student_moment is not None
+    read_penalty, read_explained = _choose_penalty(
+        statistics.student_moment, statistics.cross.T, held_out.student_moment, held_out.cross.T,
+        float(held_out.teacher_variance_sum.sum()),
+    )  # fmt: skip
+    write_penalty, write_explained = _choose_penalty(
+        statistics.teacher_moment, statistics.cross, held_out.teacher_moment, held_out.cross,
+        float(held_out.student_variance_sum.sum()),
+    )  # fmt: skip
+    whole = statistics.merge(held_out)
+    assert whole.teacher_moment is not None
+    assert whole.student_moment is not None
+    reading = _ridge(whole.student_moment, whole.cross.T, read_penalty)
+    writing = _ridge(whole.teacher_moment, whole.cross, write_penalty)
+    shift = whole.teacher_mean - reading @ whole.student_mean
+    return LinearMap(reading, writing, shift), {
+        "pairs": whole.count,
+        "read_explained": read_explained,
+        "write_explained": write_explained,
+        "read_penalty": read_penalty,
+        "write_penalty": write_penalty,
+    }
+
+
+def _choose_penalty(moment: Tensor, cross: Tensor, held_moment: Tensor, held_cross: Tensor,
+                    held_total: float) -> tuple[float, float]:  # fmt: skip
+    """The largest relative penalty with about the least held-out error, and the share of held-out variance it explains.
+
+    Args: ``moment`` [d, d] of what is read, ``cross`` [k, d] with what is predicted; the same of the held-out pairs.
+
+    In the eigenbasis V of the moment with eigenvalues e, the solution is P diag(1 / (e + lambda)) V^T with P = cross V,
+    so one decomposition serves every penalty and the error is a quadratic form in 1 / (e + lambda).
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp_min(0)
+    mean = float(values.mean()) or 1.0
+    rotated, held = cross @ vectors, held_cross @ vectors
+    linear = (rotated * held).sum(0)
+    quadratic = (vectors.T @ held_moment @ vectors) * (rotated.T @ rotated)
+    errors = []
+    for penalty in PENALTIES:
+        gain = 1 / (values + penalty * mean)
+        errors.append(float(held_total - 2 * linear @ gain + gain @ quadratic @ gain))
+    # Directions that hardly vary decide nothing here, but what a module writes may lie in them, and a small penalty
+    # amplifies it: of the penalties that serve about as well, the largest is taken. Between models that compute the same
+    # there is nothing to amplify, and the best is.
+    least = min(errors)
+    limit = _TOLERANCE * least if least > _EXACT * held_total else least
+    good = [index for index, error in enumerate(errors) if error <= limit]
+    return PENALTIES[good[-1]], 1 - errors[good[-1]] / held_total if held_total else 0.0
+
+
+def _ridge(moment: Tensor, cross: Tensor, penalty: float) -> Tensor:
+    """cross (moment + lambda I)^-1, [k, d]; lambda relative to the mean diagonal of the moment."""
+    regularised = moment + penalty * (float(moment.diagonal().mean()) or 1.0) * torch.eye(
+        len(moment), dtype=moment.dtype, device=moment.device
+    )
+    solution: Tensor = torch.linalg.solve(regularised, cross.T)
+    return solution.T.contiguous()
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("copy", "weights unchanged; for a student that shares the teacher's spaces"),
+        Method(
+            "prune-align",
+            "correlate, assign, prune and reorder; every axis in its own space",
+            solve=assign_by_correlation,
+        ),
+        Method(
+            "ridge",
+            "regression between the spaces, one map for reading and one for writing, shrunk by held-out text",
+            solve=regress,
+            moments=("cross", "teacher", "student"),
+            holds_out=True,
+        ),
+        Method(
+            "prune-align-published",
+            "prune-align with LoRA's output rows pruned by its input's indices, as in the paper's code",
+            solve=assign_by_correlation,
+            writes_through_input=True,
+        ),
+    )
+}
+
+#: What is tried, in this order, when no method is named and there is text to judge by.
+AUTO = ("copy", "prune-align", "ridge")

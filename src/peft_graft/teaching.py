@@ -1,0 +1,197 @@
+"""Choosing, fitting and polishing a graft by the teacher's predictions on unlabelled text.
+
+    candidates, each moved by one method -> its head fitted -> the best on held-out text -> polished -> judged
+
+Held-out text is never fitted or polished on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from peft_graft.agreement import Agreement, Verdict, judge, measure
+from peft_graft.alignment import Alignment
+from peft_graft.checkpoints import PeftCheckpoint, resolve
+from peft_graft.errors import AlignmentError
+from peft_graft.fitting import can_fit, features, fit_head
+from peft_graft.graft import checkpoint_of_student, written_names
+from peft_graft.live import LiveModule, attach_raw
+from peft_graft.models import ModelHandle
+from peft_graft.modules import TOKENS_OUT, Space
+from peft_graft.polishing import CurvePoint, PolishSettings, polish
+from peft_graft.predictions import Kind, Predictions, kind_of, predict
+from peft_graft.report import HeadRecord, SiteRecord
+from peft_graft.settings import Clock, HeadChoice
+from peft_graft.text import Sample
+
+#: Samples that judge, at most (a fifth of a short text), and that a head is fitted to.
+HELD_OUT, LEAST_HELD_OUT, FIT = 300, 10, 1500
+#: A graft this close to its teacher, in nats, is exact: it is left alone.
+EXACT = 1e-6
+TOKENS = Space(-1, TOKENS_OUT)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module moved to the student by one method."""
+
+    method: str
+    alignment: Alignment
+    checkpoint: PeftCheckpoint
+    sites: list[SiteRecord]
+    head: HeadRecord | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The graft that the teacher's predictions led to.
+
+    Attributes:
+        candidate: the chosen one, with the values that it has now.
+        head: ``carried`` through the maps, or ``fitted`` to the predictions; None without a head.
+        verdict: how it agrees with the teacher now. tried: agreement of every candidate, by what it is.
+        fit: what the fit of the head reports. curve: of the polish, if there was one.
+    """
+
+    candidate: Candidate
+    head: str | None
+    verdict: Verdict
+    tried: dict[str, Agreement]
+    fit: dict[str, float]
+    curve: list[CurvePoint] = field(default_factory=list)
+
+
+@dataclass
+class Classroom:
+    """Teacher, student and the teacher's predictions on the text to learn from and on the text that judges."""
+
+    student: ModelHandle
+    lessons: Predictions
+    held_out: Predictions
+    labels: tuple[str, ...]
+    device: str
+    bf16: bool
+
+    def live(self, checkpoint: PeftCheckpoint, *, trainable: bool = False) -> LiveModule:
+        """The student with a checkpoint inside."""
+        raw = checkpoint_of_student(checkpoint, self.student)
+        names = written_names(self.student, raw.task)
+        return attach_raw(raw, names, self.student, self.labels, trainable=trainable, device=self.device,
+                          bf16=self.bf16)  # fmt: skip
+
+    def agreement(self, checkpoint: PeftCheckpoint) -> Agreement:
+        """How a checkpoint agrees with the teacher on the held-out text."""
+        return measure(self.live(checkpoint), self.student, self.held_out)
+
+
+def open_classroom(
+    checkpoint: PeftCheckpoint,
+    teacher: ModelHandle,
+    student: ModelHandle,
+    pool: Sequence[Sample],
+    *,
+    lessons: int,
+    write: Alignment | None,
+    device: str,
+    bf16: bool,
+    clock: Clock,
+) -> Classroom:
+    """Ask the teacher about the text.
+
+    Args:
+        checkpoint: the teacher's module and, where it shall be carried, its head. pool: the first samples judge, the
+            next ``lessons`` teach. write: for modules without a head, the map of the last hidden state.
+
+    """
+    judging = held_out_size(len(pool))
+    chosen = list(pool[: judging + lessons])
+    kind: Kind = kind_of(checkpoint.head)
+    labels = checkpoint.head.labels if checkpoint.head else ()
+    with clock("asking the teacher"):
+        names = written_names(teacher, checkpoint.raw.task)
+        module = attach_raw(checkpoint.raw, names, teacher, labels, device=device, bf16=bf16)
+        found = predict(
+            teacher,
+            student,
+            module,
+            chosen,
+            kind,
+            write=(lambda shift: write.map((TOKENS, TOKENS)).apply(shift, 1, "write")) if write else None,
+            progress=clock.progress,
+        )
+    return Classroom(student, found.part(judging), found.part(0, judging), labels, device, bf16)
+
+
+def held_out_size(samples: int) -> int:
+    """How many of the samples judge."""
+    return min(HELD_OUT, samples // 5)
+
+
+def best_graft(room: Classroom, candidates: Iterable[Callable[[], Candidate]], head: HeadChoice,
+               clock: Clock) -> Outcome:  # fmt: skip
+    """The candidate, with its head carried or fitted, that agrees best with the teacher on the held-out text.
+
+    Candidates are made one by one and no more after an exact one, so that what is not needed is not computed.
+
+    Raises:
+        AlignmentError: no method can move the module.
+    """
+    best: tuple[float, Outcome] | None = None
+    tried: dict[str, Agreement] = {}
+    refused: AlignmentError | None = None
+    for make in candidates:
+        try:
+            candidate = make()
+        except AlignmentError as error:  # such as a module that this method's maps cannot move
+            refused = error
+            continue
+        with clock("fitting"):
+            live = room.live(candidate.checkpoint)
+            moved = measure(live, room.student, room.held_out)
+            tried[f"{candidate.method}, as moved"] = moved
+            options = [(moved, candidate, "carried" if candidate.checkpoint.head else None, dict[str, float]())]
+            own = candidate.checkpoint.head
+            if own and head in ("auto", "fit") and can_fit(own) and moved.divergence > EXACT:
+                read, targets = features(live, room.student, room.lessons.part(0, FIT), own.reads)
+                fitted, report = fit_head(own, read, targets)
+                changed = replace(candidate, checkpoint=replace(candidate.checkpoint, head=fitted))
+                found = room.agreement(changed.checkpoint)
+                tried[f"{candidate.method}, head fitted"] = found
+                if head == "fit" or found.divergence < moved.divergence:
+                    options = [(found, changed, "fitted", report)]
+        for agreement, option, how, report in options:
+            if best is None or agreement.divergence < best[0]:
+                best = agreement.divergence, Outcome(option, how, judge(agreement, moved), tried, report)
+        if moved.divergence <= EXACT:
+            break
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best[1]
+
+
+def polished(
+    room: Classroom, outcome: Outcome, settings: PolishSettings, *, work: Path | None, identity: str, clock: Clock
+) -> Outcome:
+    """The outcome after a label-free polish."""
+    with clock("polishing"):
+        live = room.live(outcome.candidate.checkpoint, trainable=True)
+        curve = polish(
+            live, room.student, room.lessons, room.held_out, settings,
+            work=work, identity=identity, progress=clock.progress,
+        )  # fmt: skip
+        raw = live.checkpoint()
+        now = measure(live, room.student, room.held_out)
+    student = room.student
+    found = resolve(raw, student.architecture, student.base_tensors(), with_head=bool(raw.head))
+    before = outcome.candidate.checkpoint
+    head = replace(found.head, labels=before.head.labels) if found.head and before.head else None
+    checkpoint = replace(before, modules=found.modules, head=head)
+    return replace(
+        outcome,
+        candidate=replace(outcome.candidate, checkpoint=checkpoint),
+        verdict=judge(now, outcome.verdict.moved),
+        curve=curve,
+    )

@@ -1,0 +1,277 @@
+"""Learning from the teacher's predictions: asked, fitted, polished, judged."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+import peft_graft
+import tiny
+from conftest import needs_adapters
+from peft_graft import polishing
+from peft_graft.agreement import LEVELS, Agreement, compare, judge
+from peft_graft.errors import HeadError, PlanError, TextError
+from peft_graft.fitting import fit_head
+from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Head, head_tensors
+from peft_graft.predictions import batches
+from peft_graft.transfer import UNFINISHED
+
+
+@pytest.fixture(scope="module")
+def module(world, tmp_path_factory):
+    """A LoRA whose head, unlike a random one, gives every class its share."""
+    folder = tmp_path_factory.mktemp("teaching") / "module"
+    model = tiny.peft_lora(folder, world / "teacher")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    batch = tokenizer(tiny.sentences(100, seed=3), padding=True, return_tensors="pt")
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    with torch.inference_mode():
+        logits = model(**batch).logits[batch["attention_mask"].bool()]
+        head.weight.mul_(4 / logits.std(0).unsqueeze(1))
+        head.bias.zero_()
+        head.bias.sub_(model(**batch).logits[batch["attention_mask"].bool()].mean(0))
+        answers = model(**batch).logits[batch["attention_mask"].bool()].argmax(-1)
+    assert torch.bincount(answers, minlength=5).min() > 20
+    model.save_pretrained(folder)
+    return folder
+
+
+def transfer(world, module, **options):
+    options = {"student": world / "narrow", "text": world / "text.txt", "method": "prune-align", **options}
+    return peft_graft.transfer(module, **options)
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def test_agreement_is_cohens_kappa_and_the_divergence_from_the_teacher() -> None:
+    teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 2.0]]).log_softmax(-1)
+    same = compare(teacher, teacher, "words")
+    assert same.agreement == pytest.approx(1)
+    assert same.divergence == pytest.approx(0, abs=1e-12)
+    # three of four alike, shares (1/2, 1/2) and (3/4, 1/4): chance 1/2, kappa 1/2
+    other = compare(torch.tensor([[1.0, 0], [1.0, 0], [1.0, 0], [0, 1.0]]), teacher, "words")
+    assert other.agreement == pytest.approx(0.5)
+    p, q = teacher.exp(), torch.tensor([[1.0, 0], [1.0, 0], [1.0, 0], [0, 1.0]]).softmax(-1)
+    assert other.divergence == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+
+
+def test_a_student_that_always_says_the_commonest_class_has_no_agreement() -> None:
+    teacher = torch.tensor([[2.0, 0.0]] * 9 + [[0.0, 2.0]]).log_softmax(-1)
+    assert compare(torch.tensor([[1.0, 0.0]] * 10), teacher, "samples").agreement == pytest.approx(0)
+
+
+def test_without_a_head_agreement_is_the_share_of_the_shift_reproduced() -> None:
+    shift = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    assert compare(shift, shift, "hidden", shift).agreement == pytest.approx(1)
+    assert compare(torch.zeros(20, 6), shift, "hidden", shift).agreement == pytest.approx(0)
+    assert compare(-shift, shift, "hidden", shift).agreement == pytest.approx(-3)
+
+
+def test_the_verdict_follows_the_levels() -> None:
+    for level, least, text in LEVELS:
+        verdict = judge(Agreement(agreement=least, divergence=1.0, answers=5))
+        assert (verdict.level, verdict.text) == (level, text)
+    assert judge(Agreement(agreement=0.1, divergence=1.0, answers=5)).text.endswith("no better than a fresh module")
+    assert judge(None).level is None
+
+
+# ---- fitting ---------------------------------------------------------------------------------------------------------
+
+
+def soft_task(classes: int = 4, width: int = 12, rows: int = 600):
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(rows, width, generator=generator) * torch.linspace(0.1, 20, width) + 5
+    weight = torch.randn(classes, width, generator=generator) / torch.linspace(0.1, 20, width)
+    logits = read @ weight.T
+    return read, (logits - logits.mean(0)).log_softmax(-1)
+
+
+def test_a_fitted_head_gives_the_teachers_predictions_from_features_of_any_scale() -> None:
+    read, targets = soft_task()
+    blank = Head("token-classification", head_tensors({"out.weight": torch.zeros(4, 12), "out.bias": torch.zeros(4)},
+                                                      TOKENS_OUT), TOKENS_OUT, ())  # fmt: skip
+    fitted, report = fit_head(blank, read, targets)
+    logits = read @ fitted.tensors["out.weight"].values.T + fitted.tensors["out.bias"].values
+    assert compare(logits, targets, "words").agreement > 0.97
+    assert report["divergence"] < 0.02
+
+
+def test_a_head_with_an_inner_layer_starts_from_the_mapped_one_and_improves() -> None:
+    generator = torch.Generator().manual_seed(1)
+    read = torch.randn(500, 10, generator=generator)
+    dense, out = torch.randn(8, 10, generator=generator), torch.randn(3, 8, generator=generator)
+    targets = (torch.tanh(read @ dense.T) @ out.T).log_softmax(-1)
+    tensors = {
+        "dense.weight": dense + 0.3 * torch.randn(8, 10, generator=generator), "dense.bias": torch.zeros(8),
+        "out.weight": torch.zeros(3, 8), "out.bias": torch.zeros(3),
+    }  # fmt: skip
+    head = Head("sequence-classification", head_tensors(tensors, FIRST_OUT), FIRST_OUT, (), "tanh")
+    fitted, _ = fit_head(head, read, targets)
+
+    def logits(of: Head) -> torch.Tensor:
+        values = {name: tensor.values for name, tensor in of.tensors.items()}
+        inner = torch.tanh(read @ values["dense.weight"].T + values["dense.bias"])
+        return inner @ values["out.weight"].T + values["out.bias"]
+
+    assert compare(logits(fitted), targets, "samples").agreement > 0.9
+    assert compare(logits(head), targets, "samples").agreement < 0.1
+
+
+# ---- transfer --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_cover_every_row_once_and_depend_on_the_seed() -> None:
+    lengths = [(7 * index) % 31 for index in range(101)]
+    plain = list(batches(lengths, 8))
+    assert sorted(row for rows in plain for row in rows) == list(range(101))
+    first, again, other = (list(batches(lengths, 8, seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(row for rows in first for row in rows) == list(range(101))
+
+
+def test_fitting_the_head_agrees_better_than_carrying_it(world, module) -> None:
+    carried, fitted = (transfer(world, module, head=head).report for head in ("carry", "fit"))
+    assert carried.head.how == "carried"
+    assert fitted.head.how == "fitted"
+    assert fitted.verdict.measured.divergence < carried.verdict.measured.divergence / 2
+    assert fitted.verdict.moved == carried.verdict.measured
+    assert transfer(world, module).report.head.how == "fitted"  # auto takes the better
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("pfeiffer", marks=needs_adapters)])
+def test_a_polish_agrees_better_and_says_so_in_the_report(world, module, tmp_path, kind: str) -> None:
+    source = module if kind == "lora" else world / "pfeiffer"
+    graft = transfer(world, source, polish=60, head="carry", out=tmp_path / "graft")
+    curve = graft.report.polish.curve
+    assert [point.step for point in curve] == [0, 10, 20, 30, 40, 50, 60]
+    assert min(point.divergence for point in curve) < 0.9 * curve[0].divergence
+    assert graft.report.verdict.measured.divergence == pytest.approx(min(point.divergence for point in curve), rel=1e-4)
+    assert "polish" in (tmp_path / "graft" / "README.md").read_text()
+    assert not (tmp_path / f"graft{UNFINISHED}").exists()
+
+
+def test_what_was_measured_is_what_was_written(world, module, tmp_path) -> None:
+    """The verdict's divergence, computed again from the written checkpoint and the teacher's own library."""
+    graft = transfer(world, module, polish=20, out=tmp_path / "graft", seed=4)
+    held_out = [sample.first for sample in peft_graft.transfer.__globals__["read_text"](world / "text.txt", None, 4)][
+        :80
+    ]
+    answers = []
+    for base, folder in ((world / "teacher", module), (world / "narrow", tmp_path / "graft")):
+        model = PeftModel.from_pretrained(tiny.task_model(base), folder).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        rows = []
+        for text in held_out:
+            batch = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+            offsets = batch.pop("offset_mapping")[0].tolist()
+            starts = {}
+            for index, (start, end) in enumerate(offsets):
+                while start < end and text[start] == " ":
+                    start += 1
+                if end > start:
+                    starts.setdefault(start, index)
+            words = [i for i, c in enumerate(text) if c != " " and (i == 0 or text[i - 1] == " " or c == ".")]
+            with torch.inference_mode():
+                logits = model(**batch).logits[0]
+            rows.append({word: logits[starts[word]].log_softmax(-1) for word in words if word in starts})
+        answers.append(rows)
+    kl = [float((t[w].exp() * (t[w] - s[w])).sum()) for t, s in zip(*answers, strict=True) for w in t if w in s]
+    assert len(kl) == graft.report.verdict.measured.answers
+    assert sum(kl) / len(kl) == pytest.approx(graft.report.verdict.measured.divergence, rel=1e-3)
+
+
+def test_an_interrupted_polish_goes_on_to_the_same_result(world, module, tmp_path, monkeypatch) -> None:
+    whole = transfer(world, module, polish=24, out=tmp_path / "whole")
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == "polishing" and done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer(world, module, polish=24, out=tmp_path / "graft", progress=stop)
+    assert not (tmp_path / "graft").exists()
+    assert (tmp_path / f"graft{UNFINISHED}").is_dir()
+    steps = []
+
+    def watch(stage: str, done: int, total: int | None) -> None:
+        if stage == "polishing" and done:
+            steps.append(done)
+
+    resumed = transfer(world, module, polish=24, out=tmp_path / "graft", progress=watch)
+    assert steps[0] == 14
+    assert not (tmp_path / f"graft{UNFINISHED}").exists()
+    assert resumed.report.polish == whole.report.polish
+    for site, module in whole.checkpoint.modules.items():
+        for name, tensor in module.tensors.items():
+            torch.testing.assert_close(resumed.checkpoint.modules[site].tensors[name].values, tensor.values)
+
+
+def test_the_state_of_other_work_is_not_taken_up(world, module, tmp_path) -> None:
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == "polishing" and done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer(world, module, polish=24, out=tmp_path / "graft", progress=stop)
+    other = transfer(world, module, polish=24, out=tmp_path / "graft", seed=5)
+    assert other.report.polish == transfer(world, module, polish=24, seed=5).report.polish
+
+
+def test_a_module_without_a_head_is_judged_and_polished_by_hidden_states(world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "module", world / "teacher", task="base")
+    graft = peft_graft.transfer(
+        tmp_path / "module", student=world / "narrow", text=world / "text.txt", method="ridge", polish=60
+    )
+    curve = graft.report.polish.curve
+    assert graft.report.verdict.measured.agreement > curve[0].agreement + 0.05
+    assert graft.report.verdict.measured.agreement == pytest.approx(1 - graft.report.verdict.measured.divergence)
+
+
+def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
+    report = peft_graft.transfer(module, student=world / "narrow", text=world / "text.txt", polish=0).report
+    best = min(report.tried, key=lambda name: report.tried[name].divergence)
+    assert best.startswith(report.method)
+    assert report.verdict.measured == report.tried[best]
+    assert {name.split(",")[0] for name in report.tried} == {"prune-align", "ridge"}
+    assert "held-out" in report.method_reason
+
+
+def test_without_text_nothing_is_measured_and_the_verdict_says_so(world) -> None:
+    report = peft_graft.transfer(world / "lora", student=world / "shallow").report
+    assert report.verdict.measured is None
+    assert "--text" in report.verdict.text
+
+
+def test_what_cannot_be_learned_is_refused_by_name(world, module, tmp_path) -> None:
+    with pytest.raises(TextError, match="--polish learns from the teacher's predictions"):
+        peft_graft.transfer(world / "lora", student=world / "shallow", polish=5)
+    with pytest.raises(TextError, match="--head fit"):
+        peft_graft.transfer(world / "lora", student=world / "shallow", head="fit")
+    with pytest.raises(PlanError, match="--polish: must not be negative"):
+        transfer(world, module, polish=-1)
+    tiny.peft_lora(tmp_path / "bare", world / "teacher", task="base")
+    with pytest.raises(HeadError, match="there is no head to fit"):
+        transfer(world, tmp_path / "bare", head="fit")
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(tiny.sentences(40)))
+    with pytest.raises(TextError, match="expected at least 50, found 40"):
+        transfer(world, module, text=few, polish=5)
+
+
+def test_learning_rate_warms_up_and_decays_to_nothing() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "share": 1.0}], lr=1.0)
+    settings = polishing.PolishSettings(steps=100, learning_rate=2.0)
+    rates = []
+    for step in range(100):
+        polishing._set_rate(optimizer, settings, step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert max(rates) < 2.0
+    assert rates.index(max(rates)) == 5
+    assert rates[0] == pytest.approx(2.0 / 6)
+    assert math.isclose(rates[-1], 2.0 / 100)
