@@ -171,7 +171,8 @@ class Bench:
         taught = resolve(checkpoint, first.architecture, first.base_tensors())
         raw = read_checkpoint(module)
         fresh = resolve(raw, second.architecture, second.base_tensors())
-        settings, clock = PolishSettings(steps=300, head_rate=1.0, seed=seed)  # its head is untrained, Clock(None)
+        settings = PolishSettings(steps=300, head_rate=1.0, seed=seed)  # the head is untrained
+        clock = Clock(None)
         room = open_classroom(
             taught, first, second, text, lessons=max(FIT, 300 * settings.batch_size), write=None, device="cpu",
             bf16=True, clock=clock,
