@@ -196,8 +196,8 @@ def _rotated(model, seed: int = 4):
 def test_a_rotated_student_computes_what_the_teacher_does(tmp_path) -> None:
     """Pre-norm RMSNorm models allow any rotation of the residual stream: ridge recovers it, assignment cannot.
 
-    Not for what is written before the FFN's activation: those units outnumber the stream that they are computed from, so
-    a regression on them is not determined.
+    Not for what is written before the FFN's activation: those units outnumber the stream that they are computed from,
+    so a regression on them is not determined.
     """
     config = transformers.LlamaConfig(
         vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

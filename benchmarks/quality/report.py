@@ -1,9 +1,9 @@
 """Tables of the quality benchmark, from the run files alone.
 
-    python benchmarks/quality/report.py RUNS TEACHERS [--markdown FILE]
+    python benchmarks/quality/report.py RUNS TEACHERS [--ablation FOLDER] [--markdown FILE]
 
-RUNS holds the JSON files of run.py, TEACHERS those of the teachers. Prints a table for each pair and task, and the
-summary that the default is judged by; ``--markdown`` writes both to a file.
+RUNS holds the JSON files of run.py, TEACHERS those of the teachers, FOLDER those of ablation.py. Prints the summary
+that the default is judged by, a table for each pair and task, and the ablation; ``--markdown`` writes them to a file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from cells import PAIRS
@@ -22,134 +23,191 @@ from peft_graft.experiments.comparison import share_of_gain
 
 ORDER = ("fresh", "copy", "prune-align", "fitted, no polish", "half polish", "polish from fresh", "default")
 BUDGETS = (0, 100, 1000, None)
+FEW = (0, 100, 1000)
 
 
-def load(runs: Path) -> dict:
-    """(owner, task, start, budget) -> list of runs, one for each seed."""
-    found = defaultdict(list)
-    for path in sorted(runs.glob("*.json")):
-        run = json.loads(path.read_text())
-        found[run["owner"], run["task"], run["start"], run["budget"]].append(run)
-    return found
+@dataclass
+class Cell:
+    """One start of a pair and task at one label budget, beside the fresh module at the same budget."""
+
+    pair: str
+    task: str
+    start: str
+    budget: int | None
+    runs: list
+    fresh: list
+    teacher: float
+    majority: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(scores(self.runs))
+
+    @property
+    def base(self) -> float:
+        return statistics.fmean(scores(self.fresh))
+
+    @property
+    def share(self) -> float | None:
+        return share_of_gain(self.mean, self.base, self.teacher)
+
+    @property
+    def kept(self) -> float:
+        """Share of the teacher's score over the majority class."""
+        return (self.mean - self.majority) / (self.teacher - self.majority)
+
+    @property
+    def agreement(self) -> float | None:
+        found = [run["graft"]["verdict"].get("measured") for run in self.runs]
+        return statistics.fmean(one["agreement"] for one in found) if all(found) else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the difference of the means; a single run is taken to spread as the other side's."""
+        known = [statistics.variance(v) for v in (scores(self.runs), scores(self.fresh)) if len(v) > 1]
+        if not known:
+            return None
+        variances = [
+            statistics.variance(v) / len(v) if len(v) > 1 else max(known)
+            for v in (scores(self.runs), scores(self.fresh))
+        ]
+        return math.sqrt(sum(variances))
 
 
 def scores(runs: list) -> list[float]:
     return [run["score"] for run in runs]
 
 
+def load(runs: Path, teachers: Path) -> list[Cell]:
+    found = defaultdict(list)
+    for path in sorted(runs.glob("*.json")):
+        run = json.loads(path.read_text())
+        found[run["owner"], run["task"], run["start"], run["budget"]].append(run)
+    cells = []
+    for (owner, task, start, budget), mine in found.items():
+        if owner in PAIRS:
+            name, student = PAIRS[owner]
+            record = json.loads((teachers / f"{name}-{task}.json").read_text())
+            fresh = found.get((student, task, "fresh", budget), [])
+            cells.append(Cell(owner, task, start, budget, mine, fresh, record["test"], record["majority"]))
+    return cells
+
+
 def mean_spread(values: list[float]) -> str:
     if not values:
         return ""
-    if len(values) == 1:
-        return f"{values[0]:.3f} (1)"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread} ({len(values)})"
 
 
-def steps_to_reach(runs: list, target: float | None) -> str:
-    """Median over seeds of the first watched step at which the held-out score reaches the target."""
-    reached = []
-    for run in runs:
-        curve = run.get("held_out_curve") or []
-        reached.append(next((step for step, score in curve if target is not None and score >= target), math.inf))
-    if not reached or target is None:
+def steps_to_fresh(runs: list, fresh: list) -> str:
+    """Median over seeds of the first watched step at which the held-out score reaches the fresh module's last."""
+    if not runs or not fresh:
         return ""
-    middle = statistics.median_low(sorted(reached))
-    return "never" if middle == math.inf else str(int(middle))
+    target = statistics.fmean(run["held_out_curve"][-1][1] for run in fresh)
+    steps = [next((step for step, score in run["held_out_curve"] if score >= target), math.inf) for run in runs]
+    middle = statistics.median_low(steps)
+    return "never" if middle == math.inf else str(middle)
 
 
-def table(found: dict, teachers: Path) -> tuple[list[str], list[dict]]:
-    lines, cells = [], []
-    pairs_tasks = sorted(
-        {(owner, task) for owner, task, _, _ in found if owner in PAIRS}, key=lambda x: (list(PAIRS).index(x[0]), x[1])
-    )
-    for pair, task in pairs_tasks:
-        teacher_name, student = PAIRS[pair]
-        teacher = json.loads((teachers / f"{teacher_name}-{task}.json").read_text())
-        lines += ["", f"### {teacher_name} → {student}, {task}", "",
-                  f"Teacher {teacher['test']:.3f} ({teacher['examples']} labelled examples), majority class "
-                  f"{teacher['majority']:.3f}.", "",
-                  "| student starts from | no labels | 100 | 1,000 | all | share of the gain at 0 / 100 / 1,000 | steps to "
-                  "the fresh score at 1,000 |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-        fresh = {budget: found.get((student, task, "fresh", budget), []) for budget in BUDGETS}
-        target = None
-        if fresh[1000] and all(run.get("held_out_curve") for run in fresh[1000]):
-            target = statistics.fmean(run["held_out_curve"][-1][1] for run in fresh[1000])
-        for start in ORDER:
-            by_budget = {b: fresh[b] if start == "fresh" else found.get((pair, task, start, b), []) for b in BUDGETS}
-            if not any(by_budget.values()):
+def tables(cells: list[Cell]) -> list[str]:
+    lines = []
+    for pair, task in sorted(
+        {(cell.pair, cell.task) for cell in cells}, key=lambda at: (list(PAIRS).index(at[0]), at[1])
+    ):
+        mine = {(cell.start, cell.budget): cell for cell in cells if (cell.pair, cell.task) == (pair, task)}
+        one = next(iter(mine.values()))
+        fresh = {cell.budget: cell.fresh for cell in mine.values()}
+        lines += [
+            "", f"### {' → '.join(PAIRS[pair])}, {task}", "",
+            f"Teacher {one.teacher:.3f}, majority class {one.majority:.3f}.", "",
+            "| student starts from | no labels | 100 | 1,000 | all | share of the gain | steps to the fresh score |",
+            "|---|---|---|---|---|---|---|",
+            "| fresh | " + " | ".join(mean_spread(scores(fresh.get(budget, []))) for budget in BUDGETS) + " | | |",
+        ]  # fmt: skip
+        for start in ORDER[1:]:
+            row = {budget: mine.get((start, budget)) for budget in BUDGETS}
+            if not any(row.values()):
                 continue
-            shares = []
-            for budget in BUDGETS[:3]:
-                base, values = scores(fresh[budget]), scores(by_budget[budget])
-                share = (
-                    share_of_gain(statistics.fmean(values), statistics.fmean(base), teacher["test"])
-                    if values and base
-                    else None
-                )
-                shares.append("" if share is None or start == "fresh" else f"{share:+.2f}")
-                if start != "fresh" and values and base:
-                    cells.append({"pair": pair, "task": task, "start": start, "budget": budget, "values": values, "fresh": base,
-                                  "share": share, "teacher": teacher["test"], "majority": teacher["majority"],
-                                  "agreement": [r["graft"]["verdict"]["measured"]["agreement"] for r in by_budget[budget]
-                                                if r["graft"]["verdict"].get("measured")]})  # fmt: skip
-            budget = None
-            base, values = scores(fresh[None]), scores(by_budget[None])
-            if start != "fresh" and values and base:
-                cells.append({"pair": pair, "task": task, "start": start, "budget": None, "values": values, "fresh": base,
-                              "share": None, "teacher": teacher["test"], "majority": teacher["majority"], "agreement": []})  # fmt: skip
-            lines.append(
-                f"| {start} | "
-                + " | ".join(mean_spread(scores(by_budget[b])) for b in BUDGETS)
-                + f" | {' / '.join(share or '–' for share in shares) if start != 'fresh' else ''} | "
-                + f"{steps_to_reach(by_budget[1000], target)} |"
-            )
-    return lines, cells
-
-
-def standard_error(cell: dict) -> float:
-    """Of the difference of the two means; with single runs on a side, its spread is taken from the other."""
-    variances = [statistics.variance(v) if len(v) > 1 else None for v in (cell["values"], cell["fresh"])]
-    known = [v for v in variances if v is not None]
-    if not known:
-        return 0.0
-    variances = [v if v is not None else max(known) for v in variances]
-    return math.sqrt(sum(v / len(values) for v, values in zip(variances, (cell["values"], cell["fresh"]), strict=True)))
-
-
-def summary(cells: list[dict]) -> list[str]:
-    lines = ["| start | cells | below fresh by more than 2 standard errors | above fresh, 0 to 1,000 labels | mean share of the "
-             "gain, 0 to 1,000 labels | no labels, over the majority class: NER | sentence tasks |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for start in ORDER[1:]:
-        mine = [cell for cell in cells if cell["start"] == start]
-        if not mine:
-            continue
-        few = [cell for cell in mine if cell["budget"] is not None]
-        below = sum(statistics.fmean(c["values"]) < statistics.fmean(c["fresh"]) - 2 * standard_error(c) for c in mine)
-        above = sum(statistics.fmean(c["values"]) > statistics.fmean(c["fresh"]) for c in few)
-        shares = [cell["share"] for cell in few if cell["share"] is not None]
-        kept = {True: [], False: []}
-        for cell in few:
-            if cell["budget"] == 0:
-                kept[cell["task"] == "ner"].append(
-                    (statistics.fmean(cell["values"]) - cell["majority"]) / (cell["teacher"] - cell["majority"])
-                )
-        part = {k: f"{statistics.fmean(v):.2f}" if v else "" for k, v in kept.items()}
-        lines.append(f"| {start} | {len(mine)} | {below} | {above} of {len(few)} | {statistics.fmean(shares):+.2f} | "
-                     f"{part[True]} | {part[False]} |" if shares else f"| {start} | {len(mine)} | {below} | | | | |")  # fmt: skip
-    lines += ["", *verdicts(cells)]
+            shares = [row[budget].share if row[budget] and row[budget].fresh else None for budget in FEW]
+            shown = " / ".join("–" if share is None else f"{share:+.2f}" for share in shares)
+            steps = steps_to_fresh(row[1000].runs, row[1000].fresh) if row[1000] else ""
+            values = " | ".join(mean_spread(scores(row[budget].runs)) if row[budget] else "" for budget in BUDGETS)
+            lines.append(f"| {start} | {values} | {shown} | {steps} |")
     return lines
 
 
-def verdicts(cells: list[dict]) -> list[str]:
+def summary(cells: list[Cell]) -> list[str]:
+    lines = [
+        "| start | cells | below fresh by > 2 SE | above fresh, ≤ 1,000 labels | mean share of the gain, ≤ 1,000 labels "
+        "| score kept without labels: NER | sentence tasks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for start in ORDER[1:]:
+        mine = [cell for cell in cells if cell.start == start and cell.fresh]
+        few = [cell for cell in mine if cell.budget in FEW]
+        if not few:
+            continue
+        tested = [cell for cell in mine if cell.standard_error is not None]
+        below = sum(cell.mean < cell.base - 2 * cell.standard_error for cell in tested)
+        above = sum(cell.mean > cell.base for cell in few)
+        shares = [cell.share for cell in few if cell.share is not None]
+        kept = [
+            [cell.kept for cell in few if cell.budget == 0 and (cell.task == "ner") == words] for words in (True, False)
+        ]
+        shown = [f"{statistics.fmean(values):.2f}" if values else "" for values in kept]
+        share = f"{statistics.fmean(shares):+.2f}" if shares else ""
+        counts = f"{len(mine)} | {below} of {len(tested)} | {above} of {len(few)}"
+        lines.append(f"| {start} | {counts} | {share} | {' | '.join(shown)} |")
+    lines += ["", *halves(cells), *verdicts(cells)]
+    return lines
+
+
+def halves(cells: list[Cell]) -> list[str]:
+    """Half the polish from a graft against the whole from a fresh module, at the same number of seeds."""
+    scores_at = {(cell.pair, cell.task, cell.start): cell.mean for cell in cells if cell.budget == 0}
+    both = [
+        (scores_at[pair, task, "half polish"], whole)
+        for (pair, task, start), whole in scores_at.items()
+        if start == "polish from fresh" and (pair, task, "half polish") in scores_at
+    ]
+    if not both:
+        return []
+    won = sum(half >= whole for half, whole in both)
+    return [
+        f"- half the steps from a graft reach what all of them reach from a fresh module in {won} of {len(both)} cells"
+    ]
+
+
+def verdicts(cells: list[Cell]) -> list[str]:
     """Whether agreement on held-out text, known before any label, predicts what a graft gains."""
     lines = []
-    for budget in (0, 100, 1000):
-        pairs = [(statistics.fmean(c["agreement"]), c["share"]) for c in cells
-                 if c["budget"] == budget and c["agreement"] and c["share"] is not None]  # fmt: skip
-        if len(pairs) > 3:
-            rho = spearmanr(*zip(*pairs, strict=True))
-            lines.append(f"- {budget} labels: Spearman's rank correlation of the verdict's agreement with the share of the gain "
-                         f"{rho.statistic:.2f} (p = {rho.pvalue:.1g}, {len(pairs)} grafts)")  # fmt: skip
+    for budget in FEW:
+        known = [(cell.agreement, cell.share) for cell in cells if cell.budget == budget and cell.fresh
+                 and cell.agreement is not None and cell.share is not None]  # fmt: skip
+        if len(known) > 3:
+            rho = spearmanr(*zip(*known, strict=True))
+            lines.append(
+                "- rank correlation (Spearman) of the verdict's agreement with the share of the gain at "
+                f"{budget} labels: {rho.statistic:.2f} (p = {rho.pvalue:.1g}, {len(known)} grafts)"
+            )
+    return lines
+
+
+def ablation(folder: Path) -> list[str]:
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        lines += [
+            "", f"### {' → '.join(PAIRS[found['pair']])}, {found['task']} (teacher {found['teacher']:.3f})", "",
+            "| what is moved | agreement as moved | head fitted | nats | test score, no labels |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for row in found["rows"]:
+            moved, fitted = row["as moved"], row["head fitted"]
+            lines.append(
+                f"| {row['name']} | {moved['agreement']:.3f} | {fitted['agreement']:.3f} | {fitted['divergence']:.3f} "
+                f"| {row['test']:.3f} |"
+            )
     return lines
 
 
@@ -157,10 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("teachers", type=Path)
+    parser.add_argument("--ablation", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
-    lines, cells = table(load(args.runs), args.teachers)
-    text = "\n".join([*summary(cells), *lines]) + "\n"
+    cells = load(args.runs, args.teachers)
+    text = "\n".join([*summary(cells), *tables(cells), *(ablation(args.ablation) if args.ablation else [])]) + "\n"
     print(text)
     if args.markdown:
         args.markdown.write_text(text, encoding="utf-8")

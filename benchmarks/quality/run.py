@@ -5,8 +5,8 @@
 MODELS holds the folders named in cells.py, DATA the folders of TASKS with train.parquet and test.parquet. Every run is
 one JSON file in OUT/runs; finished runs are not repeated, so several processes may share OUT, and an interrupted one
 goes on. ``report.py`` makes the tables from those files alone. Learning rates are chosen for the fresh module, on
-held-out examples of the train file, once for each student, task and budget; moved ones take the same, fitted ones a tenth. Test
-files are only scored.
+held-out examples of the train file, once for each student, task and budget; moved modules take the same, fitted ones a
+tenth. Test files are only scored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from peft_graft.weights import read_json, write_json, written_aside
 
 #: budget -> epochs; None is all that there is.
 BUDGETS = {100: 20, 1000: 5, None: 3}
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3)
 #: start -> options of transfer; None: the student's own fresh module.
 STARTS = {
     "fresh": None,
@@ -148,7 +148,8 @@ class Bench:
         else:
             graft = peft_graft.transfer_checkpoint(
                 checkpoint, first.base, second.base, teacher_tokenizer=first.tokenizer,
-                student_tokenizer=second.tokenizer, text=text, seed=seed, dtype="bfloat16", max_tokens=20_000, **options,
+                student_tokenizer=second.tokenizer, text=text, seed=seed, dtype="bfloat16", max_tokens=20_000,
+                **options,
             )  # fmt: skip
             raw, record = graft.raw(), {
                 "method": graft.report.method, "head": graft.report.head.how if graft.report.head else None,

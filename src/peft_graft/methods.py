@@ -134,8 +134,8 @@ def _choose_penalty(moment: Tensor, cross: Tensor, held_moment: Tensor, held_cro
         gain = 1 / (values + penalty * mean)
         errors.append(float(held_total - 2 * linear @ gain + gain @ quadratic @ gain))
     # Directions that hardly vary decide nothing here, but what a module writes may lie in them, and a small penalty
-    # amplifies it: of the penalties that serve about as well, the largest is taken. Between models that compute the same
-    # there is nothing to amplify, and the best is.
+    # amplifies it: of the penalties that serve about as well, the largest is taken. Between models that compute the
+    # same there is nothing to amplify, and the best is.
     least = min(errors)
     limit = _TOLERANCE * least if least > _EXACT * held_total else least
     good = [index for index, error in enumerate(errors) if error <= limit]
