@@ -32,7 +32,10 @@ def test_transfer_writes_a_checkpoint_and_says_what_it_did(world, tmp_path) -> N
     done = run(
         "transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "g"
     )
-    assert "prune-align: the models differ in size" in done.stdout
+    assert "its graft agrees best with the teacher on held-out text" in done.stdout
+    assert "tried   prune-align, as moved: agreement" in done.stdout
+    assert "polish  agreement after steps 0:" in done.stdout
+    assert "verdict" in done.stdout
     assert "layer 1 attn.value" in done.stdout
     assert "written" in done.stdout
     assert done.stderr == "", "no progress bars where there is no terminal"
@@ -131,6 +134,23 @@ def test_an_interrupted_transfer_leaves_nothing(world, tmp_path) -> None:
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
+def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path) -> None:
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "transfer", str(world / "lora"), "--student", str(world / "shallow"), "--method", "copy", "--text",
+         str(world / "text.txt"), "--polish", "100000", "--out", str(tmp_path / "g")],
+        stdout=subprocess.DEVNULL, stderr=theirs, env={**ENVIRONMENT, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    _read_until(terminal, b"/100000")
+    process.send_signal(signal.SIGINT)
+    seen = _read_until(terminal, b"nothing was written")
+    os.close(terminal)
+    assert process.wait(timeout=60) == 130
+    assert b"the same command goes on from there" in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["g.unfinished"]
+
+
 def _read_until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
     seen, end = b"", time.monotonic() + seconds
     while text not in seen and time.monotonic() < end:
@@ -145,5 +165,5 @@ def _read_until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
 def test_help_names_every_option_of_the_documentation() -> None:
     text = " ".join(run("transfer", "--help").stdout.split())
     for option in ("--student", "--out", "--teacher", "--layers", "--method", "--text", "--max-tokens", "--alignment",
-                   "--head", "--seed", "--device", "--dtype", "--force", "--json", "--columns"):  # fmt: skip
+                   "--head", "--polish", "--seed", "--device", "--dtype", "--force", "--json", "--columns"):  # fmt: skip
         assert option in text

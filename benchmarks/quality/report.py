@@ -139,8 +139,8 @@ def tables(cells: list[Cell]) -> list[str]:
 
 def summary(cells: list[Cell]) -> list[str]:
     lines = [
-        "| start | cells | below fresh by > 2 SE | above fresh, ≤ 1,000 labels | mean share of the gain, ≤ 1,000 labels "
-        "| score kept without labels: NER | sentence tasks |",
+        "| start | cells | below fresh by > 2 SE | above fresh, ≤ 1,000 labels | mean share of the gain, ≤ 1,000 "
+        "labels | score kept without labels: NER | sentence tasks |",
         "|---|---|---|---|---|---|---|",
     ]
     for start in ORDER[1:]:
@@ -200,7 +200,8 @@ def ablation(folder: Path) -> list[str]:
         found = json.loads(path.read_text())
         lines += [
             "", f"### {' → '.join(PAIRS[found['pair']])}, {found['task']} (teacher {found['teacher']:.3f})", "",
-            "| what is moved | agreement as moved | head fitted | nats | test score, no labels |", "|---|---|---|---|---|",
+            "| what is moved | agreement as moved | head fitted | nats | test score, no labels |",
+            "|---|---|---|---|---|",
         ]  # fmt: skip
         for row in found["rows"]:
             moved, fitted = row["as moved"], row["head fitted"]

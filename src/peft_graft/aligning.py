@@ -101,10 +101,7 @@ def align_handles(
 
     ``lenient`` leaves out spaces of samples that too few samples were seen for.
     """
-    for model, role in ((teacher, "teacher"), (student, "student")):
-        if model.tokenizer is None:
-            raise PairingError("the model came without its tokenizer", where=role, fix="pass its fast tokenizer")
-        check_tokenizer(model.tokenizer, model.name, role)
+    check_tokenizers(teacher, student)
     with clock("pairing tokens"):
         statistics, counts = collect(
             teacher,
@@ -142,6 +139,18 @@ def align_handles(
             solve_alignment(method, statistics, teacher.fingerprint, student.fingerprint, details) for method in methods
         ]
     return found, counts
+
+
+def check_tokenizers(teacher: ModelHandle, student: ModelHandle) -> None:
+    """Refuse models whose text cannot be paired.
+
+    Raises:
+        PairingError: one came without its tokenizer. ModelError: a tokenizer is slow.
+    """
+    for model, role in ((teacher, "teacher"), (student, "student")):
+        if model.tokenizer is None:
+            raise PairingError("the model came without its tokenizer", where=role, fix="pass its fast tokenizer")
+        check_tokenizer(model.tokenizer, model.name, role)
 
 
 class Aligner:

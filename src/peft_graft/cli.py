@@ -25,6 +25,7 @@ from peft_graft.methods import METHODS
 from peft_graft.report import GraftReport
 from peft_graft.settings import POLISH
 from peft_graft.settings import Progress as ProgressCall
+from peft_graft.transfer import UNFINISHED
 from peft_graft.transfer import transfer as transfer_module
 
 app = typer.Typer(
@@ -114,7 +115,7 @@ def transfer(
     as_json: Json = False,
 ) -> None:
     """Move a trained module to another model and write an ordinary checkpoint for it."""
-    with _progress() as progress:
+    with _progress() as progress, _say_how_to_go_on(out):
         graft = transfer_module(
             module,
             student=student,
@@ -208,7 +209,7 @@ def main() -> None:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("interrupted; nothing was written (a polish goes on where it stopped)")
+        Console(stderr=True).print("interrupted; nothing was written")
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
@@ -228,6 +229,19 @@ def _split(names: str | None) -> list[str] | None:
 
 def _print_json(value: BaseModel) -> None:
     sys.stdout.write(json.dumps(value.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _say_how_to_go_on(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if Path(f"{out}{UNFINISHED}").exists():
+            Console(stderr=True).print(
+                f"the polish so far is in {_escaped(f'{out}{UNFINISHED}')}; the same command goes on from there",
+                soft_wrap=True,
+            )
+        raise
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peft_graft.agreement import judge
-from peft_graft.aligning import Aligner, peeked
+from peft_graft.aligning import Aligner, check_tokenizers, peeked
 from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
@@ -220,11 +220,12 @@ def _transfer(
 
     steps = 0
     if asked:
+        check_tokenizers(teacher, student)
         steps = settings.polish if settings.polish is not None else (0 if settings.method else POLISH)
         polishing = PolishSettings(steps=steps, seed=settings.seed)
         room = open_classroom(
             checkpoint, teacher, student, pool,
-            lessons=max(FIT, steps * polishing.batch_size),
+            lessons=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
             write=None if checkpoint.head else aligner.alignment(methods[-1]),
             device=settings.device, bf16=settings.dtype == "bfloat16", clock=clock,
         )  # fmt: skip

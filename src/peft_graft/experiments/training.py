@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import warnings
@@ -14,8 +15,12 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
 
+from peft_graft.experiments.ner import IGNORED
 from peft_graft.experiments.tasks import Task
 from peft_graft.models import quiet_libraries
+
+#: A module that has been fitted and polished is trained on with this share of the learning rate that suits a fresh one.
+FITTED_RATE = 0.1
 
 
 class TrainingSettings(BaseModel):
@@ -35,12 +40,14 @@ def fine_tune(
     tokenizer: Any,
     settings: TrainingSettings,
     each_epoch: Callable[[int], None] | None = None,
+    distillation: float = 0.0,
 ) -> float:
     """Train whatever parameters of a model are free, in place.
 
     Args:
         model: a task model with a module inside. rows: from ``Task.encode``.
         each_epoch: called with the number of steps done after every epoch.
+        distillation: weight of the teacher's answers beside the labels, 0 to 1, for rows that have them (``taught``).
 
     Returns:
         Seconds.
@@ -58,6 +65,7 @@ def fine_tune(
         bf16=settings.bf16,
         group_by_length=True,
     ) as trainer:
+        trainer.distillation = distillation
         trainer.train_dataset = list(rows)
         if each_epoch:
             trainer.add_callback(_EachEpoch(each_epoch))
@@ -111,7 +119,7 @@ class _trainer:  # noqa: N801 - a context manager, used as a function
             use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused on a CPU
             **self.arguments,
         )
-        trainer = transformers.Trainer(
+        trainer = _DistillingTrainer(
             model=self.model,
             args=arguments,
             data_collator=partial(_collate, self.tokenizer),
@@ -127,8 +135,78 @@ class _trainer:  # noqa: N801 - a context manager, used as a function
         self.folder.cleanup()
 
 
+def taught(
+    rows: Sequence[dict[str, Any]],
+    teacher: torch.nn.Module,
+    teacher_rows: Sequence[dict[str, Any]],
+    teacher_tokenizer: Any,
+    *,
+    keep_labels: bool = True,
+) -> list[dict[str, Any]]:
+    """Rows with the teacher's answers beside their labels, for a fine-tuning that goes on distilling.
+
+    Args:
+        rows, teacher_rows: the same examples as the student's and the teacher's tokenizer encode them.
+        keep_labels: whether the labels are known; where not, only the teacher's answers count.
+    """
+    found = []
+    teacher.eval()
+    for start in range(0, len(rows), 32):
+        batch = [dict(row) for row in teacher_rows[start : start + 32]]
+        inputs = _collate(teacher_tokenizer, batch)
+        targets = inputs.pop("labels")
+        with torch.inference_mode():
+            answers = teacher(**inputs).logits.float().softmax(-1)
+        for index, row in enumerate(rows[start : start + 32]):
+            new = dict(row)
+            if isinstance(row["labels"], list):
+                words = answers[index][targets[index] != IGNORED].tolist()
+                places = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
+                blank = [math.nan] * answers.shape[-1]
+                new["teacher"] = [blank] * len(row["labels"])
+                for place, answer in zip(places, words, strict=False):  # either side may have cut a long sentence
+                    new["teacher"][place] = answer
+                new["labels"] = row["labels"] if keep_labels else [IGNORED] * len(row["labels"])
+            else:
+                new["teacher"] = answers[index].tolist()
+                new["labels"] = row["labels"] if keep_labels else IGNORED
+            found.append(new)
+    return found
+
+
+class _DistillingTrainer(transformers.Trainer):  # type: ignore[misc]
+    """A Trainer whose loss mixes in the cross entropy with the teacher's answers where rows have them."""
+
+    distillation = 0.0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        """The Trainer's loss, or (1 - a) labels + a teacher."""
+        teacher = inputs.pop("teacher", None)
+        if teacher is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs.logits.float()
+        known = labels != IGNORED
+        hard = (
+            torch.nn.functional.cross_entropy(logits[known], labels[known]) if bool(known.any()) else logits.sum() * 0
+        )
+        asked = torch.isfinite(teacher).all(-1)
+        soft = -(teacher[asked] * logits[asked].log_softmax(-1)).sum(-1).mean()
+        loss = (1 - self.distillation) * hard + self.distillation * soft
+        return (loss, outputs) if return_outputs else loss
+
+
 def _collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """A padded batch; labels are padded where each token has one."""
+    """A padded batch; labels, and the teacher's answers, are padded where each token has one."""
+    teacher = [row["teacher"] for row in rows] if "teacher" in rows[0] else None
+    rows = [{key: value for key, value in row.items() if key != "teacher"} for row in rows]
     per_token = isinstance(rows[0]["labels"], list)
     collator = transformers.DataCollatorForTokenClassification if per_token else transformers.DataCollatorWithPadding
-    return collator(tokenizer)(rows)
+    batch = collator(tokenizer)(rows)
+    if teacher is not None:
+        width = batch["input_ids"].shape[1]
+        if per_token:
+            teacher = [row + [[math.nan] * len(row[0])] * (width - len(row)) for row in teacher]
+        batch["teacher"] = torch.tensor(teacher)
+    return batch

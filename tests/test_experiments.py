@@ -1,0 +1,116 @@
+"""Tasks and training around a transfer."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import ClassLabel, Dataset, Features, Value
+
+import tiny
+from peft_graft.errors import TextError
+from peft_graft.experiments.ner import IGNORED, TaggedSentence
+from peft_graft.experiments.tasks import LabelledPair, ner_task, pair_task, read_pairs, sample_of
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("seqeval") is None,
+    reason="the extra demo is not installed",
+)
+SENTENCES = [
+    TaggedSentence(("Maria", "river", "Lisbon"), ("B-PER", "O", "B-LOC")),
+    TaggedSentence(("winter", "Okafor"), ("O", "B-PER")),
+]
+PAIRS = [LabelledPair("river mountain", "harbour", "no"), LabelledPair("engine", "letter", "yes"),
+         LabelledPair("engine", "green", "yes")]  # fmt: skip
+
+
+def test_tokens_are_labelled_at_the_first_piece_of_a_word(world) -> None:
+    task = ner_task(SENTENCES)
+    assert task.labels == ("O", "B-LOC", "B-PER")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    (row, _) = task.encode(SENTENCES, tokenizer)
+    assert [label for label in row["labels"] if label != IGNORED] == [2, 0, 1]
+    logits = np.full((1, len(row["labels"]), 3), -1.0)
+    for place, label in enumerate(row["labels"]):
+        logits[0, place, label if label != IGNORED else 0] = 1
+    assert task.score(logits, np.array([row["labels"]])) == 1
+    assert task.majority_score(SENTENCES) == 0
+
+
+def test_pairs_are_encoded_together_and_scored_by_accuracy(world) -> None:
+    task = pair_task("nli", PAIRS)
+    assert task.labels == ("no", "yes")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    rows = task.encode(PAIRS, tokenizer)
+    assert [row["labels"] for row in rows] == [0, 1, 1]
+    assert rows[0]["input_ids"].count(tokenizer.sep_token_id) == 2
+    assert task.score(np.array([[1.0, 0], [1, 0], [0, 1]]), np.array([0, 1, 1])) == pytest.approx(2 / 3)
+    assert task.majority_score(PAIRS) == pytest.approx(2 / 3)
+    assert sample_of(PAIRS[0]).texts == ("river mountain", "harbour")
+
+
+def test_pairs_are_read_with_names_or_numbers_as_labels(tmp_path) -> None:
+    columns = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [1, 0]}
+    features = Features(
+        {"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["x", "y"])}
+    )
+    Dataset.from_dict(columns, features).to_parquet(tmp_path / "named.parquet")
+    Dataset.from_dict(columns).to_parquet(tmp_path / "numbered.parquet")
+    assert [pair.label for pair in read_pairs(tmp_path / "named.parquet")] == ["y", "x"]
+    assert [pair.label for pair in read_pairs(tmp_path / "numbered.parquet")] == ["1", "0"]
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(TextError, match="expected a pair of sentences and label"):
+        read_pairs(tmp_path / "other.parquet")
+
+
+@pytest.mark.parametrize("kind", ["words", "samples"])
+def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str) -> None:
+    from peft_graft.experiments.training import taught
+
+    task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
+    teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
+    rows = [task.encode(examples, tokenizer) for tokenizer in tokenizers]
+    found = taught(rows[1], teacher, rows[0], tokenizers[0])
+    for row, mine, original in zip(rows[0], found, rows[1], strict=True):
+        inputs = {key: torch.tensor([value]) for key, value in row.items() if key != "labels"}
+        with torch.inference_mode():
+            expected = teacher(**inputs).logits[0].softmax(-1)
+        assert mine["labels"] == original["labels"]
+        if kind == "words":
+            expected = expected[torch.tensor(row["labels"]) != IGNORED]
+            given = [answer for answer in mine["teacher"] if not math.isnan(answer[0])]
+            places = [not math.isnan(answer[0]) for answer in mine["teacher"]]
+            assert places == [label != IGNORED for label in original["labels"]]
+        else:
+            given = mine["teacher"]
+        torch.testing.assert_close(torch.tensor(given), expected, atol=1e-5, rtol=1e-4)
+    silent = taught(rows[1], teacher, rows[0], tokenizers[0], keep_labels=False)
+    assert all(label == IGNORED for row in silent for label in np.atleast_1d(row["labels"]))
+
+
+@pytest.mark.parametrize("kind", ["words", "samples"])
+def test_distilling_without_a_label_teaches_the_teachers_answers(world, kind: str) -> None:
+    from peft_graft.experiments.training import TrainingSettings, fine_tune, taught
+
+    task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
+    teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    encoded = task.encode(examples * 8, tokenizer)
+    rows = taught(encoded, teacher, encoded, tokenizer, keep_labels=False)
+    torch.manual_seed(3)
+    student = tiny.task_model(world / "shallow", task.kind, task.labels)
+
+    def distance() -> float:
+        answers = taught(encoded, student, encoded, tokenizer)
+        both = [np.array([row["teacher"] for row in side]) if kind == "samples" else
+                np.concatenate([row["teacher"] for row in side]) for side in (rows, answers)]  # fmt: skip
+        return float(np.nanmean(np.abs(both[0] - both[1])))
+
+    before = distance()
+    fine_tune(student, rows, tokenizer, TrainingSettings(learning_rate=3e-3, epochs=6, batch_size=8), distillation=1.0)
+    assert distance() < before / 2
