@@ -258,15 +258,15 @@ class Cell:
     def __init__(self, args, pair, task):
         self.args, self.pair, self.data = args, pair, Data(task, args.data / TASKS[task])
         names = PAIRS[pair]
-        module, self.record = teacher(args.out, args.models, names[0], self.data)
-        self.first, self.second = (load_model(str(args.models / name), tokenizer=True) for name in names)
+        module, self.record = teacher(args.out, args.models, names, self.data)
+        self.first, self.second = (load_model(str(args.models / name), tokenizer=True) for name in names[:2])
         self.checkpoint = resolve(read_checkpoint(module), self.first.architecture, self.first.base_tensors())
         self.text = self.data.text(0)
         self.room = open_classroom(
             self.checkpoint, self.first, self.second, self.text, lessons=max(FIT, 32 * args.polish), write=None,
             device="cpu", bf16=True, clock=Clock(None),
         )  # fmt: skip
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(args.models / names[1])
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(args.models / names.student)
         self.test = self.data.task.encode(self.data.test, self.tokenizer)
         self.pairs = {}
         for layers in ("skip", "avg"):

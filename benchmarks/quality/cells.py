@@ -6,10 +6,11 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import transformers
 
-from peft_graft.experiments.comparison import load_module, new_module, save_module
+from peft_graft.experiments.comparison import Library, new_module, save_module
 from peft_graft.experiments.ner import read_parquet
 from peft_graft.experiments.tasks import ner_task, pair_task, read_pairs, sample_of
 from peft_graft.experiments.training import TrainingSettings, fine_tune, score
@@ -18,13 +19,28 @@ from peft_graft.weights import read_json, write_json, written_aside
 
 L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-small"
 E5_6L, MPNET = "multilingual-e5-small-6L", "all-mpnet-base-v2"
-#: pair -> teacher, student
+
+
+class Pair(NamedTuple):
+    """Two models and the library of the module that moves: LoRA of peft, or a Pfeiffer adapter of adapters."""
+
+    teacher: str
+    student: str
+    library: Library = "peft"
+
+    @property
+    def mark(self) -> str:
+        """What tells files of one library from those of the other."""
+        return "" if self.library == "peft" else "-pfeiffer"
+
+
 PAIRS = {
-    "L6-L3": (L6, L3),
-    "E5-L6": (E5, L6),
-    "L6-E5": (L6, E5),
-    "E5-E56L": (E5, E5_6L),
-    "mpnet-L6": (MPNET, L6),
+    "L6-L3": Pair(L6, L3),
+    "E5-L6": Pair(E5, L6),
+    "L6-E5": Pair(L6, E5),
+    "E5-E56L": Pair(E5, E5_6L),
+    "mpnet-L6": Pair(MPNET, L6),
+    "E5-L6-pfeiffer": Pair(E5, L6, "adapterhub"),
 }
 #: task -> folder of the data
 TASKS = {"ner": "wikineural/en", "sick": "sick/en", "mrpc": "mrpc/en", "xnli": "xnli/en"}
@@ -73,33 +89,25 @@ class Data:
         return samples
 
 
-def teacher(out: Path, models: Path, model: str, data: Data):
+def teacher(out: Path, models: Path, pair: Pair, data: Data):
     """The teacher's trained module: its folder and its record, trained when it is not there yet."""
-    folder = out / "teachers" / f"{model}-{data.name}"
-    record = folder.with_suffix(".json")
+    folder = out / "teachers" / f"{pair.teacher}-{data.name}{pair.mark}"
+    record = Path(f"{folder}.json")
     if record.exists():
         return folder, read_json(record)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models / model)
-    module = new_module(models / model, "peft", data.task, 0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / pair.teacher)
+    module = new_module(models / pair.teacher, pair.library, data.task, 0)
     seconds = fine_tune(module, data.task.encode(data.train, tokenizer), tokenizer, TEACHER)
     scores = {
         name: score(module, data.task.encode(rows, tokenizer), tokenizer, data.task)
         for name, rows in (("test", data.test), ("held_out", data.held_out))
     }
     with written_aside(folder, force=True) as staging:
-        save_module(module, staging, "peft", data.task)
+        save_module(module, staging, pair.library, data.task)
     found = {
-        "model": model, "task": data.name, **scores, "majority": data.task.majority_score(data.test),
-        "examples": len(data.train), "seconds": round(seconds, 1), "settings": TEACHER.model_dump(),
-        "versions": versions(), "hardware": hardware("cpu"),
+        "model": pair.teacher, "library": pair.library, "task": data.name, **scores,
+        "majority": data.task.majority_score(data.test), "examples": len(data.train), "seconds": round(seconds, 1),
+        "settings": TEACHER.model_dump(), "versions": versions(), "hardware": hardware("cpu"),
     }  # fmt: skip
     write_json(record, found)
     return folder, found
-
-
-def loaded_teacher(models: Path, model: str, folder: Path, data: Data):
-    """The teacher with its module, and its tokenizer."""
-    return (
-        load_module(models / model, folder, "peft", data.task).eval(),
-        transformers.AutoTokenizer.from_pretrained(models / model),
-    )

@@ -3,7 +3,8 @@
     python benchmarks/quality/report.py RUNS TEACHERS [--ablation FOLDER] [--markdown FILE]
 
 RUNS holds the JSON files of run.py, TEACHERS those of the teachers, FOLDER those of ablation.py. Prints the summary
-that the default is judged by, a table for each pair and task, and the ablation; ``--markdown`` writes them to a file.
+that the default is judged by, a table for each pair and task, and the ablation; ``--markdown`` puts them between the
+marks of a page.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from peft_graft.experiments.comparison import share_of_gain
 ORDER = ("fresh", "copy", "prune-align", "fitted, no polish", "half polish", "polish from fresh", "default")
 BUDGETS = (0, 100, 1000, None)
 FEW = (0, 100, 1000)
+MARKS = ("<!-- tables -->", "<!-- /tables -->")
 
 
 @dataclass
@@ -86,11 +88,16 @@ def load(runs: Path, teachers: Path) -> list[Cell]:
     cells = []
     for (owner, task, start, budget), mine in found.items():
         if owner in PAIRS:
-            name, student = PAIRS[owner]
-            record = json.loads((teachers / f"{name}-{task}.json").read_text())
-            fresh = found.get((student, task, "fresh", budget), [])
+            models = PAIRS[owner]
+            record = json.loads((teachers / f"{models.teacher}-{task}{models.mark}.json").read_text())
+            fresh = found.get((f"{models.student}{models.mark}", task, "fresh", budget), [])
             cells.append(Cell(owner, task, start, budget, mine, fresh, record["test"], record["majority"]))
     return cells
+
+
+def title(pair: str) -> str:
+    models = PAIRS[pair]
+    return f"{models.teacher} → {models.student}{', Pfeiffer adapter' if models.mark else ''}"
 
 
 def mean_spread(values: list[float]) -> str:
@@ -119,7 +126,7 @@ def tables(cells: list[Cell]) -> list[str]:
         one = next(iter(mine.values()))
         fresh = {cell.budget: cell.fresh for cell in mine.values()}
         lines += [
-            "", f"### {' → '.join(PAIRS[pair])}, {task}", "",
+            "", f"### {title(pair)}, {task}", "",
             f"Teacher {one.teacher:.3f}, majority class {one.majority:.3f}.", "",
             "| student starts from | no labels | 100 | 1,000 | all | share of the gain | steps to the fresh score |",
             "|---|---|---|---|---|---|---|",
@@ -199,7 +206,7 @@ def ablation(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         lines += [
-            "", f"### {' → '.join(PAIRS[found['pair']])}, {found['task']} (teacher {found['teacher']:.3f})", "",
+            "", f"### {title(found['pair'])}, {found['task']} (teacher {found['teacher']:.3f})", "",
             "| what is moved | agreement as moved | head fitted | nats | test score, no labels |",
             "|---|---|---|---|---|",
         ]  # fmt: skip
@@ -223,7 +230,10 @@ def main() -> None:
     text = "\n".join([*summary(cells), *tables(cells), *(ablation(args.ablation) if args.ablation else [])]) + "\n"
     print(text)
     if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        page = args.markdown.read_text(encoding="utf-8")
+        before, rest = page.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        args.markdown.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ class Bench:
 
     def run(self, pair, task, start, budget, seed):
         """One run: a student from a start, with a budget of labels, scored on the test rows."""
-        student = PAIRS[pair][1]
-        owner = student if start == "fresh" else pair
+        models = PAIRS[pair]
+        owner = f"{models.student}{models.mark}" if start == "fresh" else pair
         name = _slug(f"{owner}-{task}-{start}-{'all' if budget is None else budget}-{seed}")
         path = self.out / "runs" / f"{name}.json"
         lock = path.with_suffix(".lock")
@@ -77,24 +77,24 @@ class Bench:
             record = self._run(pair, task, start, budget, seed)
         finally:
             lock.unlink(missing_ok=True)
-        record |= {"owner": owner, "student": student, "task": task, "start": start, "budget": budget, "seed": seed,
-                   "versions": versions(), "hardware": hardware("cpu")}  # fmt: skip
+        record |= {"owner": owner, "task": task, "start": start, "budget": budget, "seed": seed}
+        record |= {"versions": versions(), "hardware": hardware("cpu")}
         write_json(path, record)
         print(f"{name}: {record['score']:.3f} ({record.get('seconds', 0)} s)", flush=True)
 
     def _run(self, pair, task, start, budget, seed):
-        data, student = self.datas[task], PAIRS[pair][1]
-        tokenizer, record = self.tokenizer(student), {}
+        data, models = self.datas[task], PAIRS[pair]
+        base, tokenizer, record = self.args.models / models.student, self.tokenizer(models.student), {}
         if start == "fresh":
-            model = new_module(self.args.models / student, "peft", data.task, seed)
+            model = new_module(base, models.library, data.task, seed)
         else:
             folder = self.graft(pair, task, start, seed)
             record["graft"] = read_json(folder / "bench.json")
             torch.manual_seed(seed)
-            model = load_module(self.args.models / student, folder, "peft", data.task)
+            model = load_module(base, folder, models.library, data.task)
         if budget != 0:
             examples = data.train if budget is None else random.Random(seed).sample(data.train, budget)
-            rate = self.rate(student, task, budget) * (POLISHED_RATE if start in POLISHED else 1)
+            rate = self.rate(models, task, budget) * (POLISHED_RATE if start in POLISHED else 1)
             settings = TrainingSettings(learning_rate=rate, epochs=BUDGETS[budget], seed=seed, bf16=True)
             watch = data.task.encode(data.held_out[:300], tokenizer)
             curve = []
@@ -108,22 +108,22 @@ class Bench:
         record["score"] = score(model, data.task.encode(data.test, tokenizer), tokenizer, data.task)
         return record
 
-    def rate(self, student, task, budget):
+    def rate(self, models, task, budget):
         """The learning rate that suits the fresh module best on held-out examples, with a draw of its own."""
         budget = budget or 1000
-        path = self.out / "rates" / f"{student}-{task}-{budget}.json"
+        path = self.out / "rates" / f"{models.student}{models.mark}-{task}-{budget}.json"
         if not path.exists():
-            data, tokenizer, scores = self.datas[task], self.tokenizer(student), {}
+            data, tokenizer, scores = self.datas[task], self.tokenizer(models.student), {}
             examples = data.task.encode(random.Random(10_000).sample(data.train, budget), tokenizer)
             held_out = data.task.encode(data.held_out, tokenizer)
             for rate in RATES:
-                model = new_module(self.args.models / student, "peft", data.task, 10_000)
+                model = new_module(self.args.models / models.student, models.library, data.task, 10_000)
                 settings = TrainingSettings(learning_rate=rate, epochs=BUDGETS[budget], seed=10_000, bf16=True)
                 fine_tune(model, examples, tokenizer, settings)
                 scores[rate] = score(model, held_out, tokenizer, data.task)
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"scores": {str(r): s for r, s in scores.items()}, "best": max(scores, key=scores.get)})
-            print(f"{student} {task} {budget}: rates {scores}", flush=True)
+            print(f"{models.student}{models.mark} {task} {budget}: rates {scores}", flush=True)
         return read_json(path)["best"]
 
     # ---- grafts ------------------------------------------------------------------------------------------------------
@@ -136,15 +136,15 @@ class Bench:
         folder = self.out / "grafts" / _slug(f"{pair}-{task}-{start}-{seed}")
         if folder.exists():
             return folder
-        data, (teacher_name, student) = self.datas[task], PAIRS[pair]
-        module, _ = teacher(self.out, self.args.models, teacher_name, data)
+        data, models = self.datas[task], PAIRS[pair]
+        module, _ = teacher(self.out, self.args.models, models, data)
         begin = time.perf_counter()
-        first = load_model(str(self.args.models / teacher_name), tokenizer=True)
-        second = load_model(str(self.args.models / student), tokenizer=True)
+        first = load_model(str(self.args.models / models.teacher), tokenizer=True)
+        second = load_model(str(self.args.models / models.student), tokenizer=True)
         checkpoint = read_checkpoint(module)
         text = data.text(seed)
         if start == "polish from fresh":
-            raw, record = self._polish_from_fresh(checkpoint, first, second, text, data, student, seed)
+            raw, record = self._polish_from_fresh(checkpoint, first, second, text, data, models, seed)
         else:
             graft = peft_graft.transfer_checkpoint(
                 checkpoint, first.base, second.base, teacher_tokenizer=first.tokenizer,
@@ -163,12 +163,13 @@ class Bench:
             write_json(staging / "bench.json", record)
         return folder
 
-    def _polish_from_fresh(self, checkpoint, first, second, text, data, student, seed):
+    def _polish_from_fresh(self, checkpoint, first, second, text, data, models, seed):
         """The polish that the default does, started from an untrained module and head."""
-        module = self.out / "grafts" / f"fresh-{student}-{data.name}-{seed}"
+        module = self.out / "grafts" / f"fresh-{models.student}{models.mark}-{data.name}-{seed}"
         if not module.exists():
             with written_aside(module) as staging:
-                save_module(new_module(self.args.models / student, "peft", data.task, seed), staging, "peft", data.task)
+                fresh = new_module(self.args.models / models.student, models.library, data.task, seed)
+                save_module(fresh, staging, models.library, data.task)
         taught = resolve(checkpoint, first.architecture, first.base_tensors())
         raw = read_checkpoint(module)
         fresh = resolve(raw, second.architecture, second.base_tensors())
