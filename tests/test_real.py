@@ -96,11 +96,17 @@ def test_a_permuted_minilm_computes_what_the_adapted_teacher_does(minilm, tmp_pa
 def test_the_demo_measures_what_it_prints(demo) -> None:
     result = DemoResult.model_validate_json((demo / "out" / "demo" / "run" / "demo.json").read_text())
     assert result.teacher_score > 0.6
-    assert {row.start for row in result.rows} == {"fresh", "copy, skip", "copy, avg", "prune-align", "default"}
+    assert {row.start for row in result.rows} == {
+        "fresh",
+        "copy, skip",
+        "copy, avg",
+        "prune-align",
+        "default, 300 steps",
+    }
     after = {row.start: row.mean for row in result.rows if row.budget}
     assert after["copy, skip"] > after["fresh"]
     unlabelled = {row.start: row.mean for row in result.rows if not row.budget}
-    assert unlabelled["default"] > max(after["fresh"], 0.5 * result.teacher_score)
+    assert unlabelled["default, 300 steps"] > max(after["fresh"], 0.5 * result.teacher_score)
     for folder in result.folders.values():
         assert (demo / folder / "adapter_config.json").is_file()
 

@@ -39,7 +39,7 @@ class PolishSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int
     batch_size: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     head_rate: float = 0.1
     evaluations: int = 6
     seed: int = 0

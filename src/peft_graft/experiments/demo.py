@@ -47,7 +47,7 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "copy, skip": ("copy-skip", {"method": "copy", "head": "carry"}),
     "copy, avg": ("copy-avg", {"method": "copy", "layers": "avg", "head": "carry"}),
     "prune-align": ("prune-align", {"method": "prune-align", "head": "carry"}),
-    "default": ("default", {}),
+    "default, 300 steps": ("default", {"polish": 300}),
 }
 
 
@@ -133,7 +133,7 @@ def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress 
     for name, make in makers.items():
         for budget, number in [(0, 0), *((BUDGET, number) for number in range(SEEDS))]:
             say("training and scoring students", len(runs), total)
-            rate = STUDENT_SETTINGS.learning_rate * (FITTED_RATE if name == "default" else 1)
+            rate = STUDENT_SETTINGS.learning_rate * (FITTED_RATE if name.startswith("default") else 1)
             settings = STUDENT_SETTINGS.model_copy(update={"seed": seed + number, "learning_rate": rate})
             few = train[number * budget : (number + 1) * budget]
             runs.append(run_student(partial(make, seed + number), name, few, test, tokenizer, task, settings))
