@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -17,6 +18,13 @@ torch.set_num_threads(1)
 
 
 needs_adapters = pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the library adapters is not installed")
+
+
+@pytest.fixture(autouse=True)
+def short_polish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default polish, but only a few steps of it."""
+    # By module: the package's attribute of that name is the function.
+    monkeypatch.setattr(importlib.import_module("peft_graft.transfer"), "POLISH", 6)
 
 
 @pytest.fixture(scope="session")

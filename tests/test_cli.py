@@ -29,9 +29,8 @@ def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 def test_transfer_writes_a_checkpoint_and_says_what_it_did(world, tmp_path) -> None:
-    done = run(
-        "transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "g"
-    )
+    done = run("transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt", "--polish", "6",
+               "--out", tmp_path / "g")  # fmt: skip
     assert "its graft agrees best with the teacher on held-out text" in done.stdout
     assert "tried   prune-align, as moved: agreement" in done.stdout
     assert "polish  agreement after steps 0:" in done.stdout
