@@ -22,6 +22,13 @@ from peft_graft.models import quiet_libraries
 #: A module that has been fitted and polished is trained on with this share of the learning rate that suits a fresh one.
 FITTED_RATE = 0.1
 
+#: Examples of like length together; transformers 5 has another name for it.
+_BY_LENGTH: dict[str, Any] = (
+    {"group_by_length": True}
+    if "group_by_length" in transformers.TrainingArguments.__dataclass_fields__
+    else {"train_sampling_strategy": "group_by_length"}
+)
+
 
 class TrainingSettings(BaseModel):
     """One schedule: AdamW, linear decay after 6 % warm-up; ``bf16``: forward passes in mixed precision."""
@@ -63,7 +70,7 @@ def fine_tune(
         warmup_steps=int(0.06 * steps),
         seed=settings.seed,
         bf16=settings.bf16,
-        group_by_length=True,
+        **_BY_LENGTH,
     ) as trainer:
         trainer.distillation = distillation
         trainer.train_dataset = list(rows)
