@@ -11,7 +11,7 @@ from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.errors import GraftError
 from peft_graft.formats.raw import RawCheckpoint
-from peft_graft.methods import METHODS
+from peft_graft.methods import AUTO, METHODS
 from peft_graft.models import blank_model, describe_config, load_config
 from peft_graft.modules import LoraModule
 from peft_graft.planning import TransferPlan, plan_transfer
@@ -34,7 +34,8 @@ class SiteSummary(_Record):
 class StudentSummary(_Record):
     """What a transfer to a student would do, or why it cannot.
 
-    ``statistics_mib``: memory of the alignment's statistics; ``products_per_token``: multiply-adds for them.
+    ``statistics_mib``: memory of the statistics that the default gathers; ``products_per_token``: multiply-adds for
+    them.
     """
 
     name: str
@@ -157,17 +158,19 @@ def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, l
 
 def _outlook(plan: TransferPlan) -> dict[str, object]:
     same = all(first == second for first, second in plan.pairs.values())
-    products = sum(first * second for first, second in plan.pairs.values())
+    # What the default computes: the moments of all its methods, those to fit and those held out.
+    moments = {moment for name in AUTO for moment in METHODS[name].moments}
+    sizes = {"cross": lambda t, s: t * s, "teacher": lambda t, s: t * t, "student": lambda t, s: s * s}
+    products = sum(sizes[moment](*pair) for moment in moments for pair in plan.pairs.values())
     return {
         "layers": [list(sources) for sources in plan.layers],
         "modules": len(plan.sites),
         "spaces": len(plan.pairs),
         "same_sizes": same,
-        "method": "copy if the student shares the teacher's word embeddings, else prune-align"
-        if same
-        else "prune-align",
+        "method": f"the best of {', '.join(AUTO if same else AUTO[1:])} by agreement with the teacher, given text"
+        + ("; else copy, if the student shares the teacher's word embeddings" if same else ""),
         "needs_text": None if same else True,
-        "statistics_mib": round(products * 8 / 2**20, 1),
+        "statistics_mib": round(2 * products * 8 / 2**20, 1),
         "products_per_token": products,
         "head": plan.head,
         "notes": list(plan.notes),
