@@ -15,7 +15,7 @@ from peft_graft.predictions import Kind, Predictions, answers, batches
 Level = Literal["exact", "strong", "useful", "weak", "none"]
 
 #: Least agreement of each level, and what to expect of such a graft. Chance-corrected, so a graft that always gives the
-#: teacher's commonest class has 0; docs/results/quality.md has the measured gain for each level.
+#: teacher's commonest class has 0; docs/results/quality.md shows how agreement ranks the measured gains.
 LEVELS: tuple[tuple[Level, float, str], ...] = (
     ("exact", 0.995, "computes what the teacher does"),
     ("strong", 0.8, "expected to keep most of the teacher's skill as it is"),
