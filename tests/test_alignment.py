@@ -11,9 +11,10 @@ from scipy.optimize import linear_sum_assignment
 from peft_graft.alignment import Alignment, copy_alignment
 from peft_graft.alignment_files import load_alignment, save_alignment
 from peft_graft.errors import AlignmentError, OutputError
-from peft_graft.maps import Selection
-from peft_graft.methods import METHODS, assign_by_correlation
-from peft_graft.modules import Space
+from peft_graft.maps import LinearMap, Selection
+from peft_graft.methods import METHODS, assign_by_correlation, regress
+from peft_graft.modules import TOKENS_OUT, Head, Space, head_tensors
+from peft_graft.projection import project
 from peft_graft.statistics import PairedStatistics
 
 PAIR = (Space(0, "attn.in"), Space(0, "attn.in"))
@@ -112,3 +113,74 @@ def test_a_folder_without_alignment(tmp_path) -> None:
 def test_methods_are_named_as_their_keys() -> None:
     assert all(name == method.name for name, method in METHODS.items())
     assert not METHODS["copy"].needs_text
+
+
+def _rotated_pair(rows: int = 400, width: int = 12):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(rows, width, generator=generator) * torch.linspace(0.2, 3, width) + 2
+    rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    return teacher, rotation
+
+
+def _both(teacher: torch.Tensor, student: torch.Tensor) -> tuple[PairedStatistics, PairedStatistics]:
+    moments = ("cross", "teacher", "student")
+    return (PairedStatistics.of(teacher[:300], student[:300], moments),
+            PairedStatistics.of(teacher[300:], student[300:], moments))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["procrustes", "ridge"])
+def test_a_planted_rotation_and_scale_are_found(method: str) -> None:
+    teacher, rotation = _rotated_pair()
+    student = 0.5 * teacher @ rotation.T + 1
+    found, diagnostics = METHODS[method].solve(*_both(teacher, student))
+    torch.testing.assert_close(found.reading, 2 * rotation.T.double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.writing, 0.5 * rotation.double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(student @ found.reading.T.float() + found.shift.float(), teacher, atol=1e-3, rtol=0)
+    assert diagnostics["read_explained"] == pytest.approx(1, abs=1e-5)
+
+
+def test_ridge_shrinks_by_held_out_pairs_and_beats_assignment_on_them() -> None:
+    generator = torch.Generator().manual_seed(2)
+    teacher, rotation = _rotated_pair()
+    student = teacher @ rotation.T + torch.randn(400, 12, generator=generator)
+    fit, held_out = _both(teacher, student)
+    ridge, diagnostics = regress(fit, held_out)
+    assert 0 < diagnostics["read_explained"] < 1
+    assigned, _ = assign_by_correlation(fit, held_out)
+    centred_t, centred_s = (x[300:].double() - x[300:].double().mean(0) for x in (teacher, student))
+
+    def error(space_map) -> float:
+        return float(
+            (centred_t - centred_s @ space_map.apply(torch.eye(12, dtype=torch.float64), 1, "read").T).square().sum()
+        )
+
+    assert error(ridge) < 0.5 * error(assigned)
+    assert 1 - error(ridge) / float(centred_t.square().sum()) == pytest.approx(diagnostics["read_explained"], abs=0.05)
+
+
+def test_a_reading_maps_constant_goes_into_the_bias_that_reads() -> None:
+    teacher, rotation = _rotated_pair()
+    student = teacher @ rotation.T - 3
+    found, _ = regress(*_both(teacher, student))
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(4, 12, generator=generator), torch.randn(4, generator=generator)
+    head = Head(
+        "token-classification", head_tensors({"out.weight": weight, "out.bias": bias}, TOKENS_OUT), TOKENS_OUT, ()
+    )
+    moved = project(head, lambda axis: found)
+    given = student @ moved.tensors["out.weight"].values.T + moved.tensors["out.bias"].values
+    torch.testing.assert_close(given, teacher @ weight.T + bias, atol=1e-2, rtol=0)
+
+
+def test_a_linear_map_survives_the_file_and_refuses_what_scales_single_units(tmp_path) -> None:
+    teacher, rotation = _rotated_pair()
+    found, diagnostics = regress(*_both(teacher, teacher @ rotation.T))
+    alignment = Alignment("ridge", "a", "b", {PAIR: found}, {PAIR: diagnostics})
+    save_alignment(alignment, tmp_path / "alignment")
+    again = load_alignment(tmp_path / "alignment").map(PAIR)
+    assert isinstance(again, LinearMap)
+    torch.testing.assert_close(again.reading.double(), found.reading, atol=1e-6, rtol=1e-5)
+    with pytest.raises(AlignmentError, match="scale single units"):
+        again.apply(torch.ones(12), 0, "read")
+    with pytest.raises(AlignmentError, match="does not fit this axis"):
+        again.apply(torch.ones(3, 11), 1, "read")

@@ -237,7 +237,7 @@ def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
     best = min(report.tried, key=lambda name: report.tried[name].divergence)
     assert best.startswith(report.method)
     assert report.verdict.measured == report.tried[best]
-    assert {name.split(",")[0] for name in report.tried} == {"prune-align", "ridge"}
+    assert {name.split(",")[0] for name in report.tried} == {"prune-align", "procrustes", "ridge"}
     assert "held-out" in report.method_reason
 
 

@@ -331,8 +331,7 @@ def _show_graft(report: GraftReport, out: Path) -> None:
             for record in site.maps
             if "mean_correlation" in record.diagnostics
         ] + [
-            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%}/"
-            f"{record.diagnostics['write_explained']:.0%} explained"
+            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%} explained"
             for record in site.maps
             if "read_explained" in record.diagnostics
         ]
