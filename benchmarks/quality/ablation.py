@@ -33,7 +33,7 @@ from peft_graft.fitting import features, fit_head
 from peft_graft.graft import graft_head, graft_modules, written_names
 from peft_graft.live import attach_raw
 from peft_graft.maps import LinearMap, Selection
-from peft_graft.methods import METHODS, Method, assign_by_correlation, regress
+from peft_graft.methods import METHODS, Method, assign_by_correlation, regress, rotate
 from peft_graft.models import ModelHandle, load_model
 from peft_graft.modules import LoraModule, Space, average
 from peft_graft.planning import map_axis, plan_transfer
@@ -48,16 +48,6 @@ from peft_graft.text import Sample
 from peft_graft.weights import write_json
 
 # ---- candidates that are no methods of the package -------------------------------------------------------------------
-
-
-def procrustes(fit, held_out):
-    """R = U V^T of the cross moment, W = R^T: the orthogonal map of least squared error, after scaling both sides."""
-    whole = fit.merge(held_out)
-    u, _, v = torch.linalg.svd(whole.cross.T, full_matrices=False)
-    rotation = u @ v
-    scale = float((whole.teacher_variance_sum.sum() / whole.student_variance_sum.sum()).sqrt())
-    shift = whole.teacher_mean - scale * rotation @ whole.student_mean
-    return LinearMap(scale * rotation, rotation.T / scale, shift), {}
 
 
 def absolute_assignment(fit, held_out):
@@ -367,7 +357,7 @@ def run(args, pair, task):
     cell.row("prune-align, heads first", cell.moved(cell.alignment(statistics, by_space)))
     cell.row("optimal transport (entropic)", cell.moved(cell.alignment(statistics, transport)))
     cell.row("Gromov-Wasserstein", cell.moved(cell.alignment(statistics, gromov)))
-    cell.row("Procrustes", cell.moved(cell.alignment(statistics, procrustes)))
+    cell.row("Procrustes", cell.moved(cell.alignment(statistics, rotate)))
     ridge = cell.alignment(statistics, regress)
     cell.row("ridge", cell.moved(ridge))
     for gain in (0.5, 0.25):
