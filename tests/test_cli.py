@@ -116,38 +116,44 @@ def test_mistakes_end_in_one_line_and_a_code(tmp_path, arguments: list[str], cod
 def test_an_interrupted_transfer_leaves_nothing(world, tmp_path) -> None:
     (tmp_path / "long.txt").write_text((world / "text.txt").read_text() * 60)
     (tmp_path / "outputs").mkdir()
-    terminal, theirs = pty.openpty()  # a terminal, so that progress shows when the long stage has begun
-    process = subprocess.Popen(
-        [*COMMAND, "transfer", str(world / "lora"), "--student", str(world / "narrow"), "--text",
-         str(tmp_path / "long.txt"), "--max-tokens", "100000000", "--out", str(tmp_path / "outputs" / "g")],
-        stdout=subprocess.DEVNULL, stderr=theirs, env={**ENVIRONMENT, "TERM": "xterm"},
+    code, seen = _interrupt(
+        b"pairing tokens", "transfer", world / "lora", "--student", world / "narrow", "--text", tmp_path / "long.txt",
+        "--max-tokens", 100_000_000, "--out", tmp_path / "outputs" / "g",
     )  # fmt: skip
-    os.close(theirs)
-    seen = _read_until(terminal, b"pairing tokens")
-    assert process.poll() is None, "the transfer ended before it could be interrupted"
-    process.send_signal(signal.SIGINT)
-    seen += _read_until(terminal, b"nothing was written")
-    os.close(terminal)
-    assert process.wait(timeout=60) == 130
+    assert code == 130
     assert b"interrupted; nothing was written" in seen
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
 def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path) -> None:
-    terminal, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "transfer", str(world / "lora"), "--student", str(world / "shallow"), "--method", "copy", "--text",
-         str(world / "text.txt"), "--polish", "100000", "--out", str(tmp_path / "g")],
-        stdout=subprocess.DEVNULL, stderr=theirs, env={**ENVIRONMENT, "TERM": "xterm"},
+    code, seen = _interrupt(
+        b"/100000", "transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
+        world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g",
     )  # fmt: skip
-    os.close(theirs)
-    _read_until(terminal, b"/100000")
-    process.send_signal(signal.SIGINT)
-    seen = _read_until(terminal, b"nothing was written")
-    os.close(terminal)
-    assert process.wait(timeout=60) == 130
+    assert code == 130
     assert b"the same command goes on from there" in seen
     assert [path.name for path in tmp_path.iterdir()] == ["g.unfinished"]
+
+
+def _interrupt(when: bytes, *arguments: object) -> tuple[int, bytes]:
+    """Send the command an interrupt once it shows a text on its terminal; its exit code and all that it showed."""
+    terminal, theirs = pty.openpty()  # a terminal, so that progress shows when the long stage has begun
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=theirs,
+        env={**ENVIRONMENT, "TERM": "xterm"},
+        # A shell starts what it puts in the background with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        seen = _read_until(terminal, when)
+        assert process.poll() is None, "the command ended before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        seen += _read_until(terminal, b"nothing was written")
+        return process.wait(timeout=60), seen
+    finally:
+        process.kill()
+        os.close(terminal)
 
 
 def _read_until(terminal: int, text: bytes, seconds: float = 60) -> bytes:
