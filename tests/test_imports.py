@@ -23,7 +23,7 @@ LEVELS = (
     ("activations", "planning", "live"),
     ("predictions", "verification"),
     ("agreement", "fitting"),
-    ("polishing", "preflight", "inspection"),
+    ("directions", "polishing", "preflight", "inspection"),
     ("report",),
     ("graft", "aligning"),
     ("teaching",),

@@ -345,7 +345,8 @@ def _show_graft(report: GraftReport, out: Path) -> None:
         console.print(f"[bold]tried[/]   {name}: agreement {found.agreement:.2f}, {found.divergence:.3f} nats")
     if report.polish:
         curve = ", ".join(f"{point.step}: {point.agreement:.2f}" for point in report.polish.curve)
-        console.print(f"[bold]polish[/]  agreement after steps {curve}")
+        begun = f"from the {report.polish.start} modules, rate {report.polish.settings.learning_rate:g}"
+        console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}")
     for note in report.notes:
         console.print(f"[bold]note[/]    {_escaped(note)}", soft_wrap=True)
     measured = report.verdict.measured

@@ -84,6 +84,15 @@ class LiveModule:
         state = output.last_hidden_state if "last_hidden_state" in output else output.hidden_states[-1]
         return output.get("logits"), state
 
+    def module_at(self, path: str) -> nn.Module:
+        """The part of the model that one of the checkpoint's modules acts in, or is; it reads the same input."""
+        if self.raw.format == "peft":
+            found = self.model.base_model.model.get_submodule(path)
+        else:
+            found = self.model.get_submodule(path if self.raw.kind == "lora" else f"{path}.{self.raw.name}")
+        assert isinstance(found, nn.Module)
+        return found
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of module and head, by name."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}

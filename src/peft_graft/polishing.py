@@ -1,8 +1,4 @@
-"""Label-free polish: the grafted module is trained on the teacher's predictions over the same unlabelled text.
-
-For classes the loss is the cross entropy with the teacher's distribution (Hinton et al. 2015, arXiv 1503.02531), for
-modules without a head the squared error of the last hidden state against the teacher's mapped one, over the shift's.
-"""
+"""Label-free polish: the grafted module is trained on the teacher's predictions over the same unlabelled text."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from torch import Tensor
 from peft_graft.agreement import Agreement, measure
 from peft_graft.live import LiveModule
 from peft_graft.models import ModelHandle
-from peft_graft.predictions import Predictions, answers, batches
+from peft_graft.predictions import Predictions, answers, batches, distillation_loss
 from peft_graft.settings import Progress
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
 
@@ -71,6 +67,7 @@ def polish(
     *,
     work: Path | None = None,
     identity: str = "",
+    until: int | None = None,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
     """Train the live graft in place, and leave it at the best point of its held-out curve.
@@ -80,6 +77,7 @@ def polish(
         work: a folder for the state of an interrupted run; a run that finds the state of the same work there goes on
             from it, to the same result. Without it an interruption starts anew.
         identity: what is polished with what; a state of another identity is not used.
+        until: stop after this many of the steps, with a point of the curve there; the same work goes on from it later.
 
     Returns:
         The curve; its first point is the graft before the polish.
@@ -93,24 +91,25 @@ def polish(
     best = _Best(parameters)
     state = _load(work, key, parameters, optimizer, best)
     due = {max(1, round(settings.steps * n / settings.evaluations)) for n in range(1, settings.evaluations + 1)}
+    last = settings.steps if until is None else min(until, settings.steps)
     if not state.curve:
         best.offer(_add_point(state, measure(live, student, held_out)), parameters)
     try:
-        for rows in _schedule(lessons, settings, state.step):
+        for rows in _schedule(lessons, settings, state.step, last):
             _set_rate(optimizer, settings, state.step)
             torch.manual_seed(settings.seed * 1_000_003 + state.step)  # dropout, the same after a resume
             live.model.train()
-            loss = _loss(answers(live, student, lessons, rows).float(), lessons, rows)
+            loss = distillation_loss(answers(live, student, lessons, rows).float(), lessons, rows)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
-            if state.step in due:
+            if state.step in due or state.step == last:
                 best.offer(_add_point(state, measure(live, student, held_out)), parameters)
                 _save(work, key, parameters, optimizer, best, state)
             if progress:
-                progress("polishing", state.step, settings.steps)
+                progress("polishing", state.step, last)
     except KeyboardInterrupt:
         _save(work, key, parameters, optimizer, best, state)
         raise
@@ -148,21 +147,13 @@ def _add_point(state: _State, found: Agreement) -> CurvePoint:
     return point
 
 
-def _loss(given: Tensor, lessons: Predictions, rows: list[int]) -> Tensor:
-    targets = torch.cat([lessons.targets[row] for row in rows]).to(given.device)
-    if lessons.kind == "hidden":
-        shift = torch.cat([lessons.shift[row] for row in rows]).to(given.device)
-        return (given - targets).square().sum() / shift.square().sum().clamp_min(1e-12)
-    return -(targets.exp() * given.log_softmax(-1)).sum(-1).mean()
-
-
-def _schedule(lessons: Predictions, settings: PolishSettings, start: int) -> Iterator[list[int]]:
-    """The batches from step ``start`` on; each pass over the text has its own order."""
+def _schedule(lessons: Predictions, settings: PolishSettings, start: int, last: int) -> Iterator[list[int]]:
+    """The batches of the steps [start, last); each pass over the text has its own order."""
     lengths = [len(row["input_ids"]) for row in lessons.inputs]
     step = epoch = 0
-    while step < settings.steps:
+    while step < last:
         for rows in batches(lengths, settings.batch_size, settings.seed * 1000 + epoch):
-            if step == settings.steps:
+            if step == last:
                 return
             if step >= start:
                 yield rows

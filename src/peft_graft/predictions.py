@@ -160,6 +160,19 @@ def answers(live: LiveModule, student: ModelHandle, predictions: Predictions, ro
     return torch.cat([pooled(values[index], predictions.spans[row]) for index, row in enumerate(rows)])
 
 
+def distillation_loss(given: Tensor, predictions: Predictions, rows: Sequence[int]) -> Tensor:
+    """How far the student's answers to some of the samples are from the teacher's, differentiable.
+
+    For classes the cross entropy with the teacher's distribution (Hinton et al. 2015, arXiv 1503.02531), for modules
+    without a head the squared error of the last hidden state against the teacher's mapped one, over the shift's.
+    """
+    targets = torch.cat([predictions.targets[row] for row in rows]).to(given.device)
+    if predictions.kind == "hidden":
+        shift = torch.cat([predictions.shift[row] for row in rows]).to(given.device)
+        return (given - targets).square().sum() / shift.square().sum().clamp_min(1e-12)
+    return -(targets.exp() * given.log_softmax(-1)).sum(-1).mean()
+
+
 def _places(
     kind: Kind, sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

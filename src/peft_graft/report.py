@@ -84,9 +84,15 @@ class PairingRecord(_Record):
 
 
 class PolishRecord(_Record):
-    """A label-free polish: its settings, the samples it learned from and the held-out curve."""
+    """A label-free polish: its settings, the samples it learned from and the held-out curve.
+
+    ``start``: ``moved`` or ``gradient`` (``teaching.STARTS``). ``pilots``: what was tried first, as "start rate", and
+    how far it came.
+    """
 
     settings: PolishSettings
+    start: str
+    pilots: dict[str, CurvePoint]
     samples: int
     curve: list[CurvePoint]
 

@@ -7,22 +7,26 @@ Held-out text is never fitted or polished on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_graft.agreement import Agreement, Verdict, judge, measure
 from peft_graft.alignment import Alignment
 from peft_graft.checkpoints import PeftCheckpoint, resolve
+from peft_graft.directions import restarted
 from peft_graft.errors import AlignmentError
 from peft_graft.fitting import can_fit, features, fit_head
+from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.live import LiveModule, attach_raw
 from peft_graft.models import ModelHandle
 from peft_graft.modules import TOKENS_OUT, Space
 from peft_graft.polishing import CurvePoint, PolishSettings, polish
 from peft_graft.predictions import Kind, Predictions, kind_of, predict
-from peft_graft.report import HeadRecord, SiteRecord
+from peft_graft.report import HeadRecord, PolishRecord, SiteRecord
 from peft_graft.settings import Clock, HeadChoice
 from peft_graft.text import Sample
 
@@ -31,6 +35,10 @@ HELD_OUT, LEAST_HELD_OUT, FIT = 300, 10, 1500
 #: A graft this close to its teacher, in nats, is exact: it is left alone.
 EXACT = 1e-6
 TOKENS = Space(-1, TOKENS_OUT)
+#: Where a polish may begin: the modules as they were moved, or idle ones that read where the gradient points.
+STARTS = ("moved", "gradient")
+#: Learning rates to choose from, and the share of the steps that one trial takes (one part in ``PILOT``).
+RATES, PILOT = (3e-3, 1e-2), 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Outcome:
         candidate: the chosen one, with the values that it has now.
         head: ``carried`` through the maps, or ``fitted`` to the predictions; None without a head.
         verdict: how it agrees with the teacher now. tried: agreement of every candidate, by what it is.
-        fit: what the fit of the head reports. curve: of the polish, if there was one.
+        fit: what the fit of the head reports. polish: the record of the polish, if there was one.
     """
 
     candidate: Candidate
@@ -60,7 +68,7 @@ class Outcome:
     verdict: Verdict
     tried: dict[str, Agreement]
     fit: dict[str, float]
-    curve: list[CurvePoint] = field(default_factory=list)
+    polish: PolishRecord | None = None
 
 
 @dataclass
@@ -80,6 +88,13 @@ class Classroom:
         names = written_names(self.student, raw.task)
         return attach_raw(raw, names, self.student, self.labels, trainable=trainable, device=self.device,
                           bf16=self.bf16)  # fmt: skip
+
+    def read_back(self, raw: RawCheckpoint, outcome: Outcome) -> PeftCheckpoint:
+        """The outcome's checkpoint with the values of a raw one that has the student's own paths."""
+        student, before = self.student, outcome.candidate.checkpoint
+        found = resolve(raw, student.architecture, student.base_tensors(), with_head=bool(raw.head))
+        head = replace(found.head, labels=before.head.labels) if found.head and before.head else None
+        return replace(before, modules=found.modules, head=head)
 
     def agreement(self, checkpoint: PeftCheckpoint) -> Agreement:
         """How a checkpoint agrees with the teacher on the held-out text."""
@@ -173,25 +188,73 @@ def best_graft(room: Classroom, candidates: Iterable[Callable[[], Candidate]], h
 
 
 def polished(
-    room: Classroom, outcome: Outcome, settings: PolishSettings, *, work: Path | None, identity: str, clock: Clock
+    room: Classroom,
+    outcome: Outcome,
+    settings: PolishSettings,
+    *,
+    work: Path | None,
+    identity: str,
+    clock: Clock,
+    starts: Sequence[str] = STARTS,
 ) -> Outcome:
-    """The outcome after a label-free polish."""
-    with clock("polishing"):
-        live = room.live(outcome.candidate.checkpoint, trainable=True)
-        curve = polish(
-            live, room.student, room.lessons, room.held_out, settings,
-            work=work, identity=identity, progress=clock.progress,
-        )  # fmt: skip
-        raw = live.checkpoint()
+    """The outcome after a label-free polish.
+
+    Where to begin and how fast is tried first: every start for a twentieth of the steps, then the better one at every
+    rate. What does best on the held-out text goes on with the steps that are left.
+
+    Args:
+        settings: ``steps`` counts all of it, what was tried in vain too; ``learning_rate`` is not used.
+        work: a folder for the state of an interrupted run. identity: see ``polish``.
+        starts: of ``STARTS``, where to begin.
+    """
+    pilot = settings.steps // PILOT
+    arms = (len(starts) + len(RATES) - 2) if pilot else 0
+    main = settings.model_copy(update={"steps": settings.steps - arms * pilot})
+    with clock("polishing"), _folder(work) as folder:
+        checkpoints = {"moved": outcome.candidate.checkpoint}
+
+        def run(start: str, rate: float, until: int | None = None) -> tuple[LiveModule, list[CurvePoint]]:
+            if start not in checkpoints:
+                live = room.live(outcome.candidate.checkpoint, trainable=True)
+                checkpoints[start] = room.read_back(restarted(live, room.student, room.lessons), outcome)
+            live = room.live(checkpoints[start], trainable=True)
+            return live, polish(
+                live, room.student, room.lessons, room.held_out, main.model_copy(update={"learning_rate": rate}),
+                work=folder / f"{start} {rate:g}", identity=identity, until=until, progress=clock.progress,
+            )  # fmt: skip
+
+        def trial(start: str, rate: float) -> CurvePoint:
+            # An arm that has gone on before an interruption has later points too.
+            return next(point for point in run(start, rate, pilot)[1] if point.step == pilot)
+
+        start, rate, tried = starts[0], RATES[0], dict[tuple[str, float], CurvePoint]()
+        if pilot:
+            tried = {(each, rate): trial(each, rate) for each in starts}
+            start, _ = min(tried, key=lambda arm: tried[arm].divergence)
+            tried |= {(start, each): trial(start, each) for each in RATES[1:]}
+            start, rate = min(tried, key=lambda arm: tried[arm].divergence)
+        live, curve = run(start, rate)
         now = measure(live, room.student, room.held_out)
-    student = room.student
-    found = resolve(raw, student.architecture, student.base_tensors(), with_head=bool(raw.head))
-    before = outcome.candidate.checkpoint
-    head = replace(found.head, labels=before.head.labels) if found.head and before.head else None
-    checkpoint = replace(before, modules=found.modules, head=head)
+        checkpoint = room.read_back(live.checkpoint(), outcome)
     return replace(
         outcome,
         candidate=replace(outcome.candidate, checkpoint=checkpoint),
         verdict=judge(now, outcome.verdict.moved),
-        curve=curve,
+        polish=PolishRecord(
+            settings=main.model_copy(update={"learning_rate": rate}),
+            start=start,
+            pilots={f"{name} {each:g}": point for (name, each), point in tried.items()},
+            samples=len(room.lessons),
+            curve=curve,
+        ),
     )
+
+
+@contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    """The folder for the states of a polish, a passing one where none is named."""
+    if work is not None:
+        yield work
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)

@@ -26,7 +26,7 @@ from peft_graft.models import ModelHandle, embedding_similarity, handle, load_mo
 from peft_graft.planning import choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import check_labels, check_pooler, planned, preflight, with_teacher_labels
-from peft_graft.report import GraftReport, PolishRecord, hardware, versions
+from peft_graft.report import GraftReport, hardware, versions
 from peft_graft.settings import POLISH, Clock, HeadChoice, Progress, TransferSettings, checked_settings
 from peft_graft.teaching import (
     EXACT,
@@ -260,9 +260,7 @@ def _transfer(
         pairing=pairing_record(aligner.counts) if aligner.counts else None,
         verdict=outcome.verdict,
         tried=outcome.tried,
-        polish=PolishRecord(settings=polishing, samples=len(room.lessons), curve=outcome.curve)
-        if outcome.curve
-        else None,
+        polish=outcome.polish,
         notes=[*plan.notes, *notes],
         seconds=clock.seconds,
         versions=versions(),

@@ -1,0 +1,79 @@
+"""Where a polish should begin to read: the directions in which the student's own gradient wants its modules to act.
+
+A module that begins with B = 0 learns B alone at first, and through the directions that A reads. Taken at random, most
+of them are useless. The first right singular vectors of the gradient of the distillation loss with respect to the
+update B A are the best ones for the first step (LoRA-GA, Wang et al. 2024, arXiv 2407.05000, for labelled fine-tuning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.live import LiveModule
+from peft_graft.models import ModelHandle
+from peft_graft.predictions import Predictions, answers, batches, distillation_loss
+
+_BATCHES = 16
+_OVERSAMPLING, _POWER_ITERATIONS = 8, 4
+
+
+def restarted(live: LiveModule, student: ModelHandle, lessons: Predictions) -> RawCheckpoint:
+    """The live checkpoint with its modules idle again, reading the directions that its gradient points out.
+
+    LoRA: A [r, d_in] has the first r right singular vectors of the gradient as rows, B is zero. Bottleneck adapters:
+    the same for the down projection [b, d] and the up projection, biases zero; other tensors stay. The head stays.
+
+    Args:
+        live: with trainable modules, whose gradient is taken where they are now, without dropout.
+    """
+    sums: dict[str, Tensor] = {}
+    hooks = [live.module_at(path).register_forward_hook(_gather(sums, path)) for path in live.raw.entries]
+    live.model.eval()
+    try:
+        lengths = [len(row["input_ids"]) for row in lessons.inputs]
+        for number, rows in enumerate(batches(lengths, seed=0)):
+            if number == _BATCHES:
+                break
+            distillation_loss(answers(live, student, lessons, rows).float(), lessons, rows).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        live.model.zero_grad()
+    return replace(
+        live.raw,
+        entries={path: _idle(values, sums[path]) for path, values in live.raw.entries.items()},
+    )
+
+
+def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    """A forward hook that adds up g x^T, [d_out, d_in], over the tokens, g the loss's gradient at the output."""
+
+    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        read = inputs[0].detach().flatten(0, -2).float()
+
+        def add(gradient: Tensor) -> None:
+            found = gradient.flatten(0, -2).float().T @ read
+            sums[path] = sums[path] + found if path in sums else found
+
+        (output[0] if isinstance(output, tuple) else output).register_hook(add)
+
+    return hook
+
+
+def _idle(values: Any, gradient: Tensor) -> dict[str, Tensor]:
+    reads, writes = ("A", ("B",)) if "A" in values else ("down.weight", ("down.bias", "up.weight", "up.bias"))
+    width = values[reads].shape[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wanted = min(*gradient.shape, width + _OVERSAMPLING)
+        directions = torch.svd_lowrank(gradient.cpu(), wanted, niter=_POWER_ITERATIONS)[2].T
+    new = {name: torch.zeros_like(value) if name in writes else value for name, value in values.items()}
+    found = torch.zeros_like(values[reads])
+    found[: min(width, len(directions))] = directions[:width].to(found.dtype)
+    return {**new, reads: found}
