@@ -16,7 +16,7 @@ from peft_graft.models import DTYPES, check_device
 #: (stage, done, total or None) -> None
 Progress = Callable[[str, int, int | None], None]
 #: Steps of the polish by default.
-POLISH = 600
+POLISH = 1000
 HeadChoice = Literal["auto", "carry", "fit", "drop"]
 
 

@@ -117,11 +117,13 @@ def open_classroom(
 
     Args:
         checkpoint: the teacher's module and, where it shall be carried, its head. pool: the first samples judge, the
-            next ``lessons`` teach. write: for modules without a head, the map of the last hidden state.
-
+            next ``lessons`` teach; sentence pairs, where there are fewer, teach the other way round too. write: for
+            modules without a head, the map of the last hidden state.
     """
     judging = held_out_size(len(pool))
     chosen = list(pool[: judging + lessons])
+    lacking = judging + lessons - len(chosen)
+    chosen += [Sample(pair.second, pair.first) for pair in chosen[judging:] if pair.second is not None][:lacking]
     kind: Kind = kind_of(checkpoint.head)
     labels = checkpoint.head.labels if checkpoint.head else ()
     with clock("asking the teacher"):
