@@ -23,7 +23,7 @@ LEVELS = (
     ("activations", "planning", "live"),
     ("predictions", "verification"),
     ("agreement", "fitting"),
-    ("directions", "polishing", "preflight", "inspection"),
+    ("directions", "functional", "polishing", "preflight", "inspection"),
     ("report",),
     ("graft", "aligning"),
     ("teaching",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from conftest import needs_adapters
 from peft_graft import polishing
 from peft_graft.activations import pad, tokenize
 from peft_graft.agreement import LEVELS, Agreement, compare, judge
-from peft_graft.directions import restarted
-from peft_graft.errors import HeadError, PlanError, TextError
+from peft_graft.directions import reading_the_gradient
+from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.fitting import fit_head
-from peft_graft.graft import written_names
+from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.live import attach_raw
 from peft_graft.models import load_model
 from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Head, head_tensors
@@ -231,13 +232,15 @@ def test_a_gradient_start_is_idle_and_reads_where_the_gradient_points(world, mod
     """Its directions are those of the exact gradient with respect to the weight that the module stands beside."""
     source = module if kind == "lora" else world / "pfeiffer"
     graft = transfer(world, source, method="copy", student=world / "shallow", head="carry")
-    raw, student = graft.raw(), load_model(str(world / "shallow"), tokenizer=True)
+    student = load_model(str(world / "shallow"), tokenizer=True)
+    modules = {site: module.idle() for site, module in graft.checkpoint.modules.items()}
+    raw = checkpoint_of_student(replace(graft.checkpoint, modules=modules), student)
     labels = graft.checkpoint.head.labels
     live = attach_raw(raw, written_names(student, raw.task), student, labels, trainable=True)
     texts = [Sample(text) for text in tiny.sentences(40)]
     inputs, _ = tokenize(student, texts, 64)
     lessons = Predictions("words", inputs, [[(1, 2), (2, 3)]] * 40, [torch.randn(2, 5).log_softmax(-1) for _ in texts])
-    found = restarted(live, student, lessons)
+    found = reading_the_gradient(live, student, lessons)
     idle = attach_raw(found, written_names(student, raw.task), student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
     torch.testing.assert_close(idle.forward(batch)[1], idle.forward(batch, module=False)[1], atol=1e-5, rtol=0)
@@ -276,12 +279,36 @@ def test_a_module_without_a_head_is_judged_and_polished_by_hidden_states(world, 
     assert graft.report.verdict.measured.agreement == pytest.approx(1 - graft.report.verdict.measured.divergence)
 
 
+def test_functional_grafting_makes_the_student_move_as_the_teacher_does(world, tmp_path) -> None:
+    """On a student that computes what the teacher does, by layers fitted to its shifts alone, no weight copied."""
+    tiny.peft_lora(tmp_path / "module", world / "teacher", task="base")
+    options = {"method": "functional", "polish": 0}
+    same = peft_graft.transfer(tmp_path / "module", student=world / "teacher", text=world / "text.txt", **options)
+    assert same.report.verdict.measured.agreement > 0.9
+    assert all(record.norm_kept > 0.3 and not record.maps for record in same.report.sites)
+    other = {
+        method: transfer(world, tmp_path / "module", method=method, polish=0).report.verdict.measured.agreement
+        for method in ("functional", "prune-align")
+    }
+    assert other["functional"] > other["prune-align"]
+
+
+@needs_adapters
+def test_functional_grafting_refuses_what_it_cannot_fit(world) -> None:
+    with pytest.raises(AlignmentError, match="--method functional: functional grafting fits the updates"):
+        transfer(world, world / "pfeiffer", method="functional")
+    with pytest.raises(TextError, match="--method functional learns from the teacher's predictions"):
+        peft_graft.transfer(world / "lora", student=world / "shallow", method="functional")
+    with pytest.raises(PlanError, match="align with prune-align"):
+        peft_graft.align(world / "teacher", world / "narrow", text=world / "text.txt", method="functional")
+
+
 def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
     report = peft_graft.transfer(module, student=world / "narrow", text=world / "text.txt", polish=0).report
     best = min(report.tried, key=lambda name: report.tried[name].divergence)
     assert best.startswith(report.method)
     assert report.verdict.measured == report.tried[best]
-    assert {name.split(",")[0] for name in report.tried} == {"prune-align", "procrustes", "ridge"}
+    assert {name.split(",")[0] for name in report.tried} == {"prune-align", "procrustes", "ridge", "functional"}
     assert "held-out" in report.method_reason
 
 

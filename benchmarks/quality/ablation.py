@@ -30,22 +30,22 @@ from peft_graft.alignment import Alignment, copy_alignment
 from peft_graft.checkpoints import read_checkpoint, resolve
 from peft_graft.experiments.training import score
 from peft_graft.fitting import features, fit_head
-from peft_graft.graft import graft_head, graft_modules, written_names
-from peft_graft.live import attach_raw
+from peft_graft.functional import fit_modules
+from peft_graft.graft import graft_head, graft_modules
 from peft_graft.maps import LinearMap, Selection
 from peft_graft.methods import METHODS, Method, assign_by_correlation, regress, rotate
-from peft_graft.models import ModelHandle, load_model
+from peft_graft.models import load_model
 from peft_graft.modules import LoraModule, Space, average
 from peft_graft.planning import map_axis, plan_transfer
 from peft_graft.polishing import PolishSettings, polish
-from peft_graft.predictions import _places, batches
+from peft_graft.predictions import batches
 from peft_graft.projection import project
 from peft_graft.report import hardware, versions
 from peft_graft.settings import Clock
 from peft_graft.statistics import PairedStatistics
 from peft_graft.teaching import FIT, HELD_OUT, open_classroom
 from peft_graft.text import Sample
-from peft_graft.weights import write_json
+from peft_graft.weights import read_json, write_json
 
 # ---- candidates that are no methods of the package -------------------------------------------------------------------
 
@@ -166,81 +166,6 @@ def average_deltas(modules):
                               "B": (u[:, : first.width] * root / first.scaling).float()})  # fmt: skip
 
 
-def functional(cell, base, penalty=1e-2):
-    """Modules fitted so that the student's linear layers move as the teacher's do under its module.
-
-    Layer after layer, with the layers below already grafted: the target is the teacher's shift at the site's output,
-    mapped by ridge, less what the student's output has shifted already; the update is its reduced-rank regression on
-    the site's input (closed form: the SVD of the regression in the metric of the inputs).
-    """
-    method = METHODS["prune-align"]
-    plan, samples = cell.plan("skip", method), cell.text[HELD_OUT : HELD_OUT + FIT]
-    places = [[], []]
-    spans = [tokenize(model, samples, 128) for model in (cell.first, cell.second)]
-    for sample, first, second in zip(samples, spans[0][1], spans[1][1], strict=True):
-        found = _places("words", sample, first, second)
-        places[0].append(found[0])
-        places[1].append(found[1])
-    names = written_names(cell.first, cell.checkpoint.raw.task)
-    with_module = attach_raw(cell.checkpoint.raw, names, cell.first, cell.checkpoint.head.labels)
-    adapted = ModelHandle("", _base(with_module), cell.first.architecture, cell.first.tokenizer)
-
-    def outputs(architecture, site):
-        linear = architecture.row.linears[site.role]
-        return Space(site.layer, linear.reads), Space(site.layer, linear.writes)
-
-    of_teacher = {outputs(cell.first.architecture, source)[1] for site in plan.sites for source in site.teacher}
-    of_student = {space for site in plan.sites for space in outputs(cell.second.architecture, site.student)}
-    plain_t = _gather(cell.first, spans[0][0], places[0], of_teacher)
-    moved_t = _gather(adapted, spans[0][0], places[0], of_teacher)
-    plain_s = _gather(cell.second, spans[1][0], places[1], of_student)
-    modules = dict(base.modules)
-    for layer in sorted({site.student.layer for site in plan.sites}):
-        live = cell.room.live(replace(base, modules=modules))
-        student = ModelHandle("", _base(live), cell.second.architecture, cell.second.tokenizer)
-        now = _gather(student, spans[1][0], places[1], {space for space in of_student if space.layer == layer})
-        for site in (site for site in plan.sites if site.student.layer == layer):
-            reads, writes = outputs(cell.second.architecture, site.student)
-            source = outputs(cell.first.architecture, site.teacher[0])[1]
-            module = modules[site.student]
-            # What this site's own (idle) module gives now is nothing, so the shift so far comes from below.
-            mapped = (moved_t[source] - plain_t[source]) @ _regression(plain_t[source], plain_s[writes], penalty).T
-            target = mapped - (now[writes] - plain_s[writes])
-            inputs = now[reads] - now[reads].mean(0)
-            values, vectors = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
-            root = values.clamp_min(1e-9).sqrt()
-            full = _regression(now[reads], target, penalty)
-            u, s, v = torch.linalg.svd(full @ vectors * root)
-            width = module.width
-            a = s[:width].sqrt()[:, None] * v[:width] / root @ vectors.T
-            b = u[:, :width] * s[:width].sqrt() / module.scaling
-            modules[site.student] = module.with_values({"A": a.float(), "B": b.float()})
-    return replace(base, modules=modules)
-
-
-def _base(live):
-    inside = live.model.base_model.model
-    return getattr(inside, inside.base_model_prefix)
-
-
-def _regression(x, y, penalty):
-    x, y = x - x.mean(0), y - y.mean(0)
-    moment = x.T @ x
-    return torch.linalg.solve(moment + penalty * moment.diagonal().mean() * torch.eye(len(moment)), x.T @ y).T
-
-
-def _gather(model, inputs, places, spaces):
-    """space -> activations at the places of all samples, [places, d], in the order of the samples."""
-    found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
-    with torch.inference_mode(), Capture(model, spaces) as capture:
-        for rows in batches([len(row["input_ids"]) for row in inputs]):
-            held = capture.forward(pad(model, [inputs[row] for row in rows], model.base.device))
-            for space, value in held.items():
-                for index, row in enumerate(rows):
-                    found[space][row] = value[index, [start for start, _ in places[row]]].clone()
-    return {space: torch.cat(values) for space, values in found.items()}
-
-
 # ---- a cell ----------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +186,7 @@ class Cell:
         self.pairs = {}
         for layers in ("skip", "avg"):
             self.pairs |= self.plan(layers, METHODS["prune-align"]).pairs
-        self.rows = []
+        self.rows = []  # those of an earlier run are kept
 
     def plan(self, layers, method):
         return plan_transfer(
@@ -302,6 +227,8 @@ class Cell:
         return replace(self.checkpoint, modules=modules, head=head)
 
     def row(self, name, checkpoint, *, fit=True):
+        if name in [row["name"] for row in self.rows]:
+            return
         begin = time.perf_counter()
         live = self.room.live(checkpoint)
         before = measure(live, self.second, self.room.held_out)
@@ -329,19 +256,18 @@ class Cell:
 
 def run(args, pair, task):
     path = args.out / "ablation" / f"{pair}-{task}.json"
-    if path.exists():
-        return
     cell = Cell(args, pair, task)
+    if path.exists():
+        cell.rows = read_json(path)["rows"]
     statistics = cell.statistics(cell.pairs)
     heads = [model.base.config.num_attention_heads for model in (cell.first, cell.second)]
     assigned = cell.alignment(statistics, assign_by_correlation)
     base = cell.moved(assigned)
-    idle = {}
-    for site, module in base.modules.items():
-        values = {name: tensor.values for name, tensor in module.tensors.items()}
-        idle[site] = module.with_values({**values, "B": torch.zeros_like(values["B"])})
+    idle = {site: module.idle() for site, module in base.modules.items()}
     cell.row("head fitted, nothing moved", replace(base, modules=idle))
-    cell.row("functional", functional(cell, replace(base, modules=idle)))
+    plan, room = cell.plan("skip", METHODS["functional"]), cell.room
+    fitted = fit_modules(base, plan, cell.first, room.adapted, cell.second, room.live, room.samples)
+    cell.row("functional", replace(base, modules=fitted))
     if all(t == s for t, s in cell.pairs.values()):
         same = copy_alignment(cell.pairs, "", "")
         cell.row("copy, skip", cell.moved(same))

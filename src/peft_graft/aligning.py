@@ -51,6 +51,8 @@ def align(
     chosen = METHODS[method]
     if not chosen.needs_text:
         raise PlanError(f"{method} needs no alignment", where="--method", fix="call transfer without one")
+    if chosen.fits_shifts:
+        raise PlanError(f"{method} has no maps of its own", where="--method", fix="align with prune-align")
     if out is not None:
         check_output(Path(out), force=force)
     shapes = [

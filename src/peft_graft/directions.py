@@ -7,7 +7,7 @@ update B A are the best ones for the first step (LoRA-GA, Wang et al. 2024, arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +23,14 @@ _BATCHES = 16
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 4
 
 
-def restarted(live: LiveModule, student: ModelHandle, lessons: Predictions) -> RawCheckpoint:
-    """The live checkpoint with its modules idle again, reading the directions that its gradient points out.
+def reading_the_gradient(live: LiveModule, student: ModelHandle, lessons: Predictions) -> RawCheckpoint:
+    """The live checkpoint with modules that read the directions that the gradient points out.
 
-    LoRA: A [r, d_in] has the first r right singular vectors of the gradient as rows, B is zero. Bottleneck adapters:
-    the same for the down projection [b, d] and the up projection, biases zero; other tensors stay. The head stays.
+    LoRA: A [r, d_in] has the first r right singular vectors of the gradient as rows. Bottleneck adapters: the same for
+    the down projection [b, d]. All else stays.
 
     Args:
-        live: with trainable modules, whose gradient is taken where they are now, without dropout.
+        live: with trainable, idle modules; their gradient is taken without dropout.
     """
     sums: dict[str, Tensor] = {}
     hooks = [live.module_at(path).register_forward_hook(_gather(sums, path)) for path in live.raw.entries]
@@ -45,10 +45,8 @@ def restarted(live: LiveModule, student: ModelHandle, lessons: Predictions) -> R
         for hook in hooks:
             hook.remove()
         live.model.zero_grad()
-    return replace(
-        live.raw,
-        entries={path: _idle(values, sums[path]) for path, values in live.raw.entries.items()},
-    )
+    entries = {path: _reading(values, sums[path]) for path, values in live.raw.entries.items()}
+    return replace(live.raw, entries=entries)
 
 
 def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
@@ -66,14 +64,13 @@ def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...
     return hook
 
 
-def _idle(values: Any, gradient: Tensor) -> dict[str, Tensor]:
-    reads, writes = ("A", ("B",)) if "A" in values else ("down.weight", ("down.bias", "up.weight", "up.bias"))
-    width = values[reads].shape[0]
+def _reading(values: Mapping[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+    name = "A" if "A" in values else "down.weight"
+    width = len(values[name])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wanted = min(*gradient.shape, width + _OVERSAMPLING)
-        directions = torch.svd_lowrank(gradient.cpu(), wanted, niter=_POWER_ITERATIONS)[2].T
-    new = {name: torch.zeros_like(value) if name in writes else value for name, value in values.items()}
-    found = torch.zeros_like(values[reads])
-    found[: min(width, len(directions))] = directions[:width].to(found.dtype)
-    return {**new, reads: found}
+        directions = torch.svd_lowrank(gradient.cpu(), wanted, niter=_POWER_ITERATIONS)[2].T[:width]
+    found = torch.zeros_like(values[name])
+    found[: len(directions)] = directions.to(found.dtype)
+    return {**values, name: found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,6 +179,20 @@ def _site_record(
             for (first, second), diagnostics in maps.items()
         ],
     )
+
+
+def refitted_records(
+    records: Sequence[SiteRecord], checkpoint: PeftCheckpoint, modules: Mapping[Site, Module]
+) -> list[SiteRecord]:
+    """The records of modules that came by no map: their norms, and no maps."""
+    by_name = {str(site): module for site, module in modules.items()}
+    teachers = {str(site): module for site, module in checkpoint.modules.items()}
+    found = []
+    for record in records:
+        before = sum(_norm(teachers[source]) for source in record.teacher_sites) / len(record.teacher_sites)
+        kept = _norm(by_name[record.site]) / before if before else 0.0
+        found.append(record.model_copy(update={"norm_kept": kept, "maps": []}))
+    return found
 
 
 def model_record(model: ModelHandle) -> ModelRecord:

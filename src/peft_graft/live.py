@@ -57,6 +57,12 @@ class LiveModule:
     bf16: bool = False
 
     @property
+    def base(self) -> Any:
+        """The base model with the module inside."""
+        inside = self.model.base_model.model if self.raw.format == "peft" else self.model
+        return getattr(inside, inside.base_model_prefix, inside)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         device = next(self.model.parameters()).device

@@ -37,6 +37,7 @@ class Method:
         solve: statistics to a map and its diagnostics; None for a method that needs no text.
         moments: what ``solve`` needs beside the cross moment.
         holds_out: whether ``solve`` chooses by held-out pairs.
+        fits_shifts: the maps carry the head alone; the modules are fitted to move as the teacher's do (``functional``).
         writes_through_input: LoRA's output rows are mapped with the map of its input space (published shortcut).
         summary: one line for help and reports.
     """
@@ -46,6 +47,7 @@ class Method:
     solve: Solver | None = None
     moments: tuple[Moment, ...] = ("cross",)
     holds_out: bool = False
+    fits_shifts: bool = False
     writes_through_input: bool = False
 
     @property
@@ -91,19 +93,19 @@ def regress(statistics: PairedStatistics, held_out: PairedStatistics) -> tuple[L
     assert statistics.student_moment is not None
     assert held_out.teacher_moment is not None
     assert held_out.student_moment is not None
-    read_penalty, read_explained = _choose_penalty(
+    read_penalty, read_explained = choose_penalty(
         statistics.student_moment, statistics.cross.T, held_out.student_moment, held_out.cross.T,
         float(held_out.teacher_variance_sum.sum()),
     )  # fmt: skip
-    write_penalty, write_explained = _choose_penalty(
+    write_penalty, write_explained = choose_penalty(
         statistics.teacher_moment, statistics.cross, held_out.teacher_moment, held_out.cross,
         float(held_out.student_variance_sum.sum()),
     )  # fmt: skip
     whole = statistics.merge(held_out)
     assert whole.teacher_moment is not None
     assert whole.student_moment is not None
-    reading = _ridge(whole.student_moment, whole.cross.T, read_penalty)
-    writing = _ridge(whole.teacher_moment, whole.cross, write_penalty)
+    reading = ridge_solution(whole.student_moment, whole.cross.T, read_penalty)
+    writing = ridge_solution(whole.teacher_moment, whole.cross, write_penalty)
     shift = whole.teacher_mean - reading @ whole.student_mean
     return LinearMap(reading, writing, shift), {
         "pairs": whole.count,
@@ -136,7 +138,7 @@ def rotate(statistics: PairedStatistics, held_out: PairedStatistics) -> tuple[Li
     }
 
 
-def _choose_penalty(moment: Tensor, cross: Tensor, held_moment: Tensor, held_cross: Tensor,
+def choose_penalty(moment: Tensor, cross: Tensor, held_moment: Tensor, held_cross: Tensor,
                     held_total: float) -> tuple[float, float]:  # fmt: skip
     """The largest relative penalty with about the least held-out error, and the share of held-out variance it explains.
 
@@ -164,7 +166,7 @@ def _choose_penalty(moment: Tensor, cross: Tensor, held_moment: Tensor, held_cro
     return PENALTIES[good[-1]], 1 - errors[good[-1]] / held_total if held_total else 0.0
 
 
-def _ridge(moment: Tensor, cross: Tensor, penalty: float) -> Tensor:
+def ridge_solution(moment: Tensor, cross: Tensor, penalty: float) -> Tensor:
     """cross (moment + lambda I)^-1, [k, d]; lambda relative to the mean diagonal of the moment."""
     regularised = moment + penalty * (float(moment.diagonal().mean()) or 1.0) * torch.eye(
         len(moment), dtype=moment.dtype, device=moment.device
@@ -195,6 +197,12 @@ METHODS: Mapping[str, Method] = {
             solve=rotate,
         ),
         Method(
+            "functional",
+            "LoRA fitted layer by layer to move the student's layers as the teacher's move; the head as by prune-align",
+            solve=assign_by_correlation,
+            fits_shifts=True,
+        ),
+        Method(
             "prune-align-published",
             "prune-align with LoRA's output rows pruned by its input's indices, as in the paper's code",
             solve=assign_by_correlation,
@@ -204,4 +212,4 @@ METHODS: Mapping[str, Method] = {
 }
 
 #: What is tried, in this order, when no method is named and there is text to judge by.
-AUTO = ("copy", "prune-align", "procrustes", "ridge")
+AUTO = ("copy", "prune-align", "procrustes", "ridge", "functional")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +101,15 @@ class Module:
         """Whether the module can change anything: false when its output is zero for every input."""
         raise NotImplementedError
 
+    #: Tensors that are zero in a module that changes nothing but reads as before.
+    _ZERO_WHEN_IDLE: ClassVar[tuple[str, ...]] = ()
+
+    def idle(self) -> Module:
+        """The module with its output switched off: LoRA's B, an adapter's up projection and biases are zero."""
+        values = {name: tensor.values for name, tensor in self.tensors.items()}
+        zero = {name: torch.zeros_like(values[name]) for name in self._ZERO_WHEN_IDLE if name in values}
+        return self.with_values({**values, **zero})
+
     @property
     def width(self) -> int:
         """Size of the module's inner axis: LoRA's rank, an adapter's bottleneck."""
@@ -115,6 +124,7 @@ class LoraModule(Module):
     rank-stabilised LoRA.
     """
 
+    _ZERO_WHEN_IDLE: ClassVar = ("B",)
     scaling: float = 1.0
 
     @property
@@ -148,6 +158,8 @@ class BottleneckModule(Module):
     ``norm_before.*`` [d] read, ``norm_after.*`` [d] write, ``gate.weight`` [1, d] reads, ``gate.bias`` [1],
     ``scaling`` [1], or [d] and then it writes.
     """
+
+    _ZERO_WHEN_IDLE: ClassVar = ("down.bias", "up.weight", "up.bias")
 
     @property
     def width(self) -> int:

@@ -185,6 +185,13 @@ def _places(
             [(block.teacher_start, block.teacher_end) for block in blocks],
             [(block.student_start, block.student_end) for block in blocks],
         )
+    return word_places(sample, teacher, student)
+
+
+def word_places(
+    sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The first token [start, end) of every word in both models, for words that a token of each begins with."""
     first_t, first_s = _first_tokens(teacher), _first_tokens(student)
     starts = [(segment, match.start()) for segment, text in enumerate(sample.texts) for match in _WORD.finditer(text)]
     shared = [start for start in starts if start in first_t and start in first_s]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from peft_graft.alignment import copy_alignment
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, resolve
-from peft_graft.errors import HeadError, TextError
+from peft_graft.errors import AlignmentError, HeadError, TextError
 from peft_graft.fitting import can_fit
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.methods import METHODS, Method
@@ -38,10 +38,17 @@ def preflight(
             found=checkpoint.head.activation if checkpoint.head else raw.task,
             fix="leave --head out",
         )
-    if (settings.polish or settings.head == "fit") and not has_text:
-        what = "--polish" if settings.polish else "--head fit"
-        raise no_text(what, "learns from the teacher's predictions on text", alignment=False)
+    if needs_predictions(settings) and not has_text:
+        raise no_predictions(settings)
     method = METHODS[settings.method or "copy"]
+    if method.fits_shifts and raw.kind != "lora":
+        raise AlignmentError(
+            "functional grafting fits the updates of linear layers",
+            where="--method functional",
+            expected="a LoRA",
+            found=raw.kind,
+            fix="leave --method out",
+        )
     plan = planned(checkpoint, shape_t, shape_s, settings, method)
     if settings.method == "copy":
         copy_alignment(plan.pairs, "", "")
@@ -75,6 +82,24 @@ def with_teacher_labels(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawChe
     labels = own_labels(teacher)
     rows = {tensor.shape[0] for tensor in raw.head.values()}
     return replace(raw, labels=labels) if labels and not raw.labels and len(labels) in rows else raw
+
+
+def needs_predictions(settings: TransferSettings) -> bool:
+    """Whether something was asked for that the teacher must be asked for in turn."""
+    functional = settings.method is not None and METHODS[settings.method].fits_shifts
+    return bool(settings.polish) or settings.head == "fit" or functional
+
+
+def no_predictions(settings: TransferSettings) -> TextError:
+    """The error for options that learn from the teacher, when there is no text to ask it about."""
+    return no_text(learner(settings), "learns from the teacher's predictions on text", alignment=False)
+
+
+def learner(settings: TransferSettings) -> str:
+    """The option that needs the teacher's predictions."""
+    if settings.polish:
+        return "--polish"
+    return "--head fit" if settings.head == "fit" else f"--method {settings.method}"
 
 
 def no_text(what: str, why: str = "aligns the two models on text", *, alignment: bool = True) -> TextError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from peft_graft.agreement import Agreement, Verdict, judge, measure
 from peft_graft.alignment import Alignment
 from peft_graft.checkpoints import PeftCheckpoint, resolve
-from peft_graft.directions import restarted
+from peft_graft.directions import reading_the_gradient
 from peft_graft.errors import AlignmentError
 from peft_graft.fitting import can_fit, features, fit_head
 from peft_graft.formats.raw import RawCheckpoint
@@ -73,8 +73,13 @@ class Outcome:
 
 @dataclass
 class Classroom:
-    """Teacher, student and the teacher's predictions on the text to learn from and on the text that judges."""
+    """Teacher, student and the teacher's predictions on the text to learn from and on the text that judges.
 
+    ``adapted``: the teacher with its module inside. ``samples``: the text of ``lessons``.
+    """
+
+    adapted: LiveModule
+    samples: Sequence[Sample]
     student: ModelHandle
     lessons: Predictions
     held_out: Predictions
@@ -88,6 +93,15 @@ class Classroom:
         names = written_names(self.student, raw.task)
         return attach_raw(raw, names, self.student, self.labels, trainable=trainable, device=self.device,
                           bf16=self.bf16)  # fmt: skip
+
+    def with_fitted_head(self, checkpoint: PeftCheckpoint) -> tuple[PeftCheckpoint, dict[str, float]]:
+        """The checkpoint with its head fitted to the teacher's predictions, and the report of the fit."""
+        assert checkpoint.head is not None
+        read, targets = features(
+            self.live(checkpoint), self.student, self.lessons.part(0, FIT), checkpoint.head.reads
+        )  # fmt: skip
+        head, report = fit_head(checkpoint.head, read, targets)
+        return replace(checkpoint, head=head), report
 
     def read_back(self, raw: RawCheckpoint, outcome: Outcome) -> PeftCheckpoint:
         """The outcome's checkpoint with the values of a raw one that has the student's own paths."""
@@ -138,7 +152,9 @@ def open_classroom(
             write=(lambda shift: write.map((TOKENS, TOKENS)).apply(shift, 1, "write")) if write else None,
             progress=clock.progress,
         )
-    return Classroom(student, found.part(judging), found.part(0, judging), labels, device, bf16)
+    return Classroom(
+        module, chosen[judging:], student, found.part(judging), found.part(0, judging), labels, device, bf16
+    )
 
 
 def held_out_size(samples: int) -> int:
@@ -171,9 +187,8 @@ def best_graft(room: Classroom, candidates: Iterable[Callable[[], Candidate]], h
             options = [(moved, candidate, "carried" if candidate.checkpoint.head else None, dict[str, float]())]
             own = candidate.checkpoint.head
             if own and head in ("auto", "fit") and can_fit(own) and moved.divergence > EXACT:
-                read, targets = features(live, room.student, room.lessons.part(0, FIT), own.reads)
-                fitted, report = fit_head(own, read, targets)
-                changed = replace(candidate, checkpoint=replace(candidate.checkpoint, head=fitted))
+                fitted, report = room.with_fitted_head(candidate.checkpoint)
+                changed = replace(candidate, checkpoint=fitted)
                 found = room.agreement(changed.checkpoint)
                 tried[f"{candidate.method}, head fitted"] = found
                 if head == "fit" or found.divergence < moved.divergence:
@@ -217,8 +232,7 @@ def polished(
 
         def run(start: str, rate: float, until: int | None = None) -> tuple[LiveModule, list[CurvePoint]]:
             if start not in checkpoints:
-                live = room.live(outcome.candidate.checkpoint, trainable=True)
-                checkpoints[start] = room.read_back(restarted(live, room.student, room.lessons), outcome)
+                checkpoints[start] = _gradient_start(room, outcome)
             live = room.live(checkpoints[start], trainable=True)
             return live, polish(
                 live, room.student, room.lessons, room.held_out, main.model_copy(update={"learning_rate": rate}),
@@ -250,6 +264,17 @@ def polished(
             curve=curve,
         ),
     )
+
+
+def _gradient_start(room: Classroom, outcome: Outcome) -> PeftCheckpoint:
+    """Idle modules that read where the gradient points, below a head of their own where the outcome's is fitted."""
+    before = outcome.candidate.checkpoint
+    idle = replace(before, modules={site: module.idle() for site, module in before.modules.items()})
+    if outcome.head == "fitted":
+        idle, _ = room.with_fitted_head(idle)
+    return room.read_back(
+        reading_the_gradient(room.live(idle, trainable=True), room.student, room.lessons), outcome
+    )  # fmt: skip
 
 
 @contextmanager

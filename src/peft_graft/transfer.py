@@ -19,13 +19,23 @@ from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
 from peft_graft.formats.raw import RawCheckpoint
-from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record
+from peft_graft.functional import fit_modules
+from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
 from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
 from peft_graft.models import ModelHandle, embedding_similarity, handle, load_model
 from peft_graft.planning import choose_method
 from peft_graft.polishing import PolishSettings
-from peft_graft.preflight import check_labels, check_pooler, planned, preflight, with_teacher_labels
+from peft_graft.preflight import (
+    check_labels,
+    check_pooler,
+    learner,
+    needs_predictions,
+    no_predictions,
+    planned,
+    preflight,
+    with_teacher_labels,
+)
 from peft_graft.report import GraftReport, hardware, versions
 from peft_graft.settings import POLISH, Clock, HeadChoice, Progress, TransferSettings, checked_settings
 from peft_graft.teaching import (
@@ -208,14 +218,32 @@ def _transfer(
     if asked and checkpoint.head is None:
         pairs[TOKENS, TOKENS] = (teacher.architecture.size(TOKENS), student.architecture.size(TOKENS))
     fitting_text = chain(pool[held_out_size(len(pool)) if asked else 0 :], samples or ())
-    aligner = Aligner(teacher, student, pairs, methods, fitting_text if pool else None, given, settings, clock, text)
+    maps_of = {method.name: METHODS["prune-align"] if method.fits_shifts else method for method in methods}
+    aligner = Aligner(
+        teacher,
+        student,
+        pairs,
+        list(dict.fromkeys(maps_of.values())),
+        fitting_text if pool else None,
+        given,
+        settings,
+        clock,
+        text,
+    )
 
     def candidate(method: Method) -> Candidate:
-        alignment = aligner.alignment(method)
+        alignment = aligner.alignment(maps_of[method.name])
         with clock("projecting"):
             modules, sites = graft_modules(checkpoint, plan, alignment, method)
             head, head_record = graft_head(checkpoint, plan, alignment, student.architecture)
         moved = replace(checkpoint, modules=modules, head=head)
+        if method.fits_shifts:
+            with clock("fitting layers"):
+                fitted = fit_modules(
+                    moved, plan, teacher, room.adapted, student, room.live, room.samples, clock.progress
+                )  # fmt: skip
+            moved = replace(moved, modules=fitted)
+            sites = refitted_records(sites, checkpoint, fitted)
         return Candidate(method.name, alignment, moved, sites, head_record)
 
     steps = 0
@@ -226,7 +254,7 @@ def _transfer(
         room = open_classroom(
             checkpoint, teacher, student, pool,
             lessons=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
-            write=None if checkpoint.head else aligner.alignment(methods[-1]),
+            write=None if checkpoint.head else aligner.alignment(maps_of[methods[-1].name]),
             device=settings.device, bf16=settings.dtype == "bfloat16", clock=clock,
         )  # fmt: skip
         outcome = best_graft(room, [partial(candidate, method) for method in methods], settings.head, clock)
@@ -276,17 +304,19 @@ def _can_learn(
 
     Raises:
         DependencyError: what was asked for needs the teacher's answers, and its module's library is not installed.
-        TextError: ... and the text is too short.
+        TextError: ... and there is no text, or too little.
     """
+    needed = needs_predictions(settings)
     if not pool:
+        if needed:
+            raise no_predictions(settings)
         return False, []
-    needed = bool(settings.polish) or settings.head == "fit"
     library = library_of(checkpoint.raw)
     if library_version(library) is None:
         if needed:
             raise DependencyError(
                 f"{library} is not installed, so the teacher cannot be asked",
-                where="--polish" if settings.polish else "--head fit",
+                where=learner(settings),
                 fix="pip install 'peft-graft[adapters]'",
             )
         return False, [f"neither fitted nor judged: {library} is not installed, so the teacher could not be asked"]
@@ -313,7 +343,8 @@ def _methods(
 ) -> tuple[list[Method], str]:
     """The methods to try, and why."""
     if given is not None:
-        if settings.method not in (None, given.method):
+        wanted = METHODS[settings.method] if settings.method else None
+        if wanted and wanted.name != given.method and not (wanted.fits_shifts and given.method == "prune-align"):
             raise AlignmentError(
                 "the alignment was made with another method",
                 where="--method",
@@ -321,7 +352,8 @@ def _methods(
                 found=settings.method,
                 fix="leave --method out, or align again",
             )
-        return [METHODS[given.method]], "the method of the given alignment"
+        if wanted is None:
+            return [METHODS[given.method]], "the method of the given alignment"
     if settings.method:
         return [METHODS[settings.method]], "asked for"
     plan = planned(checkpoint, teacher.architecture, student.architecture, settings, METHODS["copy"])
