@@ -13,7 +13,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,adapters,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,adapters,dev]"
 	touch $@
 
 demo: install

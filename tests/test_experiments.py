@@ -112,5 +112,6 @@ def test_distilling_without_a_label_teaches_the_teachers_answers(world, kind: st
         return float(np.nanmean(np.abs(both[0] - both[1])))
 
     before = distance()
-    fine_tune(student, rows, tokenizer, TrainingSettings(learning_rate=3e-3, epochs=6, batch_size=8), distillation=1.0)
+    settings = TrainingSettings(learning_rate=3e-3, epochs=6, batch_size=8, distillation=1.0)
+    fine_tune(student, rows, tokenizer, settings)
     assert distance() < before / 2

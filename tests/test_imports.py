@@ -32,18 +32,25 @@ LEVELS = (
     ("experiments.tasks",),
     ("experiments.training",),
     ("experiments.comparison",),
-    ("experiments.demo",),
+    ("experiments.demo", "studies.spec"),
+    ("studies.data",),
+    ("studies.cells",),
+    ("studies.runner",),
+    ("studies.tables",),
+    ("studies.command",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 #: The only modules that may import these libraries when they are imported themselves.
 HEAVY = {
-    "transformers": {"models", "experiments.training", "experiments.comparison", "experiments.demo"},
+    "transformers": {"models", "experiments.training", "experiments.comparison", "experiments.demo", "studies.cells"},
     "peft": {"formats.peft_lora"},
     "adapters": set(),
     "datasets": set(),
     "onnx": set(),
     "seqeval": set(),
+    "ray": set(),
+    "matplotlib": set(),
 }
 
 

@@ -25,7 +25,7 @@ import peft_graft
 from peft_graft.agreement import judge
 from peft_graft.checkpoints import read_checkpoint, resolve, write_checkpoint
 from peft_graft.experiments.comparison import load_module, new_module, save_module
-from peft_graft.experiments.training import TrainingSettings, fine_tune, score, taught
+from peft_graft.experiments.training import TrainingSettings, Watch, fine_tune, score, taught
 from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.models import load_model
 from peft_graft.polishing import PolishSettings
@@ -98,9 +98,12 @@ class Bench:
         if budget != 0:
             examples = data.train if budget is None else random.Random(seed).sample(data.train, budget)
             rate = self.rate(models, task, budget) * (POLISHED_RATE if start in POLISHED else 1)
-            settings = TrainingSettings(learning_rate=rate, epochs=BUDGETS[budget], seed=seed, bf16=True)
-            watch, rows = data.task.encode(data.held_out[:300], tokenizer), data.task.encode(examples, tokenizer)
             distillation = DISTILLATION if start.endswith("distilling") else 0.0
+            settings = TrainingSettings(
+                learning_rate=rate, epochs=BUDGETS[budget], seed=seed, bf16=True, distillation=distillation
+            )  # fmt: skip
+            rows = data.task.encode(examples, tokenizer)
+            watch = Watch(data.task.encode(data.held_out[:300], tokenizer), data.task, tokenizer, keep_best=False)
             if distillation:
                 module, _ = teacher(self.out, self.args.models, models, data)
                 theirs = self.tokenizer(models.teacher)
@@ -108,14 +111,8 @@ class Bench:
                     rows, load_module(self.args.models / models.teacher, module, models.library, data.task),
                     data.task.encode(examples, theirs), theirs,
                 )  # fmt: skip
-            curve = []
-            record["seconds"] = round(
-                fine_tune(
-                    model, rows, tokenizer, settings, distillation=distillation,
-                    each_epoch=lambda step: curve.append([step, score(model, watch, tokenizer, data.task)]),
-                ), 1,
-            )  # fmt: skip
-            record |= {"settings": settings.model_dump(), "held_out_curve": curve, "distillation": distillation}
+            record["seconds"] = round(fine_tune(model, rows, tokenizer, settings, watch), 1)
+            record |= {"settings": settings.model_dump(), "held_out_curve": watch.curve}
         record["score"] = score(model, data.task.encode(data.test, tokenizer), tokenizer, data.task)
         return record
 

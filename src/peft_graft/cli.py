@@ -182,6 +182,38 @@ def align(
 
 
 @app.command()
+def study(
+    file: Annotated[Path | None, typer.Argument(help="The study, a TOML file (docs/studies.md).")] = None,
+    paper: Annotated[
+        str | None, typer.Option(help="One of the paper's grids instead of a file: matching or incompatible.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results; by default out/ and the study's name. May be shared.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the study: KEY=VALUE, as models.E5=~/models/e5.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on Ray: local for this machine, or a cluster's address.")] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs that one cell takes on Ray.")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs that one cell takes on Ray.")] = 0,
+    only: Annotated[
+        str | None, typer.Option(help="Only cells whose id matches this pattern, and what they need.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, what is done, and an estimate.")] = False,
+) -> None:
+    """Train teachers, move their modules, and compare: many models, tasks and languages, declared in one file."""
+    from peft_graft.studies import command
+
+    with _progress() as progress:
+        failed = command.study(
+            file, paper=paper, out=out, changes=changes or [], ray=ray, cpus=cpus, gpus=gpus, only=only,
+            dry_run=dry_run, progress=progress, console=Console(),
+        )  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the models, modules and results.")] = Path("out/demo"),
     seed: Seed = 0,

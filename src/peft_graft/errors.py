@@ -12,7 +12,8 @@
     ├── DeviceError          the device does not exist
     ├── OutputError          the result cannot be written
     ├── VerificationError    what was written does not load, or does nothing
-    └── DependencyError      an optional library is not installed
+    ├── DependencyError      an optional library is not installed
+    └── StudyError           a study file says something that a study cannot
 
 One message says what is wrong, where, what was expected, what came, and what to do about it.
 """
@@ -97,3 +98,7 @@ class VerificationError(GraftError):
 
 class DependencyError(GraftError):
     """An optional library that this operation needs is not installed."""
+
+
+class StudyError(GraftError):
+    """A study file cannot be read, or says something that a study cannot."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,34 +67,50 @@ def as_samples(texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample]) 
             yield Sample(" ".join(text))
 
 
-def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
+def load_rows(source: str, *, streaming: bool = False) -> Any:
+    """The rows of a file or of a data set of the hub, as ``datasets`` loads them; names as for ``read_text``.
+
+    Raises:
+        TextError: no such file or data set, or an unknown file type.
+    """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     path = Path(source)
     suffix = path.suffix.lower()
-    try:
+    with _explained(source):
         if path.is_file():
             if suffix == ".txt":
-                rows = load_dataset("text", data_files=source, split="train", streaming=True)
-            elif suffix in _LOADERS:
+                return load_dataset("text", data_files=source, split="train", streaming=streaming)
+            if suffix in _LOADERS:
                 options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-                rows = load_dataset(_LOADERS[suffix], data_files=source, split="train", streaming=True, **options)
-            else:
-                raise TextError(
-                    "unknown type of text file",
-                    where=source,
-                    expected=f"one of .txt, {', '.join(_LOADERS)}",
-                    found=suffix or "no suffix",
-                )
-        elif path.exists() or suffix in {".txt", *_LOADERS} or source.count("/") > 1:
+                return load_dataset(_LOADERS[suffix], data_files=source, split="train", streaming=streaming, **options)
+            raise TextError(
+                "unknown type of text file",
+                where=source,
+                expected=f"one of .txt, {', '.join(_LOADERS)}",
+                found=suffix or "no suffix",
+            )
+        if path.exists() or suffix in {".txt", *_LOADERS} or source.count("/") > 1:
             raise TextError("no such text file", where=source, fix="give a file, or a hub data set as owner/name")
-        else:
-            name, config, split = [*source.split(":"), "", ""][:3]
-            rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        name, config, split = [*source.split(":"), "", ""][:3]
+        return load_dataset(name, config or None, split=split or "train", streaming=streaming)
+
+
+def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
+    rows = load_rows(source, streaming=True)
+    with _explained(source):
         yield from rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Errors of ``datasets`` as ours."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        yield
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise TextError(
             f"no such data set, or the hub cannot be reached ({type(error).__name__}: {_first_line(error)})",

@@ -15,9 +15,10 @@ from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATI
 from peft_graft.errors import DependencyError
 from peft_graft.experiments.tasks import Example, Task
 from peft_graft.experiments.training import TrainingSettings, fine_tune, score
-from peft_graft.models import quiet_libraries
+from peft_graft.models import describe_config, quiet_libraries
 
 Library = Literal["peft", "adapterhub"]
+ModuleConfig = dict[str, Any] | str | None
 
 
 class _Record(BaseModel):
@@ -74,10 +75,15 @@ def summarise(runs: Sequence[Run], teacher_score: float, baseline: str = "fresh"
     return rows
 
 
-def new_module(base: Path | str, library: Library, task: Task, seed: int) -> Any:
-    """A student with an untrained module and head: LoRA r=8 on query and value, or a Pfeiffer adapter (factor 16).
+def new_module(base: Path | str, library: Library, task: Task, seed: int, config: ModuleConfig = None) -> Any:
+    """A student with an untrained module and head.
 
     BERT's sentence head sits behind a pooler that many encoders lack; it is trained and saved with the head.
+
+    Args:
+        config: of the module, for ``LoraConfig`` of peft, or the name or options of a configuration of adapters; LoRA
+            r=8 on query and value, or a Pfeiffer adapter (factor 16), when None. ``bottleneck`` in the options of an
+            adapter is its size, whatever the model's.
     """
     torch.manual_seed(seed)
     with quiet_libraries():
@@ -85,24 +91,32 @@ def new_module(base: Path | str, library: Library, task: Task, seed: int) -> Any
             import peft
 
             model = _task_model(base, task)
-            row = {"mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}
-            pooler = hasattr(model.base_model, "pooler") and model.base_model.pooler is not None
+            inside = model.base_model
+            options: dict[str, Any] = {"r": 8, "lora_alpha": 16, **(config if isinstance(config, dict) else {})}
+            options.setdefault("target_modules", _query_and_value(inside))
+            pooler = getattr(inside, "pooler", None) is not None
+            heads = ["classifier", "pooler"] if pooler else ["classifier"]
             return peft.get_peft_model(
-                model,
-                peft.LoraConfig(
-                    task_type=task.peft_type,
-                    r=8,
-                    lora_alpha=16,
-                    target_modules=row.get(model.config.model_type, ["query", "value"]),
-                    modules_to_save=["classifier", "pooler"] if pooler else ["classifier"],
-                ),
-            )
+                model, peft.LoraConfig(task_type=task.peft_type, modules_to_save=heads, **options)
+            )  # fmt: skip
         adapters = _adapters()
         model = adapters.AutoAdapterModel.from_pretrained(base, dtype=torch.float32)
-        model.add_adapter(task.name, config="seq_bn")
+        if isinstance(config, dict):
+            name = config.get("name", "seq_bn")
+            options = {key: value for key, value in config.items() if key not in ("name", "bottleneck")}
+            if "bottleneck" in config:
+                options["reduction_factor"] = model.config.hidden_size / config["bottleneck"]
+            config = adapters.AdapterConfig.load(name, **options)
+        model.add_adapter(task.name, config=config or "seq_bn")
         _add_prediction_head(model, task)
         model.train_adapter(task.name)
         return model
+
+
+def _query_and_value(base: Any) -> list[str]:
+    """The names of the query and value projections, from the architecture table."""
+    linears = describe_config(base.config).row.linears
+    return [linears[role].path.rpartition(".")[2] for role in ("attn.query", "attn.value")]
 
 
 def load_module(base: Path | str, module: Path | str, library: Library, task: Task) -> Any:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 128
+Metric = Literal["entity F1", "accuracy", "macro F1"]
 
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Two sentences and the label of what holds between them."""
+    """Two sentences and the label of what holds between them; or one sentence and its label."""
 
     first: str
-    second: str
+    second: str | None
     label: str
 
 
@@ -40,17 +41,18 @@ class Task:
 
     Attributes:
         name: as in files and tables. labels: class names, in the order of the model's outputs.
-        kind: ``token-classification`` (entity F1) or ``sequence-classification`` (accuracy).
+        kind: ``token-classification`` or ``sequence-classification``.
+        metric: how it is scored; entity F1 for the former and accuracy for the latter unless given.
     """
 
     name: str
     kind: str
     labels: tuple[str, ...]
+    metric: Metric = "entity F1"
 
-    @property
-    def metric(self) -> str:
-        """Name of the score."""
-        return "entity F1" if self.kind == TOKEN_CLASSIFICATION else "accuracy"
+    def __post_init__(self) -> None:
+        if self.kind != TOKEN_CLASSIFICATION and self.metric == "entity F1":
+            object.__setattr__(self, "metric", "accuracy")
 
     @property
     def peft_type(self) -> str:
@@ -65,22 +67,36 @@ class Task:
         rows = []
         for example in examples:
             assert isinstance(example, LabelledPair)
-            encoding = tokenizer(example.first, example.second, truncation=True, max_length=MAX_LENGTH)
+            texts = (example.first,) if example.second is None else (example.first, example.second)
+            encoding = tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)
             rows.append({**{key: encoding[key] for key in encoding}, "labels": self.labels.index(example.label)})
         return rows
 
     def score(self, logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
-        """Entity F1 of logits [n, length, labels], or accuracy of logits [n, labels]."""
+        """Entity F1 of logits [n, length, labels]; accuracy, or mean F1 over the classes, of logits [n, labels]."""
         if self.kind == TOKEN_CLASSIFICATION:
             return ner.entity_f1(logits, targets, self.labels)
+        if self.metric == "macro F1":
+            return _macro_f1(logits.argmax(-1), targets, len(self.labels))
         return float((logits.argmax(-1) == targets).mean())
 
     def majority_score(self, test: Sequence[Example]) -> float:
         """The score of always giving the most frequent class: 0 for entities."""
         if self.kind == TOKEN_CLASSIFICATION:
             return 0.0
-        counts = Counter(example.label for example in test if isinstance(example, LabelledPair))
-        return max(counts.values()) / len(test)
+        targets = np.array([self.labels.index(example.label) for example in test if isinstance(example, LabelledPair)])
+        commonest = np.eye(len(self.labels))[[Counter(targets.tolist()).most_common(1)[0][0]] * len(targets)]
+        return self.score(commonest, targets)
+
+
+def _macro_f1(predicted: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], classes: int) -> float:
+    """The mean of the classes' F1; a class that is neither given nor right counts 0."""
+    scores = []
+    for index in range(classes):
+        right = int(((predicted == index) & (targets == index)).sum())
+        counted = int((predicted == index).sum() + (targets == index).sum())
+        scores.append(2 * right / counted if counted else 0.0)
+    return float(np.mean(scores))
 
 
 def sample_of(example: Example) -> Sample:

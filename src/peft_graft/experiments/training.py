@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,80 @@ _BY_LENGTH: dict[str, Any] = (
 
 
 class TrainingSettings(BaseModel):
-    """One schedule: AdamW, linear decay after 6 % warm-up; ``bf16``: forward passes in mixed precision."""
+    """One schedule: AdamW, linear decay after 6 % warm-up.
+
+    Attributes:
+        batch_size: examples a device and step; ``accumulation`` of them make an update.
+        bf16, fp16: forward passes in mixed precision.
+        patience: with a validation set, stop after this many epochs without a better score; None trains to the end.
+        distillation: weight of the teacher's answers beside the labels, 0 to 1, for rows that have them (``taught``).
+        report_to: trackers of transformers' Trainer, such as ``wandb`` or ``tensorboard``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     learning_rate: float = 1e-3
     epochs: float = 5
     batch_size: int = 16
+    accumulation: int = 1
     seed: int = 0
     bf16: bool = False
+    fp16: bool = False
+    patience: int | None = None
+    distillation: float = 0.0
+    report_to: tuple[str, ...] = ()
+
+
+class Watch:
+    """Scores a model after every epoch of its training, keeps the best parameters, and says when to stop.
+
+    Args:
+        rows: the validation set, from ``Task.encode``. patience: see ``TrainingSettings``.
+        keep_best: whether the best epoch's parameters, or the last one's, shall be left in the model.
+
+    Attributes:
+        curve: (steps, score) of every epoch.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        task: Task,
+        tokenizer: Any,
+        *,
+        patience: int | None = None,
+        keep_best: bool = True,
+    ) -> None:
+        self.rows, self.task, self.tokenizer = rows, task, tokenizer
+        self.patience, self.keep_best = patience, keep_best
+        self.curve: list[tuple[int, float]] = []
+        self._best: dict[str, torch.Tensor] = {}
+        self._best_score = -math.inf
+        self._since = 0
+
+    def __call__(self, model: torch.nn.Module, step: int) -> bool:
+        """Score the model; whether to stop."""
+        found = score(model, self.rows, self.tokenizer, self.task)
+        model.train()
+        self.curve.append((step, found))
+        self._since += 1
+        if found > self._best_score:
+            self._best_score, self._since = found, 0
+            if self.keep_best:
+                self._best = {name: value.detach().clone() for name, value in _trainable(model)}
+        return self.patience is not None and self._since >= self.patience
+
+    def restore(self, model: torch.nn.Module) -> None:
+        """Put the best epoch's parameters back."""
+        if not self.keep_best:
+            return
+        with torch.no_grad():
+            for name, value in _trainable(model):
+                if name in self._best:
+                    value.copy_(self._best[name])
+
+
+def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
 
 
 def fine_tune(
@@ -46,37 +112,40 @@ def fine_tune(
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
     settings: TrainingSettings,
-    each_epoch: Callable[[int], None] | None = None,
-    distillation: float = 0.0,
+    watch: Watch | None = None,
 ) -> float:
     """Train whatever parameters of a model are free, in place.
 
     Args:
         model: a task model with a module inside. rows: from ``Task.encode``.
-        each_epoch: called with the number of steps done after every epoch.
-        distillation: weight of the teacher's answers beside the labels, 0 to 1, for rows that have them (``taught``).
+        watch: scores a validation set after every epoch.
 
     Returns:
         Seconds.
     """
     start = time.perf_counter()
-    steps = int(-(-len(rows) // settings.batch_size) * settings.epochs)
+    steps = int(-(-len(rows) // (settings.batch_size * settings.accumulation)) * settings.epochs)
     with _trainer(
         model,
         tokenizer,
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
         warmup_steps=int(0.06 * steps),
         seed=settings.seed,
         bf16=settings.bf16,
+        fp16=settings.fp16,
+        report_to=list(settings.report_to) or "none",
         **_BY_LENGTH,
     ) as trainer:
-        trainer.distillation = distillation
+        trainer.distillation = settings.distillation
         trainer.train_dataset = list(rows)
-        if each_epoch:
-            trainer.add_callback(_EachEpoch(each_epoch))
+        if watch:
+            trainer.add_callback(_EachEpoch(watch))
         trainer.train()
+    if watch:
+        watch.restore(model)
     model.eval()
     return time.perf_counter() - start
 
@@ -91,21 +160,21 @@ def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any
 
 
 class _EachEpoch(transformers.TrainerCallback):  # type: ignore[misc]
-    """Calls a function after every epoch."""
+    """Lets a ``Watch`` look at the model after every epoch."""
 
-    def __init__(self, call: Callable[[int], None]) -> None:
-        self.call = call
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The Trainer's event."""
-        self.call(state.global_step)
+        control.should_training_stop |= self.watch(model, state.global_step)
 
 
 class _trainer:  # noqa: N801 - a context manager, used as a function
     """A Trainer that writes nothing and says nothing."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, **arguments: Any) -> None:
-        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.model, self.tokenizer, self.arguments = model, tokenizer, {"report_to": "none", **arguments}
         self.folder = tempfile.TemporaryDirectory()
         self.quiet = quiet_libraries()
         self.caught = warnings.catch_warnings()
@@ -116,7 +185,6 @@ class _trainer:  # noqa: N801 - a context manager, used as a function
         warnings.simplefilter("ignore")
         arguments = transformers.TrainingArguments(
             output_dir=str(Path(self.folder.name)),
-            report_to="none",
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,

@@ -1,0 +1,1 @@
+"""Studies: many transfers at once, declared in one file, from training the teachers to the tables."""

@@ -1,0 +1,94 @@
+"""``peft-graft study``: from the file to the tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from peft_graft.errors import StudyError
+from peft_graft.settings import Progress
+from peft_graft.studies.cells import Cell, cells_of
+from peft_graft.studies.runner import Here, OnRay, Outcome, estimate, result_path, run_study
+from peft_graft.studies.spec import Study, paper_study, read_study
+from peft_graft.studies.tables import ResultTable, finished, grid_of, write_tables
+from peft_graft.weights import read_json
+
+PAPER = ("matching", "incompatible")
+
+
+def study(
+    file: Path | None,
+    *,
+    paper: str | None = None,
+    out: Path | None = None,
+    changes: Sequence[str] = (),
+    ray: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    only: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    console: Console,
+) -> int:
+    """Run a study and print its tables; the number of cells that failed or could not be tried.
+
+    Raises:
+        StudyError: not exactly one of ``file`` and ``paper``, or a study that cannot be.
+    """
+    if (file is None) == (paper is None) or (paper is not None and paper not in PAPER):
+        raise StudyError("give a study file, or --paper matching or --paper incompatible", found=paper)
+    declared = read_study(file if file is not None else paper_study(str(paper)), changes)
+    folder = out or Path("out") / declared.name
+    cells = cells_of(declared, only)
+    if dry_run:
+        _show_plan(cells, folder, console)
+        return 0
+    executor = OnRay(folder, ray, cpus, gpus) if ray else Here(folder, progress)
+    outcome = run_study(declared, folder, executor, only=only, progress=progress)
+    tables = write_tables(finished(cells_of(declared).values(), folder), folder / "tables")
+    _show_tables(tables, console)
+    _show_outcome(outcome, declared, folder, console)
+    return len(outcome.failed) + len(outcome.blocked)
+
+
+def _show_plan(cells: Mapping[str, Cell], out: Path, console: Console) -> None:
+    for name in cells:
+        console.print(
+            ("done    " if result_path(out, name).exists() else "to do   ") + name, soft_wrap=True, markup=False
+        )
+    left, seconds = estimate(cells, out)
+    console.print(f"{len(cells)} cells, {len(cells) - sum(left.values())} done")
+    for kind, count in left.items():
+        console.print(f"  {count:5} {kind}")
+    if not left:
+        return
+    if seconds is None:
+        console.print("no estimate yet: it goes by finished cells of every kind")
+    else:
+        console.print(f"about {seconds / 3600:.1f} hours, one cell after another")
+
+
+def _show_tables(tables: Sequence[ResultTable], console: Console) -> None:
+    for found in tables:
+        header, lines = grid_of(found)
+        table = Table(*header, title=found.title)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+
+
+def _show_outcome(outcome: Outcome, declared: Study, out: Path, console: Console) -> None:
+    for name in outcome.failed:
+        error = read_json(out / "failures" / f"{name}.json")["error"]
+        console.print(f"[red]failed[/]  {name}: ", end="")
+        console.print(error, markup=False, soft_wrap=True)
+    for name in outcome.blocked:
+        console.print(f"[yellow]blocked[/] {name}: what it needs has failed", soft_wrap=True)
+    console.print(
+        f"{declared.name}: {len(outcome.done)} cells done, {len(outcome.failed)} failed, "
+        f"{len(outcome.blocked)} blocked; tables and curves in {out / 'tables'}",
+        soft_wrap=True,
+    )

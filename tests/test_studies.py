@@ -1,0 +1,380 @@
+"""Studies: declared, expanded, run, interrupted, scaled out, and their tables."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+import tiny
+from peft_graft.errors import StudyError
+from peft_graft.studies.cells import cells_of, start_name
+from peft_graft.studies.command import PAPER
+from peft_graft.studies.runner import Here, _claimed, estimate, run_study
+from peft_graft.studies.spec import FRESH, paper_study, read_study
+from peft_graft.studies.tables import MEAN, finished, grid_of, latex, markdown, result_tables, write_tables
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("accelerate", "seqeval", "matplotlib", "psutil")),
+    reason="the extra study is not installed",
+)
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+STUDY = """
+name = "tiny"
+max_tokens = 2000
+
+[models]
+big = "{models}/teacher"
+small = "{models}/shallow"
+
+[tasks.ner]
+kind = "token-classification"
+train = "./{{language}}.parquet"
+test = "./{{language}}.parquet"
+languages = ["en", "de"]
+validation_examples = 20
+test_examples = 20
+
+[modules.lora]
+config = {{ r = 4, lora_alpha = 8 }}
+
+[training]
+teacher = {{ learning_rate = 1e-2, epochs = 10, batch_size = 4 }}
+student = {{ learning_rate = 1e-2, epochs = 2, batch_size = 8 }}
+
+[defaults]
+modules = ["lora"]
+tasks = ["ner"]
+polish = [0]
+budgets = [16]
+
+[[grid]]
+teacher = "big"
+student = "small"
+methods = ["copy"]
+layers = ["skip", "avg"]
+"""
+
+
+@pytest.fixture
+def file(world: Path, tmp_path: Path) -> Path:
+    """A study of tiny models on a task that they can learn: which words are names."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for number, language in enumerate(("en", "de")):
+        rows = [line.rstrip(".").split() for line in tiny.sentences(80, seed=number)]
+        tags = [["B-PER" if tiny.WORDS.index(word) < 15 else "O" for word in row] for row in rows]
+        Dataset.from_dict({"tokens": rows, "ner_tags": tags}).to_parquet(folder / f"{language}.parquet")
+    path = folder / "study.toml"
+    path.write_text(STUDY.format(models=world))
+    return path
+
+
+def run(file: Path, out: Path, **options):
+    study = read_study(file)
+    return study, run_study(study, out, Here(out), **options)
+
+
+# ---- declared --------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_expands_into_cells_that_share_their_work(file: Path) -> None:
+    cells = cells_of(read_study(file))
+    kinds = [cell.kind for cell in cells.values()]
+    # for each of two languages: one teacher, two grafts (skip, avg), and fresh, skip, avg students
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"teacher": 2, "graft": 4, "student": 6}
+    order = list(cells)
+    assert all(order.index(need) < order.index(name) for name, cell in cells.items() for need in cell.needs)
+    more = cells_of(read_study(file, ["defaults.seeds=[0, 1]", "defaults.budgets=[16, 'all']"]))
+    kinds = [cell.kind for cell in more.values()]
+    # grafts that are not polished do not depend on the seed
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"teacher": 2, "graft": 4, "student": 24}
+    assert set(cells) < set(more), "the same cell has the same id in another study"
+    other = cells_of(read_study(file, ["training.teacher.epochs=3"]))
+    fresh = {name for name in cells if FRESH in name}
+    assert set(cells) & set(other) == fresh, "only what does not depend on the teacher's training is the same"
+
+
+def test_one_alignment_serves_modules_of_every_size(file: Path) -> None:
+    changes = ["modules.wide.config={ r = 8 }", "defaults.modules=['lora', 'wide']", "grid.0.methods=['prune-align']"]
+    cells = cells_of(read_study(file, changes))
+    alignments = {name for name, cell in cells.items() if cell.kind == "alignment"}
+    grafts = [cell for cell in cells.values() if cell.kind == "graft"]
+    assert len(alignments) == 4  # two languages, two ways of choosing layers
+    assert len(grafts) == 8
+    assert {cell.needs[1] for cell in grafts} == alignments
+
+
+def test_only_takes_what_matches_and_what_that_needs(file: Path) -> None:
+    cells = cells_of(read_study(file), "student-*-de-copy_avg*")
+    assert [cell.kind for cell in cells.values()] == ["teacher", "graft", "student"]
+    with pytest.raises(StudyError, match="--only nothing: no cell matches"):
+        cells_of(read_study(file), "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("grid.0.teacher=huge", "unknown model huge; named are big, small"),
+        ("grid.0.methods=['magic']", "unknown method magic"),
+        ("defaults.languages=['xx']", "ner has none of the languages xx"),
+        ("grid.0.seed=[1]", "grid.0.seed: Extra inputs are not permitted"),
+        ("training.student.epochs=many", "training.student.epochs: Input should be a valid number"),
+        ("nonsense", "--set nonsense: cannot be understood; expected KEY=VALUE"),
+    ],
+)
+def test_what_a_study_cannot_be_is_said(file: Path, change: str, message: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        read_study(file, [change])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_grids_cover_its_languages(name: str) -> None:
+    study = read_study(paper_study(name))
+    cells = cells_of(study).values()
+    languages = {task: {cell.names["language"] for cell in cells if cell.names["task"] == task} for task in study.tasks}
+    assert {task: len(found) for task, found in languages.items()} == {"ner": 9, "nli": 15, "paraphrase": 7}
+    assert len(set.union(*languages.values())) == 21
+    assert {cell.names["module"] for cell in cells if cell.kind == "teacher"} == {"adapter", "lora"}
+
+
+def test_starts_are_named_by_what_is_not_as_usual() -> None:
+    assert start_name("skip", "default", "auto", "default", False) == "default"
+    assert start_name("avg", "copy", "drop", 0, True) == "copy/avg, head drop, polish 0, distilling"
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_runs_and_what_is_done_is_not_done_again(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    study, outcome = run(file, out)
+    assert not outcome.failed
+    assert len(outcome.done) == 12
+    tables = write_tables(finished(cells_of(study).values(), out), out / "tables")
+    assert [table.budget for table in tables] == [0, 16]
+    last = tables[1]
+    assert [row.start for row in last.rows] == ["teacher", FRESH, "copy/avg, polish 0", "copy/skip, polish 0"]
+    assert set(last.rows[1].entries) == {"en", "de", MEAN}
+    assert last.rows[0].entries[MEAN].score > 0.1, "the teacher has learned"
+    assert {path.name for path in (out / "tables").iterdir()} == {
+        "results.md", "results.csv", "results.tex", "curves-small-lora-ner.png", "curves-small-lora-ner.svg"
+    }  # fmt: skip
+    lines = list(csv.DictReader((out / "tables" / "results.csv").open()))
+    assert len(lines) == 2 * 4 * 3
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    _, again = run(file, out)
+    assert sorted(again.done) == sorted(outcome.done)
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
+    left, seconds = estimate(cells_of(read_study(file, ["defaults.seeds=[0, 1]"])), out)
+    assert left == {"student": 6}
+    assert seconds == pytest.approx(
+        6 * sum(json.loads(p.read_text())["seconds"] for p in before if p.name.startswith("student")) / 6
+    )
+    record = json.loads(next(iter(sorted(before))).read_text())
+    assert {"config", "versions", "hardware", "seconds", "result"} <= record.keys()
+    assert not list((out / "locks").iterdir())
+    assert not list((out / "work").iterdir())
+
+
+def test_polished_and_distilling_starts(file: Path, tmp_path: Path) -> None:
+    changes = ["grid.0.methods=['default']", "defaults.polish=[6]", "defaults.distil=[false, true]",
+               "defaults.languages=['en']", "training.student.patience=1"]  # fmt: skip
+    study = read_study(file, changes)
+    outcome = run_study(study, tmp_path / "out", Here(tmp_path / "out"))
+    assert not outcome.failed
+    records = {record["id"]: record for record in finished(cells_of(study).values(), tmp_path / "out")}
+    students = {record["names"]["start"]: record for record in records.values() if record["kind"] == "student"}
+    assert set(students) == {FRESH, "default, polish 6", "default, polish 6, distilling"}
+    rates = {start: record["config"]["training"]["learning_rate"] for start, record in students.items()}
+    assert rates["default, polish 6"] == pytest.approx(rates[FRESH] / 10)
+    assert students["default, polish 6, distilling"]["config"]["training"]["distillation"] == 0.5
+    grafts = [record for record in records.values() if record["kind"] == "graft"]
+    assert len(grafts) == 1, "both learn from the same graft"
+    assert grafts[0]["result"]["verdict"]["measured"]["answers"] > 0
+
+
+def test_a_failed_cell_says_why_and_the_rest_goes_on(file: Path, tmp_path: Path) -> None:
+    (file.parent / "de.parquet").unlink()
+    out = tmp_path / "out"
+    _, outcome = run(file, out)
+    assert len(outcome.done) == 6, "everything in the other language"
+    assert len(outcome.failed) == 2, "the teacher and the fresh student"
+    assert len(outcome.blocked) == 4
+    assert (
+        "de.parquet: no such text file" in json.loads(next((out / "failures").glob("teacher-*")).read_text())["error"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_graft", "study", str(file), "--out", str(out)], capture_output=True, text=True,
+        check=False, env={**os.environ, "COLUMNS": "150"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "6 cells done, 2 failed, 4 blocked" in done.stdout
+    assert "no such text file" in done.stdout
+
+
+def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(file: Path, tmp_path: Path) -> None:
+    study, _ = run(file, tmp_path / "whole")
+    wanted = markdown(result_tables(finished(cells_of(study).values(), tmp_path / "whole")))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "peft_graft", "study", str(file), "--out", str(out)]
+    kept: dict[Path, int] = {}
+    for cells in (2, 6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while len(list((out / "cells").glob("*.json"))) < cells and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        for path, time_then in kept.items():
+            assert path.stat().st_mtime_ns == time_then, "a finished cell was done again"
+        kept = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+        assert cells <= len(kept) < 12
+    _, outcome = run(file, out)
+    assert len(outcome.done) == 12
+    assert all(path.stat().st_mtime_ns == time_then for path, time_then in kept.items())
+    assert markdown(result_tables(finished(cells_of(study).values(), out))) == wanted
+
+
+def test_a_lock_holds_while_its_owner_lives(tmp_path: Path) -> None:
+    lock = tmp_path / "cell.json"
+    with _claimed(lock) as first, _claimed(lock) as second:
+        assert first
+        assert not second
+    assert not lock.exists()
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    with _claimed(lock) as mine:
+        assert mine
+        left = json.loads(lock.read_text())
+    lock.write_text(json.dumps({**left, "pid": int(dead.stdout)}))
+    with _claimed(lock) as taken_over:
+        assert taken_over
+    lock.write_text(json.dumps({**left, "host": "elsewhere"}))
+    with _claimed(lock) as of_another:
+        assert not of_another, "another machine's is respected while it is fresh"
+    os.utime(lock, (0, 0))
+    with _claimed(lock) as silent:
+        assert silent
+
+
+@needs_ray
+def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) -> None:
+    """A study on a local Ray cluster of two nodes; one of its workers is killed in the middle of a cell."""
+    script = tmp_path / "cluster.py"
+    script.write_text(
+        "import json, os, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "import ray\n"
+        "from ray.cluster_utils import Cluster\n"
+        "from peft_graft.studies.runner import OnRay, run_study\n"
+        "from peft_graft.studies.spec import read_study\n"
+        "file, out = map(Path, sys.argv[1:])\n"
+        "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
+        "cluster.add_node(num_cpus=1)\n"
+        "killed = []\n"
+        "def kill():\n"
+        "    while not killed:\n"
+        "        for lock in (out / 'locks').glob('student-*.json'):\n"
+        "            try:\n"
+        "                pid = json.loads(lock.read_text())['pid']\n"
+        "                os.kill(pid, signal.SIGKILL)\n"
+        "                killed.append([pid, lock.stem])\n"
+        "                return\n"
+        "            except (OSError, ValueError, KeyError):\n"
+        "                pass\n"
+        "        time.sleep(0.05)\n"
+        "threading.Thread(target=kill, daemon=True).start()\n"
+        "outcome = run_study(read_study(file), out, OnRay(out, cluster.address, 1, 0))\n"
+        "print(json.dumps({'done': outcome.done, 'failed': outcome.failed, 'killed': killed}))\n"
+        "ray.shutdown()\n"
+        "cluster.shutdown()\n"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(script), str(file), str(out)], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(found["done"]) == 12
+    assert not found["failed"]
+    assert found["killed"], "no worker was killed"
+    study, _ = run(file, tmp_path / "here")
+    tables = [
+        result_tables(finished(cells_of(study).values(), folder)) for folder in (out, tmp_path / "here")
+    ]  # fmt: skip
+    assert markdown(tables[0]) == markdown(tables[1])
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def record(kind: str, start: str | None, language: str, seed: int | None, score: float, before: float = 0.1) -> dict:
+    names = {"teacher": "T", "student": "S", "module": "lora", "task": "ner", "language": language}
+    if kind == "teacher":
+        del names["student"]
+        return {"kind": kind, "names": names, "result": {"score": score, "metric": "entity F1"}}
+    if start == FRESH:
+        del names["teacher"]
+    names |= {"start": start, "budget": 100, "seed": seed}
+    return {"kind": kind, "names": names, "result": {"score": score, "before": before, "metric": "entity F1"}}
+
+
+def test_tables_hold_means_spreads_differences_and_shares() -> None:
+    records = [record("teacher", None, language, None, 0.8) for language in ("de", "en")]
+    for seed in (0, 1):
+        for language, fresh, graft in (("de", 0.4, 0.6), ("en", 0.5, 0.65)):
+            records.append(record("student", FRESH, language, seed, fresh + 0.1 * seed))
+            records.append(record("student", "copy/skip", language, seed, graft, before=0.3))
+    none, hundred = result_tables(records)
+    assert none.title == "T → S, lora, ner, no labels (entity F1)"
+    row = {row.start: row for row in hundred.rows}["copy/skip"]
+    assert row.entries["de"].score == pytest.approx(0.6)
+    assert row.entries["de"].spread == pytest.approx(0)
+    mean = row.entries[MEAN]
+    assert (mean.score, mean.runs) == (pytest.approx(0.625), 4)
+    assert mean.difference == pytest.approx(0.625 - 0.5)
+    assert mean.share == pytest.approx(0.125 / 0.3)
+    fresh = {row.start: row for row in hundred.rows}[FRESH].entries[MEAN]
+    assert fresh.spread == pytest.approx(0.1 / 2**0.5)  # over the seeds' means, 0.45 and 0.55
+    assert fresh.difference is None
+    assert {row.start: row for row in none.rows}["copy/skip"].entries[MEAN].score == pytest.approx(0.3)
+    header, lines = grid_of(hundred)
+    assert header == ["", "de", "en", "mean", "Δ fresh", "share of the gain", "p"]
+    assert lines[2][:6] == ["copy/skip", "60.0 ± 0.0", "65.0 ± 0.0", "62.5 ± 0.0", "+12.5", "+42%"]
+    assert r"62.5 $\pm$ 0.0 & +12.5 & +42\%" in latex([hundred])
+
+
+def test_the_test_is_paired_by_language_and_seed() -> None:
+    from scipy.stats import wilcoxon
+
+    fresh = {(language, seed): 0.5 + 0.01 * seed for language in ("de", "en", "fr") for seed in range(3)}
+    graft = {key: value + 0.02 + 0.003 * index for index, (key, value) in enumerate(fresh.items())}
+    records = [record("student", FRESH, *key, value) for key, value in fresh.items()]
+    records += [record("student", "copy/skip", *key, value) for key, value in graft.items()]
+    table = result_tables(records)[1]
+    expected = wilcoxon([graft[key] - fresh[key] for key in fresh]).pvalue
+    assert table.rows[-1].p == pytest.approx(expected)
+    assert result_tables(records[:8] + records[9:12])[1].rows[-1].p is None, "too few pairs to say"
+
+
+def test_means_are_over_the_languages_that_all_rows_have() -> None:
+    records = [record("student", FRESH, "de", 0, 0.2), record("student", FRESH, "en", 0, 0.6),
+               record("student", "copy/skip", "en", 0, 0.7)]  # fmt: skip
+    rows = {row.start: row for row in result_tables(records)[1].rows}
+    assert rows[FRESH].entries[MEAN].score == pytest.approx(0.6)
+    assert rows["copy/skip"].entries[MEAN].difference == pytest.approx(0.1)
