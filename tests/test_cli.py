@@ -33,7 +33,7 @@ def test_transfer_writes_a_checkpoint_and_says_what_it_did(world, tmp_path) -> N
                "--out", tmp_path / "g")  # fmt: skip
     assert "its graft agrees best with the teacher on held-out text" in done.stdout
     assert "tried   prune-align, as moved: agreement" in done.stdout
-    assert "polish  agreement after steps 0:" in done.stdout
+    assert "agreement after steps 0:" in done.stdout
     assert "verdict" in done.stdout
     assert "layer 1 attn.value" in done.stdout
     assert "written" in done.stdout

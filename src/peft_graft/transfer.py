@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -254,7 +254,7 @@ def _transfer(
         room = open_classroom(
             checkpoint, teacher, student, pool,
             lessons=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
-            write=None if checkpoint.head else aligner.alignment(maps_of[methods[-1].name]),
+            write=None if checkpoint.head else aligner.alignment(_writer(maps_of)),
             device=settings.device, bf16=settings.dtype == "bfloat16", clock=clock,
         )  # fmt: skip
         outcome = best_graft(room, [partial(candidate, method) for method in methods], settings.head, clock)
@@ -295,6 +295,11 @@ def _transfer(
         hardware=hardware(settings.device),
     )
     return Graft(chosen.checkpoint, report, chosen.alignment, student)
+
+
+def _writer(maps_of: Mapping[str, Method]) -> Method:
+    """The method whose map of the last hidden state says where the teacher's shift of it points in the student."""
+    return maps_of.get("ridge") or next(iter(maps_of.values()))
 
 
 def _can_learn(
