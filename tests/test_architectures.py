@@ -24,8 +24,8 @@ def test_every_row_fits_its_models(family: str) -> None:
     assert architecture.size(Space(2, "ffn.mid")) == 48
     for role in ("attn.query", "attn.key", "attn.value", "attn.output", "ffn.up", "ffn.down"):
         path = architecture.path(Site(1, role))
-        assert architecture.site(f"{architecture.prefix}.{path}") == (Site(1, role), f"{architecture.prefix}.")
-        assert architecture.site(path) == (Site(1, role), "")
+        assert architecture.sites(f"{architecture.prefix}.{path}") == ([Site(1, role)], f"{architecture.prefix}.")
+        assert architecture.sites(path) == ([Site(1, role)], "")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -59,7 +59,7 @@ def test_rows_use_known_roles_and_name_each_model_type_once() -> None:
 
 
 def test_an_unknown_architecture_is_inferred_from_its_module_tree() -> None:
-    config = transformers.LlamaConfig(
+    config = transformers.HeliumConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     architecture = describe_config(config)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
 from peft_graft.models import ModelHandle
-from peft_graft.modules import FIRST_OUT, POOLED_OUT, TOKENS_OUT, Space
+from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics
 from peft_graft.text import Sample
@@ -21,7 +21,7 @@ from peft_graft.token_pairing import Block, PairingCounts, Span, pair_tokens, tr
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _HELD_OUT_EVERY = 8
-_SAMPLE_SPACES = {FIRST_OUT, POOLED_OUT}
+_SAMPLE_SPACES = {FIRST_OUT, LAST_OUT, POOLED_OUT}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Capture:
             if tap.side == "input":
                 self._hooks.append(module.register_forward_pre_hook(self._on_input(space)))
             else:
-                self._hooks.append(module.register_forward_hook(self._on_output(space)))
+                self._hooks.append(module.register_forward_hook(self._on_output(space, tap.units)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,9 +116,10 @@ class Capture:
 
         return hook
 
-    def _on_output(self, space: Space) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def _on_output(self, space: Space, units: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self._held[space] = output[0] if isinstance(output, tuple) else output
+            value = output[0] if isinstance(output, tuple) else output
+            self._held[space] = value if units is None else value.index_select(-1, units.to(value.device))
 
         return hook
 
@@ -126,11 +127,19 @@ class Capture:
         """Run one padded batch and return what was captured."""
         self._held.clear()
         output = self.model.base(**inputs)
+        shape = inputs["input_ids"].shape
+        for space, value in self._held.items():
+            if value.ndim == 2:  # OPT's feed-forward block sees all tokens in one row
+                self._held[space] = value.view(*shape, value.shape[-1])
         for space in self.spaces:
             if space.name == TOKENS_OUT:
                 self._held[space] = output.last_hidden_state
             elif space.name == FIRST_OUT:
                 self._held[space] = output.last_hidden_state[:, 0]
+            elif space.name == LAST_OUT:
+                state = output.last_hidden_state
+                last = inputs["attention_mask"].sum(1) - 1 if "attention_mask" in inputs else -1
+                self._held[space] = state[torch.arange(len(state), device=state.device), last]
             elif space.name == POOLED_OUT:
                 self._held[space] = output.pooler_output
         return dict(self._held)

@@ -21,32 +21,49 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peft_graft.errors import ArchitectureError
-from peft_graft.modules import FIRST_OUT, GLOBAL_SPACES, POOLED_OUT, TOKENS_OUT, Site, Space
+from peft_graft.modules import FIRST_OUT, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, TOKENS_OUT, Site, Space
 
 TOKEN_CLASSIFICATION = "token-classification"
 SEQUENCE_CLASSIFICATION = "sequence-classification"
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Several projections in one linear layer: which roles, and how their rows lie in its output.
+
+    ``stacked``: one after another. ``grouped``: for every key-value head its query heads, its key, its value.
+    """
+
+    roles: tuple[str, ...]
+    layout: Literal["stacked", "grouped"] = "stacked"
+
+
+@dataclass(frozen=True)
 class LinearRole:
-    """A linear layer: its path inside the layer, the space it reads and the space it writes."""
+    """A linear layer, or its part in a fused one: its path inside the layer, the spaces that it reads and writes."""
 
     path: str
     reads: str
     writes: str
+    fused: Fused | None = None
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a space can be observed: the input or the output of a module, by its path inside the layer."""
+    """Where a space can be observed: the input or the output of a module, by its path inside the layer.
+
+    ``units``: the places in it that belong to the space, int64; all of them when None.
+    """
 
     path: str
     side: Literal["input", "output"]
+    units: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +114,16 @@ _SPACES_OF_ROLE = {
 LINEAR_ROLES = tuple(_SPACES_OF_ROLE)
 
 
-def _linears(**paths: str) -> dict[str, LinearRole]:
-    roles = {name.replace("_", ".", 1): path for name, path in paths.items()}
-    return {role: LinearRole(path, *_SPACES_OF_ROLE[role]) for role, path in roles.items()}
+_QKV = ("attn.query", "attn.key", "attn.value")
+_GATE_UP = ("ffn.gate", "ffn.up")
+
+
+def _linears(*fused: tuple[str, Fused], **paths: str) -> dict[str, LinearRole]:
+    """The linear layers of a row: role -> path, and (path, ``Fused``) for those that hold several roles."""
+    roles = {name.replace("_", ".", 1): LinearRole(path, *_SPACES_OF_ROLE[name.replace("_", ".", 1)])
+             for name, path in paths.items()}  # fmt: skip
+    roles |= {role: LinearRole(path, *_SPACES_OF_ROLE[role], how) for path, how in fused for role in how.roles}
+    return {role: roles[role] for role in LINEAR_ROLES if role in roles}
 
 
 def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
@@ -184,14 +208,110 @@ ROWS: tuple[ArchitectureRow, ...] = (
     ),
 )
 
-_ROW_OF_TYPE = {model_type: row for row in ROWS for model_type in row.model_types}
+#: What Llama calls its layers, most decoders since do too.
+_LLAMA = ArchitectureRow(
+    model_types=(
+        "llama",
+        "mistral",
+        "ministral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "stablelm",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "cohere",
+        "cohere2",
+    ),
+    layers="layers",
+    linears=_linears(
+        attn_query="self_attn.q_proj",
+        attn_key="self_attn.k_proj",
+        attn_value="self_attn.v_proj",
+        attn_output="self_attn.o_proj",
+        ffn_gate="mlp.gate_proj",
+        ffn_up="mlp.up_proj",
+        ffn_down="mlp.down_proj",
+    ),
+    heads={
+        SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
+        TOKEN_CLASSIFICATION: HeadForm(out="score", reads=TOKENS_OUT),
+    },
+)
+
+DECODER_ROWS: tuple[ArchitectureRow, ...] = (
+    _LLAMA,
+    ArchitectureRow(
+        model_types=("phi3",),
+        layers="layers",
+        linears=_linears(
+            ("self_attn.qkv_proj", Fused(_QKV)),
+            ("mlp.gate_up_proj", Fused(_GATE_UP)),
+            attn_output="self_attn.o_proj",
+            ffn_down="mlp.down_proj",
+        ),
+        heads=_LLAMA.heads,
+    ),
+    ArchitectureRow(
+        model_types=("gpt2",),
+        layers="h",
+        linears=_linears(
+            ("attn.c_attn", Fused(_QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
+        ),
+        heads={
+            SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
+            TOKEN_CLASSIFICATION: HeadForm(out="classifier", reads=TOKENS_OUT),
+        },
+    ),
+    ArchitectureRow(
+        model_types=("gpt_neox",),
+        layers="layers",
+        linears=_linears(
+            ("attention.query_key_value", Fused(_QKV, "grouped")),
+            attn_output="attention.dense",
+            ffn_up="mlp.dense_h_to_4h",
+            ffn_down="mlp.dense_4h_to_h",
+        ),
+    ),
+    ArchitectureRow(
+        model_types=("bloom", "falcon"),
+        layers="h",
+        linears=_linears(
+            ("self_attention.query_key_value", Fused(_QKV, "grouped")),
+            attn_output="self_attention.dense",
+            ffn_up="mlp.dense_h_to_4h",
+            ffn_down="mlp.dense_4h_to_h",
+        ),
+    ),
+    ArchitectureRow(
+        model_types=("opt",),
+        layers="decoder.layers",
+        linears=_linears(
+            attn_query="self_attn.q_proj",
+            attn_key="self_attn.k_proj",
+            attn_value="self_attn.v_proj",
+            attn_output="self_attn.out_proj",
+            ffn_up="fc1",
+            ffn_down="fc2",
+        ),
+        heads={SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT)},
+    ),
+)
+
+_ROW_OF_TYPE = {model_type: row for row in (*ROWS, *DECODER_ROWS) for model_type in row.model_types}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A row made concrete for one model: number of layers and the size of every space.
 
-    ``prefix`` is the attribute under which a task model keeps this base model (``bert``).
+    Attributes:
+        prefix: the attribute under which a task model keeps this base model (``bert``).
+        units: for roles that share a fused linear layer, their places in its output, int64.
     """
 
     model_type: str
@@ -200,6 +320,7 @@ class Architecture:
     num_layers: int
     sizes: Mapping[Space, int]
     inferred: bool = False
+    units: Mapping[str, Tensor] = field(default_factory=dict)
 
     def size(self, space: Space) -> int:
         """Number of units of a space.
@@ -215,10 +336,18 @@ class Architecture:
 
     def tap(self, space: Space) -> Tap:
         """Where to observe a space of a layer, as an absolute module path of the base model."""
-        local = self.row.taps.get(space.name) or _tap_from_linears(self.row.linears, space.name)
+        local = self.row.taps.get(space.name) or self._tap_of_linear(space.name)
         if local is None:
             raise ArchitectureError(f"a {self.model_type} model has no such space", where=str(space))
-        return Tap(f"{self.row.layers}.{space.layer}.{local.path}", local.side)
+        return replace(local, path=f"{self.row.layers}.{space.layer}.{local.path}")
+
+    def _tap_of_linear(self, name: str) -> Tap | None:
+        for role, linear in self.row.linears.items():
+            if linear.reads == name:
+                return Tap(linear.path, "input")
+            if linear.writes == name:
+                return Tap(linear.path, "output", self.units.get(role))
+        return None
 
     def path(self, site: Site) -> str:
         """The module path of a linear site, or of a bottleneck adapter's container, seen from the base model.
@@ -239,15 +368,22 @@ class Architecture:
         linears = [(role, linear.path) for role, linear in self.row.linears.items()]
         return linears + [(role, point.path) for role, point in self.row.adapters.items()]
 
-    def site(self, path: str) -> tuple[Site, str] | None:
-        """The site of a module path and what stands before the layers in it (``bert.`` or nothing), if it is one."""
+    def sites(self, path: str) -> tuple[list[Site], str] | None:
+        """The sites of a module path, several for a fused layer, and what stands before the layers in it, or None.
+
+        What stands before is ``bert.`` in a task model, nothing in a bare one.
+        """
         match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?){re.escape(self.row.layers)}\.(?P<layer>\d+)\.(?P<path>.+)", path)
         if match is None:
             return None
-        for role, place in self._places():
-            if place == match["path"]:
-                return Site(int(match["layer"]), role), match["prefix"]
-        return None
+        roles = [role for role, place in self._places() if place == match["path"]]
+        return ([Site(int(match["layer"]), role) for role in roles], match["prefix"]) if roles else None
+
+    def fused_size(self, role: str) -> int:
+        """Outputs of the fused linear layer that holds a role."""
+        fused = self.row.linears[role].fused
+        assert fused is not None
+        return sum(len(self.units[other]) for other in fused.roles)
 
 
 def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
@@ -274,18 +410,20 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
             fix="load the base model with AutoModel, or correct the row in peft_graft/architectures.py",
         )
     sizes: dict[Space, int] = {}
+    units = _units(row, layers[0], getattr(base, "config", None))
     for index, layer in enumerate(layers):
         for role, linear in row.linears.items():
             module = _submodule(layer, linear.path)
-            if not isinstance(module, nn.Linear):
+            shape = linear_shape(module)
+            if shape is None:
                 raise ArchitectureError(
                     "the layer has no plain linear module there",
                     where=f"{model_type} layer {index} {role}",
                     expected=f"torch.nn.Linear at {linear.path}",
                     found=type(module).__name__ if module is not None else "nothing",
                 )
-            sizes[Space(index, linear.reads)] = module.in_features
-            sizes[Space(index, linear.writes)] = module.out_features
+            sizes[Space(index, linear.reads)] = shape[0]
+            sizes[Space(index, linear.writes)] = len(units[role]) if linear.fused else shape[1]
         if "layer.out" in row.taps:
             sizes[Space(index, "layer.out")] = sizes[Space(index, "ffn.down.out")]
     last = max((space for space in sizes if space.name == "ffn.down.out"), default=None)
@@ -294,7 +432,64 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         sizes.update({Space(-1, name): int(hidden) for name in GLOBAL_SPACES})
         if getattr(base, "pooler", None) is None:
             sizes.pop(Space(-1, POOLED_OUT))
-    return Architecture(model_type, row, prefix, len(layers), sizes, inferred)
+        if not any(form.reads == LAST_OUT for form in row.heads.values()):
+            sizes.pop(Space(-1, LAST_OUT))
+    return Architecture(model_type, row, prefix, len(layers), sizes, inferred, units)
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, transformers' transposed ``Conv1D`` included; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        weight = module.weight  # type: ignore[union-attr]
+        assert isinstance(weight, Tensor)
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+def _units(row: ArchitectureRow, layer: nn.Module, config: Any) -> dict[str, Tensor]:
+    """For every role in a fused linear layer its places in the output, in the order of heads and units in heads.
+
+    Raises:
+        ArchitectureError: the configuration's heads do not account for the layer's outputs.
+    """
+    found: dict[str, Tensor] = {}
+    for role, linear in row.linears.items():
+        if linear.fused is None or role in found:
+            continue
+        shape = linear_shape(_submodule(layer, linear.path))
+        if shape is None:
+            continue  # refused by name where sizes are taken
+        if linear.fused.roles == _GATE_UP:
+            halves = torch.arange(shape[1]).chunk(2)
+            found.update(zip(linear.fused.roles, halves, strict=True))
+            continue
+        queries, pairs, width = _heads(config)
+        if (queries + 2 * pairs) * width != shape[1]:
+            raise ArchitectureError(
+                "the heads of the configuration do not account for the fused projection",
+                where=f"{row.model_types[0]} {linear.path}",
+                expected=f"{(queries + 2 * pairs) * width} outputs ({queries} + 2 x {pairs} heads of {width})",
+                found=shape[1],
+            )
+        if linear.fused.layout == "stacked":
+            parts = torch.split(torch.arange(shape[1]), [queries * width, pairs * width, pairs * width])
+        else:
+            groups = torch.arange(shape[1]).view(pairs, queries // pairs + 2, width)
+            parts = (groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten())
+        found.update(zip(linear.fused.roles, parts, strict=True))
+    return found
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key-value heads, and the size of a head."""
+    queries = int(config.num_attention_heads)
+    pairs = int(getattr(config, "num_key_value_heads", None) or queries)
+    if config.model_type == "falcon":  # one key-value head for all, or as many as it says, or as many as query heads
+        pairs = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return queries, int(pairs), int(width)
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:
@@ -302,15 +497,6 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
         return root.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _tap_from_linears(linears: Mapping[str, LinearRole], name: str) -> Tap | None:
-    for linear in linears.values():
-        if linear.reads == name:
-            return Tap(linear.path, "input")
-        if linear.writes == name:
-            return Tap(linear.path, "output")
-    return None
 
 
 # Names that model authors give to the linear layers of a transformer block; matched against the path in the layer.
@@ -354,7 +540,7 @@ def infer_row(base: nn.Module, model_type: str) -> ArchitectureRow:
     layer = base.get_submodule(f"{stacks[0]}.0")
     linears: dict[str, LinearRole] = {}
     for path, module in layer.named_modules():
-        if not isinstance(module, nn.Linear):
+        if linear_shape(module) is None:
             continue
         roles = [role for role, pattern in _ROLE_PATTERNS.items() if re.fullmatch(pattern, path)]
         if len(roles) > 1 or (roles and roles[0] in linears):

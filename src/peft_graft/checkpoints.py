@@ -134,7 +134,7 @@ def resolve(
     modules: dict[Site, Module] = {}
     prefixes: set[str] = set()
     for path, values in raw.entries.items():
-        place = architecture.site(path)
+        place = architecture.sites(path)
         if place is None:
             raise CheckpointError(
                 f"{path} is no site of a {architecture.model_type} model",
@@ -142,18 +142,19 @@ def resolve(
                 expected=f"a linear layer inside {architecture.row.layers}",
                 fix="give the module's true base with --teacher; layers outside the stack are not supported yet",
             )
-        site, prefix = place
+        sites, prefix = place
         prefixes.add(prefix)
-        if site.layer >= architecture.num_layers:
+        if sites[0].layer >= architecture.num_layers:
             raise ModelError(
                 "the teacher is not the base of this module: it has no such layer",
-                where=str(site),
+                where=str(sites[0]),
                 expected=f"a layer below {architecture.num_layers}",
-                found=site.layer,
+                found=sites[0].layer,
                 fix="name the model that the module was trained on with --teacher",
             )
-        modules[site] = _module(raw, site, path, values, architecture)
-        _check_shapes(modules[site], architecture)
+        for site in sites:
+            modules[site] = _module(raw, site, path, values, architecture)
+            _check_shapes(modules[site], architecture)
     _check_saved_parts(raw, architecture)
     head = _resolve_head(raw, architecture, base_tensors or {}) if raw.head and with_head else None
     wrapped = bool(prefixes - {""}) or (raw.task != "base")
@@ -174,8 +175,15 @@ def to_raw(
     """
     start = f"{architecture.prefix}." if checkpoint.wrapped and architecture.prefix else ""
     entries, scalings = {}, {}
+    together: dict[str, dict[str, Module]] = {}
     for site, module in checkpoint.modules.items():
-        path = start + architecture.path(site)
+        together.setdefault(start + architecture.path(site), {})[site.role] = module
+    for path, parts in together.items():
+        role, module = next(iter(parts.items()))
+        linear = architecture.row.linears.get(role)
+        if isinstance(module, LoraModule) and linear and linear.fused:
+            entries[path], scalings[path] = _fused(parts, architecture)
+            continue
         entries[path] = {name: tensor.values for name, tensor in module.tensors.items()}
         if isinstance(module, LoraModule):
             scalings[path] = module.scaling
@@ -202,9 +210,18 @@ def _module(
         linear = architecture.row.linears.get(site.role)
         if linear is None:
             raise CheckpointError(f"{path} is no linear layer", where=str(site))
-        return LoraModule(
-            site, lora_tensors(values["A"], values["B"], linear.reads, linear.writes), scaling=raw.scalings[path]
-        )
+        b = values["B"]
+        if linear.fused:  # each of its projections is a module of its own, and all read through one A
+            if len(b) != architecture.fused_size(site.role):
+                raise ModelError(
+                    f"the teacher is not the base of this module: B has shape {list(b.shape)}",
+                    where=path,
+                    expected=f"{architecture.fused_size(site.role)} rows",
+                    found=len(b),
+                    fix="name the model that the module was trained on with --teacher",
+                )
+            b = b[architecture.units[site.role]]
+        return LoraModule(site, lora_tensors(values["A"], b, linear.reads, linear.writes), scaling=raw.scalings[path])
     settings = adapterhub.module_config(raw.config)
     point = architecture.row.adapters[site.role]
     if settings.get("is_parallel"):
@@ -212,6 +229,30 @@ def _module(
     else:
         space = point.after_norm if settings.get("original_ln_before") else point.before_norm
     return BottleneckModule(site, bottleneck_tensors(values, space))
+
+
+def _fused(parts: Mapping[str, Module], architecture: Architecture) -> tuple[dict[str, Tensor], float]:
+    """One LoRA for a fused linear layer from those of its projections, and its scaling.
+
+    Projections that read through one A share it; otherwise the ranks add up: [A_q; A_v] and B in blocks.
+    """
+    first = next(iter(parts.values()))
+    assert isinstance(first, LoraModule)
+    factors = []
+    for role, module in parts.items():
+        assert isinstance(module, LoraModule)
+        same = module.rescaled(first.scaling)
+        factors.append((architecture.units[role], same.tensors["A"].values, same.tensors["B"].values))
+    shared: list[Tensor] = []
+    for _, a, _ in factors:
+        if not any(torch.equal(a, other) for other in shared):
+            shared.append(a)
+    starts = [sum(len(a) for a in shared[:index]) for index in range(len(shared))]
+    whole = torch.zeros(architecture.fused_size(next(iter(parts))), sum(map(len, shared)), dtype=factors[0][2].dtype)
+    for units, a, b in factors:
+        start = starts[next(index for index, other in enumerate(shared) if torch.equal(a, other))]
+        whole[units, start : start + len(a)] = b.to(whole.dtype).cpu()
+    return {"A": torch.cat(shared), "B": whole}, first.scaling
 
 
 def _check_shapes(module: Module, architecture: Architecture) -> None:

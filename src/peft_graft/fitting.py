@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_graft.activations import pad
 from peft_graft.live import LiveModule
 from peft_graft.models import ModelHandle
-from peft_graft.modules import FIRST_OUT, POOLED_OUT, Head
+from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, Head
 from peft_graft.predictions import Predictions, batches
 
 #: Weight penalties to choose from, on standardised features.
@@ -37,6 +37,9 @@ def features(live: LiveModule, student: ModelHandle, predictions: Predictions, r
                 read.append(held.pop().float().cpu())
             elif reads == FIRST_OUT:
                 read.append(state[:, 0].float().cpu())
+            elif reads == LAST_OUT:
+                last = batch["attention_mask"].sum(1) - 1
+                read.append(state[torch.arange(len(state), device=state.device), last].float().cpu())
             else:
                 for index, row in enumerate(rows):
                     columns = [start for start, _ in predictions.spans[row]]

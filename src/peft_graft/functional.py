@@ -62,9 +62,9 @@ def fit_modules(
     """
     roles = student.architecture.row.linears
     for place, module in moved.modules.items():
-        if not isinstance(module, LoraModule) or place.role not in roles:
+        if not isinstance(module, LoraModule) or place.role not in roles or roles[place.role].fused:
             raise AlignmentError(
-                "functional grafting fits the updates of linear layers", where=str(place), expected="a LoRA",
+                "functional grafting fits the updates of linear layers", where=str(place), expected="a LoRA, not fused",
                 fix="use another --method",
             )  # fmt: skip
     chosen = samples[:SAMPLES]

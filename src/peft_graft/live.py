@@ -19,7 +19,7 @@ from peft_graft.checkpoints import read_checkpoint, write_checkpoint
 from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.formats import adapterhub, peft_lora
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
-from peft_graft.models import ModelHandle, quiet_libraries, with_task_head
+from peft_graft.models import ModelHandle, prefix_of, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
 
 Library = Literal["peft", "adapters"]
@@ -60,7 +60,7 @@ class LiveModule:
     def base(self) -> Any:
         """The base model with the module inside."""
         inside = self.model.base_model.model if self.raw.format == "peft" else self.model
-        return getattr(inside, inside.base_model_prefix, inside)
+        return getattr(inside, prefix_of(inside), inside)
 
     @property
     def device(self) -> torch.device:
@@ -194,7 +194,7 @@ def _attach_adapterhub(
             raise VerificationError(
                 f"the library adapters has no model class for {handle.architecture.model_type}", where=handle.name
             ) from error
-        base = getattr(model, model.base_model_prefix)
+        base = getattr(model, prefix_of(model))
         own = base.state_dict().keys()
         base.load_state_dict(
             {k: v.float().cpu() for k, v in handle.base.state_dict().items() if k in own}, strict=False

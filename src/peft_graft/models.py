@@ -101,7 +101,7 @@ def load_config(name: str, role: str = "model") -> PretrainedConfig:
 def describe_config(config: PretrainedConfig) -> Architecture:
     """The architecture of a model from its configuration alone, no weights loaded."""
     base = blank_model(config, "base")
-    return describe(base, config.model_type, base.base_model_prefix)
+    return describe(base, config.model_type, prefix_of(base))
 
 
 def blank_model(config: PretrainedConfig, task: str) -> PreTrainedModel:
@@ -124,6 +124,7 @@ def student_names(name: str, config: PretrainedConfig, task: str, architecture: 
         prefix=architecture.prefix,
         modules=frozenset(path for path, _ in task_model.named_modules()),
         num_layers=architecture.num_layers,
+        transposed=frozenset(path for path, module in task_model.named_modules() if type(module).__name__ == "Conv1D"),
     )
 
 
@@ -148,7 +149,7 @@ def load_model(
     return ModelHandle(
         name,
         base,
-        describe(base, base.config.model_type, base.base_model_prefix),
+        describe(base, base.config.model_type, prefix_of(base)),
         load_tokenizer(name, role) if tokenizer else None,
         frozenset(info["missing_keys"]),
     )
@@ -163,13 +164,16 @@ def with_task_head(
     """
     config = copy.deepcopy(handle.base.config)
     set_labels(config, labels, num_labels)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
     base = copy.deepcopy(handle.base).float().cpu()
     model = blank_model(config, task)
     if type(model) is type(base):
         return base
-    if getattr(getattr(model, model.base_model_prefix), "pooler", None) is None and hasattr(base, "pooler"):
+    prefix = prefix_of(model)
+    if getattr(getattr(model, prefix), "pooler", None) is None and hasattr(base, "pooler"):
         base.pooler = None  # task classes that need no pooler are built without
-    setattr(model, model.base_model_prefix, base)
+    setattr(model, prefix, base)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             owner = model.get_submodule(name.rpartition(".")[0])
@@ -198,7 +202,7 @@ def fresh_head(config: PretrainedConfig, task: str, num_labels: int | None, seed
         if parameter.ndim == 1
         else deviation * torch.randn(parameter.shape, generator=generator)
         for name, parameter in model.named_parameters()
-        if not name.startswith(f"{model.base_model_prefix}.")
+        if not name.startswith(f"{prefix_of(model)}.")
     }
 
 
@@ -247,15 +251,22 @@ def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, n
             found=type(model).__name__,
             fix="give the base model itself; for a peft model that is model.unload()",
         )
-    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    base = getattr(model, prefix_of(model), model)
     if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
         raise ModelError(
             "the model has a module inside, which would be part of the statistics",
             where=name or type(model).__name__,
             fix="load the base model anew, without its module",
         )
-    architecture = describe(base, base.config.model_type, base.base_model_prefix)
+    architecture = describe(base, base.config.model_type, prefix_of(base))
     return ModelHandle(name or base.config.name_or_path or type(base).__name__, base.eval(), architecture, tokenizer)
+
+
+def prefix_of(model: PreTrainedModel) -> str:
+    """The attribute under which task models of this kind keep their base model."""
+    declared = str(model.base_model_prefix)
+    # Gemma 3's text models declare another one, or none, for the sake of the model that also sees.
+    return declared if declared and (hasattr(model, declared) or not hasattr(model, "model")) else "model"
 
 
 def fingerprint(base: nn.Module) -> str:

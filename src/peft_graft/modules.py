@@ -22,8 +22,9 @@ Direction = Literal["read", "write"]
 #: Spaces that belong to the whole model and not to one layer.
 TOKENS_OUT = "tokens.out"  # last hidden state, one vector a token
 FIRST_OUT = "first.out"  # last hidden state of the first token ([CLS], <s>), one vector a sample
+LAST_OUT = "last.out"  # last hidden state of the last token, which decoders classify by, one vector a sample
 POOLED_OUT = "pooled.out"  # the model's own pooler output, one vector a sample
-GLOBAL_SPACES = (TOKENS_OUT, FIRST_OUT, POOLED_OUT)
+GLOBAL_SPACES = (TOKENS_OUT, FIRST_OUT, LAST_OUT, POOLED_OUT)
 
 
 @dataclass(frozen=True, order=True)

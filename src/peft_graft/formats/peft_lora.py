@@ -126,6 +126,7 @@ def student_config(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        fan_in_fan_out=bool(set(ranks) & student.transposed),
         modules_to_save=sorted(_saved_modules(raw.head)) or None,
     )
     if raw.config.get("auto_mapping"):
@@ -156,6 +157,9 @@ def shortest_targets(paths: Collection[str], modules: Collection[str]) -> list[s
                 targets.add(suffix)
                 remaining -= matched
                 break
+        else:  # another module's path ends in all of this one; peft takes a whole path as one more name
+            targets.add(path)
+            remaining.discard(path)
     return sorted(targets)
 
 

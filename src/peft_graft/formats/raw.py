@@ -78,7 +78,7 @@ class StudentNames:
         base_class, task_class: class names of the bare model and of the task model (equal for ``base``).
         prefix: attribute of the base model in its task models, such as ``bert``.
         modules: paths of all modules of the task model, to tell which short names are unambiguous.
-        num_layers: of the student.
+        num_layers: of the student. transposed: paths of linear layers that keep their weight as [in, out] (``Conv1D``).
     """
 
     name: str
@@ -89,3 +89,4 @@ class StudentNames:
     prefix: str
     modules: frozenset[str]
     num_layers: int
+    transposed: frozenset[str] = frozenset()
