@@ -208,6 +208,56 @@ ROWS: tuple[ArchitectureRow, ...] = (
     ),
 )
 
+#: Encoders whose layers are not arranged like BERT's.
+ENCODER_ROWS: tuple[ArchitectureRow, ...] = (
+    ArchitectureRow(
+        model_types=("modernbert",),
+        layers="layers",
+        linears=_linears(
+            ("attn.Wqkv", Fused(_QKV)), ("mlp.Wi", Fused(_GATE_UP)), attn_output="attn.Wo", ffn_down="mlp.Wo"
+        ),
+    ),
+    ArchitectureRow(
+        model_types=("deberta-v2",),
+        layers="encoder.layer",
+        linears=_linears(
+            attn_query="attention.self.query_proj",
+            attn_key="attention.self.key_proj",
+            attn_value="attention.self.value_proj",
+            attn_output="attention.output.dense",
+            ffn_up="intermediate.dense",
+            ffn_down="output.dense",
+        ),
+        taps={"layer.out": Tap("output.LayerNorm", "output")},
+        heads={
+            TOKEN_CLASSIFICATION: _TOKEN_HEAD,
+            SEQUENCE_CLASSIFICATION: HeadForm(
+                out="classifier", reads=FIRST_OUT, dense="pooler.dense", activation="gelu"
+            ),
+        },
+    ),
+    # One layer's weights, used again and again: it is one site for each role, seen as its last use sees it.
+    ArchitectureRow(
+        model_types=("albert",),
+        layers="encoder.albert_layer_groups.0.albert_layers",
+        linears=_linears(
+            attn_query="attention.query",
+            attn_key="attention.key",
+            attn_value="attention.value",
+            attn_output="attention.dense",
+            ffn_up="ffn",
+            ffn_down="ffn_output",
+        ),
+        taps={"layer.out": Tap("full_layer_layer_norm", "output")},
+        heads={
+            TOKEN_CLASSIFICATION: _TOKEN_HEAD,
+            SEQUENCE_CLASSIFICATION: HeadForm(
+                out="classifier", reads=FIRST_OUT, dense="pooler", activation="tanh", dense_in_base=True
+            ),
+        },
+    ),
+)
+
 #: What Llama calls its layers, most decoders since do too.
 _LLAMA = ArchitectureRow(
     model_types=(
@@ -302,7 +352,7 @@ DECODER_ROWS: tuple[ArchitectureRow, ...] = (
     ),
 )
 
-_ROW_OF_TYPE = {model_type: row for row in (*ROWS, *DECODER_ROWS) for model_type in row.model_types}
+_ROW_OF_TYPE = {model_type: row for row in (*ROWS, *ENCODER_ROWS, *DECODER_ROWS) for model_type in row.model_types}
 
 
 @dataclass(frozen=True)

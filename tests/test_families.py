@@ -1,4 +1,4 @@
-"""Decoders: fused and transposed projections, grouped heads, classification by the last token."""
+"""Families unlike BERT: fused and transposed projections, grouped heads, shared layers, the last token's class."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ CONFIGS = {
     "bloom": transformers.BloomConfig(vocab_size=200, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0),
     "stablelm": transformers.StableLmConfig(**COMMON, **FFN, num_key_value_heads=2),
 }  # fmt: skip
+ENCODERS = {
+    "modernbert": transformers.ModernBertConfig(
+        **{**COMMON, "num_hidden_layers": 3}, **FFN, max_position_embeddings=72, cls_token_id=2, sep_token_id=3,
+        reference_compile=False, attn_implementation="eager",
+    ),
+    "deberta-v2": transformers.DebertaV2Config(
+        **COMMON, **FFN, max_position_embeddings=72, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ),
+    "albert": transformers.AlbertConfig(
+        **COMMON, **FFN, embedding_size=32, max_position_embeddings=72, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
+}  # fmt: skip
 #: Modules that peft users name, where a family has names of its own.
 TARGETS = {
     "gpt2": ["c_attn", "c_fc", "mlp.c_proj"], "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
@@ -54,6 +67,33 @@ TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1"],
 }  # fmt: skip
 DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # DeBERTa scripts its attention
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
+    """A module returns from its own model as it was, and moves to BERT and back."""
+    base = tmp_path / "base"
+    tiny.lively(transformers.AutoModel.from_config(ENCODERS[family])).save_pretrained(base)
+    tiny.tokenizer(base)
+    bert = tiny.base_model(tmp_path / "bert", hidden=24)
+    targets = {"modernbert": ["Wqkv", "Wi", "Wo"], "deberta-v2": ["query_proj", "value_proj"],
+               "albert": ["query", "value", "ffn"]}[family]  # fmt: skip
+    tiny.peft_lora(tmp_path / "module", base, task="base", targets=targets)
+    tiny.peft_lora(tmp_path / "of-bert", bert, task="base")
+    raw = read_checkpoint(tmp_path / "module")
+    assert not describe_config(ENCODERS[family]).inferred
+    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    assert same.report.verification.done
+    again = read_checkpoint(tmp_path / "same")
+    for path, values in raw.entries.items():
+        assert all(torch.equal(value, again.entries[path][name]) for name, value in values.items())
+    options = {"text": text, "method": "prune-align", "max_tokens": 1000, "polish": 0}
+    if family != "modernbert":  # BERT has no gate
+        there = peft_graft.transfer(tmp_path / "module", student=bert, out=tmp_path / "there", **options)
+        assert there.report.verification.done
+    back = peft_graft.transfer(tmp_path / "of-bert", student=base, out=tmp_path / "back", **options)
+    assert back.report.verification.done
 
 
 def saved(folder: Path, family: str, seed: int = 0, **changes) -> Path:
