@@ -16,6 +16,7 @@ import pytest
 from datasets import Dataset
 
 import tiny
+from conftest import needs_adapters
 from peft_graft.errors import StudyError
 from peft_graft.studies.cells import cells_of, start_name
 from peft_graft.studies.command import PAPER
@@ -147,6 +148,44 @@ def test_the_papers_grids_cover_its_languages(name: str) -> None:
     assert {task: len(found) for task, found in languages.items()} == {"ner": 9, "nli": 15, "paraphrase": 7}
     assert len(set.union(*languages.values())) == 21
     assert {cell.names["module"] for cell in cells if cell.kind == "teacher"} == {"adapter", "lora"}
+
+
+@needs_adapters
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_grids_run_on_local_stand_ins(name: str, world: Path, file: Path, tmp_path: Path) -> None:
+    """Unchanged but for paths, sizes and the device, in one language."""
+    texts = [" ".join(line.split()[:4]) for line in tiny.sentences(60, seed=5)]
+    sources = {
+        "ner": file.parent / "en.parquet",
+        "nli": tmp_path / "nli.parquet",
+        "paraphrase": tmp_path / "pi.parquet",
+    }
+    for task, first, second in (("nli", "premise", "hypothesis"), ("paraphrase", "sentence1", "sentence2")):
+        columns = {first: texts[::2], second: texts[1::2], "label": [index % 2 for index in range(30)]}
+        Dataset.from_dict(columns).to_parquet(sources[task])
+    teacher, student, folder = {
+        "matching": ("mBERT", "DistilmBERT", "shallow"), "incompatible": ("XLM-R-large", "XLM-R-base", "narrow")
+    }[name]  # fmt: skip
+    changes = [
+        "device=cpu", "dtype=float32", "max_tokens=800", "defaults.seeds=[0]", "defaults.languages=['en']",
+        f"models.{teacher}={world / 'teacher'}", f"models.{student}={world / folder}", "tasks.ner.labels=[]",
+        "modules.adapter.config={ name = 'seq_bn', bottleneck = 4 }",
+        *(f"training.{who}.{change}" for who in ("teacher", "student") for change in ("epochs=1", "bf16=false")),
+        *(f"tasks.{task}.{split}={path}" for task, path in sources.items() for split in ("train", "test")),
+        *(f"tasks.{task}.{change}" for task in sources for change in ("validation=", "validation_examples=10")),
+    ]  # fmt: skip
+    study = read_study(paper_study(name), changes)
+    # A second grid is the default, tested above; both ways of choosing layers are in the other study.
+    layers = study.grid[0].layers if name == "matching" else ("skip",)
+    study = study.model_copy(update={"grid": (study.grid[0].model_copy(update={"layers": layers}),)})
+    outcome = run_study(study, tmp_path / "out", Here(tmp_path / "out"))
+    errors = [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "failures").iterdir()]
+    assert not errors
+    assert not outcome.blocked
+    tables = result_tables(finished(cells_of(study).values(), tmp_path / "out"))
+    assert {(table.module, table.task) for table in tables} == {
+        (module, task) for module in ("adapter", "lora") for task in ("ner", "nli", "paraphrase")
+    }
 
 
 def test_starts_are_named_by_what_is_not_as_usual() -> None:
