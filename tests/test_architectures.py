@@ -9,8 +9,9 @@ from torch import nn
 
 import tiny
 from peft_graft.activations import Capture
-from peft_graft.architectures import LINEAR_ROLES, ROWS, describe, infer_row
+from peft_graft.architectures import describe, infer_row
 from peft_graft.errors import ArchitectureError
+from peft_graft.families import LINEAR_ROLES, ROWS
 from peft_graft.models import describe_config, handle
 from peft_graft.modules import Site, Space
 

@@ -13,8 +13,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 import tiny
 from peft_graft.errors import TextError
+from peft_graft.experiments.examples import read_examples
 from peft_graft.experiments.ner import IGNORED, TaggedSentence
-from peft_graft.experiments.tasks import LabelledPair, ner_task, pair_task, read_pairs, sample_of
+from peft_graft.experiments.tasks import LabelledPair, ner_task, pair_task, sample_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("seqeval") is None,
@@ -60,11 +61,27 @@ def test_pairs_are_read_with_names_or_numbers_as_labels(tmp_path) -> None:
     )
     Dataset.from_dict(columns, features).to_parquet(tmp_path / "named.parquet")
     Dataset.from_dict(columns).to_parquet(tmp_path / "numbered.parquet")
-    assert [pair.label for pair in read_pairs(tmp_path / "named.parquet")] == ["y", "x"]
-    assert [pair.label for pair in read_pairs(tmp_path / "numbered.parquet")] == ["1", "0"]
+    kind = "sequence-classification"
+
+    def labels(name: str, **options) -> list[str]:
+        return [example.label for example in read_examples(str(tmp_path / name), kind, **options)]
+
+    assert labels("named.parquet") == ["y", "x"]
+    assert labels("numbered.parquet") == ["1", "0"]
+    assert labels("numbered.parquet", labels=("no", "yes")) == ["yes", "no"]
+    with pytest.raises(TextError, match="a label has no name; expected 0 to 0, found 1"):
+        labels("numbered.parquet", labels=("no",))
+    (single,) = read_examples(str(tmp_path / "numbered.parquet"), kind, columns=("premise",))[:1]
+    assert (single.first, single.second) == ("a", None)
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(TextError, match="expected a pair of sentences and label"):
-        read_pairs(tmp_path / "other.parquet")
+    with pytest.raises(TextError, match="columns are missing; expected text, label, found text"):
+        labels("other.parquet")
+
+
+def test_tags_are_read_with_names_or_numbers(tmp_path) -> None:
+    Dataset.from_dict({"tokens": [["a", "b"], []], "ner_tags": [[1, 0], []]}).to_parquet(tmp_path / "n.parquet")
+    (found,) = read_examples(str(tmp_path / "n.parquet"), "token-classification", labels=("O", "B-PER"))
+    assert found == TaggedSentence(("a", "b"), ("B-PER", "O"))
 
 
 @pytest.mark.parametrize("kind", ["words", "samples"])

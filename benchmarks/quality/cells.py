@@ -11,9 +11,10 @@ from typing import NamedTuple
 import transformers
 
 from peft_graft.experiments.comparison import Library, new_module, save_module
-from peft_graft.experiments.ner import read_parquet
-from peft_graft.experiments.tasks import ner_task, pair_task, read_pairs, sample_of
+from peft_graft.experiments.examples import read_examples
+from peft_graft.experiments.tasks import ner_task, pair_task, sample_of
 from peft_graft.experiments.training import TrainingSettings, fine_tune, score
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.report import hardware, versions
 from peft_graft.weights import read_json, write_json, written_aside
 
@@ -61,8 +62,8 @@ class Data:
 
     @cached_property
     def _rows(self):
-        read = read_parquet if self.name == "ner" else read_pairs
-        train, test = read(self.folder / "train.parquet"), read(self.folder / "test.parquet")
+        kind = TOKEN_CLASSIFICATION if self.name == "ner" else SEQUENCE_CLASSIFICATION
+        train, test = (read_examples(str(self.folder / f"{part}.parquet"), kind) for part in ("train", "test"))
         random.Random(0).shuffle(train)
         return train, test
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Architecture, HeadForm
+from peft_graft.architectures import Architecture
 from peft_graft.errors import CheckpointError, HeadError, ModelError
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, HeadForm
 from peft_graft.formats import adapterhub, peft_lora
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.modules import (

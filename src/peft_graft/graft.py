@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_graft.alignment import Alignment, Pair
-from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Architecture
+from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form, to_raw, write_checkpoint
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.methods import Diagnostics, Method
 from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names

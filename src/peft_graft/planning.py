@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peft_graft.alignment import Pair
-from peft_graft.architectures import LINEAR_ROLES, Architecture
+from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form
 from peft_graft.errors import PlanError
+from peft_graft.families import LINEAR_ROLES
 from peft_graft.methods import METHODS, Method
 from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space
 from peft_graft.settings import HeadChoice

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.activations import pad, tokenize
-from peft_graft.architectures import TOKEN_CLASSIFICATION
+from peft_graft.families import TOKEN_CLASSIFICATION
 from peft_graft.live import LiveModule
 from peft_graft.models import ModelHandle
 from peft_graft.modules import Head

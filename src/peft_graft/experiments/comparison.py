@@ -11,10 +11,10 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
 
-from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.errors import DependencyError
 from peft_graft.experiments.tasks import Example, Task
 from peft_graft.experiments.training import TrainingSettings, fine_tune, score
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.models import describe_config, quiet_libraries
 
 Library = Literal["peft", "adapterhub"]

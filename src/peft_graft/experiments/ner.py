@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_graft.errors import TextError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -55,21 +53,6 @@ def parse_annotated(line: str) -> TaggedSentence:
         end = match.end()
     add(line[end:], None)
     return TaggedSentence(tuple(tokens), tuple(tags))
-
-
-def read_parquet(path: Path) -> list[TaggedSentence]:
-    """A parquet file with the columns ``tokens`` and ``ner_tags`` (IOB2 strings), such as WikiNEuRal's.
-
-    Raises:
-        TextError: the columns are missing.
-    """
-    from datasets import Dataset
-
-    data = Dataset.from_parquet(str(path))
-    missing = {"tokens", "ner_tags"} - set(data.column_names)
-    if missing:
-        raise TextError("columns are missing", where=str(path), expected="tokens, ner_tags", found=data.column_names)
-    return [TaggedSentence(tuple(row["tokens"]), tuple(row["ner_tags"])) for row in data]
 
 
 def tag_names(sentences: Sequence[TaggedSentence]) -> tuple[str, ...]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from peft_graft.architectures import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
-from peft_graft.errors import TextError
 from peft_graft.experiments import ner
 from peft_graft.experiments.ner import TaggedSentence
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.text import Sample
 
 if TYPE_CHECKING:
@@ -109,24 +107,6 @@ def sample_of(example: Example) -> Sample:
 def ner_task(examples: Sequence[TaggedSentence]) -> Task:
     """The task of tagged sentences, its labels those in use."""
     return Task("ner", TOKEN_CLASSIFICATION, ner.tag_names(examples))
-
-
-def read_pairs(path: Path) -> list[LabelledPair]:
-    """A parquet file of sentence pairs with a column ``label``, names or numbers, as on the hub.
-
-    Raises:
-        TextError: the columns are missing.
-    """
-    from datasets import Dataset
-
-    data = Dataset.from_parquet(str(path))
-    for names in (("premise", "hypothesis"), ("sentence1", "sentence2")):
-        if {*names, "label"} <= set(data.column_names):
-            feature = data.features["label"]
-            to_name = feature.int2str if hasattr(feature, "int2str") else str
-            return [LabelledPair(row[names[0]], row[names[1]], to_name(row["label"])) for row in data]
-    raise TextError("columns are missing", where=str(path), expected="a pair of sentences and label",
-                    found=", ".join(data.column_names))  # fmt: skip
 
 
 def pair_task(name: str, examples: Sequence[LabelledPair]) -> Task:

@@ -1,4 +1,4 @@
-"""The labelled examples of a study's tasks, from files or the hub."""
+"""The labelled examples of a study's tasks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 import random
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from peft_graft.architectures import TOKEN_CLASSIFICATION
-from peft_graft.errors import TextError
+from peft_graft.experiments.examples import read_examples
 from peft_graft.experiments.ner import TaggedSentence, tag_names
 from peft_graft.experiments.tasks import Example, LabelledPair, Task
+from peft_graft.families import TOKEN_CLASSIFICATION
 from peft_graft.studies.spec import TaskSpec
-from peft_graft.text import KNOWN_COLUMNS, load_rows
 
 #: Seed of the order in which training examples are taken.
 _ORDER = 0
@@ -24,78 +22,29 @@ def read_task(name: str, spec: TaskSpec, language: str) -> tuple[Task, list[Exam
     """The task and its training, validation and test examples in one language.
 
     Raises:
-        TextError: a source cannot be read, lacks columns, or has labels without names that are not numbers of any.
+        TextError: see ``read_examples``.
     """
-    train = _examples(spec, spec.train, language)
+
+    def read(source: str) -> list[Example]:
+        place = source.format(language=language)
+        return read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
+
+    train = read(spec.train)
     random.Random(_ORDER).shuffle(train)
     if spec.validation:
-        validation = _examples(spec, spec.validation, language)[: spec.validation_examples]
+        validation = read(spec.validation)[: spec.validation_examples]
     else:
         cut = max(len(train) // 2, len(train) - spec.validation_examples)
         train, validation = train[:cut], train[cut:]
-    train = train[: spec.train_examples]
-    test = _examples(spec, spec.test, language)[: spec.test_examples]
+    train, test = train[: spec.train_examples], read(spec.test)[: spec.test_examples]
     everything = [*train, *validation, *test]
-    if spec.kind == TOKEN_CLASSIFICATION:
+    if spec.labels:
+        labels = spec.labels
+    elif spec.kind == TOKEN_CLASSIFICATION:
         labels = tag_names([example for example in everything if isinstance(example, TaggedSentence)])
     else:
         labels = tuple(sorted({example.label for example in everything if isinstance(example, LabelledPair)}))
-    if spec.labels:
-        labels = spec.labels
     return Task(name, spec.kind, labels, spec.metric), train, validation, test
-
-
-def _examples(spec: TaskSpec, source: str, language: str) -> list[Example]:
-    source = source.format(language=language)
-    rows = load_rows(source)
-    columns = spec.columns or _usual_columns(spec.kind, rows.column_names, source)
-    label = spec.label or ("ner_tags" if spec.kind == TOKEN_CLASSIFICATION else "label")
-    missing = {*columns, label} - set(rows.column_names)
-    if missing:
-        raise TextError(
-            "columns are missing",
-            where=source,
-            expected=", ".join([*columns, label]),
-            found=", ".join(rows.column_names),
-        )
-    name = _namer(spec, rows.features[label], source)
-    if spec.kind == TOKEN_CLASSIFICATION:
-        return [TaggedSentence(tuple(row[columns[0]]), tuple(map(name, row[label]))) for row in rows if row[columns[0]]]
-    second = columns[1] if len(columns) > 1 else None
-    return [
-        LabelledPair(row[columns[0]], row[second] if second else None, name(row[label]))
-        for row in rows
-        if row[label] is not None and row[label] != -1  # unlabelled, as the hub marks it
-    ]
-
-
-def _usual_columns(kind: str, names: list[str], source: str) -> tuple[str, ...]:
-    if kind == TOKEN_CLASSIFICATION:
-        return ("tokens",)
-    for known in KNOWN_COLUMNS:
-        if set(known) <= set(names):
-            return known
-    raise TextError("no column of text with a usual name", where=source, found=", ".join(names), fix="name columns")
-
-
-def _namer(spec: TaskSpec, feature: Any, source: str) -> Any:
-    """A function from what a label column holds to a label's name."""
-    inner = getattr(feature, "feature", feature)
-    if hasattr(inner, "int2str"):
-        return inner.int2str
-    if not spec.labels:
-        return str
-
-    def name(value: Any) -> str:
-        if isinstance(value, int):
-            if not 0 <= value < len(spec.labels):
-                raise TextError(
-                    "a label has no name", where=source, expected=f"0 to {len(spec.labels) - 1}", found=value
-                )
-            return spec.labels[value]
-        return str(value)
-
-    return name
 
 
 def text_file(examples: list[Example], path: Path) -> None:
