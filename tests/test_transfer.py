@@ -332,13 +332,13 @@ def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
 
 
 def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:
-    """Grouped-query Llama, roles inferred from the module tree: identity exactly, and onto another size."""
+    """Grouped-query Helium, roles inferred from the module tree: identity exactly, and onto another size."""
     for name, hidden, layers in (("teacher", 32, 4), ("student", 24, 2)):
-        config = transformers.LlamaConfig(
+        config = transformers.HeliumConfig(
             vocab_size=200, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, pad_token_id=0,
         )  # fmt: skip
-        tiny.lively(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path / name)
+        tiny.lively(transformers.HeliumForCausalLM(config)).save_pretrained(tmp_path / name)
         tiny.tokenizer(tmp_path / name)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]

@@ -63,6 +63,16 @@ class LiveModule:
         return getattr(inside, prefix_of(inside), inside)
 
     @property
+    def acts(self) -> bool:
+        """Whether the checkpoint as it was loaded changes anything: some B, or up projection, is not zero."""
+        return any(
+            bool(value.any())
+            for values in self.raw.entries.values()
+            for name, value in values.items()
+            if name == "B" or name.startswith("up.")
+        )
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         device = next(self.model.parameters()).device

@@ -93,7 +93,9 @@ def polish(
     due = {max(1, round(settings.steps * n / settings.evaluations)) for n in range(1, settings.evaluations + 1)}
     last = settings.steps if until is None else min(until, settings.steps)
     if not state.curve:
-        best.offer(_add_point(state, measure(live, student, held_out)), parameters)
+        start = _add_point(state, measure(live, student, held_out))
+        if live.acts:  # idle modules may begin a polish, but are no result of one
+            best.offer(start, parameters)
     try:
         for rows in _schedule(lessons, settings, state.step, last):
             _set_rate(optimizer, settings, state.step)

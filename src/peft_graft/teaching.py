@@ -252,17 +252,21 @@ def polished(
         live, curve = run(start, rate)
         now = measure(live, room.student, room.held_out)
         checkpoint = room.read_back(live.checkpoint(), outcome)
+    record = PolishRecord(
+        settings=main.model_copy(update={"learning_rate": rate}),
+        start=start,
+        pilots={f"{name} {each:g}": point for (name, each), point in tried.items()},
+        samples=len(room.lessons),
+        curve=curve,
+    )
+    before = outcome.verdict.measured
+    if before and before.divergence < now.divergence:  # the start that was taken never came to where another one stood
+        return replace(outcome, polish=record)
     return replace(
         outcome,
         candidate=replace(outcome.candidate, checkpoint=checkpoint),
         verdict=judge(now, outcome.verdict.moved),
-        polish=PolishRecord(
-            settings=main.model_copy(update={"learning_rate": rate}),
-            start=start,
-            pilots={f"{name} {each:g}": point for (name, each), point in tried.items()},
-            samples=len(room.lessons),
-            curve=curve,
-        ),
+        polish=record,
     )
 
 
