@@ -151,8 +151,9 @@ def test_a_factor_without_its_twin(move, module) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "type IA3 are not supported yet"),
-        ({"use_dora": True}, "use_dora=True is not supported yet"),
+        ({"peft_type": "ADAPTION_PROMPT"}, "type ADAPTION_PROMPT cannot be moved"),
+        ({"peft_type": "IA3"}, "neither a part of a IA3 module nor"),
+        ({"use_dora": True}, "lacks its magnitudes"),
         ({"bias": "all"}, "bias='all' is not supported yet"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialisation changed"),
     ],

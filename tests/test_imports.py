@@ -14,12 +14,13 @@ PACKAGE = Path(peft_graft.__file__).parent
 LEVELS = (
     ("errors",),
     ("modules",),
-    ("families", "statistics", "text", "token_pairing", "weights"),
+    ("families", "norms", "statistics", "text", "token_pairing", "weights"),
     ("architectures", "maps", "formats.raw"),
-    ("methods",),
-    ("alignment",),
-    ("formats.peft_lora", "formats.adapterhub", "alignment_files", "projection", "models"),
-    ("settings", "checkpoints"),
+    ("methods", "heads"),
+    ("alignment", "formats.peft_lora", "formats.peft_prompts", "formats.peft_vectors"),
+    ("formats.peft_format", "formats.adapterhub", "alignment_files", "projection", "models"),
+    ("settings", "entries"),
+    ("checkpoints", "conversion"),
     ("activations", "planning", "live"),
     ("predictions", "verification"),
     ("agreement", "fitting"),
@@ -44,7 +45,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 #: The only modules that may import these libraries when they are imported themselves.
 HEAVY = {
     "transformers": {"models", "experiments.training", "experiments.comparison", "experiments.demo", "studies.cells"},
-    "peft": {"formats.peft_lora"},
+    "peft": {"formats.peft_format", "formats.peft_lora"},
     "adapters": set(),
     "datasets": set(),
     "onnx": set(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
 from peft_graft.models import ModelHandle
-from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
+from peft_graft.modules import EMBEDDED, FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics
 from peft_graft.text import Sample
@@ -94,6 +94,10 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for space in self.spaces:
+            if space.name == EMBEDDED:
+                self._hooks.append(
+                    self.model.base.get_input_embeddings().register_forward_hook(self._on_output(space, None))
+                )
             if space.layer < 0:
                 continue
             tap = self.model.architecture.tap(space)

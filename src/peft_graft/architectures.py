@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from peft_graft.errors import ArchitectureError
 from peft_graft.families import GATE_UP, ROW_OF_TYPE, SPACES_OF_ROLE, ArchitectureRow, LinearRole, Tap
-from peft_graft.modules import GLOBAL_SPACES, LAST_OUT, POOLED_OUT, Site, Space
+from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, Site, Space
+from peft_graft.norms import global_norm_paths, norm_paths
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Architecture:
     Attributes:
         prefix: the attribute under which a task model keeps this base model (``bert``).
         units: for roles that share a fused linear layer, their places in its output, int64.
+        norms: role of a layer norm -> its path inside the layer, or in the base model for those outside the layers.
+        transposed: whether linear layers keep their weight as [in, out] (``Conv1D``).
     """
 
     model_type: str
@@ -34,6 +37,8 @@ class Architecture:
     sizes: Mapping[Space, int]
     inferred: bool = False
     units: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
 
     def size(self, space: Space) -> int:
         """Number of units of a space.
@@ -63,29 +68,39 @@ class Architecture:
         return None
 
     def path(self, site: Site) -> str:
-        """The module path of a linear site, or of a bottleneck adapter's container, seen from the base model.
+        """The module path of a linear layer, a norm, or a bottleneck adapter's container, seen from the base model.
 
         Raises:
             ArchitectureError: the architecture has no such role.
         """
-        place = self.row.linears.get(site.role) or self.row.adapters.get(site.role)
-        if place is None:
+        if site.layer < 0 and site.role in self.norms:
+            return self.norms[site.role]
+        path = dict(self._places()).get(site.role)
+        if path is None:
             raise ArchitectureError(
                 f"{self.model_type} has no role {site.role!r}",
                 where=str(site),
-                fix=f"roles of this architecture: {', '.join([*self.row.linears, *self.row.adapters])}",
+                fix=f"roles of this architecture: {', '.join(self.roles)}",
             )
-        return f"{self.row.layers}.{site.layer}.{place.path}"
+        return f"{self.row.layers}.{site.layer}.{path}"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles at which a module can attach inside the model."""
+        return (*self.row.linears, *self.row.adapters, *self.norms)
 
     def _places(self) -> list[tuple[str, str]]:
         linears = [(role, linear.path) for role, linear in self.row.linears.items()]
-        return linears + [(role, point.path) for role, point in self.row.adapters.items()]
+        return [*linears, *((role, point.path) for role, point in self.row.adapters.items()), *self.norms.items()]
 
     def sites(self, path: str) -> tuple[list[Site], str] | None:
         """The sites of a module path, several for a fused layer, and what stands before the layers in it, or None.
 
         What stands before is ``bert.`` in a task model, nothing in a bare one.
         """
+        for role, place in self.norms.items():
+            if path == place or path == f"{self.prefix}.{place}":
+                return [Site(-1, role)], path.removesuffix(place)
         match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?){re.escape(self.row.layers)}\.(?P<layer>\d+)\.(?P<path>.+)", path)
         if match is None:
             return None
@@ -147,7 +162,20 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
             sizes.pop(Space(-1, POOLED_OUT))
         if not any(form.reads == LAST_OUT for form in row.heads.values()):
             sizes.pop(Space(-1, LAST_OUT))
-    return Architecture(model_type, row, prefix, len(layers), sizes, inferred, units)
+    words = getattr(_input_embeddings(base), "embedding_dim", None)
+    if words is not None:
+        sizes[Space(-1, EMBEDDED)] = int(words)
+    norms = norm_paths(layers[0]) | global_norm_paths(base)
+    transposed = any(type(module).__name__ == "Conv1D" for module in layers[0].modules())
+    return Architecture(model_type, row, prefix, len(layers), sizes, inferred, units, norms, transposed)
+
+
+def _input_embeddings(base: nn.Module) -> nn.Module | None:
+    try:
+        found = base.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
@@ -178,7 +206,7 @@ def _units(row: ArchitectureRow, layer: nn.Module, config: Any) -> dict[str, Ten
             halves = torch.arange(shape[1]).chunk(2)
             found.update(zip(linear.fused.roles, halves, strict=True))
             continue
-        queries, pairs, width = _heads(config)
+        queries, pairs, width = heads_of(config)
         if (queries + 2 * pairs) * width != shape[1]:
             raise ArchitectureError(
                 "the heads of the configuration do not account for the fused projection",
@@ -195,7 +223,7 @@ def _units(row: ArchitectureRow, layer: nn.Module, config: Any) -> dict[str, Ten
     return found
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
+def heads_of(config: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads, and the size of a head."""
     queries = int(config.num_attention_heads)
     pairs = int(getattr(config, "num_key_value_heads", None) or queries)

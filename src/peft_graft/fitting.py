@@ -51,7 +51,7 @@ def features(live: LiveModule, student: ModelHandle, predictions: Predictions, r
 
 
 def _pooler(live: LiveModule) -> torch.nn.Module:
-    pooler = live.model.base_model.pooler
+    pooler = live.base.pooler
     assert isinstance(pooler, torch.nn.Module)
     return pooler
 

@@ -62,9 +62,11 @@ def fit_modules(
     """
     roles = student.architecture.row.linears
     for place, module in moved.modules.items():
-        if not isinstance(module, LoraModule) or place.role not in roles or roles[place.role].fused:
+        plain = isinstance(module, LoraModule) and module.tensors.keys() == {"A", "B"}
+        if not plain or place.role not in roles or roles[place.role].fused:
             raise AlignmentError(
-                "functional grafting fits the updates of linear layers", where=str(place), expected="a LoRA, not fused",
+                "functional grafting fits the updates of linear layers", where=str(place),
+                expected="a plain LoRA on a layer of its own",
                 fix="use another --method",
             )  # fmt: skip
     chosen = samples[:SAMPLES]

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from peft_graft.alignment import Alignment, Pair
 from peft_graft.architectures import Architecture
-from peft_graft.checkpoints import PeftCheckpoint, head_form, to_raw, write_checkpoint
+from peft_graft.checkpoints import PeftCheckpoint, to_raw, write_checkpoint
 from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
+from peft_graft.heads import head_form
 from peft_graft.methods import Diagnostics, Method
 from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names
-from peft_graft.modules import Axis, Head, LoraModule, Module, Site, Space, average
+from peft_graft.modules import Axis, Head, Module, Site, Space, average, space_at
 from peft_graft.planning import SitePlan, TransferPlan, map_axis
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
@@ -117,7 +118,9 @@ def graft_modules(
         for source in site.teacher:
             module = checkpoint.modules[source]
             names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
-            used = {axis: (Space(source.layer, name), Space(site.student.layer, name)) for axis, name in names.items()}
+            used = {
+                axis: (space_at(source.layer, name), space_at(site.student.layer, name)) for axis, name in names.items()
+            }
             found = {axis: alignment.map(pair) for axis, pair in used.items()}
             moved.append(project(module, found.__getitem__))
             maps.update({pair: alignment.diagnostics.get(pair, {}) for pair in used.values()})
@@ -160,21 +163,14 @@ def _write_labels(folder: Path, config: PretrainedConfig, labels: tuple[str, ...
     named.save_pretrained(folder)
 
 
-def _norm(module: Module) -> float:
-    if isinstance(module, LoraModule):
-        return float(module.delta().norm())
-    up, down = (module.tensors[name].values.double() for name in ("up.weight", "down.weight"))
-    return float((up @ down).norm())
-
-
 def _site_record(
     site: SitePlan, checkpoint: PeftCheckpoint, module: Module, maps: dict[Pair, Diagnostics]
 ) -> SiteRecord:
-    before = sum(_norm(checkpoint.modules[source]) for source in site.teacher) / len(site.teacher)
+    before = sum(checkpoint.modules[source].strength for source in site.teacher) / len(site.teacher)
     return SiteRecord(
         site=str(site.student),
         teacher_sites=[str(source) for source in site.teacher],
-        norm_kept=_norm(module) / before if before else 0.0,
+        norm_kept=module.strength / before if before else 0.0,
         maps=[
             MapRecord(space=str(second), teacher_space=str(first), diagnostics=diagnostics)
             for (first, second), diagnostics in maps.items()
@@ -190,8 +186,8 @@ def refitted_records(
     teachers = {str(site): module for site, module in checkpoint.modules.items()}
     found = []
     for record in records:
-        before = sum(_norm(teachers[source]) for source in record.teacher_sites) / len(record.teacher_sites)
-        kept = _norm(by_name[record.site]) / before if before else 0.0
+        before = sum(teachers[source].strength for source in record.teacher_sites) / len(record.teacher_sites)
+        kept = by_name[record.site].strength / before if before else 0.0
         found.append(record.model_copy(update={"norm_kept": kept, "maps": []}))
     return found
 

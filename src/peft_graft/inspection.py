@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict
 
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.conversion import stand_in
 from peft_graft.errors import GraftError
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.methods import AUTO, METHODS
 from peft_graft.models import blank_model, describe_config, load_config
-from peft_graft.modules import LoraModule
+from peft_graft.modules import LoraModule, Module
 from peft_graft.planning import TransferPlan, plan_transfer
 
 
@@ -90,8 +91,9 @@ def inspect(
     Raises:
         CheckpointError: the module itself cannot be read.
     """
-    raw = read_checkpoint(locate(module))
-    checkpoint, architecture, problem = _resolved(raw, str(teacher or raw.base_model or ""))
+    folder = locate(module)
+    raw = read_checkpoint(folder)
+    checkpoint, architecture, problem = _resolved(folder, raw, str(teacher or raw.base_model or ""))
     found = Inspection(
         module=str(module),
         format=raw.format,
@@ -114,13 +116,17 @@ def inspect(
     return found.model_copy(update={"student": summary})
 
 
-def _resolved(raw: RawCheckpoint, teacher: str) -> tuple[PeftCheckpoint | None, Architecture | None, str | None]:
+def _resolved(
+    folder: Path, raw: RawCheckpoint, teacher: str
+) -> tuple[PeftCheckpoint | None, Architecture | None, str | None]:
     try:
         if not teacher:
             return None, None, "the module's configuration names no base model; name it with --teacher"
         config = load_config(teacher, "teacher")
         architecture = describe_config(config)
         blank = dict(blank_model(config, "base").state_dict())
+        if raw.kind == "weights":
+            raw = stand_in(folder, raw, config)
         return resolve(raw, architecture, blank), architecture, None
     except GraftError as error:
         return None, None, str(error)
@@ -137,10 +143,15 @@ def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
                 layers=[module.site.layer for module in modules],
                 widths=sorted(Counter(module.width for module in modules)),
                 scalings=sorted(Counter(scalings)),
-                idle_layers=[module.site.layer for module in modules if not module.acts],
+                idle_layers=[module.site.layer for module in modules if not _unknown(module) and not module.acts],
             )
         )
     return summaries
+
+
+def _unknown(module: Module) -> bool:
+    """Whether the values are not known before the teacher's weights are loaded."""
+    return any(tensor.values.is_meta for tensor in module.tensors.values())
 
 
 def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, layers: str) -> StudentSummary:

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_graft.checkpoints import read_checkpoint, write_checkpoint
 from peft_graft.errors import DependencyError, VerificationError
-from peft_graft.formats import adapterhub, peft_lora
+from peft_graft.formats import adapterhub, peft_format
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.models import ModelHandle, prefix_of, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
@@ -47,6 +47,7 @@ class LiveModule:
         raw: what was loaded. name: the module's name in its library.
         written, loaded: the checkpoint's tensors by key, as in its file and as in the model.
         bf16: forward passes in mixed precision; the weights are float32 in any case.
+        own_biases: of layers whose bias the module replaces, by path, what it is without the module.
     """
 
     model: Any
@@ -55,22 +56,34 @@ class LiveModule:
     written: Mapping[str, Tensor]
     loaded: Mapping[str, Tensor]
     bf16: bool = False
+    own_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> Any:
         """The base model with the module inside."""
-        inside = self.model.base_model.model if self.raw.format == "peft" else self.model
+        inside = self._tuned if self.raw.format == "peft" else self.model
         return getattr(inside, prefix_of(inside), inside)
 
     @property
     def acts(self) -> bool:
-        """Whether the checkpoint as it was loaded changes anything: some B, or up projection, is not zero."""
-        return any(
-            bool(value.any())
+        """Whether the checkpoint as it was loaded changes anything: LoRA's B, or an up projection, is not zero."""
+        outputs = [
+            value
             for values in self.raw.entries.values()
             for name, value in values.items()
             if name == "B" or name.startswith("up.")
-        )
+        ]
+        return not outputs or any(bool(value.any()) for value in outputs)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many vectors stand before the text in what the model gives back."""
+        return int(self.raw.config["num_virtual_tokens"]) if self.raw.kind == "prompt" else 0
+
+    @property
+    def _tuned(self) -> Any:
+        """The task model that the module is in."""
+        return self.model.base_model if self.raw.kind in ("prompt", "prefix") else self.model.base_model.model
 
     @property
     def device(self) -> torch.device:
@@ -80,30 +93,47 @@ class LiveModule:
         return device
 
     @contextmanager
-    def without(self) -> Iterator[None]:
-        """Switch the module off."""
-        if self.raw.format == "peft":
-            with self.model.disable_adapter():
-                yield
-            return
-        self.model.set_active_adapters(None)
+    def _without(self) -> Iterator[Any]:
+        """The model with the module switched off."""
+        if self.raw.kind in ("prompt", "prefix"):  # peft cannot switch these off in models that do not generate
+            yield self.model.base_model
+        elif self.raw.format == "peft":
+            with _quiet(), self.model.disable_adapter(), self._with_own_biases():
+                yield self.model
+        else:
+            self.model.set_active_adapters(None)
+            try:
+                yield self.model
+            finally:
+                self.model.set_active_adapters(self.name)
+
+    @contextmanager
+    def _with_own_biases(self) -> Iterator[None]:
+        """Put back biases that belong to the layers themselves, which peft leaves as they were trained."""
+        layers = {path: self._tuned.get_submodule(path).base_layer for path in self.own_biases}
+        trained = {path: layer.bias.data for path, layer in layers.items()}
+        for path, layer in layers.items():
+            layer.bias.data = self.own_biases[path].to(layer.bias.device)
         try:
             yield
         finally:
-            self.model.set_active_adapters(self.name)
+            for path, layer in layers.items():
+                layer.bias.data = trained[path]
 
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
         """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch."""
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with nullcontext() if module else self.without(), mixed:
-            output = self.model(**inputs, output_hidden_states=True)
+        with nullcontext(self.model) if module else self._without() as model, mixed:
+            output = model(**inputs, output_hidden_states=True)
         state = output.last_hidden_state if "last_hidden_state" in output else output.hidden_states[-1]
-        return output.get("logits"), state
+        logits = output.get("logits")
+        before = self.virtual_tokens if module else 0
+        return logits[:, before:] if before and logits is not None and logits.ndim == 3 else logits, state[:, before:]
 
     def module_at(self, path: str) -> nn.Module:
         """The part of the model that one of the checkpoint's modules acts in, or is; it reads the same input."""
         if self.raw.format == "peft":
-            found = self.model.base_model.model.get_submodule(path)
+            found = self._tuned.get_submodule(path)
         else:
             found = self.model.get_submodule(path if self.raw.kind == "lora" else f"{path}.{self.raw.name}")
         assert isinstance(found, nn.Module)
@@ -184,12 +214,17 @@ def _attach_peft(
     from peft import PeftModel, get_peft_model_state_dict
 
     model = with_task_head(handle, raw.task, labels, raw.num_labels)
+    own = {path: model.get_submodule(path).bias.detach().clone() for path, v in raw.entries.items() if "base_bias" in v}
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        prompts = raw.kind in ("prompt", "prefix")  # peft loads these for inference only, and they train nevertheless
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable and not prompts)
+        if trainable and prompts:
+            for name, parameter in adapted.named_parameters():
+                parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
     except (RuntimeError, ValueError, TypeError) as error:
         raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=str(folder)) from error
-    file = next(folder / name for name in peft_lora.WEIGHTS if (folder / name).exists())
-    return LiveModule(adapted, raw, "default", read_tensors(file), get_peft_model_state_dict(adapted))
+    file = next(folder / name for name in peft_format.WEIGHTS if (folder / name).exists())
+    return LiveModule(adapted, raw, "default", read_tensors(file), get_peft_model_state_dict(adapted), own_biases=own)
 
 
 def _attach_adapterhub(

@@ -89,12 +89,11 @@ class Selection(SpaceMap):
         return self.teacher_size == self.student_size and bool((self.indices == torch.arange(self.student_size)).all())
 
     def apply(self, values: Tensor, axis: int, direction: Direction) -> Tensor:
-        """Pick the units; unmatched ones are zero."""
-        del direction
+        """Pick the units; unmatched ones are zero, or one where they scale."""
         self._check(values, axis)
         picked = values.index_select(axis, self.indices.clamp_min(0).to(values.device))
         missing = (self.indices < 0).nonzero().flatten().to(values.device)
-        return picked.index_fill(axis, missing, 0) if len(missing) else picked
+        return picked.index_fill(axis, missing, int(direction == "scale")) if len(missing) else picked
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,9 @@ class LinearMap(SpaceMap):
     def apply(self, values: Tensor, axis: int, direction: Direction) -> Tensor:
         """Multiply the axis by the matrix of its direction, in float64.
 
+        What scales the teacher's units one by one scales a unit of the student by their mean, weighted by how much
+        variance of it each of them writes: the rows of the squared writing matrix, each with sum one.
+
         Raises:
             AlignmentError: the axis does not fit, or it scales incoming units one by one, which no mixture can do.
         """
@@ -138,6 +140,12 @@ class LinearMap(SpaceMap):
                 found="a vector on an incoming axis, such as an adapter's own layer norm",
                 fix="use --method prune-align",
             )
-        matrix = (self.reading.T if direction == "read" else self.writing).to(values.device, torch.float64)
+        if direction == "scale":
+            squares = self.writing.double().square()
+            matrix = (squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).to(
+                values.device
+            )
+        else:
+            matrix = (self.reading.T if direction == "read" else self.writing).to(values.device, torch.float64)
         moved = torch.movedim(torch.tensordot(matrix, values.double(), dims=([1], [axis])), 0, axis)
         return moved.to(values.dtype).contiguous()

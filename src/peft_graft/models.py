@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peft_graft.architectures import Architecture, describe
+from peft_graft.architectures import Architecture, describe, heads_of
 from peft_graft.errors import DeviceError, ModelError
 from peft_graft.formats.raw import StudentNames
 
@@ -115,6 +115,7 @@ def blank_model(config: PretrainedConfig, task: str) -> PreTrainedModel:
 def student_names(name: str, config: PretrainedConfig, task: str, architecture: Architecture) -> StudentNames:
     """What a checkpoint written for this student says about it."""
     task_model = blank_model(config, task)
+    heads, kv_heads = head_counts(config)
     return StudentNames(
         name=name,
         model_type=config.model_type,
@@ -125,7 +126,14 @@ def student_names(name: str, config: PretrainedConfig, task: str, architecture: 
         modules=frozenset(path for path, _ in task_model.named_modules()),
         num_layers=architecture.num_layers,
         transposed=frozenset(path for path, module in task_model.named_modules() if type(module).__name__ == "Conv1D"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
     )
+
+
+def head_counts(config: PretrainedConfig) -> tuple[int, int]:
+    """Query heads and key-value heads, (0, 0) for a model whose configuration says neither."""
+    return heads_of(config)[:2] if getattr(config, "num_attention_heads", None) else (0, 0)
 
 
 def load_model(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_graft.errors import PlanError
 
-Direction = Literal["read", "write"]
+Direction = Literal["read", "write", "scale"]
 
 #: Spaces that belong to the whole model and not to one layer.
 TOKENS_OUT = "tokens.out"  # last hidden state, one vector a token
@@ -25,6 +25,7 @@ FIRST_OUT = "first.out"  # last hidden state of the first token ([CLS], <s>), on
 LAST_OUT = "last.out"  # last hidden state of the last token, which decoders classify by, one vector a sample
 POOLED_OUT = "pooled.out"  # the model's own pooler output, one vector a sample
 GLOBAL_SPACES = (TOKENS_OUT, FIRST_OUT, LAST_OUT, POOLED_OUT)
+EMBEDDED = "embeddings.out"  # word embeddings as the first layer is given them, one vector a token
 
 
 @dataclass(frozen=True, order=True)
@@ -60,9 +61,18 @@ class Space:
         return Space(int(layer) if layer else -1, name)
 
 
+def space_at(layer: int, name: str) -> Space:
+    """The space of this name that a module of this layer lives in; those of the whole model have no layer."""
+    return Space(-1 if name in (*GLOBAL_SPACES, EMBEDDED) else layer, name)
+
+
 @dataclass(frozen=True)
 class Axis:
-    """One tensor axis in a named space: ``read`` axes meet incoming activations, ``write`` axes make outgoing ones."""
+    """One tensor axis in a named space.
+
+    ``read`` axes meet incoming activations, ``write`` axes make outgoing ones, ``scale`` axes multiply the units
+    of the space one by one.
+    """
 
     direction: Direction
     space: str
@@ -78,6 +88,15 @@ class LabelledTensor:
     def __post_init__(self) -> None:
         if self.values.ndim != len(self.axes):
             raise ValueError(f"{self.values.ndim} axes but {len(self.axes)} labels")
+
+
+#: Values that replace a part of the base model, or are relative to one -> the tensor beside them that holds that part.
+BASE_OF: Mapping[str, str] = {
+    "magnitude": "row_norm",
+    "base_bias": "base_bias_was",
+    "norm.weight": "norm.weight_was",
+    "norm.bias": "norm.bias_was",
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +128,13 @@ class Module:
         """The module with its output switched off: LoRA's B, an adapter's up projection and biases are zero."""
         values = {name: tensor.values for name, tensor in self.tensors.items()}
         zero = {name: torch.zeros_like(values[name]) for name in self._ZERO_WHEN_IDLE if name in values}
-        return self.with_values({**values, **zero})
+        was = {name: values[of] for name, of in BASE_OF.items() if name in values}
+        return self.with_values({**values, **zero, **was})
+
+    @property
+    def strength(self) -> float:
+        """How much the module changes, as one norm: 0 for one that changes nothing."""
+        raise NotImplementedError
 
     @property
     def width(self) -> int:
@@ -121,11 +146,14 @@ class Module:
 class LoraModule(Module):
     """Low-rank update of a linear layer, y += scaling * B A x (Hu et al. 2021, arXiv 2106.09685).
 
-    Tensors: ``A`` [r, d_in] reads, ``B`` [d_out, r] writes. ``scaling`` is alpha / r, or alpha / sqrt(r) for
+    Tensors: ``A`` [r, d_in] reads, ``B`` [d_out, r] writes, optionally ``bias`` [d_out] of B, which writes and is
+    scaled like it. DoRA (Liu et al. 2024, arXiv 2402.09353) has ``magnitude`` [d_out], which scales the output, beside
+    ``row_norm`` [d_out], the norms of the rows of W + scaling * B A that it stands for. A trained bias of the linear
+    layer itself is ``base_bias`` [d_out], beside ``base_bias_was``. ``scaling`` is alpha / r, or alpha / sqrt(r) for
     rank-stabilised LoRA.
     """
 
-    _ZERO_WHEN_IDLE: ClassVar = ("B",)
+    _ZERO_WHEN_IDLE: ClassVar = ("B", "bias")
     scaling: float = 1.0
 
     @property
@@ -135,20 +163,32 @@ class LoraModule(Module):
 
     @property
     def acts(self) -> bool:
-        """Whether B A is anything but zero."""
-        return self.scaling != 0 and all(bool(self.tensors[name].values.any()) for name in ("A", "B"))
+        """Whether the update, or a value beside it, is anything but zero."""
+        product = all(bool(self.tensors[name].values.any()) for name in ("A", "B"))
+        added = "bias" in self.tensors and bool(self.tensors["bias"].values.any())
+        return (self.scaling != 0 and (product or added)) or _differs_from_base(self)
+
+    @property
+    def strength(self) -> float:
+        """Frobenius norm of the update scaling * B A."""
+        return float(self.delta().norm())
 
     def delta(self) -> Tensor:
         """The update as one matrix, scaling * B A, [d_out, d_in], float64."""
         return self.scaling * (self.tensors["B"].values.double() @ self.tensors["A"].values.double())
 
     def rescaled(self, scaling: float) -> LoraModule:
-        """The same update expressed with another scaling factor; B takes the ratio."""
+        """The same update expressed with another scaling factor; B and its bias take the ratio."""
         if scaling == self.scaling:
             return self
-        b = self.tensors["B"]
-        values = (b.values.double() * (self.scaling / scaling)).to(b.values.dtype)
-        return replace(self, scaling=scaling, tensors={**self.tensors, "B": LabelledTensor(values, b.axes)})
+        ratio = self.scaling / scaling
+        values = {
+            name: (tensor.values.double() * ratio).to(tensor.values.dtype) if name in ("B", "bias") else tensor.values
+            for name, tensor in self.tensors.items()
+        }
+        scaled = replace(self, scaling=scaling).with_values(values)
+        assert isinstance(scaled, LoraModule)
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -171,6 +211,117 @@ class BottleneckModule(Module):
     def acts(self) -> bool:
         """Whether the up projection is anything but zero."""
         return any(bool(self.tensors[name].values.any()) for name in ("up.weight", "up.bias"))
+
+    @property
+    def strength(self) -> float:
+        """Frobenius norm of the product of the two projections."""
+        up, down = (self.tensors[name].values.double() for name in ("up.weight", "down.weight"))
+        return float((up @ down).norm())
+
+
+@dataclass(frozen=True)
+class ScaleModule(Module):
+    """Units multiplied one by one (IA3, Liu et al. 2022, arXiv 2205.05638).
+
+    Tensors: ``output`` [d] scales what a linear layer writes, or ``input`` [d] what it reads.
+    """
+
+    @property
+    def width(self) -> int:
+        """1: one factor a unit."""
+        return 1
+
+    @property
+    def acts(self) -> bool:
+        """Whether a factor is anything but one."""
+        return self.strength > 0
+
+    @property
+    def strength(self) -> float:
+        """Norm of the factors less one."""
+        return float(sum(float((tensor.values.double() - 1).norm()) for tensor in self.tensors.values()))
+
+    def idle(self) -> Module:
+        """All factors one."""
+        return self.with_values({name: torch.ones_like(tensor.values) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class NormModule(Module):
+    """A trained layer norm (LN tuning, arXiv 2312.11420).
+
+    Tensors: ``norm.weight`` [d] scales, ``norm.bias`` [d] writes, each beside what it was in the base model,
+    ``norm.weight_was`` and ``norm.bias_was``.
+    """
+
+    @property
+    def width(self) -> int:
+        """1: one value a unit."""
+        return 1
+
+    @property
+    def acts(self) -> bool:
+        """Whether a value differs from the base model's."""
+        return _differs_from_base(self)
+
+    @property
+    def strength(self) -> float:
+        """Norm of the change of the weights."""
+        tensors = self.tensors
+        return float((tensors["norm.weight"].values.double() - tensors["norm.weight_was"].values.double()).norm())
+
+
+@dataclass(frozen=True)
+class PromptModule(Module):
+    """Virtual tokens before the text.
+
+    Tensors: ``embeddings`` [n, d] write among the word embeddings (prompt tuning, Lester et al. 2021; p-tuning, Liu et
+    al. 2021), or ``key`` and ``value`` [n, d_kv] write among a layer's keys and values (prefix tuning, Li and Liang
+    2021).
+    """
+
+    @property
+    def width(self) -> int:
+        """Number of virtual tokens."""
+        return len(next(iter(self.tensors.values())).values)
+
+    @property
+    def acts(self) -> bool:
+        """True: a token more is never nothing."""
+        return True
+
+    @property
+    def strength(self) -> float:
+        """Norm of the vectors."""
+        return float(sum(float(tensor.values.double().norm()) for tensor in self.tensors.values()))
+
+    def idle(self) -> Module:
+        """Vectors of zero, which is as near to nothing as a virtual token comes."""
+        return self.with_values({name: torch.zeros_like(tensor.values) for name, tensor in self.tensors.items()})
+
+
+def _differs_from_base(module: Module) -> bool:
+    values = {name: tensor.values for name, tensor in module.tensors.items()}
+    return any(name in values and not torch.equal(values[name], values[of]) for name, of in BASE_OF.items())
+
+
+def settled(module: Module, base: Mapping[str, Tensor]) -> Module:
+    """A moved module with values of its own model wherever it is relative to a part of the base.
+
+    m_s = map(m_t) * n_s / map(n_t) for DoRA's magnitudes, v_s = map(v_t) + (b_s - map(b_t)) for values that replace
+    the base's: where the two models' parts are equal, the values arrive bit for bit.
+
+    Args:
+        base: for names of ``BASE_OF``'s values, such as ``row_norm``, what the part is in the student.
+    """
+    values = {name: tensor.values for name, tensor in module.tensors.items()}
+    for name, of in BASE_OF.items():
+        if name not in values or of not in base:
+            continue
+        own = base[of].to(values[of])
+        values[name] = values[name] * (own / values[of]) if name == "magnitude" else values[name] + (own - values[of])
+        values[of] = own
+    return module.with_values(values)
 
 
 @dataclass(frozen=True)
@@ -204,12 +355,16 @@ class Head:
         return replace(self, tensors=tensors)
 
 
-def lora_tensors(a: Tensor, b: Tensor, reads: str, writes: str) -> dict[str, LabelledTensor]:
-    """Label LoRA's factors: ``a`` [r, d_in] reads ``reads``, ``b`` [d_out, r] writes ``writes``."""
-    return {
-        "A": LabelledTensor(a, (None, Axis("read", reads))),
-        "B": LabelledTensor(b, (Axis("write", writes), None)),
+def lora_tensors(values: Mapping[str, Tensor], reads: str, writes: str) -> dict[str, LabelledTensor]:
+    """Label a LoRA's tensors by name (``LoraModule``): A reads ``reads``, all else writes or scales ``writes``."""
+    write, scale = Axis("write", writes), Axis("scale", writes)
+    axes: dict[str, tuple[Axis | None, ...]] = {
+        "A": (None, Axis("read", reads)),
+        "B": (write, None),
+        "magnitude": (scale,),
+        "row_norm": (scale,),
     }
+    return {name: LabelledTensor(value, axes.get(name, (write,))) for name, value in values.items()}
 
 
 def bottleneck_tensors(values: Mapping[str, Tensor], space: str) -> dict[str, LabelledTensor]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
-from peft_graft.checkpoints import PeftCheckpoint, head_form
+from peft_graft.checkpoints import PeftCheckpoint
+from peft_graft.entries import PREFIX_ROLE, PROMPT_ROLE
 from peft_graft.errors import PlanError
 from peft_graft.families import LINEAR_ROLES
+from peft_graft.heads import head_form
 from peft_graft.methods import METHODS, Method
-from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space
+from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space, space_at
 from peft_graft.settings import HeadChoice
 
 #: For every student layer the teacher layers whose modules make up its module.
@@ -114,10 +116,11 @@ def plan_transfer(
     mapping = layer_map(layers, teacher.num_layers, student.num_layers)
     sites: list[SitePlan] = []
     for layer, sources in enumerate(mapping):
-        for role in checkpoint.roles:
+        for role in sorted({site.role for site in checkpoint.modules if site.layer >= 0}):
             present = tuple(Site(source, role) for source in sources if Site(source, role) in checkpoint.modules)
             if present:
                 sites.append(SitePlan(Site(layer, role), present))
+    sites += [SitePlan(site, (site,)) for site in checkpoint.modules if site.layer < 0]
     if not sites:
         raise PlanError(
             "no student layer would receive a module",
@@ -215,7 +218,7 @@ def _add_pair(
     student: Architecture,
 ) -> None:
     name = map_axis(method, module, axis)
-    first, second = Space(module.site.layer, name), Space(site.layer, name)
+    first, second = space_at(module.site.layer, name), space_at(site.layer, name)
     pairs[first, second] = (teacher.size(first), student.size(second))
     if name != axis.space:
         own = (teacher.size(Space(module.site.layer, axis.space)), student.size(Space(site.layer, axis.space)))
@@ -230,7 +233,7 @@ def _add_pair(
 
 
 def _check_roles(checkpoint: PeftCheckpoint, student: Architecture) -> None:
-    known = {**student.row.linears, **student.row.adapters}
+    known = (*student.roles, PROMPT_ROLE, PREFIX_ROLE)
     for site in checkpoint.modules:
         if site.role not in known:
             raise PlanError(
@@ -252,7 +255,7 @@ def _layer_notes(
     if unused:
         notes.append(f"modules of teacher layers {', '.join(map(str, unused))} are left out by the layer map")
     without = sorted(set(range(student.num_layers)) - {site.student.layer for site in sites})
-    if without:
+    if without and checkpoint.layers:
         notes.append(f"student layers {', '.join(map(str, without))} receive no module")
     if len(used) < len(mapping):
         notes.append("the student has more layers than the map uses of the teacher, so modules repeat")

@@ -222,8 +222,10 @@ def polished(
     Args:
         settings: ``steps`` counts all of it, what was tried in vain too; ``learning_rate`` is not used.
         work: a folder for the state of an interrupted run. identity: see ``polish``.
-        starts: of ``STARTS``, where to begin.
+        starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read: LoRA and bottleneck adapters.
     """
+    if room.adapted.raw.kind not in ("lora", "bottleneck"):
+        starts = [start for start in starts if start != "gradient"]
     pilot = settings.steps // PILOT
     arms = (len(starts) + len(RATES) - 2) if pilot else 0
     main = settings.model_copy(update={"steps": settings.steps - arms * pilot})

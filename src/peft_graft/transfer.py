@@ -17,13 +17,14 @@ from peft_graft.aligning import Aligner, check_tokenizers, peeked
 from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.conversion import as_lora, stand_in
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.functional import fit_modules
 from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
 from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
-from peft_graft.models import ModelHandle, embedding_similarity, handle, load_model
+from peft_graft.models import ModelHandle, embedding_similarity, handle, load_config, load_model
 from peft_graft.planning import choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
@@ -117,7 +118,9 @@ def transfer(
             "the module's configuration names no base model", where=str(module), fix="name it with --teacher"
         )
     given = load_alignment(Path(alignment)) if isinstance(alignment, str | Path) else alignment
-    preflight(raw, teacher_name, str(student), settings, given is not None, text is not None)
+    converting = raw.kind == "weights"
+    planned_raw = stand_in(folder, raw, load_config(teacher_name, "teacher")) if converting else raw
+    preflight(planned_raw, teacher_name, str(student), settings, given is not None, text is not None)
     samples = read_text(text, columns, seed) if text is not None else None
     if samples is not None:
         samples = peeked(samples)
@@ -126,6 +129,9 @@ def transfer(
         needs_tokens = text is not None
         teacher_model = load_model(teacher_name, device=device, dtype=dtype, role="teacher", tokenizer=needs_tokens)
         student_model = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=needs_tokens)
+    if converting:
+        with clock("converting to LoRA"):
+            raw = as_lora(folder, raw, teacher_model)
     graft = _transfer(
         raw,
         teacher_model,

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 Format = Literal["peft", "adapterhub"]
-Kind = Literal["lora", "bottleneck"]
+#: ``weights``: any other change of weights, which becomes a LoRA before it is moved (``conversion``).
+Kind = Literal["lora", "bottleneck", "ia3", "norms", "prompt", "prefix", "weights"]
 
 #: Endings of task model classes; ``AdapterModel`` is AdapterHub's model with prediction heads.
 _TASK_OF_CLASS = {
@@ -36,8 +37,11 @@ class RawCheckpoint:
         base_model: name or path of the teacher, as recorded.
         task: ``token-classification``, ... (``models.TASKS``), or ``base`` for a module on a bare model.
         config: the configuration file, unchanged.
-        entries: module path (no library prefix) -> parameter name -> tensor. LoRA: ``A`` [r, d_in], ``B`` [d_out, r].
-            Bottleneck: ``down.weight`` [b, d], ``down.bias``, ``up.weight`` [d, b], ``up.bias``, ...
+        entries: module path (no library prefix) -> parameter name -> tensor. LoRA: ``A`` [r, d_in], ``B`` [d_out, r],
+            ``bias``, ``magnitude``, ``base_bias`` [d_out]. Bottleneck: ``down.weight`` [b, d], ``down.bias``,
+            ``up.weight`` [d, b], ``up.bias``, ... IA3: ``input`` [d_in] or ``output`` [d_out]. Norms: ``norm.weight``,
+            ``norm.bias`` [d]. Prompts: path ``prompt`` -> ``embeddings`` [n, d]. Prefixes: path ``prefix.LAYER`` ->
+            ``key``, ``value`` [n, d_kv].
         scalings: LoRA only, module path -> alpha / r or alpha / sqrt(r).
         head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
             AdapterHub's prediction heads.
@@ -78,7 +82,8 @@ class StudentNames:
         base_class, task_class: class names of the bare model and of the task model (equal for ``base``).
         prefix: attribute of the base model in its task models, such as ``bert``.
         modules: paths of all modules of the task model, to tell which short names are unambiguous.
-        num_layers: of the student. transposed: paths of linear layers that keep their weight as [in, out] (``Conv1D``).
+        num_layers, num_heads, num_kv_heads: of the student.
+        transposed: paths of linear layers that keep their weight as [in, out] (``Conv1D``).
     """
 
     name: str
@@ -90,3 +95,5 @@ class StudentNames:
     modules: frozenset[str]
     num_layers: int
     transposed: frozenset[str] = frozenset()
+    num_heads: int = 0
+    num_kv_heads: int = 0

@@ -1,0 +1,288 @@
+"""From the entries of a checkpoint to modules at the sites of a model, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peft_graft.architectures import Architecture
+from peft_graft.errors import CheckpointError, ModelError, PlanError
+from peft_graft.formats import adapterhub
+from peft_graft.formats.peft_prompts import PREFIX, PROMPT
+from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.modules import (
+    EMBEDDED,
+    Axis,
+    BottleneckModule,
+    LabelledTensor,
+    LoraModule,
+    Module,
+    NormModule,
+    PromptModule,
+    ScaleModule,
+    Site,
+    bottleneck_tensors,
+    lora_tensors,
+    settled,
+)
+from peft_graft.norms import SPACE_OF_NORM
+
+#: Roles of virtual tokens: before the text, and among the keys and values of a layer.
+PROMPT_ROLE, PREFIX_ROLE = "prompt", "attn.prefix"
+
+
+def modules_of(
+    raw: RawCheckpoint, path: str, values: Mapping[str, Tensor], architecture: Architecture, base: Mapping[str, Tensor]
+) -> tuple[list[Module], str]:
+    """The modules of one entry, several where a fused layer holds several roles, and what stands before its path.
+
+    Args:
+        base: the base model's tensors by path, for values that are relative to them; may be on the meta device.
+
+    Raises:
+        CheckpointError: the path is no site of this architecture.
+        ModelError: a shape shows that the module was trained on another model.
+    """
+    if raw.kind == "prompt":
+        write = Axis("write", EMBEDDED)
+        return [
+            PromptModule(Site(-1, PROMPT_ROLE), {"embeddings": LabelledTensor(values["embeddings"], (None, write))})
+        ], ""
+    if raw.kind == "prefix":
+        tensors = {
+            name: LabelledTensor(value, (None, Axis("write", f"attn.{name}.out"))) for name, value in values.items()
+        }
+        return [PromptModule(Site(int(path.removeprefix(PREFIX)), PREFIX_ROLE), tensors)], ""
+    place = architecture.sites(path)
+    if place is None:
+        raise CheckpointError(
+            f"{path} is no site of a {architecture.model_type} model",
+            where=raw.base_model or raw.name,
+            expected=f"a layer inside {architecture.row.layers}",
+            fix="give the module's true base with --teacher; layers outside the stack are not supported yet",
+        )
+    sites, prefix = place
+    if sites[0].layer >= architecture.num_layers:
+        raise ModelError(
+            "the teacher is not the base of this module: it has no such layer",
+            where=str(sites[0]),
+            expected=f"a layer below {architecture.num_layers}",
+            found=sites[0].layer,
+            fix="name the model that the module was trained on with --teacher",
+        )
+    make = {"lora": _lora, "ia3": _scale, "norms": _norm, "bottleneck": _bottleneck}[raw.kind]
+    return [make(raw, site, path, values, architecture, base) for site in sites], prefix
+
+
+def _lora(
+    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
+    base: Mapping[str, Tensor],
+) -> Module:  # fmt: skip
+    linear = architecture.row.linears.get(site.role)
+    if linear is None:
+        raise CheckpointError(f"{path} is no linear layer", where=str(site))
+    parts = {
+        name: value if name == "A" else _part(value, site, path, name, architecture) for name, value in values.items()
+    }
+    parts.update(_base_parts(parts, site, architecture, base, raw.scalings[path]))
+    return LoraModule(site, lora_tensors(parts, linear.reads, linear.writes), scaling=raw.scalings[path])
+
+
+def _part(value: Tensor, site: Site, path: str, name: str, architecture: Architecture) -> Tensor:
+    """The rows that belong to the site's role, where its layer holds several."""
+    if not architecture.row.linears[site.role].fused:
+        return value
+    if len(value) != architecture.fused_size(site.role):
+        raise ModelError(
+            f"the teacher is not the base of this module: {name} has shape {list(value.shape)}",
+            where=path,
+            expected=f"{architecture.fused_size(site.role)} rows",
+            found=len(value),
+            fix="name the model that the module was trained on with --teacher",
+        )
+    return value[architecture.units[site.role]]
+
+
+def _base_parts(
+    values: Mapping[str, Tensor], site: Site, architecture: Architecture, base: Mapping[str, Tensor], scaling: float
+) -> dict[str, Tensor]:
+    """What the base model has where a LoRA's values are relative to it: ``row_norm`` and ``base_bias_was``."""
+    found: dict[str, Tensor] = {}
+    linear = architecture.row.linears[site.role]
+    path = architecture.path(site)
+    units = architecture.units[site.role] if linear.fused else None
+    if "magnitude" in values:
+        weight = base.get(f"{path}.weight")
+        if weight is None or weight.is_meta:
+            found["row_norm"] = torch.ones_like(values["magnitude"])
+        else:
+            weight = weight.T if architecture.transposed else weight
+            weight = weight if units is None else weight[units.to(weight.device)]
+            whole = weight.double().cpu() + scaling * values["B"].double().cpu() @ values["A"].double().cpu()
+            found["row_norm"] = whole.norm(dim=1).to(values["magnitude"])
+    if "base_bias" in values:
+        bias = base.get(f"{path}.bias")
+        if bias is None:
+            raise PlanError(
+                "the module trains a bias that this model's layer does not have",
+                where=f"{architecture.model_type} {site}",
+                fix="train the module with bias='none'",
+            )
+        found["base_bias_was"] = _like(bias if units is None else bias[units.to(bias.device)], values["base_bias"])
+    return found
+
+
+def _scale(
+    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
+    base: Mapping[str, Tensor],
+) -> Module:  # fmt: skip
+    linear = architecture.row.linears.get(site.role)
+    if linear is None:
+        raise CheckpointError(f"{path} is no linear layer", where=str(site))
+    parts = {name: _part(v, site, path, name, architecture) if name == "output" else v for name, v in values.items()}
+    spaces = {"input": linear.reads, "output": linear.writes}
+    return ScaleModule(
+        site, {name: LabelledTensor(value, (Axis("scale", spaces[name]),)) for name, value in parts.items()}
+    )
+
+
+def _norm(
+    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
+    base: Mapping[str, Tensor],
+) -> Module:  # fmt: skip
+    space = SPACE_OF_NORM[site.role]
+    found = dict(values) | _norm_base(site, values, architecture, base)
+    axes = {"norm.weight": Axis("scale", space), "norm.bias": Axis("write", space)}
+    return NormModule(
+        site, {name: LabelledTensor(value, (axes[name.removesuffix("_was")],)) for name, value in found.items()}
+    )
+
+
+def _norm_base(
+    site: Site, values: Mapping[str, Tensor], architecture: Architecture, base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    path, found = architecture.path(site), {}
+    for name in ("norm.weight", "norm.bias"):
+        if name not in values:
+            continue
+        own = base.get(f"{path}.{name.removeprefix('norm.')}")
+        if own is None:
+            raise PlanError(
+                f"the module trains a norm's {name.removeprefix('norm.')} that this model does not have",
+                where=f"{architecture.model_type} {site}",
+                fix="choose a student whose norms are of the same kind, or move a LoRA",
+            )
+        found[f"{name}_was"] = _like(own, values[name])
+    return found
+
+
+def _like(own: Tensor, value: Tensor) -> Tensor:
+    """A part of the base in the device and dtype of what replaces it; empty where only its shape is known."""
+    return torch.empty_like(own, dtype=value.dtype) if own.is_meta else own.to(value)
+
+
+def _bottleneck(
+    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
+    base: Mapping[str, Tensor],
+) -> Module:  # fmt: skip
+    settings = adapterhub.module_config(raw.config)
+    point = architecture.row.adapters[site.role]
+    if settings.get("is_parallel"):
+        space = point.parallel
+    else:
+        space = point.after_norm if settings.get("original_ln_before") else point.before_norm
+    return BottleneckModule(site, bottleneck_tensors(values, space))
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------
+
+
+def entries_of(
+    modules: Mapping[Site, Module], architecture: Architecture, start: str, base: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Entries and scalings of modules at a model's sites: the reverse of ``modules_of``.
+
+    Args:
+        start: what stands before paths of the base model (``bert.``). base: the model's tensors by path.
+    """
+    entries: dict[str, dict[str, Tensor]] = {}
+    scalings: dict[str, float] = {}
+    together: dict[str, dict[str, Module]] = {}
+    for site, module in modules.items():
+        if isinstance(module, PromptModule):
+            path = PROMPT if site.layer < 0 else f"{PREFIX}{site.layer}"
+            entries[path] = {name: tensor.values for name, tensor in module.tensors.items()}
+            continue
+        own = _settled(module, architecture, base)
+        together.setdefault(start + architecture.path(site), {})[site.role] = own
+    for path, parts in together.items():
+        role, module = next(iter(parts.items()))
+        linear = architecture.row.linears.get(role)
+        if linear and linear.fused and isinstance(module, LoraModule):
+            entries[path], scalings[path] = _fused(parts, architecture)
+        elif linear and linear.fused:
+            entries[path] = _fused_scales(path, parts, architecture)
+        else:
+            entries[path] = {
+                name: tensor.values
+                for name, tensor in module.tensors.items()
+                if name != "row_norm" and not name.endswith("_was")
+            }
+            if isinstance(module, LoraModule):
+                scalings[path] = module.scaling
+    return entries, scalings
+
+
+def _settled(module: Module, architecture: Architecture, base: Mapping[str, Tensor]) -> Module:
+    values = {name: tensor.values for name, tensor in module.tensors.items()}
+    if isinstance(module, LoraModule):
+        return settled(module, _base_parts(values, module.site, architecture, base, module.scaling))
+    if isinstance(module, NormModule):
+        return settled(module, _norm_base(module.site, values, architecture, base))
+    return module
+
+
+def _fused(parts: Mapping[str, Module], architecture: Architecture) -> tuple[dict[str, Tensor], float]:
+    """One LoRA for a fused linear layer from those of its projections, and its scaling.
+
+    Projections that read through one A share it; otherwise the ranks add up: [A_q; A_v] and B in blocks.
+    """
+    first = next(iter(parts.values()))
+    assert isinstance(first, LoraModule)
+    factors: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for role, module in parts.items():
+        assert isinstance(module, LoraModule)
+        same = module.rescaled(first.scaling)
+        factors.append((architecture.units[role], {name: tensor.values for name, tensor in same.tensors.items()}))
+    shared: list[Tensor] = []
+    for _, values in factors:
+        if not any(torch.equal(values["A"], other) for other in shared):
+            shared.append(values["A"])
+    starts = [sum(len(a) for a in shared[:index]) for index in range(len(shared))]
+    size = architecture.fused_size(next(iter(parts)))
+    dtype = factors[0][1]["B"].dtype
+    whole = {"B": torch.zeros(size, sum(map(len, shared)), dtype=dtype)}
+    for name in ("bias", "magnitude", "base_bias"):
+        if name in first.tensors:
+            whole[name] = torch.zeros(size, dtype=dtype)
+    for units, values in factors:
+        start = starts[next(index for index, other in enumerate(shared) if torch.equal(values["A"], other))]
+        whole["B"][units, start : start + len(values["A"])] = values["B"].to(dtype).cpu()
+        for name in whole.keys() - {"B"}:
+            whole[name][units] = values[name].to(dtype).cpu()
+    return {"A": torch.cat(shared), **whole}, first.scaling
+
+
+def _fused_scales(path: str, parts: Mapping[str, Module], architecture: Architecture) -> dict[str, Tensor]:
+    first = next(iter(parts.values()))
+    if "input" in first.tensors:
+        inputs = [module.tensors["input"].values for module in parts.values()]
+        if not all(torch.equal(inputs[0], other) for other in inputs):
+            raise PlanError("projections of one layer cannot scale their common input differently", where=path)
+        return {"input": inputs[0]}
+    whole = torch.ones(architecture.fused_size(next(iter(parts))), dtype=first.tensors["output"].values.dtype)
+    for role, module in parts.items():
+        whole[architecture.units[role]] = module.tensors["output"].values.cpu()
+    return {"output": whole}
