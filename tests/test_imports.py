@@ -21,7 +21,7 @@ LEVELS = (
     ("formats.peft_format", "formats.adapterhub", "alignment_files", "projection", "models"),
     ("settings", "entries"),
     ("checkpoints", "conversion"),
-    ("activations", "planning", "live"),
+    ("activations", "planning", "live", "libraries"),
     ("predictions", "verification"),
     ("agreement", "fitting"),
     ("directions", "functional", "polishing", "preflight", "inspection"),

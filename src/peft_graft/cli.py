@@ -108,6 +108,13 @@ def transfer(
             "is given and there is text, else 0. An interrupted polish goes on when the same command is run again."
         ),
     ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Which modules to move, such as attn.value,ffn.* or 0/*,1/* by layer; all by default."),
+    ] = None,
+    library: Annotated[
+        str | None, typer.Option(help="Write a LoRA for peft or for adapters; for the module's own when not given.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -129,6 +136,8 @@ def transfer(
             alignment=alignment,
             head=head.value,
             polish=polish,
+            sites=_split(sites),
+            library=library,
             seed=seed,
             device=device,
             dtype=dtype,
@@ -355,7 +364,12 @@ def _show_graft(report: GraftReport, out: Path) -> None:
             f"({report.pairing.student_share_paired:.0%} of the student's tokens)"
         )
     table = Table(
-        "site", "from", "norm kept", "maps: mean correlation, or variance explained reading/writing", title="modules"
+        "site",
+        "from layer",
+        "share",
+        "norm kept",
+        "maps: mean correlation, or variance explained reading/writing",
+        title="modules",
     )
     for site in report.sites:
         correlations = [
@@ -367,8 +381,10 @@ def _show_graft(report: GraftReport, out: Path) -> None:
             for record in site.maps
             if "read_explained" in record.diagnostics
         ]
-        sources = " + ".join(source.split()[1] for source in site.teacher_sites)
-        table.add_row(site.site, f"layer {sources}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space")
+        sources = " + ".join(source.split()[-2] for source in site.teacher_sites if " " in source)
+        table.add_row(
+            site.site, sources, f"{site.share:.0%}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space"
+        )
     console.print(table)
     if report.head:
         labels = _escaped(", ".join(report.head.labels))

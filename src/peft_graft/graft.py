@@ -166,11 +166,14 @@ def _write_labels(folder: Path, config: PretrainedConfig, labels: tuple[str, ...
 def _site_record(
     site: SitePlan, checkpoint: PeftCheckpoint, module: Module, maps: dict[Pair, Diagnostics]
 ) -> SiteRecord:
-    before = sum(checkpoint.modules[source].strength for source in site.teacher) / len(site.teacher)
+    strengths = {place: source.strength for place, source in checkpoint.modules.items()}
+    before = sum(strengths[source] for source in site.teacher) / len(site.teacher)
+    whole = sum(strength**2 for strength in strengths.values())
     return SiteRecord(
         site=str(site.student),
         teacher_sites=[str(source) for source in site.teacher],
         norm_kept=module.strength / before if before else 0.0,
+        share=sum(strengths[source] ** 2 for source in site.teacher) / whole if whole else 0.0,
         maps=[
             MapRecord(space=str(second), teacher_space=str(first), diagnostics=diagnostics)
             for (first, second), diagnostics in maps.items()

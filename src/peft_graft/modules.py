@@ -36,7 +36,7 @@ class Site:
     role: str
 
     def __str__(self) -> str:
-        return f"layer {self.layer} {self.role}"
+        return self.role if self.layer < 0 else f"layer {self.layer} {self.role}"
 
 
 @dataclass(frozen=True, order=True)

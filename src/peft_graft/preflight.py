@@ -11,10 +11,11 @@ from peft_graft.checkpoints import PeftCheckpoint, resolve
 from peft_graft.errors import AlignmentError, HeadError, TextError
 from peft_graft.fitting import can_fit
 from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.libraries import in_library
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, blank_model, describe_config, load_config, own_labels
 from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import TransferPlan, plan_transfer
+from peft_graft.planning import TransferPlan, at_sites, plan_transfer
 from peft_graft.settings import TransferSettings
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def preflight(
     shape_t, shape_s = describe_config(config_t), describe_config(config_s)
     blank = dict(blank_model(config_t, "base").state_dict())
     raw = with_teacher_labels(raw, config_t)
-    checkpoint = resolve(raw, shape_t, blank, with_head=settings.head != "drop")
-    check_labels(checkpoint, config_s)
+    whole = resolve(raw, shape_t, blank, with_head=settings.head != "drop")
+    check_labels(whole, config_s)
+    checkpoint = in_library(at_sites(whole, settings.sites), settings.library)
     if settings.head == "fit" and (checkpoint.head is None or not can_fit(checkpoint.head)):
         raise HeadError(
             "there is no head to fit" if checkpoint.head is None else "a head of this form cannot be fitted",

@@ -46,12 +46,14 @@ class SiteRecord(_Record):
     """One module of the student.
 
     ``norm_kept``: Frobenius norm of the grafted update over the mean of the teacher's updates that it is made from
-    (LoRA: of B A; bottleneck adapter: of up times down).
+    (LoRA: of B A; bottleneck adapter: of up times down). ``share``: how much of the teacher's whole module, by squared
+    norm, those updates are.
     """
 
     site: str
     teacher_sites: list[str]
     norm_kept: float
+    share: float
     maps: list[MapRecord]
 
 

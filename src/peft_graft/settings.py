@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast, get_args
 
@@ -33,6 +33,8 @@ class TransferSettings(BaseModel):
             there is text, else 0.
         max_tokens: paired tokens that the alignment sees at most.
         seed: of the order in which text is sampled.
+        sites: which modules to move, by role or layer and role with wildcards (``attn.value``, ``0/*``); None for all.
+        library: the library to write for, ``peft`` or ``adapters``; None for the module's own.
         device, dtype: of the forward passes; statistics are float64 in any case.
     """
 
@@ -43,6 +45,8 @@ class TransferSettings(BaseModel):
     polish: int | None = None
     max_tokens: int = 50_000
     seed: int = 0
+    sites: tuple[str, ...] | None = None
+    library: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -56,6 +60,8 @@ def checked_settings(
     device: str,
     dtype: str,
     polish: int | None = None,
+    sites: Sequence[str] | None = None,
+    library: str | None = None,
 ) -> TransferSettings:
     """Settings whose every choice exists.
 
@@ -67,6 +73,7 @@ def checked_settings(
         ("--method", method, [None, *METHODS]),
         ("--head", head, get_args(HeadChoice)),
         ("--dtype", dtype, DTYPES),
+        ("--library", library, [None, "peft", "adapters"]),
     ):
         if value not in known:
             choices = ", ".join(str(name) for name in known if name is not None)
@@ -83,6 +90,8 @@ def checked_settings(
         polish=polish,
         max_tokens=max_tokens,
         seed=seed,
+        sites=tuple(sites) if sites else None,
+        library=library,
         device=device,
         dtype=dtype,
     )

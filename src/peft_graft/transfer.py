@@ -22,10 +22,11 @@ from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextE
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.functional import fit_modules
 from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
+from peft_graft.libraries import in_library
 from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
 from peft_graft.models import ModelHandle, embedding_similarity, handle, load_config, load_model
-from peft_graft.planning import choose_method
+from peft_graft.planning import at_sites, choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
     check_labels,
@@ -78,6 +79,8 @@ def transfer(
     alignment: str | Path | Alignment | None = None,
     head: HeadChoice = "auto",
     polish: int | None = None,
+    sites: Sequence[str] | None = None,
+    library: str | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
@@ -96,7 +99,7 @@ def transfer(
         text: unlabelled text (``text.read_text``) to align, fit, polish and judge on, with ``columns``; ``max_tokens``
             limits what the alignment sees.
         alignment: a saved alignment of the two models, or a live one; no text is needed then.
-        head, polish, seed, device, dtype: see ``TransferSettings``.
+        head, polish, sites, library, seed, device, dtype: see ``TransferSettings``.
         force: replace ``out`` if it exists.
         progress: called as (stage, done, total).
 
@@ -107,7 +110,7 @@ def transfer(
         GraftError: one of its kinds, naming the site or option, what was expected, what came and the fix. All that
             can be known without weights is checked before any weights are loaded.
     """
-    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish)
+    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish, sites, library)
     if out is not None:
         check_output(Path(out), force=force)
     folder = locate(module)
@@ -167,6 +170,8 @@ def transfer_checkpoint(
     alignment: Alignment | None = None,
     head: HeadChoice = "auto",
     polish: int | None = None,
+    sites: Sequence[str] | None = None,
+    library: str | None = None,
     seed: int = 0,
     dtype: str | None = None,
     progress: Progress | None = None,
@@ -179,12 +184,12 @@ def transfer_checkpoint(
             run where and in what precision they are.
         teacher_tokenizer, student_tokenizer: fast tokenizers, for methods that need text.
         text: strings, pairs of strings (tuples) or lists of tokens; streamed.
-        layers, method, max_tokens, alignment, head, polish, seed, progress: as for ``transfer``.
+        layers, method, max_tokens, alignment, head, polish, sites, library, seed, progress: as for ``transfer``.
         dtype: of the forward passes that fit, polish and judge; that of the student's weights when None.
     """
     device = str(next(student.parameters()).device)
     dtype = dtype or str(next(student.parameters()).dtype).removeprefix("torch.")
-    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish)
+    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish, sites, library)
     return _transfer(
         checkpoint,
         handle(teacher, teacher_tokenizer, ""),
@@ -213,13 +218,14 @@ def _transfer(
     work: Path | None = None,
 ) -> Graft:
     raw = with_teacher_labels(raw, teacher.base.config)
-    checkpoint = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
-    check_labels(checkpoint, student.base.config)
+    whole = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
+    check_labels(whole, student.base.config)
+    checkpoint = in_library(at_sites(whole, settings.sites), settings.library)
     methods, reason = _methods(checkpoint, teacher, student, settings, given, has_text=samples is not None)
     plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0])
     check_pooler(plan, student)
     pool = list(islice(samples, _POOL)) if samples is not None else []
-    asked, notes = _can_learn(checkpoint, pool, settings)
+    asked, notes = _can_learn(whole, pool, settings)
     pairs = dict(plan.pairs)
     if asked and checkpoint.head is None:
         pairs[TOKENS, TOKENS] = (teacher.architecture.size(TOKENS), student.architecture.size(TOKENS))
@@ -258,7 +264,7 @@ def _transfer(
         steps = settings.polish if settings.polish is not None else (0 if settings.method else POLISH)
         polishing = PolishSettings(steps=steps, seed=settings.seed)
         room = open_classroom(
-            checkpoint, teacher, student, pool,
+            whole, teacher, student, pool,
             lessons=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
             write=None if checkpoint.head else aligner.alignment(_writer(maps_of)),
             device=settings.device, bf16=settings.dtype == "bfloat16", clock=clock,
