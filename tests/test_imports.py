@@ -14,7 +14,8 @@ PACKAGE = Path(peft_graft.__file__).parent
 LEVELS = (
     ("errors",),
     ("modules",),
-    ("families", "statistics", "text", "token_pairing", "weights"),
+    ("roles", "statistics", "text", "token_pairing", "weights"),
+    ("families",),
     ("architectures", "maps", "formats.raw"),
     ("methods",),
     ("alignment",),

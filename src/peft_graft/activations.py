@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
-from peft_graft.models import ModelHandle
+from peft_graft.models import ModelHandle, complete
 from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics
@@ -306,12 +306,13 @@ def tokenize(
 
 
 def pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]], device: torch.device) -> dict[str, Tensor]:
-    """One padded batch, [rows, longest row], int64."""
+    """One padded batch, [rows, longest row], int64, with the decoder's inputs too where there is an encoder."""
     tokenizer = model.tokenizer
     assert tokenizer is not None  # tokenize has refused a model without one
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
     width = max(len(row["input_ids"]) for row in rows)
-    return {
+    batch = {
         key: torch.tensor([row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=device)
         for key in rows[0]
     }
+    return complete(model.base.config, batch)

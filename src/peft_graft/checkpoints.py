@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_graft.architectures import Architecture
 from peft_graft.errors import CheckpointError, HeadError, ModelError
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, HeadForm
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats import adapterhub, peft_lora
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.modules import (
@@ -28,6 +28,7 @@ from peft_graft.modules import (
     head_tensors,
     lora_tensors,
 )
+from peft_graft.roles import HeadForm
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,16 @@ def resolve(
             raise CheckpointError(
                 f"{path} is no site of a {architecture.model_type} model",
                 where=raw.base_model or raw.name,
-                expected=f"a linear layer inside {architecture.row.layers}",
+                expected=f"a linear layer inside {' or '.join(stack.layers for stack in architecture.row.stacks)}",
                 fix="give the module's true base with --teacher; layers outside the stack are not supported yet",
             )
         sites, prefix = place
         prefixes.add(prefix)
-        if sites[0].layer >= architecture.num_layers:
+        if sites[0].layer >= architecture.depth(sites[0].role):
             raise ModelError(
                 "the teacher is not the base of this module: it has no such layer",
                 where=str(sites[0]),
-                expected=f"a layer below {architecture.num_layers}",
+                expected=f"a layer below {architecture.depth(sites[0].role)}",
                 found=sites[0].layer,
                 fix="name the model that the module was trained on with --teacher",
             )
@@ -174,7 +175,7 @@ def to_raw(
 
     An inner head layer that equals the one in ``base_tensors`` (the student's own pooler) is not written again.
     """
-    start = f"{architecture.prefix}." if checkpoint.wrapped and architecture.prefix else ""
+    start = architecture.start(checkpoint.raw.task) if checkpoint.wrapped else ""
     entries, scalings = {}, {}
     together: dict[str, dict[str, Module]] = {}
     for site, module in checkpoint.modules.items():
@@ -274,8 +275,9 @@ def _check_shapes(module: Module, architecture: Architecture) -> None:
 
 def _check_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> None:
     """Refuse parts of the base model that were trained and saved beside the module; its pooler belongs to the head."""
-    start = f"{architecture.prefix}."
-    inside = [key for key in raw.head if key.startswith(start) and not key.startswith(f"{start}pooler.")]
+    start = architecture.start(raw.task)
+    own = (start,) if start else tuple(f"{stack.layers.partition('.')[0]}." for stack in architecture.row.stacks)
+    inside = [key for key in raw.head if key.startswith(own) and not key.startswith(f"{start}pooler.")]
     if inside:
         raise CheckpointError(
             f"the module comes with a trained part of its base model, {inside[0]}, which cannot be moved yet",
@@ -300,7 +302,7 @@ def _resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: 
     values = {f"out.{part}": raw.head[key] for part, key in _parts(form.out) if key in raw.head}
     used = {key for _, key in _parts(form.out)}
     if form.dense:
-        start = f"{architecture.prefix}." if form.dense_in_base else ""
+        start = architecture.start(raw.task) if form.dense_in_base else ""
         keys = {f"dense.{part}": start + key for part, key in _parts(form.dense)}
         used |= set(keys.values())
         for name, key in keys.items():

@@ -433,5 +433,7 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def _layers(mapping: list[list[int]]) -> str:
+def _layers(mapping: list[list[int]] | dict[str, list[list[int]]]) -> str:
+    if isinstance(mapping, dict):
+        return "; ".join(f"{stack}: {_layers(layers)}" for stack, layers in mapping.items())
     return ", ".join(f"{'+'.join(map(str, sources))} → {layer}" for layer, sources in enumerate(mapping))

@@ -15,7 +15,7 @@ from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.methods import Diagnostics, Method
 from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names
-from peft_graft.modules import Axis, Head, LoraModule, Module, Site, Space, average
+from peft_graft.modules import Axis, Head, LabelledTensor, LoraModule, Module, Site, Space, average
 from peft_graft.planning import SitePlan, TransferPlan, map_axis
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
@@ -117,16 +117,25 @@ def graft_modules(
         for source in site.teacher:
             module = checkpoint.modules[source]
             names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
-            used = {axis: (Space(source.layer, name), Space(site.student.layer, name)) for axis, name in names.items()}
+            used = {axis: (Space(source.layer, name), site.space(source, name)) for axis, name in names.items()}
             found = {axis: alignment.map(pair) for axis, pair in used.items()}
             moved.append(project(module, found.__getitem__))
             maps.update({pair: alignment.diagnostics.get(pair, {}) for pair in used.values()})
-        module = average(moved)
-        modules[site.student] = module.with_values(
-            {name: tensor.values for name, tensor in module.tensors.items()}, site.student
-        )
+        modules[site.student] = _at(site, average(moved))
         records.append(_site_record(site, checkpoint, modules[site.student], maps))
     return modules, records
+
+
+def _at(site: SitePlan, module: Module) -> Module:
+    """A moved module at its place in the student, its axes in the student's spaces."""
+    tensors = {
+        name: LabelledTensor(
+            tensor.values,
+            tuple(axis and replace(axis, space=site.space(module.site, axis.space).name) for axis in tensor.axes),
+        )
+        for name, tensor in module.tensors.items()
+    }
+    return replace(module, site=site.student, tensors=tensors)
 
 
 def _named_axes(module: Module) -> list[Axis]:
@@ -203,7 +212,7 @@ def model_record(model: ModelHandle) -> ModelRecord:
         name=model.name,
         model_type=architecture.model_type,
         num_layers=architecture.num_layers,
-        hidden_size=int(model.base.config.hidden_size),
+        hidden_size=architecture.hidden_size,
         inferred_architecture=architecture.inferred,
         fingerprint=model.fingerprint,
     )

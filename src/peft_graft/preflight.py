@@ -14,7 +14,7 @@ from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, blank_model, describe_config, load_config, own_labels
 from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import TransferPlan, plan_transfer
+from peft_graft.planning import TransferPlan, check_reads_text, plan_transfer
 from peft_graft.settings import TransferSettings
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def preflight(
             found=checkpoint.head.activation if checkpoint.head else raw.task,
             fix="leave --head out",
         )
+    check_reading(shape_t, shape_s, settings, has_text)
     if needs_predictions(settings) and not has_text:
         raise no_predictions(settings)
     method = METHODS[settings.method or "copy"]
@@ -56,6 +57,20 @@ def preflight(
         sizes_differ = any(first != second for first, second in plan.pairs.values())
         if settings.method or sizes_differ:
             raise no_text(settings.method or "prune-align")
+
+
+def check_reading(teacher: Architecture, student: Architecture, settings: TransferSettings, has_text: bool) -> None:
+    """Refuse to use text with models that read something else.
+
+    Raises:
+        PlanError: text was given, or a method that aligns on it, or the choice was left open.
+    """
+    if has_text:
+        check_reads_text(teacher, student, "--text")
+    elif needs_predictions(settings):
+        check_reads_text(teacher, student, learner(settings))
+    elif settings.method is None or METHODS[settings.method].needs_text:
+        check_reads_text(teacher, student, f"--method {settings.method}" if settings.method else "choosing a method")
 
 
 def check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:

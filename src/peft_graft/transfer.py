@@ -29,6 +29,7 @@ from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
     check_labels,
     check_pooler,
+    check_reading,
     learner,
     needs_predictions,
     no_predictions,
@@ -209,6 +210,7 @@ def _transfer(
     raw = with_teacher_labels(raw, teacher.base.config)
     checkpoint = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
     check_labels(checkpoint, student.base.config)
+    check_reading(teacher.architecture, student.architecture, settings, samples is not None)
     methods, reason = _methods(checkpoint, teacher, student, settings, given, has_text=samples is not None)
     plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0])
     check_pooler(plan, student)
@@ -282,7 +284,7 @@ def _transfer(
         method_reason=reason,
         text=text,
         alignment=alignment_name,
-        layers=[list(sources) for sources in plan.layers],
+        layers=plan.recorded_layers,
         sites=chosen.sites,
         head=chosen.head.model_copy(update={"how": outcome.head, "fit": outcome.fit}) if chosen.head else None,
         pairing=pairing_record(aligner.counts) if aligner.counts else None,

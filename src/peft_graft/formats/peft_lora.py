@@ -27,6 +27,7 @@ _TASKS = {
     "SEQ_CLS": "sequence-classification",
     "CAUSAL_LM": "causal-lm",
     "QUESTION_ANS": "question-answering",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
 }
 #: Options that change what the weights mean; each is refused unless it holds one of these harmless values.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {

@@ -17,6 +17,8 @@ _TASK_OF_CLASS = {
     "ForSequenceClassification": "sequence-classification",
     "ForCausalLM": "causal-lm",
     "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "seq2seq-lm",
+    "ForImageClassification": "image-classification",
     "AdapterModel": "prediction-heads",
 }
 
