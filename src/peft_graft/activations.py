@@ -93,15 +93,20 @@ class Capture:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Capture:
+        experts: dict[str, set[str]] = {}
         for space in self.spaces:
             if space.layer < 0:
                 continue
             tap = self.model.architecture.tap(space)
+            if tap.expert:
+                experts.setdefault(tap.expert[0], set()).add(tap.expert[1])
             module = self.model.base.get_submodule(tap.path)
             if tap.side == "input":
                 self._hooks.append(module.register_forward_pre_hook(self._on_input(space)))
             else:
                 self._hooks.append(module.register_forward_hook(self._on_output(space, tap.units)))
+        for block, paths in experts.items():
+            self._hooks.append(self.model.base.get_submodule(block).register_forward_hook(self._on_mixture(paths)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -120,6 +125,20 @@ class Capture:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             self._held[space] = value if units is None else value.index_select(-1, units.to(value.device))
+
+        return hook
+
+    def _on_mixture(self, paths: Iterable[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """Run experts on all of their block's input, in place of what the router sent them.
+
+        Each model sends an expert tokens of its own choice, few of which both models' experts see, and of some experts
+        none. But an expert is a function of the stream that can be asked about any token; that it is seldom called
+        for this one does not change which of its units are which.
+        """
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            for path in paths:
+                self.model.base.get_submodule(path)(inputs[0])
 
         return hook
 

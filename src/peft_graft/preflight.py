@@ -14,7 +14,7 @@ from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, blank_model, describe_config, load_config, own_labels
 from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import TransferPlan, check_reads_text, plan_transfer
+from peft_graft.planning import ExpertMap, TransferPlan, check_reads_text, plan_transfer
 from peft_graft.settings import TransferSettings
 
 if TYPE_CHECKING:
@@ -127,10 +127,17 @@ def no_text(what: str, why: str = "aligns the two models on text", *, alignment:
 
 
 def planned(
-    checkpoint: PeftCheckpoint, teacher: Architecture, student: Architecture, settings: TransferSettings, method: Method
+    checkpoint: PeftCheckpoint,
+    teacher: Architecture,
+    student: Architecture,
+    settings: TransferSettings,
+    method: Method,
+    experts: ExpertMap | None = None,
 ) -> TransferPlan:
     """The plan of a transfer under these settings."""
-    return plan_transfer(checkpoint, teacher, student, layers=settings.layers, method=method, head=settings.head)
+    return plan_transfer(
+        checkpoint, teacher, student, layers=settings.layers, method=method, head=settings.head, experts=experts
+    )
 
 
 def check_pooler(plan: TransferPlan, student: ModelHandle) -> None:

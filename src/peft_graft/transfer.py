@@ -18,13 +18,14 @@ from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
+from peft_graft.experts import SAMPLES, match_experts, matched_experts
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.functional import fit_modules
 from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
 from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
 from peft_graft.models import ModelHandle, embedding_similarity, handle, load_model
-from peft_graft.planning import choose_method
+from peft_graft.planning import ExpertMap, choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
     check_labels,
@@ -38,6 +39,7 @@ from peft_graft.preflight import (
     with_teacher_labels,
 )
 from peft_graft.report import GraftReport, hardware, versions
+from peft_graft.roles import expert_of
 from peft_graft.settings import POLISH, Clock, HeadChoice, Progress, TransferSettings, checked_settings
 from peft_graft.teaching import (
     EXACT,
@@ -212,9 +214,10 @@ def _transfer(
     check_labels(checkpoint, student.base.config)
     check_reading(teacher.architecture, student.architecture, settings, samples is not None)
     methods, reason = _methods(checkpoint, teacher, student, settings, given, has_text=samples is not None)
-    plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0])
-    check_pooler(plan, student)
     pool = list(islice(samples, _POOL)) if samples is not None else []
+    experts = _experts(checkpoint, teacher, student, settings, given, methods, pool)
+    plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0], experts)
+    check_pooler(plan, student)
     asked, notes = _can_learn(checkpoint, pool, settings)
     pairs = dict(plan.pairs)
     if asked and checkpoint.head is None:
@@ -337,6 +340,25 @@ def _can_learn(
             )
         return False, [f"neither fitted nor judged: {len(pool)} samples of text are too few"]
     return True, []
+
+
+def _experts(
+    checkpoint: PeftCheckpoint,
+    teacher: ModelHandle,
+    student: ModelHandle,
+    settings: TransferSettings,
+    given: Alignment | None,
+    methods: Sequence[Method],
+    pool: Sequence[Sample],
+) -> ExpertMap | None:
+    """Which experts correspond, where the module acts in some: as the alignment says, or the text; None for copy."""
+    if not any(expert_of(role) is not None for role in checkpoint.roles):
+        return None
+    if given is not None:
+        return matched_experts(given.maps, student.architecture)
+    if pool and any(method.needs_text for method in methods):
+        return match_experts(teacher, student, pool[held_out_size(len(pool)) :][:SAMPLES], settings.layers)
+    return None
 
 
 def _methods(
