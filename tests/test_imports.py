@@ -20,7 +20,7 @@ LEVELS = (
     ("methods",),
     ("alignment",),
     ("formats.peft_lora", "formats.adapterhub", "alignment_files", "projection", "models"),
-    ("settings", "checkpoints"),
+    ("settings", "checkpoints", "correspondence"),
     ("activations", "planning", "live"),
     ("predictions", "verification", "experts"),
     ("agreement", "fitting"),

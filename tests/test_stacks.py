@@ -13,6 +13,7 @@ from peft import PeftModel
 
 import peft_graft
 import tiny
+from conftest import needs_adapters
 from peft_graft.activations import Capture
 from peft_graft.checkpoints import read_checkpoint
 from peft_graft.errors import PlanError
@@ -163,7 +164,7 @@ def test_a_seq2seq_module_is_judged_and_polished(tmp_path: Path, text: Path) -> 
     assert {name.split(",")[0] for name in graft.report.tried} >= {"prune-align", "ridge", "functional"}
     assert graft.report.polish is not None
     assert graft.report.verdict.measured.answers > 100
-    same = peft_graft.transfer(tmp_path / "module", student=base, text=text, out=tmp_path / "same")
+    same = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "same", **options(text))
     assert same.report.verdict.level == "exact"
     same_module(tmp_path / "module", tmp_path / "same")
 
@@ -251,6 +252,27 @@ def test_an_alignment_of_encoder_decoders_serves_every_module(tmp_path: Path, te
     shapes = [describe_config(transformers.AutoConfig.from_pretrained(name)) for name in (base, other)]
     few = plan_alignment(*shapes, roles=["decoder.cross.query"])
     assert {pair[0].name for pair in few} == {"decoder.cross.in", "decoder.cross.query.out", "tokens.out"}
+
+
+def test_layer_maps_by_stack(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", "bart")
+    trained(tmp_path / "module", base, BART_TARGETS)
+    student = saved(tmp_path / "student", "bart", 1, encoder_layers=1, decoder_layers=2)
+    how = {"student": student, "method": "copy"}
+    graft = peft_graft.transfer(tmp_path / "module", layers="encoder=avg;decoder=0,2", **how)
+    assert graft.report.layers == {"encoder": [[0, 1]], "decoder": [[0], [2]]}
+    with pytest.raises(PlanError, match=r"decoder=0,1: .*expected encoder, decoder.*found decoder"):
+        peft_graft.transfer(tmp_path / "module", layers="decoder=0,1", **how)
+    with pytest.raises(PlanError, match="expected 1 numbers"):
+        peft_graft.transfer(tmp_path / "module", layers="0,2", **how)
+
+
+@needs_adapters
+def test_adapterhub_on_several_stacks_is_refused(tmp_path: Path) -> None:
+    base = bert(tmp_path / "bert", hidden=32)
+    tiny.adapterhub_module(tmp_path / "module", base, "lora", head=None)
+    with pytest.raises(PlanError, match="several stacks are not supported yet.*train the module with peft"):
+        peft_graft.transfer(tmp_path / "module", student=saved(tmp_path / "bart", "bart"), method="copy")
 
 
 def permuted_bart(model, seed: int = 3):

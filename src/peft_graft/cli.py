@@ -48,7 +48,12 @@ class Head(StrEnum):
     drop = "drop"
 
 
-Layers = Annotated[str, typer.Option(help="skip, avg, or one teacher layer for each student layer, such as 0,2,4.")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="skip, avg, or one teacher layer for each student layer, such as 0,2,4; encoder=skip;decoder=0,2 by stack."
+    ),
+]
 Columns = Annotated[
     str | None, typer.Option(help="Column of the text, or two columns of sentence pairs: premise,hypothesis.")
 ]

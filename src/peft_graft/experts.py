@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from peft_graft.activations import CollectionSettings, check_pairs, collect
 from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
+from peft_graft.correspondence import ExpertMap
 from peft_graft.methods import assign_by_correlation
 from peft_graft.models import ModelHandle
-from peft_graft.planning import ExpertMap, expert_pairs
+from peft_graft.planning import expert_pairs
 from peft_graft.roles import expert_of
 from peft_graft.text import Sample
 

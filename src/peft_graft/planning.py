@@ -8,21 +8,20 @@ from dataclasses import dataclass, field
 from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, head_form
+from peft_graft.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.errors import PlanError
 from peft_graft.families import SEQ2SEQ_LM
 from peft_graft.methods import METHODS, Method
 from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space
-from peft_graft.roles import Stack, expert_of, moved_space, with_expert
+from peft_graft.roles import Stack, expert_of, moved_space
 from peft_graft.settings import HeadChoice
 
 #: For every student layer the teacher layers whose modules make up its module.
 LayerMap = tuple[tuple[int, ...], ...]
-#: (teacher layer, student layer) -> for every student expert the teacher's that it takes its module from, -1 for none.
-ExpertMap = Mapping[tuple[int, int], tuple[int, ...]]
 
 
 def layer_map(spec: str, teacher_layers: int, student_layers: int) -> LayerMap:
-    """Which teacher layers serve each student layer.
+    """Which teacher layers serve each student layer of one stack.
 
     With n teacher and m student layers, student layer l owns the window [floor(l n / m), floor((l + 1) n / m)) of
     teacher layers. ``skip`` takes the window's first layer (k l for k = n / m, arXiv 2403.18804), ``avg``
@@ -63,6 +62,24 @@ def layer_map(spec: str, teacher_layers: int, student_layers: int) -> LayerMap:
     return tuple((layer,) for layer in chosen)
 
 
+def layer_maps(spec: str, stacks: Sequence[tuple[Stack, Stack]]) -> dict[str, str]:
+    """A layer map for every stack of the student, by its name: the same for all, or ``encoder=skip;decoder=0,2``.
+
+    Raises:
+        PlanError: a stack that the models do not share, or one that is left out.
+    """
+    names = [second.name for _, second in stacks]
+    if "=" not in spec:
+        return dict.fromkeys(names, spec)
+    found = {stack.strip(): part.strip() for stack, _, part in (part.partition("=") for part in spec.split(";"))}
+    if found.keys() != set(names):
+        raise PlanError(
+            "the layer maps do not name the stacks", where=f"--layers {spec}",
+            expected=", ".join(names) if any(names) else "one map without a name", found=", ".join(found),
+        )  # fmt: skip
+    return found
+
+
 @dataclass(frozen=True)
 class SitePlan:
     """One module of the student: its site and the teacher's sites that it is made from."""
@@ -97,25 +114,6 @@ class TransferPlan:
         """The layer map for a record: plain for a stack without a name, by stack otherwise."""
         found = {stack: [list(sources) for sources in mapping] for stack, mapping in self.layers.items()}
         return found[""] if found.keys() == {""} else found
-
-
-def corresponding_stacks(teacher: Architecture, student: Architecture) -> list[tuple[Stack, Stack]]:
-    """Pairs of (teacher, student) stacks that modules can move between.
-
-    Stacks of one kind correspond: a BERT to the encoder of a BART, a Llama to its decoder. So do two text models of one
-    stack each, whatever they are. What reads images or sound has nothing in common with what reads text.
-    """
-    first, second = teacher.row.stacks, student.row.stacks
-    if len(first) == len(second) == 1 and teacher.row.reads_text and student.row.reads_text:
-        return [(first[0], second[0])]
-    return [(one, other) for one in first for other in second if one.kind == other.kind]
-
-
-def _corresponds(stacks: Sequence[tuple[Stack, Stack]], role: str, student: Architecture) -> bool:
-    """Whether the student has a role like this one of the teacher; which of its experts, is another question."""
-    found = [(second, first.local(role)) for first, second in stacks]
-    names = {stack.full(with_expert(local, 0)) for stack, local in found if local is not None}
-    return bool(names & {*student.row.linears, *student.row.adapters})
 
 
 def check_reads_text(teacher: Architecture, student: Architecture, what: str) -> None:
@@ -160,7 +158,7 @@ def plan_transfer(
     """Plan a transfer, every site, layer and shape checked.
 
     Args:
-        layers: a layer map, taken for every stack by itself.
+        layers: see ``layer_maps``.
         experts: which experts correspond; those of one number when None.
 
     Raises:
@@ -170,14 +168,20 @@ def plan_transfer(
     """
     stacks = corresponding_stacks(teacher, student)
     _check_roles(checkpoint, stacks, student)
-    mappings: dict[str, LayerMap] = {}
+    if checkpoint.raw.format == "adapterhub" and len(student.row.stacks) > 1:
+        raise PlanError(
+            "modules of AdapterHub on models with several stacks are not supported yet",
+            where=student.model_type,
+            fix="train the module with peft",
+        )
+    specs, mappings = layer_maps(layers, stacks), dict[str, LayerMap]()
     sites: list[SitePlan] = []
     notes: list[str] = []
     for first, second in stacks:
         roles = [role for role in checkpoint.roles if first.local(role) is not None]
         if not roles and len(stacks) > 1:
             continue
-        mapping = layer_map(layers, teacher.depths[first.name], student.depths[second.name])
+        mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
         mappings[second.name] = mapping
         used = [
             site
@@ -233,7 +237,8 @@ def plan_alignment(
     """
     check_reads_text(teacher, student, "an alignment")
     stacks = corresponding_stacks(teacher, student)
-    shared = [role for role in teacher.row.linears if _corresponds(stacks, role, student)]
+    specs = layer_maps(layers, stacks)
+    shared = [role for role in teacher.row.linears if corresponds(stacks, role, student)]
     chosen = list(roles) if roles else [*shared, "adapter"]
     unknown = [role for role in chosen if role not in (*shared, "adapter")]
     if unknown:
@@ -246,7 +251,7 @@ def plan_alignment(
             pairs[first, second] = (teacher.size(first), student.size(second))
 
     for first, second in stacks:
-        mapping = layer_map(layers, teacher.depths[first.name], student.depths[second.name])
+        mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
         for layer, source in ((layer, source) for layer, sources in enumerate(mapping) for source in sources):
             for role in chosen:
                 if role == "adapter":
@@ -256,7 +261,7 @@ def plan_alignment(
                     for name in ("attn.in", "attn.output.out", "ffn.in", "ffn.down.out", "layer.out"):
                         add(near, far, first.full(name))
                     continue
-                target = _target(Site(source, role), (first, second), layer, experts)
+                target = counterpart(Site(source, role), (first, second), layer, experts)
                 if target is not None and student.has(target):
                     linear = teacher.row.linears[role]
                     add(Site(source, role), target, linear.reads)
@@ -272,8 +277,11 @@ def plan_alignment(
 def expert_pairs(teacher: Architecture, student: Architecture, layers: str) -> dict[Pair, tuple[int, int]]:
     """The pairs of what routers write, by which experts are matched, with their sizes; none without routers."""
     pairs: dict[Pair, tuple[int, int]] = {}
-    for first, second in corresponding_stacks(teacher, student):
-        for layer, sources in enumerate(layer_map(layers, teacher.depths[first.name], student.depths[second.name])):
+    stacks = corresponding_stacks(teacher, student)
+    specs = layer_maps(layers, stacks)
+    for first, second in stacks:
+        depths = teacher.depths[first.name], student.depths[second.name]
+        for layer, sources in enumerate(layer_map(specs[second.name], *depths)):
             for source in sources:
                 pair = Space(source, first.full("ffn.router.out")), Space(layer, second.full("ffn.router.out"))
                 if pair[0] in teacher.sizes and pair[1] in student.sizes:
@@ -306,20 +314,6 @@ def _axes(module: Module) -> list[Axis]:
     return [axis for tensor in module.tensors.values() for axis in tensor.axes if axis is not None]
 
 
-def _target(site: Site, stacks: tuple[Stack, Stack], layer: int, experts: ExpertMap | None) -> Site | None:
-    """Where a teacher's place lies in a layer of the student, None where nothing corresponds."""
-    local = stacks[0].local(site.role)
-    if local is None:
-        return None
-    expert = expert_of(local)
-    if expert is not None and experts is not None:
-        matched = experts.get((site.layer, layer), ())  # none where the student's layer has no experts
-        if expert not in matched:
-            return None
-        local = with_expert(local, matched.index(expert))
-    return Site(layer, stacks[1].full(local))
-
-
 def _sites_of_layer(
     checkpoint: PeftCheckpoint,
     roles: Sequence[str],
@@ -333,7 +327,7 @@ def _sites_of_layer(
     found: dict[Site, list[Site]] = {}
     for role in roles:
         for source in (Site(source, role) for source in sources):
-            target = _target(source, stacks, layer, experts)
+            target = counterpart(source, stacks, layer, experts)
             if source in checkpoint.modules and target is not None and student.has(target):
                 found.setdefault(target, []).append(source)
     return [SitePlan(target, tuple(present)) for target, present in found.items()]
@@ -368,14 +362,14 @@ def _add_pair(
 
 def _check_roles(checkpoint: PeftCheckpoint, stacks: Sequence[tuple[Stack, Stack]], student: Architecture) -> None:
     for site in checkpoint.modules:
-        if not _corresponds(stacks, site.role, student):
+        if not corresponds(stacks, site.role, student):
             known = [*student.row.linears, *student.row.adapters]
             raise PlanError(
                 "the student has no counterpart of this site",
                 where=str(site),
                 expected=f"one of the roles of {student.model_type}: {_listed(known)}",
                 found=site.role,
-                fix=_advice(site.role, stacks, student),
+                fix=advice(site.role, stacks, student),
             )
 
 
@@ -394,20 +388,6 @@ def _check_sizes(pairs: Mapping[Pair, tuple[int, int]], teacher: Architecture, s
             found=pairs[different][1],
             fix="choose a student of the teacher's width",
         )
-
-
-def _advice(role: str, stacks: Sequence[tuple[Stack, Stack]], student: Architecture) -> str:
-    if all(first.local(role) is None for first, _ in stacks):
-        stack = role.partition(".")[0]
-        return (
-            f"a {student.model_type} has no {stack}: choose a student that has, or train the module without the {stack}"
-        )
-    if ".cross." in f".{role}":
-        return "train the module without the cross attention, or choose a student that has an encoder and a decoder"
-    if expert_of(role) is not None:
-        return "train the module without the experts, or choose a student that is a mixture of experts too"
-    fix = "choose a student of a family that has it"
-    return fix + (", or move a LoRA" if role.endswith("adapter") else "")
 
 
 def _listed(roles: Iterable[str]) -> str:

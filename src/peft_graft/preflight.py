@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from peft_graft.alignment import copy_alignment
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, resolve
+from peft_graft.correspondence import ExpertMap
 from peft_graft.errors import AlignmentError, HeadError, TextError
 from peft_graft.fitting import can_fit
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, blank_model, describe_config, load_config, own_labels
 from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import ExpertMap, TransferPlan, check_reads_text, plan_transfer
+from peft_graft.planning import TransferPlan, check_reads_text, plan_transfer
 from peft_graft.settings import TransferSettings
 
 if TYPE_CHECKING:

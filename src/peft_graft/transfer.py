@@ -17,6 +17,7 @@ from peft_graft.aligning import Aligner, check_tokenizers, peeked
 from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.correspondence import ExpertMap
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
 from peft_graft.experts import SAMPLES, match_experts, matched_experts
 from peft_graft.formats.raw import RawCheckpoint
@@ -25,7 +26,7 @@ from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pai
 from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
 from peft_graft.models import ModelHandle, embedding_similarity, handle, load_model
-from peft_graft.planning import ExpertMap, choose_method
+from peft_graft.planning import choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
     check_labels,
@@ -93,7 +94,7 @@ def transfer(
         student: folder or hub id of the model that receives the module.
         out: folder to write; nothing is written without it.
         teacher: the model that the module was trained on; the one that its configuration names by default.
-        layers: ``skip``, ``avg``, or one teacher layer for each student layer, ``"0,2,4"``.
+        layers: ``skip``, ``avg``, or one teacher layer for each student layer, ``"0,2,4"``; see ``TransferSettings``.
         method: a key of ``METHODS``; when None the one whose graft agrees best with the teacher on held-out text.
         text: unlabelled text (``text.read_text``) to align, fit, polish and judge on, with ``columns``; ``max_tokens``
             limits what the alignment sees.
