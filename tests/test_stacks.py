@@ -169,6 +169,19 @@ def test_a_seq2seq_module_is_judged_and_polished(tmp_path: Path, text: Path) -> 
     same_module(tmp_path / "module", tmp_path / "same")
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_classifiers_without_their_heads(family: str, tmp_path: Path, text: Path) -> None:
+    """The stacks of T5's classifiers lie in a base model, other than in its language models."""
+    base, other = saved(tmp_path / "base", family), saved(tmp_path / "other", family, 1, d_model=24)
+    trained(tmp_path / "module", base, ["q", "q_proj"], "SEQ_CLS", "AutoModelForSequenceClassification")
+    graft = peft_graft.transfer(
+        tmp_path / "module", student=other, head="drop", out=tmp_path / "graft", **options(text)
+    )
+    assert graft.report.verification.done
+    prefix = "transformer" if family == "t5" else "model"
+    assert all(path.startswith(f"{prefix}.") for path in read_checkpoint(tmp_path / "graft").entries)
+
+
 def test_live_seq2seq_models(tmp_path: Path) -> None:
     """T5's task models hold the stacks themselves; given one, its stacks are described and used."""
     base = saved(tmp_path / "base", "t5")

@@ -88,6 +88,8 @@ def _probe(student: ModelHandle) -> dict[str, Tensor]:
     if kinds & {"encoder", "decoder"}:
         vocabulary = int(getattr(config, "text_config", config).vocab_size)
         ids = torch.randint(min(10, vocabulary // 2), vocabulary, (4, 16), generator=generator)
+        if config.is_encoder_decoder and config.eos_token_id is not None:
+            ids[:, -1] = config.eos_token_id  # which their classes for whole texts read
         probe = complete(config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if "vision" in kinds:
         vision = getattr(config, "vision_config", config)
