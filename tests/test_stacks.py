@@ -127,9 +127,7 @@ def test_a_seq2seq_module_returns_from_its_own_model_as_it_was(family: str, tmp_
     assert "AutoModelForSeq2SeqLM" in (tmp_path / "graft" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student"), [("t5", "bart"), ("bart", "t5"), ("mt5", "t5-gated"), ("mbart", "marian"), ("t5", "mt5")]
-)
+@pytest.mark.parametrize(("teacher", "student"), [("t5", "bart"), ("bart", "t5"), ("mt5", "t5-gated")])
 def test_modules_move_between_encoder_decoders(teacher: str, student: str, tmp_path: Path, text: Path) -> None:
     """To one of another width and other depths; what is written loads and acts (``transfer`` verifies both)."""
     base = saved(tmp_path / "base", teacher)
@@ -565,7 +563,7 @@ def test_a_permuted_mixture_computes_what_the_teacher_does(tmp_path: Path) -> No
     assert orders[0] != [0, 1, 2, 3]
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
     how = options(tmp_path / "text.txt", max_tokens=50_000)
     graft = peft_graft.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", **how)
     taken = {site.site: site.teacher_sites for site in graft.report.sites}
