@@ -11,9 +11,10 @@ import tiny
 from peft_graft.activations import Capture
 from peft_graft.architectures import describe, infer_row
 from peft_graft.errors import ArchitectureError
-from peft_graft.families import LINEAR_ROLES, ROWS
+from peft_graft.families import ROWS
 from peft_graft.models import describe_config, handle
 from peft_graft.modules import Site, Space
+from peft_graft.roles import LINEAR_ROLES
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -56,7 +57,9 @@ def test_hooks_are_removed_after_a_capture() -> None:
 def test_rows_use_known_roles_and_name_each_model_type_once() -> None:
     types = [name for row in ROWS for name in row.model_types]
     assert len(types) == len(set(types))
-    assert all(set(row.linears) <= set(LINEAR_ROLES) for row in ROWS)
+    roles = {role.removeprefix("shared.") for row in ROWS for stack in row.stacks for role in stack.linears}
+    assert roles == set(LINEAR_ROLES)
+    assert all(len({stack.name for stack in row.stacks}) == len(row.stacks) for row in ROWS)
 
 
 def test_an_unknown_architecture_is_inferred_from_its_module_tree() -> None:
@@ -67,7 +70,9 @@ def test_an_unknown_architecture_is_inferred_from_its_module_tree() -> None:
     assert architecture.inferred
     assert architecture.num_layers == 2
     assert architecture.path(Site(1, "ffn.gate")) == "layers.1.mlp.gate_proj"
-    assert set(architecture.row.linears) == set(LINEAR_ROLES)
+    assert set(architecture.row.linears) == {
+        "attn.query", "attn.key", "attn.value", "attn.output", "ffn.up", "ffn.gate", "ffn.down"
+    }  # fmt: skip
 
 
 class _Odd(nn.Module):

@@ -225,11 +225,12 @@ def test_a_student_with_damaged_weights(move, world, tmp_path) -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_what_to_write(move, tmp_path) -> None:
-    transformers.T5Config(
-        vocab_size=50, d_model=16, d_kv=4, num_heads=4, d_ff=16, num_layers=2, num_decoder_layers=2
-    ).save_pretrained(tmp_path / "t5")
-    with pytest.raises(ArchitectureError, match="t5: .*cannot be inferred: found 2 stacks.*ROWS"):
-        move(student=tmp_path / "t5")
+    transformers.BlenderbotConfig(
+        vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    ).save_pretrained(tmp_path / "other")  # fmt: skip
+    with pytest.raises(ArchitectureError, match="blenderbot: .*cannot be inferred: found 2 stacks.*ROWS"):
+        move(student=tmp_path / "other")
 
 
 def test_a_slow_tokenizer(world) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
-from peft_graft.models import ModelHandle
+from peft_graft.models import ModelHandle, complete
 from peft_graft.modules import EMBEDDED, FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics
@@ -93,6 +93,7 @@ class Capture:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Capture:
+        experts: dict[str, set[str]] = {}
         for space in self.spaces:
             if space.name == EMBEDDED:
                 self._hooks.append(
@@ -101,11 +102,15 @@ class Capture:
             if space.layer < 0:
                 continue
             tap = self.model.architecture.tap(space)
+            if tap.expert:
+                experts.setdefault(tap.expert[0], set()).add(tap.expert[1])
             module = self.model.base.get_submodule(tap.path)
             if tap.side == "input":
                 self._hooks.append(module.register_forward_pre_hook(self._on_input(space)))
             else:
                 self._hooks.append(module.register_forward_hook(self._on_output(space, tap.units)))
+        for block, paths in experts.items():
+            self._hooks.append(self.model.base.get_submodule(block).register_forward_hook(self._on_mixture(paths)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -124,6 +129,20 @@ class Capture:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             self._held[space] = value if units is None else value.index_select(-1, units.to(value.device))
+
+        return hook
+
+    def _on_mixture(self, paths: Iterable[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """Run experts on all of their block's input, in place of what the router sent them.
+
+        Each model sends an expert tokens of its own choice, few of which both models' experts see, and of some experts
+        none. But an expert is a function of the stream that can be asked about any token; that it is seldom called
+        for this one does not change which of its units are which.
+        """
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            for path in paths:
+                self.model.base.get_submodule(path)(inputs[0])
 
         return hook
 
@@ -310,12 +329,13 @@ def tokenize(
 
 
 def pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]], device: torch.device) -> dict[str, Tensor]:
-    """One padded batch, [rows, longest row], int64."""
+    """One padded batch, [rows, longest row], int64, with the decoder's inputs too where there is an encoder."""
     tokenizer = model.tokenizer
     assert tokenizer is not None  # tokenize has refused a model without one
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
     width = max(len(row["input_ids"]) for row in rows)
-    return {
+    batch = {
         key: torch.tensor([row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=device)
         for key in rows[0]
     }
+    return complete(model.base.config, batch)

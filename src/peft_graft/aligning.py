@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 
 from peft_graft.activations import CollectionSettings, check_pairs, collect
 from peft_graft.alignment import Alignment, Pair, copy_alignment, solve_alignment
 from peft_graft.alignment_files import save_alignment
 from peft_graft.errors import AlignmentError, PairingError, PlanError
+from peft_graft.experts import SAMPLES, match_experts
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
 from peft_graft.planning import plan_alignment
@@ -64,6 +66,11 @@ def align(
     with clock("loading models"):
         first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
         second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
+    start = list(islice(samples, SAMPLES))
+    experts = match_experts(first, second, start, layers)
+    if experts:
+        pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites, experts=experts)
+    samples = chain(start, samples)
     (found,), _ = align_handles(first, second, samples, pairs, [chosen], settings, clock, str(text), lenient=True)
     if out is not None:
         save_alignment(found, Path(out), force=force)

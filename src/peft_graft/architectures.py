@@ -14,9 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from peft_graft.errors import ArchitectureError
-from peft_graft.families import GATE_UP, ROW_OF_TYPE, SPACES_OF_ROLE, ArchitectureRow, LinearRole, Tap
-from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, Site, Space
+from peft_graft.families import ROW_OF_TYPE
+from peft_graft.modules import EMBEDDED, FIRST_OUT, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, Site, Space
 from peft_graft.norms import global_norm_paths, norm_paths
+from peft_graft.roles import (
+    GATE_UP,
+    PREFIX_ROLE,
+    SPACES_OF_ROLE,
+    ArchitectureRow,
+    LinearRole,
+    Stack,
+    Tap,
+    expert_of,
+    of_expert,
+)
 
 
 @dataclass(frozen=True)
@@ -24,21 +35,54 @@ class Architecture:
     """A row made concrete for one model: number of layers and the size of every space.
 
     Attributes:
+        row: without the roles that the model lacks, with a role for each of its experts.
         prefix: the attribute under which a task model keeps this base model (``bert``).
+        depths: number of layers of every stack, by its name, which is empty for a stack alone.
         units: for roles that share a fused linear layer, their places in its output, int64.
-        norms: role of a layer norm -> its path inside the layer, or in the base model for those outside the layers.
+        absent: places that a layer lacks although others have them, such as the experts of a dense layer.
+        norms: role of a layer norm outside the layers -> its path in the base model.
         transposed: whether linear layers keep their weight as [in, out] (``Conv1D``).
     """
 
     model_type: str
     row: ArchitectureRow
     prefix: str
-    num_layers: int
+    depths: Mapping[str, int]
     sizes: Mapping[Space, int]
     inferred: bool = False
     units: Mapping[str, Tensor] = field(default_factory=dict)
+    absent: frozenset[Site] = frozenset()
     norms: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of all stacks."""
+        return sum(self.depths.values())
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream, of the last stack where there are several."""
+        return self.sizes[Space(0, self.row.stacks[-1].full("attn.in"))]
+
+    def depth(self, name: str) -> int:
+        """Number of layers of the stack that a role or space belongs to."""
+        return self.depths[self.row.stack(name).name]
+
+    def position(self, site: Site) -> int:
+        """Where a site's layer comes in the order in which the model computes all its layers."""
+        own = self.row.stack(site.role)
+        before = self.row.stacks[: self.row.stacks.index(own)]
+        return sum(self.depths[stack.name] for stack in before) + site.layer
+
+    def has(self, site: Site) -> bool:
+        """Whether the model has this place."""
+        known = {*self._places(), *([PREFIX_ROLE] if len(self.row.stacks) == 1 else [])}
+        return site.role in known and 0 <= site.layer < self.depth(site.role) and site not in self.absent
+
+    def start(self, task: str) -> str:
+        """What stands before the paths of the base model in a model of this task: ``bert.``, or nothing."""
+        return "" if task in self.row.flat_tasks or not self.prefix else f"{self.prefix}."
 
     def size(self, space: Space) -> int:
         """Number of units of a space.
@@ -54,16 +98,22 @@ class Architecture:
 
     def tap(self, space: Space) -> Tap:
         """Where to observe a space of a layer, as an absolute module path of the base model."""
-        local = self.row.taps.get(space.name) or self._tap_of_linear(space.name)
+        stack = next((stack for stack in self.row.stacks if stack.local(space.name) is not None), self.row.stacks[0])
+        local = stack.taps.get(stack.local(space.name) or "") or self._tap_of_linear(space)
         if local is None:
             raise ArchitectureError(f"a {self.model_type} model has no such space", where=str(space))
-        return replace(local, path=f"{self.row.layers}.{space.layer}.{local.path}")
+        layer, expert = f"{stack.layers}.{space.layer}", None
+        if stack.experts and expert_of(space.name) is not None:
+            expert = f"{layer}.{stack.experts.block}", f"{layer}.{stack.experts.path}.{expert_of(space.name)}"
+        return replace(local, path=f"{layer}.{local.path}", expert=expert)
 
-    def _tap_of_linear(self, name: str) -> Tap | None:
+    def _tap_of_linear(self, space: Space) -> Tap | None:
         for role, linear in self.row.linears.items():
-            if linear.reads == name:
+            if Site(space.layer, role) in self.absent:
+                continue
+            if linear.reads == space.name:
                 return Tap(linear.path, "input")
-            if linear.writes == name:
+            if linear.writes == space.name:
                 return Tap(linear.path, "output", self.units.get(role))
         return None
 
@@ -75,23 +125,23 @@ class Architecture:
         """
         if site.layer < 0 and site.role in self.norms:
             return self.norms[site.role]
-        path = dict(self._places()).get(site.role)
+        path = self._places().get(site.role)
         if path is None:
             raise ArchitectureError(
                 f"{self.model_type} has no role {site.role!r}",
                 where=str(site),
                 fix=f"roles of this architecture: {', '.join(self.roles)}",
             )
-        return f"{self.row.layers}.{site.layer}.{path}"
+        return f"{self.row.stack(site.role).layers}.{site.layer}.{path}"
 
     @property
     def roles(self) -> tuple[str, ...]:
         """All roles at which a module can attach inside the model."""
-        return (*self.row.linears, *self.row.adapters, *self.norms)
+        return (*self._places(), *self.norms)
 
-    def _places(self) -> list[tuple[str, str]]:
-        linears = [(role, linear.path) for role, linear in self.row.linears.items()]
-        return [*linears, *((role, point.path) for role, point in self.row.adapters.items()), *self.norms.items()]
+    def _places(self) -> dict[str, str]:
+        """Role -> path inside the layer, for all roles of all stacks."""
+        return {stack.full(role): path for stack in self.row.stacks for role, path in stack.places.items()}
 
     def sites(self, path: str) -> tuple[list[Site], str] | None:
         """The sites of a module path, several for a fused layer, and what stands before the layers in it, or None.
@@ -101,11 +151,15 @@ class Architecture:
         for role, place in self.norms.items():
             if path == place or path == f"{self.prefix}.{place}":
                 return [Site(-1, role)], path.removesuffix(place)
-        match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?){re.escape(self.row.layers)}\.(?P<layer>\d+)\.(?P<path>.+)", path)
-        if match is None:
-            return None
-        roles = [role for role, place in self._places() if place == match["path"]]
-        return ([Site(int(match["layer"]), role) for role in roles], match["prefix"]) if roles else None
+        for stack in self.row.stacks:
+            pattern = rf"(?P<prefix>(?:.*\.)?){re.escape(stack.layers)}\.(?P<layer>\d+)\.(?P<path>.+)"
+            match = re.fullmatch(pattern, path)
+            if match is None:
+                continue
+            roles = [role for role, place in stack.places.items() if place == match["path"]]
+            if roles:
+                return [Site(int(match["layer"]), stack.full(role)) for role in roles], match["prefix"]
+        return None
 
     def fused_size(self, role: str) -> int:
         """Outputs of the fused linear layer that holds a role."""
@@ -130,44 +184,36 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
     inferred = row is None
     if row is None:
         row = infer_row(base, model_type)
-    layers = _submodule(base, row.layers)
-    if not isinstance(layers, nn.ModuleList):
-        raise ArchitectureError(
-            "the model has no list of layers where its architecture's row says",
-            where=f"{model_type} {row.layers}",
-            fix="load the base model with AutoModel, or correct the row in peft_graft/families.py",
-        )
+    stacks: list[Stack] = []
+    depths: dict[str, int] = {}
     sizes: dict[Space, int] = {}
-    units = _units(row, layers[0], getattr(base, "config", None))
-    for index, layer in enumerate(layers):
-        for role, linear in row.linears.items():
-            module = _submodule(layer, linear.path)
-            shape = linear_shape(module)
-            if shape is None:
-                raise ArchitectureError(
-                    "the layer has no plain linear module there",
-                    where=f"{model_type} layer {index} {role}",
-                    expected=f"torch.nn.Linear at {linear.path}",
-                    found=type(module).__name__ if module is not None else "nothing",
-                )
-            sizes[Space(index, linear.reads)] = shape[0]
-            sizes[Space(index, linear.writes)] = len(units[role]) if linear.fused else shape[1]
-        if "layer.out" in row.taps:
-            sizes[Space(index, "layer.out")] = sizes[Space(index, "ffn.down.out")]
-    last = max((space for space in sizes if space.name == "ffn.down.out"), default=None)
-    hidden = sizes[last] if last else getattr(getattr(base, "config", None), "hidden_size", None)
-    if hidden is not None:
-        sizes.update({Space(-1, name): int(hidden) for name in GLOBAL_SPACES})
-        if getattr(base, "pooler", None) is None:
-            sizes.pop(Space(-1, POOLED_OUT))
-        if not any(form.reads == LAST_OUT for form in row.heads.values()):
-            sizes.pop(Space(-1, LAST_OUT))
+    units: dict[str, Tensor] = {}
+    absent: set[Site] = set()
+    for stack in row.stacks:
+        layers = _submodule(base, stack.layers)
+        if not isinstance(layers, nn.ModuleList):
+            raise ArchitectureError(
+                "the model has no list of layers where its architecture's row says",
+                where=f"{model_type} {stack.layers}",
+                fix="load the base model with AutoModel, or correct the row in peft_graft/families.py",
+            )
+        stack = _concrete(stack, layers)
+        stacks.append(stack)
+        depths[stack.name] = len(layers)
+        own = _units(stack, model_type, layers[0], getattr(base, "config", None))
+        units.update({stack.full(role): places for role, places in own.items()})
+        for index, layer in enumerate(layers):
+            found, missing = _sizes(stack, model_type, index, layer, own)
+            sizes.update(found)
+            absent |= missing
+    row = replace(row, stacks=tuple(stacks))
+    sizes.update(_global_sizes(row, depths, sizes, base))
     words = getattr(_input_embeddings(base), "embedding_dim", None)
-    if words is not None:
+    if words is not None and len(stacks) == 1:
         sizes[Space(-1, EMBEDDED)] = int(words)
-    norms = norm_paths(layers[0]) | global_norm_paths(base)
-    transposed = any(type(module).__name__ == "Conv1D" for module in layers[0].modules())
-    return Architecture(model_type, row, prefix, len(layers), sizes, inferred, units, norms, transposed)
+    norms = global_norm_paths(base) if len(stacks) == 1 else {}
+    transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())
+    return Architecture(model_type, row, prefix, depths, sizes, inferred, units, frozenset(absent), norms, transposed)
 
 
 def _input_embeddings(base: nn.Module) -> nn.Module | None:
@@ -176,6 +222,82 @@ def _input_embeddings(base: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def _concrete(stack: Stack, layers: nn.ModuleList) -> Stack:
+    """The stack with the paths that this model has, and a role for every expert's part."""
+    linears: dict[str, LinearRole] = {}
+
+    def present(path: str) -> bool:
+        return any(_submodule(layer, path) is not None for layer in layers)
+
+    for role, linear in stack.linears.items():
+        if linear.elsewhere and not present(linear.path):
+            linear = replace(linear, path=linear.elsewhere, elsewhere=None)
+        if not linear.optional or present(linear.path):
+            linears[role] = linear
+    if stack.experts:
+        lists = [_submodule(layer, stack.experts.path) for layer in layers]
+        numbers = max((len(experts) for experts in lists if isinstance(experts, nn.ModuleList)), default=0)
+        for number in range(numbers):
+            inside = of_expert(f"expert.{number}", stack.experts.linears, f"{stack.experts.path}.{number}")
+            linears |= {role: replace(linear, optional=True) for role, linear in inside.items()}
+    # One name means different norms in the encoder of BART and in OPT: where there are several stacks, none is taken.
+    norms = {} if stack.name else norm_paths(layers[0])
+    return replace(stack, linears=linears, norms=norms)
+
+
+def _sizes(
+    stack: Stack, model_type: str, index: int, layer: nn.Module, units: Mapping[str, Tensor]
+) -> tuple[dict[Space, int], set[Site]]:
+    """The sizes of one layer's spaces, and its absent places.
+
+    Raises:
+        ArchitectureError: a role of the row has no linear layer there.
+    """
+    sizes: dict[Space, int] = {}
+    absent: set[Site] = set()
+    for role, linear in stack.linears.items():
+        module = _submodule(layer, linear.path)
+        shape = linear_shape(module)
+        if module is None and linear.optional:
+            absent.add(Site(index, stack.full(role)))
+            continue
+        if shape is None:
+            raise ArchitectureError(
+                "the layer has no plain linear module there",
+                where=f"{model_type} layer {index} {stack.full(role)}",
+                expected=f"torch.nn.Linear at {linear.path}",
+                found=type(module).__name__ if module is not None else "nothing",
+            )
+        sizes[Space(index, stack.full(linear.reads))] = shape[0]
+        sizes[Space(index, stack.full(linear.writes))] = len(units[role]) if linear.fused else shape[1]
+    if "layer.out" in stack.taps:
+        sizes[Space(index, stack.full("layer.out"))] = sizes[Space(index, stack.full("ffn.down.out"))]
+    return sizes, absent
+
+
+def _global_sizes(
+    row: ArchitectureRow, depths: Mapping[str, int], sizes: Mapping[Space, int], base: nn.Module
+) -> dict[Space, int]:
+    """The sizes of what the whole model gives; nothing for two towers that give a state each."""
+    last = row.stacks[-1]
+    if len(row.stacks) > 1 and last.kind != "decoder":
+        return {}
+    written = [Space(depths[last.name] - 1, last.full(name)) for name in ("ffn.down.out", "attn.output.out")]
+    hidden = next((sizes[space] for space in written if space in sizes), None)
+    hidden = hidden or getattr(getattr(base, "config", None), "hidden_size", None)
+    if hidden is None:
+        return {}
+    found = {Space(-1, name): int(hidden) for name in GLOBAL_SPACES}
+    read = {form.reads for form in row.heads.values()}
+    if getattr(base, "pooler", None) is None:
+        found.pop(Space(-1, POOLED_OUT))
+    if LAST_OUT not in read:
+        found.pop(Space(-1, LAST_OUT))
+    if FIRST_OUT not in read and len(row.stacks) > 1:
+        found.pop(Space(-1, FIRST_OUT))
+    return found
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
@@ -189,14 +311,14 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def _units(row: ArchitectureRow, layer: nn.Module, config: Any) -> dict[str, Tensor]:
+def _units(stack: Stack, model_type: str, layer: nn.Module, config: Any) -> dict[str, Tensor]:
     """For every role in a fused linear layer its places in the output, in the order of heads and units in heads.
 
     Raises:
         ArchitectureError: the configuration's heads do not account for the layer's outputs.
     """
     found: dict[str, Tensor] = {}
-    for role, linear in row.linears.items():
+    for role, linear in stack.linears.items():
         if linear.fused is None or role in found:
             continue
         shape = linear_shape(_submodule(layer, linear.path))
@@ -210,7 +332,7 @@ def _units(row: ArchitectureRow, layer: nn.Module, config: Any) -> dict[str, Ten
         if (queries + 2 * pairs) * width != shape[1]:
             raise ArchitectureError(
                 "the heads of the configuration do not account for the fused projection",
-                where=f"{row.model_types[0]} {linear.path}",
+                where=f"{model_type} {linear.path}",
                 expected=f"{(queries + 2 * pairs) * width} outputs ({queries} + 2 x {pairs} heads of {width})",
                 found=shape[1],
             )
@@ -290,4 +412,6 @@ def infer_row(base: nn.Module, model_type: str) -> ArchitectureRow:
             linears[roles[0]] = LinearRole(path, *SPACES_OF_ROLE[roles[0]])
     if not {"attn.query", "attn.value"} <= linears.keys():
         raise refuse(f"no query and value projections in {stacks[0]}.0; found roles: {', '.join(linears) or 'none'}")
-    return ArchitectureRow((model_type,), stacks[0], linears)
+    # An encoder or a decoder: it matters beside models that have both.
+    causal = any(getattr(module, "is_causal", False) for module in layer.modules())
+    return ArchitectureRow((model_type,), (Stack(stacks[0], linears, kind="decoder" if causal else "encoder"),))

@@ -40,6 +40,11 @@ class PeftCheckpoint:
         return tuple(sorted({site.role for site in self.modules}))
 
     @property
+    def roles_in_layers(self) -> tuple[str, ...]:
+        """Roles that carry a module, without those of the whole model."""
+        return tuple(sorted({site.role for site in self.modules if site.layer >= 0}))
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Layers that carry a module."""
         return tuple(sorted({site.layer for site in self.modules if site.layer >= 0}))
@@ -148,7 +153,7 @@ def to_raw(
 
     An inner head layer that equals the one in ``base_tensors`` (the student's own pooler) is not written again.
     """
-    start = f"{architecture.prefix}." if checkpoint.wrapped and architecture.prefix else ""
+    start = architecture.start(checkpoint.raw.task) if checkpoint.wrapped else ""
     entries, scalings = entries_of(checkpoint.modules, architecture, start, base_tensors or {})
     raw = checkpoint.raw
     head = head_paths(checkpoint.head, raw, architecture, start) if checkpoint.head else {}
@@ -184,8 +189,9 @@ def _check_shapes(module: Module, architecture: Architecture) -> None:
 
 def _check_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> None:
     """Refuse parts of the base model that were trained and saved beside the module; its pooler belongs to the head."""
-    start = f"{architecture.prefix}."
-    inside = [key for key in raw.head if key.startswith(start) and not key.startswith(f"{start}pooler.")]
+    start = architecture.start(raw.task)
+    own = (start,) if start else tuple(f"{stack.layers.partition('.')[0]}." for stack in architecture.row.stacks)
+    inside = [key for key in raw.head if key.startswith(own) and not key.startswith(f"{start}pooler.")]
     if inside:
         raise CheckpointError(
             f"the module comes with a trained part of its base model, {inside[0]}, which cannot be moved yet",

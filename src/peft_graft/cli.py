@@ -14,15 +14,12 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from peft_graft.aligning import align as align_models
-from peft_graft.alignment import Alignment
+from peft_graft.display import escaped, show_alignment, show_graft, show_inspection
 from peft_graft.errors import GraftError
-from peft_graft.inspection import Inspection
 from peft_graft.inspection import inspect as inspect_module
 from peft_graft.methods import METHODS
-from peft_graft.report import GraftReport
 from peft_graft.settings import POLISH
 from peft_graft.settings import Progress as ProgressCall
 from peft_graft.transfer import UNFINISHED
@@ -48,7 +45,12 @@ class Head(StrEnum):
     drop = "drop"
 
 
-Layers = Annotated[str, typer.Option(help="skip, avg, or one teacher layer for each student layer, such as 0,2,4.")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="skip, avg, or one teacher layer for each student layer, such as 0,2,4; encoder=skip;decoder=0,2 by stack."
+    ),
+]
 Columns = Annotated[
     str | None, typer.Option(help="Column of the text, or two columns of sentence pairs: premise,hypothesis.")
 ]
@@ -73,7 +75,7 @@ def inspect(
     if as_json:
         _print_json(found)
     else:
-        _show_inspection(found)
+        show_inspection(found)
     if found.student and found.student.problem:
         raise typer.Exit(1)
 
@@ -147,7 +149,7 @@ def transfer(
     if as_json:
         _print_json(graft.report)
     else:
-        _show_graft(graft.report, out)
+        show_graft(graft.report, out)
 
 
 @app.command()
@@ -187,7 +189,7 @@ def align(
             force=force,
             progress=progress,
         )
-    _show_alignment(found, out, as_json=as_json)
+    show_alignment(found, out, as_json=as_json)
 
 
 @app.command()
@@ -247,7 +249,7 @@ def main() -> None:
         if code == _INTERRUPTED:  # typer turns the signal into its exit code
             raise KeyboardInterrupt
     except GraftError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted; nothing was written")
@@ -258,10 +260,6 @@ def main() -> None:
             sys.exit(error.exit_code)
         raise
     sys.exit(code or 0)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def _split(names: str | None) -> list[str] | None:
@@ -279,7 +277,7 @@ def _say_how_to_go_on(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if Path(f"{out}{UNFINISHED}").exists():
             Console(stderr=True).print(
-                f"the polish so far is in {_escaped(f'{out}{UNFINISHED}')}; the same command goes on from there",
+                f"the polish so far is in {escaped(f'{out}{UNFINISHED}')}; the same command goes on from there",
                 soft_wrap=True,
             )
         raise
@@ -310,144 +308,3 @@ def _progress() -> Iterator[ProgressCall | None]:
             display.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
         yield call
-
-
-def _show_inspection(found: Inspection) -> None:
-    console = Console()
-    console.print(f"[bold]{_escaped(found.module)}[/]: {found.format} {found.kind}, {found.parameters:,} parameters")
-    console.print(f"base model   {_escaped(found.base_model or 'not named')}")
-    console.print(f"task         {found.task}")
-    console.print(f"head         {_escaped(found.head or 'none')}")
-    if found.labels:
-        console.print(f"labels       {_escaped(', '.join(found.labels))}")
-    if found.sites:
-        table = Table("role", "layers", "rank or bottleneck", "scaling", "idle", title="where it attaches")
-        for site in found.sites:
-            table.add_row(
-                site.role,
-                _ranges(site.layers),
-                ", ".join(map(str, site.widths)),
-                ", ".join(f"{scaling:g}" for scaling in site.scalings) or "-",
-                _ranges(site.idle_layers) or "-",
-            )
-        console.print(table)
-    else:
-        for path in found.paths:
-            console.print(f"  {path}")
-    if found.teacher_problem:
-        console.print(f"[yellow]teacher:[/] {_escaped(found.teacher_problem)}", soft_wrap=True)
-    student = found.student
-    if student is None:
-        return
-    console.print(f"\n[bold]onto {_escaped(student.name)}[/] ({student.model_type}, {student.num_layers} layers)")
-    if student.problem:
-        console.print(f"[red]cannot:[/] {_escaped(student.problem)}", soft_wrap=True)
-        return
-    console.print(f"layers       {_layers(student.layers)}")
-    console.print(f"modules      {student.modules}, head {'carried' if student.head else 'none'}")
-    console.print(f"method       {student.method}")
-    console.print(
-        f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics, "
-        f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes"
-    )
-    for note in student.notes:
-        console.print(f"note         {_escaped(note)}")
-
-
-def _show_graft(report: GraftReport, out: Path) -> None:
-    console = Console()
-    console.print(f"[bold]method[/]  {report.method}: {_escaped(report.method_reason)}", soft_wrap=True)
-    console.print(f"[bold]layers[/]  {_layers(report.layers)}")
-    if report.pairing:
-        console.print(
-            f"[bold]text[/]    {report.pairing.pairs:,} paired tokens of {report.pairing.samples:,} samples "
-            f"({report.pairing.student_share_paired:.0%} of the student's tokens)"
-        )
-    table = Table(
-        "site",
-        "from layer",
-        "share",
-        "norm kept",
-        "maps: mean correlation, or variance explained reading/writing",
-        title="modules",
-    )
-    for site in report.sites:
-        correlations = [
-            f"{record.space.split()[-1]} {record.diagnostics['mean_correlation']:.2f}"
-            for record in site.maps
-            if "mean_correlation" in record.diagnostics
-        ] + [
-            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%} explained"
-            for record in site.maps
-            if "read_explained" in record.diagnostics
-        ]
-        sources = " + ".join(source.split()[-2] for source in site.teacher_sites if " " in source)
-        table.add_row(
-            site.site, sources, f"{site.share:.0%}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space"
-        )
-    console.print(table)
-    if report.head:
-        labels = _escaped(", ".join(report.head.labels))
-        console.print(f"[bold]head[/]    {report.head.task}, {report.head.how}: {labels}", soft_wrap=True)
-    for name, found in report.tried.items():
-        console.print(f"[bold]tried[/]   {name}: agreement {found.agreement:.2f}, {found.divergence:.3f} nats")
-    if report.polish:
-        curve = ", ".join(f"{point.step}: {point.agreement:.2f}" for point in report.polish.curve)
-        begun = f"from the {report.polish.start} modules, rate {report.polish.settings.learning_rate:g}"
-        console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}")
-    for note in report.notes:
-        console.print(f"[bold]note[/]    {_escaped(note)}", soft_wrap=True)
-    measured = report.verdict.measured
-    on = f" (agreement {measured.agreement:.2f} over {measured.answers:,} held-out answers)" if measured else ""
-    console.print(f"[bold]verdict[/] {report.verdict.level or 'none'}: {report.verdict.text}{on}", soft_wrap=True)
-    check = report.verification
-    if check and check.done:
-        console.print(
-            f"[bold]loads[/]   in {check.library} {check.version}, {check.tensors_loaded} tensors, "
-            f"changes the output by {check.output_change:.1%} of its range"
-        )
-    console.print(f"[bold green]written[/] {_escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
-
-
-def _show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(
-            json.dumps(
-                {
-                    "out": str(out),
-                    "method": found.method,
-                    "details": dict(found.details),
-                    "pairs": {f"{pair[0].key} -> {pair[1].key}": value for pair, value in found.diagnostics.items()},
-                },
-                indent=2,
-            )
-            + "\n"
-        )
-        return
-    console = Console()
-    table = Table("teacher space", "student space", "units", "mean correlation of matched units")
-    for pair, space_map in found.maps.items():
-        correlation = found.diagnostics[pair].get("mean_correlation")
-        table.add_row(
-            str(pair[0]),
-            str(pair[1]),
-            f"{space_map.teacher_size} -> {space_map.student_size}",
-            f"{correlation:.2f}" if correlation is not None else "-",
-        )
-    console.print(table)
-    console.print(f"[bold green]written[/] {_escaped(str(out))}; use it with `peft-graft transfer --alignment {out}`")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
-
-
-def _layers(mapping: list[list[int]]) -> str:
-    return ", ".join(f"{'+'.join(map(str, sources))} → {layer}" for layer, sources in enumerate(mapping))

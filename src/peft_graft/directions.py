@@ -45,7 +45,10 @@ def reading_the_gradient(live: LiveModule, student: ModelHandle, lessons: Predic
         for hook in hooks:
             hook.remove()
         live.model.zero_grad()
-    entries = {path: _reading(values, sums[path]) for path, values in live.raw.entries.items()}
+    # Nothing is known of an expert that no token was sent to.
+    entries = {
+        path: _reading(values, sums[path]) if path in sums else values for path, values in live.raw.entries.items()
+    }
     return replace(live.raw, entries=entries)
 
 

@@ -28,9 +28,7 @@ from peft_graft.modules import (
     settled,
 )
 from peft_graft.norms import SPACE_OF_NORM
-
-#: Roles of virtual tokens: before the text, and among the keys and values of a layer.
-PROMPT_ROLE, PREFIX_ROLE = "prompt", "attn.prefix"
+from peft_graft.roles import PREFIX_ROLE, PROMPT_ROLE
 
 
 def modules_of(
@@ -60,15 +58,15 @@ def modules_of(
         raise CheckpointError(
             f"{path} is no site of a {architecture.model_type} model",
             where=raw.base_model or raw.name,
-            expected=f"a layer inside {architecture.row.layers}",
+            expected=f"a layer inside {' or '.join(stack.layers for stack in architecture.row.stacks)}",
             fix="give the module's true base with --teacher; layers outside the stack are not supported yet",
         )
     sites, prefix = place
-    if sites[0].layer >= architecture.num_layers:
+    if sites[0].layer >= 0 and sites[0].layer >= architecture.depth(sites[0].role):
         raise ModelError(
             "the teacher is not the base of this module: it has no such layer",
             where=str(sites[0]),
-            expected=f"a layer below {architecture.num_layers}",
+            expected=f"a layer below {architecture.depth(sites[0].role)}",
             found=sites[0].layer,
             fix="name the model that the module was trained on with --teacher",
         )

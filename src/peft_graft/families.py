@@ -1,117 +1,36 @@
 """The table of model families: where each keeps its layers, and which spaces its linear layers read and write.
 
-See docs/architectures.md for how to add a row.
-
-Spaces of a layer, in the order in which a layer computes them:
-
-    attn.in          what query, key and value read (the residual stream)
-    attn.query.out   attn.key.out   attn.value.out
-    attn.context     attention-weighted values, read by the attention's output projection
-    attn.output.out  what that projection writes, before residual and norm
-    ffn.in           what the feed-forward block reads
-    ffn.up.out       (ffn.gate.out)   before the activation function
-    ffn.mid          what the feed-forward block's second projection reads
-    ffn.down.out     what that projection writes, before residual and norm
-    layer.out        the layer's output
+See docs/architectures.md for how to add a row, and ``roles`` for what a row can say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
-
 from peft_graft.modules import FIRST_OUT, LAST_OUT, TOKENS_OUT
+from peft_graft.roles import (
+    GATE_UP,
+    LINEAR_ROLES,
+    QKV,
+    SPACES_OF_ROLE,
+    AdapterPoint,
+    ArchitectureRow,
+    Experts,
+    Fused,
+    HeadForm,
+    LinearRole,
+    Stack,
+    Tap,
+    of_expert,
+)
 
 TOKEN_CLASSIFICATION = "token-classification"
 SEQUENCE_CLASSIFICATION = "sequence-classification"
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Several projections in one linear layer: which roles, and how their rows lie in its output.
-
-    ``stacked``: one after another. ``grouped``: for every key-value head its query heads, its key, its value.
-    """
-
-    roles: tuple[str, ...]
-    layout: Literal["stacked", "grouped"] = "stacked"
-
-
-@dataclass(frozen=True)
-class LinearRole:
-    """A linear layer, or its part in a fused one: its path inside the layer, the spaces that it reads and writes."""
-
-    path: str
-    reads: str
-    writes: str
-    fused: Fused | None = None
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where a space can be observed: the input or the output of a module, by its path inside the layer.
-
-    ``units``: the places in it that belong to the space, int64; all of them when None.
-    """
-
-    path: str
-    side: Literal["input", "output"]
-    units: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class AdapterPoint:
-    """Where AdapterHub puts a bottleneck adapter, and what it sees in each of its three arrangements."""
-
-    path: str
-    before_norm: str  # the block's output, before residual and norm (Houlsby)
-    after_norm: str  # the same after residual and norm (Pfeiffer)
-    parallel: str  # the block's input (He et al. 2022)
-
-
-@dataclass(frozen=True)
-class HeadForm:
-    """How a task class arranges its head: module paths seen from the task model, activation, what it reads.
-
-    ``dense_in_base``: the inner layer is part of the base model (BERT's pooler), seen from the base model.
-    """
-
-    out: str
-    reads: str
-    dense: str | None = None
-    activation: str | None = None
-    dense_in_base: bool = False
-
-
-@dataclass(frozen=True)
-class ArchitectureRow:
-    """One row of the table: everything that peft-graft knows about a family of models."""
-
-    model_types: tuple[str, ...]
-    layers: str
-    linears: Mapping[str, LinearRole]
-    taps: Mapping[str, Tap] = field(default_factory=dict)
-    adapters: Mapping[str, AdapterPoint] = field(default_factory=dict)
-    heads: Mapping[str, HeadForm] = field(default_factory=dict)
-
-
-SPACES_OF_ROLE = {
-    "attn.query": ("attn.in", "attn.query.out"),
-    "attn.key": ("attn.in", "attn.key.out"),
-    "attn.value": ("attn.in", "attn.value.out"),
-    "attn.output": ("attn.context", "attn.output.out"),
-    "ffn.up": ("ffn.in", "ffn.up.out"),
-    "ffn.gate": ("ffn.in", "ffn.gate.out"),
-    "ffn.down": ("ffn.mid", "ffn.down.out"),
-}
-LINEAR_ROLES = tuple(SPACES_OF_ROLE)
-
-
-QKV = ("attn.query", "attn.key", "attn.value")
-GATE_UP = ("ffn.gate", "ffn.up")
+IMAGE_CLASSIFICATION = "image-classification"
+SEQ2SEQ_LM = "seq2seq-lm"
+QUESTION_ANSWERING = "question-answering"
 
 
 def _linears(*fused: tuple[str, Fused], **paths: str) -> dict[str, LinearRole]:
@@ -120,6 +39,10 @@ def _linears(*fused: tuple[str, Fused], **paths: str) -> dict[str, LinearRole]:
              for name, path in paths.items()}  # fmt: skip
     roles |= {role: LinearRole(path, *SPACES_OF_ROLE[role], how) for path, how in fused for role in how.roles}
     return {role: roles[role] for role in LINEAR_ROLES if role in roles}
+
+
+def _optional(linears: Mapping[str, LinearRole]) -> dict[str, LinearRole]:
+    return {role: replace(linear, optional=True) for role, linear in linears.items()}
 
 
 def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
@@ -132,10 +55,9 @@ def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
 _TOKEN_HEAD = HeadForm(out="classifier", reads=TOKENS_OUT)
 _DENSE_HEAD = HeadForm(out="classifier.out_proj", reads=FIRST_OUT, dense="classifier.dense", activation="tanh")
 
-_BERT = ArchitectureRow(
-    model_types=("bert",),
-    layers="encoder.layer",
-    linears=_linears(
+_BERT_STACK = Stack(
+    "encoder.layer",
+    _linears(
         attn_query="attention.self.query",
         attn_key="attention.self.key",
         attn_value="attention.self.value",
@@ -145,6 +67,10 @@ _BERT = ArchitectureRow(
     ),
     taps={"layer.out": Tap("output.LayerNorm", "output")},
     adapters=_adapters("attention.output.adapters", "output.adapters"),
+)
+_BERT = ArchitectureRow(
+    model_types=("bert",),
+    stacks=(_BERT_STACK,),
     heads={
         TOKEN_CLASSIFICATION: _TOKEN_HEAD,
         SEQUENCE_CLASSIFICATION: HeadForm(
@@ -170,17 +96,21 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
     ),
     ArchitectureRow(
         model_types=("distilbert",),
-        layers="transformer.layer",
-        linears=_linears(
-            attn_query="attention.q_lin",
-            attn_key="attention.k_lin",
-            attn_value="attention.v_lin",
-            attn_output="attention.out_lin",
-            ffn_up="ffn.lin1",
-            ffn_down="ffn.lin2",
+        stacks=(
+            Stack(
+                "transformer.layer",
+                _linears(
+                    attn_query="attention.q_lin",
+                    attn_key="attention.k_lin",
+                    attn_value="attention.v_lin",
+                    attn_output="attention.out_lin",
+                    ffn_up="ffn.lin1",
+                    ffn_down="ffn.lin2",
+                ),
+                taps={"layer.out": Tap("output_layer_norm", "output")},
+                adapters=_adapters("attention_adapters.adapters", "output_adapters.adapters"),
+            ),
         ),
-        taps={"layer.out": Tap("output_layer_norm", "output")},
-        adapters=_adapters("attention_adapters.adapters", "output_adapters.adapters"),
         heads={
             TOKEN_CLASSIFICATION: _TOKEN_HEAD,
             SEQUENCE_CLASSIFICATION: HeadForm(
@@ -190,16 +120,20 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
     ),
     ArchitectureRow(
         model_types=("mpnet",),
-        layers="encoder.layer",
-        linears=_linears(
-            attn_query="attention.attn.q",
-            attn_key="attention.attn.k",
-            attn_value="attention.attn.v",
-            attn_output="attention.attn.o",
-            ffn_up="intermediate.dense",
-            ffn_down="output.dense",
+        stacks=(
+            Stack(
+                "encoder.layer",
+                _linears(
+                    attn_query="attention.attn.q",
+                    attn_key="attention.attn.k",
+                    attn_value="attention.attn.v",
+                    attn_output="attention.attn.o",
+                    ffn_up="intermediate.dense",
+                    ffn_down="output.dense",
+                ),
+                taps=_BERT_STACK.taps,
+            ),
         ),
-        taps=_BERT.taps,
         heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
     ),
 )
@@ -208,23 +142,31 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
 _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
     ArchitectureRow(
         model_types=("modernbert",),
-        layers="layers",
-        linears=_linears(
-            ("attn.Wqkv", Fused(QKV)), ("mlp.Wi", Fused(GATE_UP)), attn_output="attn.Wo", ffn_down="mlp.Wo"
+        stacks=(
+            Stack(
+                "layers",
+                _linears(
+                    ("attn.Wqkv", Fused(QKV)), ("mlp.Wi", Fused(GATE_UP)), attn_output="attn.Wo", ffn_down="mlp.Wo"
+                ),
+            ),
         ),
     ),
     ArchitectureRow(
         model_types=("deberta-v2",),
-        layers="encoder.layer",
-        linears=_linears(
-            attn_query="attention.self.query_proj",
-            attn_key="attention.self.key_proj",
-            attn_value="attention.self.value_proj",
-            attn_output="attention.output.dense",
-            ffn_up="intermediate.dense",
-            ffn_down="output.dense",
+        stacks=(
+            Stack(
+                "encoder.layer",
+                _linears(
+                    attn_query="attention.self.query_proj",
+                    attn_key="attention.self.key_proj",
+                    attn_value="attention.self.value_proj",
+                    attn_output="attention.output.dense",
+                    ffn_up="intermediate.dense",
+                    ffn_down="output.dense",
+                ),
+                taps={"layer.out": Tap("output.LayerNorm", "output")},
+            ),
         ),
-        taps={"layer.out": Tap("output.LayerNorm", "output")},
         heads={
             TOKEN_CLASSIFICATION: _TOKEN_HEAD,
             SEQUENCE_CLASSIFICATION: HeadForm(
@@ -235,16 +177,20 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
     # One layer's weights, used again and again: it is one site for each role, seen as its last use sees it.
     ArchitectureRow(
         model_types=("albert",),
-        layers="encoder.albert_layer_groups.0.albert_layers",
-        linears=_linears(
-            attn_query="attention.query",
-            attn_key="attention.key",
-            attn_value="attention.value",
-            attn_output="attention.dense",
-            ffn_up="ffn",
-            ffn_down="ffn_output",
+        stacks=(
+            Stack(
+                "encoder.albert_layer_groups.0.albert_layers",
+                _linears(
+                    attn_query="attention.query",
+                    attn_key="attention.key",
+                    attn_value="attention.value",
+                    attn_output="attention.dense",
+                    ffn_up="ffn",
+                    ffn_down="ffn_output",
+                ),
+                taps={"layer.out": Tap("full_layer_layer_norm", "output")},
+            ),
         ),
-        taps={"layer.out": Tap("full_layer_layer_norm", "output")},
         heads={
             TOKEN_CLASSIFICATION: _TOKEN_HEAD,
             SEQUENCE_CLASSIFICATION: HeadForm(
@@ -255,6 +201,15 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
 )
 
 #: What Llama calls its layers, most decoders since do too.
+_LLAMA_ATTENTION = {
+    "attn_query": "self_attn.q_proj",
+    "attn_key": "self_attn.k_proj",
+    "attn_value": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_GATED = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+_LLAMA_FFN = {role: f"mlp.{path}" for role, path in _GATED.items()}
+_LLAMA_STACK = Stack("layers", _linears(**_LLAMA_ATTENTION, **_LLAMA_FFN), kind="decoder")
 _LLAMA = ArchitectureRow(
     model_types=(
         "llama",
@@ -273,16 +228,7 @@ _LLAMA = ArchitectureRow(
         "cohere",
         "cohere2",
     ),
-    layers="layers",
-    linears=_linears(
-        attn_query="self_attn.q_proj",
-        attn_key="self_attn.k_proj",
-        attn_value="self_attn.v_proj",
-        attn_output="self_attn.o_proj",
-        ffn_gate="mlp.gate_proj",
-        ffn_up="mlp.up_proj",
-        ffn_down="mlp.down_proj",
-    ),
+    stacks=(_LLAMA_STACK,),
     heads={
         SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
         TOKEN_CLASSIFICATION: HeadForm(out="score", reads=TOKENS_OUT),
@@ -293,20 +239,30 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
     _LLAMA,
     ArchitectureRow(
         model_types=("phi3",),
-        layers="layers",
-        linears=_linears(
-            ("self_attn.qkv_proj", Fused(QKV)),
-            ("mlp.gate_up_proj", Fused(GATE_UP)),
-            attn_output="self_attn.o_proj",
-            ffn_down="mlp.down_proj",
+        stacks=(
+            Stack(
+                "layers",
+                _linears(
+                    ("self_attn.qkv_proj", Fused(QKV)),
+                    ("mlp.gate_up_proj", Fused(GATE_UP)),
+                    attn_output="self_attn.o_proj",
+                    ffn_down="mlp.down_proj",
+                ),
+                kind="decoder",
+            ),
         ),
         heads=_LLAMA.heads,
     ),
     ArchitectureRow(
         model_types=("gpt2",),
-        layers="h",
-        linears=_linears(
-            ("attn.c_attn", Fused(QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
+        stacks=(
+            Stack(
+                "h",
+                _linears(
+                    ("attn.c_attn", Fused(QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
+                ),
+                kind="decoder",
+            ),
         ),
         heads={
             SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
@@ -315,38 +271,174 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
     ),
     ArchitectureRow(
         model_types=("gpt_neox",),
-        layers="layers",
-        linears=_linears(
-            ("attention.query_key_value", Fused(QKV, "grouped")),
-            attn_output="attention.dense",
-            ffn_up="mlp.dense_h_to_4h",
-            ffn_down="mlp.dense_4h_to_h",
+        stacks=(
+            Stack(
+                "layers",
+                _linears(
+                    ("attention.query_key_value", Fused(QKV, "grouped")),
+                    attn_output="attention.dense",
+                    ffn_up="mlp.dense_h_to_4h",
+                    ffn_down="mlp.dense_4h_to_h",
+                ),
+                kind="decoder",
+            ),
         ),
     ),
     ArchitectureRow(
         model_types=("bloom", "falcon"),
-        layers="h",
-        linears=_linears(
-            ("self_attention.query_key_value", Fused(QKV, "grouped")),
-            attn_output="self_attention.dense",
-            ffn_up="mlp.dense_h_to_4h",
-            ffn_down="mlp.dense_4h_to_h",
+        stacks=(
+            Stack(
+                "h",
+                _linears(
+                    ("self_attention.query_key_value", Fused(QKV, "grouped")),
+                    attn_output="self_attention.dense",
+                    ffn_up="mlp.dense_h_to_4h",
+                    ffn_down="mlp.dense_4h_to_h",
+                ),
+                kind="decoder",
+            ),
         ),
     ),
     ArchitectureRow(
         model_types=("opt",),
-        layers="decoder.layers",
-        linears=_linears(
-            attn_query="self_attn.q_proj",
-            attn_key="self_attn.k_proj",
-            attn_value="self_attn.v_proj",
-            attn_output="self_attn.out_proj",
-            ffn_up="fc1",
-            ffn_down="fc2",
+        stacks=(
+            Stack(
+                "decoder.layers",
+                _linears(
+                    attn_query="self_attn.q_proj",
+                    attn_key="self_attn.k_proj",
+                    attn_value="self_attn.v_proj",
+                    attn_output="self_attn.out_proj",
+                    ffn_up="fc1",
+                    ffn_down="fc2",
+                ),
+                kind="decoder",
+            ),
         ),
         heads={SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT)},
     ),
 )
 
-ROWS = (*_BERT_LIKE, *_OTHER_ENCODERS, *_DECODERS)
+#: Decoders whose feed-forward block is a mixture of experts in some or all layers.
+_MIXTURES: tuple[ArchitectureRow, ...] = (
+    ArchitectureRow(
+        model_types=("mixtral",),
+        stacks=(
+            replace(
+                _LLAMA_STACK,
+                linears=_linears(**_LLAMA_ATTENTION, ffn_router="block_sparse_moe.gate"),
+                experts=Experts(
+                    "block_sparse_moe",
+                    "block_sparse_moe.experts",
+                    _linears(ffn_gate="w1", ffn_up="w3", ffn_down="w2"),
+                ),
+            ),
+        ),
+        heads=_LLAMA.heads,
+    ),
+    ArchitectureRow(
+        model_types=("qwen2_moe", "qwen3_moe", "olmoe"),
+        stacks=(
+            replace(
+                _LLAMA_STACK,
+                linears={
+                    **_linears(**_LLAMA_ATTENTION),
+                    **_optional(_linears(ffn_router="mlp.gate", **_LLAMA_FFN)),
+                    **_optional(of_expert("shared", _linears(**_GATED), "mlp.shared_expert")),
+                    **_optional(of_expert("shared", _linears(ffn_router="mlp.shared_expert_gate"))),
+                },
+                experts=Experts("mlp", "mlp.experts", _linears(**_GATED)),
+            ),
+        ),
+        heads=_LLAMA.heads,
+    ),
+)
+
+
+def _t5(name: Literal["encoder", "decoder"]) -> Stack:
+    attention = {f"attn_{role}": f"layer.0.SelfAttention.{role[0]}" for role in ("query", "key", "value", "output")}
+    cross = {f"cross_{role}": f"layer.1.EncDecAttention.{role[0]}" for role in ("query", "key", "value", "output")}
+    block = "layer.1.DenseReluDense" if name == "encoder" else "layer.2.DenseReluDense"
+    linears = _linears(
+        **attention, ffn_up=f"{block}.wi_1", ffn_down=f"{block}.wo", **(cross if name == "decoder" else {})
+    )
+    # Version 1.0 has no gate, and calls its first projection otherwise.
+    linears["ffn.up"] = replace(linears["ffn.up"], elsewhere=f"{block}.wi")
+    linears |= _optional(_linears(ffn_gate=f"{block}.wi_0"))
+    return Stack(f"{name}.block", linears, name=name, kind=name)
+
+
+_BART_LAYER = _linears(
+    attn_query="self_attn.q_proj",
+    attn_key="self_attn.k_proj",
+    attn_value="self_attn.v_proj",
+    attn_output="self_attn.out_proj",
+    ffn_up="fc1",
+    ffn_down="fc2",
+)
+_BART_CROSS = _linears(
+    cross_query="encoder_attn.q_proj",
+    cross_key="encoder_attn.k_proj",
+    cross_value="encoder_attn.v_proj",
+    cross_output="encoder_attn.out_proj",
+)
+_BART = ArchitectureRow(
+    model_types=("bart", "mbart", "marian", "pegasus", "m2m_100"),
+    stacks=(
+        Stack("encoder.layers", _BART_LAYER, name="encoder"),
+        Stack("decoder.layers", {**_BART_LAYER, **_BART_CROSS}, name="decoder", kind="decoder"),
+    ),
+)
+
+_ENCODER_DECODERS: tuple[ArchitectureRow, ...] = (
+    ArchitectureRow(
+        model_types=("t5", "mt5", "umt5"),
+        stacks=(_t5("encoder"), _t5("decoder")),
+        flat_tasks=frozenset({SEQ2SEQ_LM, QUESTION_ANSWERING}),
+    ),
+    _BART,
+    replace(
+        _BART,
+        model_types=("whisper",),
+        stacks=(replace(_BART.stacks[0], kind="audio"), _BART.stacks[1]),
+    ),
+)
+
+_CLIP_LINEARS = {
+    **_BART_LAYER,
+    **_linears(ffn_up="mlp.fc1", ffn_down="mlp.fc2"),
+}
+_CLIP_TEXT = Stack("text_model.encoder.layers", _CLIP_LINEARS)
+_CLIP_VISION = Stack("vision_model.encoder.layers", _CLIP_LINEARS, kind="vision")
+
+_TOWERS: tuple[ArchitectureRow, ...] = (
+    ArchitectureRow(
+        model_types=("vit", "deit"),
+        stacks=(
+            replace(
+                _BERT_STACK,
+                linears={
+                    **_BERT_STACK.linears,
+                    **_linears(
+                        attn_query="attention.attention.query",
+                        attn_key="attention.attention.key",
+                        attn_value="attention.attention.value",
+                    ),
+                },
+                taps={},
+                adapters={},
+                kind="vision",
+            ),
+        ),
+        heads={IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)},
+    ),
+    ArchitectureRow(model_types=("clip_text_model",), stacks=(_CLIP_TEXT,)),
+    ArchitectureRow(model_types=("clip_vision_model", "siglip_vision_model"), stacks=(_CLIP_VISION,)),
+    ArchitectureRow(
+        model_types=("clip", "siglip"),
+        stacks=(replace(_CLIP_TEXT, name="text"), replace(_CLIP_VISION, name="vision")),
+    ),
+)
+
+ROWS = (*_BERT_LIKE, *_OTHER_ENCODERS, *_DECODERS, *_MIXTURES, *_ENCODER_DECODERS, *_TOWERS)
 ROW_OF_TYPE = {model_type: row for row in ROWS for model_type in row.model_types}

@@ -75,6 +75,7 @@ def fit_modules(
     at_t, at_s = [first for first, _ in places], [second for _, second in places]
     words = sum(map(len, at_t))
     modules = {site: module.idle() for site, module in moved.modules.items()}
+    position = student.architecture.position
     for group in _groups(plan, teacher, student, words):
         of_teacher = {_output(teacher, source) for site in group for source in site.teacher}
         of_student = {_output(student, site.student) for site in group}
@@ -83,8 +84,8 @@ def fit_modules(
             _gather(student, inputs_s, at_s, of_student),
         )
         moved_t = _gather(replace(teacher, base=adapted.base), inputs_t, at_t, of_teacher)
-        for layer in sorted({site.student.layer for site in group}):
-            sites = [site for site in group if site.student.layer == layer]
+        for layer in sorted({position(site.student) for site in group}):
+            sites = [site for site in group if position(site.student) == layer]
             spaces = {
                 space for site in sites for space in (_input(student, site.student), _output(student, site.student))
             }
@@ -113,8 +114,9 @@ def _groups(plan: TransferPlan, teacher: ModelHandle, student: ModelHandle, word
     """
     group: list[SitePlan] = []
     held = 0
-    for layer in sorted({site.student.layer for site in plan.sites}):
-        sites = [site for site in plan.sites if site.student.layer == layer]
+    position = student.architecture.position
+    for layer in sorted({position(site.student) for site in plan.sites}):
+        sites = [site for site in plan.sites if position(site.student) == layer]
         of_teacher = [teacher.architecture.size(_output(teacher, source)) for site in sites for source in site.teacher]
         of_student = [
             student.architecture.size(space(student, site.student)) for site in sites for space in (_input, _output)

@@ -16,7 +16,7 @@ from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.heads import head_form
 from peft_graft.methods import Diagnostics, Method
 from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names
-from peft_graft.modules import Axis, Head, Module, Site, Space, average, space_at
+from peft_graft.modules import Axis, Head, LabelledTensor, Module, Site, Space, average, space_at
 from peft_graft.planning import SitePlan, TransferPlan, map_axis
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
@@ -118,18 +118,25 @@ def graft_modules(
         for source in site.teacher:
             module = checkpoint.modules[source]
             names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
-            used = {
-                axis: (space_at(source.layer, name), space_at(site.student.layer, name)) for axis, name in names.items()
-            }
+            used = {axis: (space_at(source.layer, name), site.space(source, name)) for axis, name in names.items()}
             found = {axis: alignment.map(pair) for axis, pair in used.items()}
             moved.append(project(module, found.__getitem__))
             maps.update({pair: alignment.diagnostics.get(pair, {}) for pair in used.values()})
-        module = average(moved)
-        modules[site.student] = module.with_values(
-            {name: tensor.values for name, tensor in module.tensors.items()}, site.student
-        )
+        modules[site.student] = _at(site, average(moved))
         records.append(_site_record(site, checkpoint, modules[site.student], maps))
     return modules, records
+
+
+def _at(site: SitePlan, module: Module) -> Module:
+    """A moved module at its place in the student, its axes in the student's spaces."""
+    tensors = {
+        name: LabelledTensor(
+            tensor.values,
+            tuple(axis and replace(axis, space=site.space(module.site, axis.space).name) for axis in tensor.axes),
+        )
+        for name, tensor in module.tensors.items()
+    }
+    return replace(module, site=site.student, tensors=tensors)
 
 
 def _named_axes(module: Module) -> list[Axis]:
@@ -202,7 +209,7 @@ def model_record(model: ModelHandle) -> ModelRecord:
         name=model.name,
         model_type=architecture.model_type,
         num_layers=architecture.num_layers,
-        hidden_size=int(model.base.config.hidden_size),
+        hidden_size=architecture.hidden_size,
         inferred_architecture=architecture.inferred,
         fingerprint=model.fingerprint,
     )

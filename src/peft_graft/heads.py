@@ -8,9 +8,10 @@ from torch import Tensor
 
 from peft_graft.architectures import Architecture
 from peft_graft.errors import HeadError
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, HeadForm
+from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.modules import FIRST_OUT, POOLED_OUT, TOKENS_OUT, Head, head_tensors
+from peft_graft.roles import HeadForm
 
 
 def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: Mapping[str, Tensor]) -> Head:
@@ -34,7 +35,7 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
     values = {f"out.{part}": raw.head[key] for part, key in _parts(form.out) if key in raw.head}
     used = {key for _, key in _parts(form.out)}
     if form.dense:
-        start = f"{architecture.prefix}." if form.dense_in_base else ""
+        start = architecture.start(raw.task) if form.dense_in_base else ""
         keys = {f"dense.{part}": start + key for part, key in _parts(form.dense)}
         used |= set(keys.values())
         for name, key in keys.items():

@@ -42,7 +42,7 @@ class StudentSummary(_Record):
     name: str
     model_type: str | None = None
     num_layers: int | None = None
-    layers: list[list[int]] = []
+    layers: list[list[int]] | dict[str, list[list[int]]] = []
     modules: int = 0
     spaces: int = 0
     same_sizes: bool | None = None
@@ -164,7 +164,12 @@ def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, l
         plan = plan_transfer(checkpoint, teacher, architecture, layers=layers, method=METHODS["prune-align"])
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
-    return known.model_copy(update=_outlook(plan))
+    reads_text = teacher.row.reads_text and architecture.row.reads_text
+    return known.model_copy(update=_outlook(plan) | ({} if reads_text else _WITHOUT_TEXT))
+
+
+#: What is different where text is of no use.
+_WITHOUT_TEXT = {"method": "copy", "needs_text": False, "statistics_mib": 0.0, "products_per_token": 0}
 
 
 def _outlook(plan: TransferPlan) -> dict[str, object]:
@@ -174,7 +179,7 @@ def _outlook(plan: TransferPlan) -> dict[str, object]:
     sizes = {"cross": lambda t, s: t * s, "teacher": lambda t, s: t * t, "student": lambda t, s: s * s}
     products = sum(sizes[moment](*pair) for moment in moments for pair in plan.pairs.values())
     return {
-        "layers": [list(sources) for sources in plan.layers],
+        "layers": plan.recorded_layers,
         "modules": len(plan.sites),
         "spaces": len(plan.pairs),
         "same_sizes": same,

@@ -43,7 +43,7 @@ class LiveModule:
     """A task model with a checkpoint loaded into it, a copy of its own.
 
     Attributes:
-        model: takes ``input_ids`` and so on, gives ``logits`` where the checkpoint's task has a head.
+        model: takes what ``activations.pad`` gives, has ``logits`` where the checkpoint's task has a head.
         raw: what was loaded. name: the module's name in its library.
         written, loaded: the checkpoint's tensors by key, as in its file and as in the model.
         bf16: forward passes in mixed precision; the weights are float32 in any case.
@@ -125,8 +125,7 @@ class LiveModule:
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         with nullcontext(self.model) if module else self._without() as model, mixed:
             output = model(**inputs, output_hidden_states=True)
-        state = output.last_hidden_state if "last_hidden_state" in output else output.hidden_states[-1]
-        logits = output.get("logits")
+        state, logits = _last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0
         return logits[:, before:] if before and logits is not None and logits.ndim == 3 else logits, state[:, before:]
 
@@ -269,6 +268,18 @@ def _attach_adapterhub(
     written = adapterhub.written_tensors(folder, raw)
     state = model.state_dict()
     return LiveModule(model, raw, name, written, {key: value for key, value in state.items() if key in written})
+
+
+def _last_state(output: Any) -> Tensor:
+    """The last hidden state, a decoder's where there is an encoder too; of two towers what both say, [batch, d + d]."""
+    if "last_hidden_state" in output:
+        state = output.last_hidden_state
+    elif "image_embeds" in output:
+        state = torch.cat([output.text_embeds, output.image_embeds], -1)
+    else:
+        state = (output.get("decoder_hidden_states") or output.hidden_states)[-1]
+    assert isinstance(state, Tensor)
+    return state
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,19 +20,22 @@ from torch import Tensor, nn
 
 from peft_graft.architectures import Architecture, describe, heads_of
 from peft_graft.errors import DeviceError, ModelError
-from peft_graft.formats.raw import StudentNames
+from peft_graft.formats.raw import StudentNames, task_of_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-#: Task -> transformers' auto class. ``base`` and AdapterHub's prediction heads sit on the bare model.
-TASKS: Mapping[str, str] = {
-    "base": "AutoModel",
-    "prediction-heads": "AutoModel",
-    "token-classification": "AutoModelForTokenClassification",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "question-answering": "AutoModelForQuestionAnswering",
+#: Task -> transformers' auto classes, the first that knows the model's type. ``base`` and AdapterHub's prediction heads
+#: sit on the bare model.
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "base": ("AutoModel",),
+    "prediction-heads": ("AutoModel",),
+    "token-classification": ("AutoModelForTokenClassification",),
+    "sequence-classification": ("AutoModelForSequenceClassification",),
+    "causal-lm": ("AutoModelForCausalLM",),
+    "question-answering": ("AutoModelForQuestionAnswering",),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    "image-classification": ("AutoModelForImageClassification",),
 }
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -108,7 +111,7 @@ def blank_model(config: PretrainedConfig, task: str) -> PreTrainedModel:
     """A model of this configuration without weights, on torch's meta device."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: PreTrainedModel = _auto_class(task, config.model_type).from_config(config)
+        model: PreTrainedModel = _auto_class(task, config).from_config(config)
     return model
 
 
@@ -179,14 +182,51 @@ def with_task_head(
     if type(model) is type(base):
         return base
     prefix = prefix_of(model)
-    if getattr(getattr(model, prefix), "pooler", None) is None and hasattr(base, "pooler"):
+    inside = getattr(model, prefix, model)
+    if getattr(inside, "pooler", None) is None and hasattr(base, "pooler"):
         base.pooler = None  # task classes that need no pooler are built without
-    setattr(model, prefix, base)
+    if isinstance(base, type(inside)):
+        setattr(model, prefix, base)
+    else:
+        _take_parts(inside, base, [name for name, _ in base.named_children()])
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape)))
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(
+                name.rpartition(".")[2], torch.zeros(buffer.shape)
+            )
     return model.eval()
+
+
+def _take_parts(target: PreTrainedModel, source: PreTrainedModel, names: Iterable[str]) -> None:
+    """Put parts of one model, such as its stacks, in the place of another's of the same names.
+
+    Raises:
+        ModelError: one of the two lacks a part.
+    """
+    for name in names:
+        for model in (target, source):
+            if not hasattr(model, name):
+                raise ModelError(
+                    f"a {type(model).__name__} has no {name}, which belongs to the base model",
+                    where=model.config.model_type,
+                    fix="use a task model that holds the whole base model",
+                )
+        setattr(target, name, getattr(source, name))
+
+
+def complete(config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All inputs of a model that reads this text; an encoder-decoder's decoder reads the same text as its encoder.
+
+    Not shifted by a start token, so that one pairing of tokens serves both stacks.
+    """
+    found = dict(inputs)
+    if getattr(config, "is_encoder_decoder", False):
+        found |= {f"decoder_{name}": found[name] for name in ("input_ids", "attention_mask") if name in found}
+    return found
 
 
 def set_labels(config: PretrainedConfig, labels: tuple[str, ...] = (), num_labels: int | None = None) -> None:
@@ -260,6 +300,9 @@ def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, n
             fix="give the base model itself; for a peft model that is model.unload()",
         )
     base = getattr(model, prefix_of(model), model)
+    if base is model and task_of_class(type(model).__name__) != "base":  # T5's hold the stacks themselves
+        base = blank_model(model.config, "base")
+        _take_parts(base, model, [name for name, _ in base.named_children()])
     if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
         raise ModelError(
             "the model has a module inside, which would be part of the statistics",
@@ -328,10 +371,11 @@ def quiet_libraries() -> Iterator[None]:
         other.setLevel(level)
 
 
-def _auto_class(task: str, model_type: str) -> Any:
+def _auto_class(task: str, config: PretrainedConfig) -> Any:
     if task not in TASKS:
-        raise ModelError(f"no model class for task {task!r}", where=model_type, expected=", ".join(TASKS))
-    return getattr(transformers, TASKS[task])
+        raise ModelError(f"no model class for task {task!r}", where=config.model_type, expected=", ".join(TASKS))
+    classes = [getattr(transformers, name) for name in TASKS[task]]
+    return next((auto for auto in classes if type(config) in auto._model_mapping), classes[0])
 
 
 @contextmanager

@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint
-from peft_graft.entries import PREFIX_ROLE, PROMPT_ROLE
+from peft_graft.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.errors import PlanError
-from peft_graft.families import LINEAR_ROLES
+from peft_graft.families import SEQ2SEQ_LM
 from peft_graft.heads import head_form
+from peft_graft.layer_maps import LayerMap, layer_map, layer_maps
 from peft_graft.methods import METHODS, Method
 from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space, space_at
+from peft_graft.roles import Stack, expert_of, moved_space
 from peft_graft.settings import HeadChoice
-
-#: For every student layer the teacher layers whose modules make up its module.
-LayerMap = tuple[tuple[int, ...], ...]
-
-
-def layer_map(spec: str, teacher_layers: int, student_layers: int) -> LayerMap:
-    """Which teacher layers serve each student layer.
-
-    With n teacher and m student layers, student layer l owns the window [floor(l n / m), floor((l + 1) n / m)) of
-    teacher layers. ``skip`` takes the window's first layer (k l for k = n / m, arXiv 2403.18804), ``avg``
-    the mean of all its layers. A student deeper than the teacher has empty windows; those take layer
-    floor(l n / m), so teacher layers repeat in order.
-
-    Args:
-        spec: ``skip``, ``avg``, or one teacher layer for each student layer: ``0,2,4``.
-
-    Raises:
-        PlanError: an unknown word, a wrong number of layers, or a layer that the teacher lacks.
-    """
-    n, m = teacher_layers, student_layers
-    if spec in ("skip", "avg"):
-        starts = [layer * n // m for layer in range(m)]
-        ends = [max((layer + 1) * n // m, start + 1) for layer, start in enumerate(starts)]
-        return tuple(
-            (start,) if spec == "skip" else tuple(range(start, end)) for start, end in zip(starts, ends, strict=True)
-        )
-    try:
-        chosen = [int(part) for part in spec.split(",")]
-    except ValueError:
-        raise PlanError(
-            "not a layer map", where=f"--layers {spec}", expected="skip, avg, or numbers such as 0,2,4"
-        ) from None
-    if len(chosen) != m:
-        raise PlanError(
-            "the layer map has the wrong length",
-            where=f"--layers {spec}",
-            expected=f"{m} numbers, one teacher layer for each student layer",
-            found=len(chosen),
-        )
-    bad = [layer for layer in chosen if not 0 <= layer < n]
-    if bad:
-        raise PlanError(
-            "the teacher has no such layer", where=f"--layers {spec}", expected=f"0 to {n - 1}", found=bad[0]
-        )
-    return tuple((layer,) for layer in chosen)
 
 
 @dataclass(frozen=True)
@@ -70,22 +27,53 @@ class SitePlan:
     student: Site
     teacher: tuple[Site, ...]
 
+    def space(self, source: Site, name: str) -> Space:
+        """What corresponds in the student to a space of the teacher that a module at ``source`` lives in."""
+        return space_at(self.student.layer, moved_space(name, source.role, self.student.role))
+
 
 @dataclass(frozen=True)
 class TransferPlan:
     """Everything that a transfer will do.
 
     Attributes:
-        layers: teacher layers for each student layer. sites: the student's modules.
+        layers: for every stack of the student that receives modules, by its name, the teacher layers of each layer.
+        sites: the student's modules.
         pairs: pairs of spaces whose maps are needed, with their (teacher, student) sizes.
         head: whether the head is carried. notes: remarks for the user.
     """
 
-    layers: LayerMap
+    layers: Mapping[str, LayerMap]
     sites: tuple[SitePlan, ...]
     pairs: Mapping[Pair, tuple[int, int]]
     head: bool
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def recorded_layers(self) -> list[list[int]] | dict[str, list[list[int]]]:
+        """The layer map for a record: plain for a stack without a name, by stack otherwise."""
+        found = {stack: [list(sources) for sources in mapping] for stack, mapping in self.layers.items()}
+        return found[""] if found.keys() == {""} else found
+
+
+def check_reads_text(teacher: Architecture, student: Architecture, what: str) -> None:
+    """Refuse what needs text of models that read something else.
+
+    Args:
+        what: the option or method that needs text.
+
+    Raises:
+        PlanError: one of the models reads images or sound.
+    """
+    for model in (teacher, student):
+        if not model.row.reads_text:
+            kinds = [stack.kind for stack in model.row.stacks if stack.kind in ("vision", "audio")]
+            raise PlanError(
+                f"{what} works on text, and a {model.model_type} model reads "
+                f"{'images' if 'vision' in kinds else 'sound'}; aligning on those is not supported yet",
+                where=model.model_type,
+                fix="move the module with --method copy, without --text, to a model of the same width",
+            )
 
 
 def map_axis(method: Method, module: Module, axis: Axis) -> str:
@@ -133,83 +121,141 @@ def plan_transfer(
     layers: str = "skip",
     method: Method,
     head: HeadChoice = "auto",
+    experts: ExpertMap | None = None,
 ) -> TransferPlan:
     """Plan a transfer, every site, layer and shape checked.
+
+    Args:
+        layers: see ``layer_maps``.
+        experts: which experts correspond; those of one number when None.
 
     Raises:
         PlanError: a role that the student lacks, a layer map that leaves nothing to move, or spaces that the method
             cannot map.
         HeadError: the student's task model has another form of head.
     """
-    _check_roles(checkpoint, student)
-    mapping = layer_map(layers, teacher.num_layers, student.num_layers)
+    stacks = corresponding_stacks(teacher, student)
+    _check_roles(checkpoint, stacks, student)
+    if checkpoint.raw.format == "adapterhub" and len(student.row.stacks) > 1:
+        raise PlanError(
+            "modules of AdapterHub on models with several stacks are not supported yet",
+            where=student.model_type,
+            fix="train the module with peft",
+        )
+    specs, mappings = layer_maps(layers, stacks), dict[str, LayerMap]()
     sites: list[SitePlan] = []
-    for layer, sources in enumerate(mapping):
-        for role in sorted({site.role for site in checkpoint.modules if site.layer >= 0}):
-            present = tuple(Site(source, role) for source in sources if Site(source, role) in checkpoint.modules)
-            if present:
-                sites.append(SitePlan(Site(layer, role), present))
+    notes: list[str] = []
+    for first, second in stacks:
+        roles = [role for role in checkpoint.roles_in_layers if first.local(role) is not None]
+        if not roles and len(stacks) > 1:
+            continue
+        mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
+        mappings[second.name] = mapping
+        used = [
+            site
+            for layer, sources in enumerate(mapping)
+            for site in _sites_of_layer(checkpoint, roles, (first, second), layer, sources, student, experts)
+        ]
+        if used:
+            notes += _layer_notes(checkpoint, roles, mapping, used, second.name)
+        sites += used
     sites += [SitePlan(site, (site,)) for site in checkpoint.modules if site.layer < 0]
     if not sites:
         raise PlanError(
             "no student layer would receive a module",
             where=f"--layers {layers}",
             expected=f"a map that uses teacher layers {', '.join(map(str, checkpoint.layers))}",
-            found=" ".join("+".join(map(str, sources)) for sources in mapping),
+            found="; ".join(" ".join("+".join(map(str, part)) for part in mapping) for mapping in mappings.values()),
             fix="choose --layers avg, or name the layers",
         )
+    notes += _expert_notes(checkpoint, sites)
     pairs: dict[Pair, tuple[int, int]] = {}
     for site in sites:
         for source in site.teacher:
             module = checkpoint.modules[source]
             for axis in _axes(module):
-                _add_pair(pairs, method, module, axis, site.student, teacher, student)
-    notes = _layer_notes(checkpoint, mapping, sites, student)
+                _add_pair(pairs, method, module, axis, site, teacher, student)
+    _check_sizes(pairs, teacher, student)
     carried = checkpoint.head is not None and head != "drop"
     if checkpoint.head is not None and carried:
         head_form(checkpoint.head, checkpoint.raw, student)
         space = Space(-1, checkpoint.head.reads)
         pairs[space, space] = (teacher.size(space), student.size(space))
-    elif checkpoint.head is None and head != "drop" and checkpoint.raw.task not in ("base", "causal-lm"):
+    elif checkpoint.head is None and head != "drop" and checkpoint.raw.task not in ("base", "causal-lm", SEQ2SEQ_LM):
         notes.append("no head was saved with the module, so none is carried")
-    return TransferPlan(mapping, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes))
+    return TransferPlan(mappings, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes))
 
 
 def plan_alignment(
-    teacher: Architecture, student: Architecture, *, layers: str = "skip", roles: Sequence[str] | None = None
+    teacher: Architecture,
+    student: Architecture,
+    *,
+    layers: str = "skip",
+    roles: Sequence[str] | None = None,
+    experts: ExpertMap | None = None,
 ) -> dict[Pair, tuple[int, int]]:
     """The pairs of spaces that any module at these roles may need, with their (teacher, student) sizes.
 
     Args:
-        roles: linear roles, and ``adapter`` for what bottleneck adapters see; all that both models have by default.
-            The spaces that heads read are always included.
+        roles: linear roles of the teacher, and ``adapter`` for what bottleneck adapters see; all that both models have
+            by default. The spaces that heads read are always included.
+        experts: as for ``plan_transfer``.
 
     Raises:
-        PlanError: a role that one of the models lacks.
+        PlanError: a role that one of the models lacks, or a model that does not read text.
     """
-    shared = [role for role in LINEAR_ROLES if role in teacher.row.linears and role in student.row.linears]
+    check_reads_text(teacher, student, "an alignment")
+    stacks = corresponding_stacks(teacher, student)
+    specs = layer_maps(layers, stacks)
+    shared = [role for role in teacher.row.linears if corresponds(stacks, role, student)]
     chosen = list(roles) if roles else [*shared, "adapter"]
-    names: set[str] = set()
-    for role in chosen:
-        if role in shared:
-            names |= {teacher.row.linears[role].reads, teacher.row.linears[role].writes}
-        elif role == "adapter":
-            names |= {"attn.in", "attn.output.out", "ffn.in", "ffn.down.out", "layer.out"}
-        else:
-            raise PlanError("the models do not share this role", where=role, expected=", ".join([*shared, "adapter"]))
+    unknown = [role for role in chosen if role not in (*shared, "adapter")]
+    if unknown:
+        raise PlanError("the models do not share this role", where=unknown[0], expected=f"{_listed(shared)}, adapter")
     pairs: dict[Pair, tuple[int, int]] = {}
-    for layer, sources in enumerate(layer_map(layers, teacher.num_layers, student.num_layers)):
-        for source in sources:
-            for name in names:
-                first, second = Space(source, name), Space(layer, name)
-                if first in teacher.sizes and second in student.sizes:
-                    pairs[first, second] = (teacher.size(first), student.size(second))
+
+    def add(source: Site, target: Site, name: str) -> None:
+        first, second = Space(source.layer, name), Space(target.layer, moved_space(name, source.role, target.role))
+        if first in teacher.sizes and second in student.sizes:
+            pairs[first, second] = (teacher.size(first), student.size(second))
+
+    for first, second in stacks:
+        mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
+        for layer, source in ((layer, source) for layer, sources in enumerate(mapping) for source in sources):
+            for role in chosen:
+                if role == "adapter":
+                    near, far = (
+                        Site(at, stack.full("attn.adapter")) for at, stack in ((source, first), (layer, second))
+                    )
+                    for name in ("attn.in", "attn.output.out", "ffn.in", "ffn.down.out", "layer.out"):
+                        add(near, far, first.full(name))
+                    continue
+                target = counterpart(Site(source, role), (first, second), layer, experts)
+                if target is not None and student.has(target):
+                    linear = teacher.row.linears[role]
+                    add(Site(source, role), target, linear.reads)
+                    add(Site(source, role), target, linear.writes)
     for name in GLOBAL_SPACES:
         space = Space(-1, name)
         # Pooled outputs only mean something where both poolers were trained, which a plan cannot see.
         if name != POOLED_OUT and space in teacher.sizes and space in student.sizes:
             pairs[space, space] = (teacher.size(space), student.size(space))
     return dict(sorted(pairs.items()))
+
+
+def expert_pairs(teacher: Architecture, student: Architecture, layers: str) -> dict[Pair, tuple[int, int]]:
+    """The pairs of what routers write, by which experts are matched, with their sizes; none without routers."""
+    pairs: dict[Pair, tuple[int, int]] = {}
+    stacks = corresponding_stacks(teacher, student)
+    specs = layer_maps(layers, stacks)
+    for first, second in stacks:
+        depths = teacher.depths[first.name], student.depths[second.name]
+        for layer, sources in enumerate(layer_map(specs[second.name], *depths)):
+            for source in sources:
+                pair = Space(source, first.full("ffn.router.out")), Space(layer, second.full("ffn.router.out"))
+                if pair[0] in teacher.sizes and pair[1] in student.sizes:
+                    pairs[pair] = (teacher.size(pair[0]), student.size(pair[1]))
+    return pairs
 
 
 def choose_method(plan: TransferPlan, similarity: float | None, threshold: float = 0.5) -> tuple[Method, str]:
@@ -237,55 +283,108 @@ def _axes(module: Module) -> list[Axis]:
     return [axis for tensor in module.tensors.values() for axis in tensor.axes if axis is not None]
 
 
+def _sites_of_layer(
+    checkpoint: PeftCheckpoint,
+    roles: Sequence[str],
+    stacks: tuple[Stack, Stack],
+    layer: int,
+    sources: Sequence[int],
+    student: Architecture,
+    experts: ExpertMap | None,
+) -> list[SitePlan]:
+    """The modules of one layer of the student; places that only this layer lacks are left out."""
+    found: dict[Site, list[Site]] = {}
+    for role in roles:
+        for source in (Site(source, role) for source in sources):
+            target = counterpart(source, stacks, layer, experts)
+            if source in checkpoint.modules and target is not None and student.has(target):
+                found.setdefault(target, []).append(source)
+    return [SitePlan(target, tuple(present)) for target, present in found.items()]
+
+
 def _add_pair(
     pairs: dict[Pair, tuple[int, int]],
     method: Method,
     module: Module,
     axis: Axis,
-    site: Site,
+    site: SitePlan,
     teacher: Architecture,
     student: Architecture,
 ) -> None:
     name = map_axis(method, module, axis)
-    first, second = space_at(module.site.layer, name), space_at(site.layer, name)
+    first, second = space_at(module.site.layer, name), site.space(module.site, name)
     pairs[first, second] = (teacher.size(first), student.size(second))
     if name != axis.space:
-        own = (teacher.size(Space(module.site.layer, axis.space)), student.size(Space(site.layer, axis.space)))
+        own = (
+            teacher.size(Space(module.site.layer, axis.space)),
+            student.size(site.space(module.site, axis.space)),
+        )
         if own != pairs[first, second]:
             raise PlanError(
                 f"{method.name} prunes output units by the indices of the input, which here differ in number",
-                where=str(site),
+                where=str(site.student),
                 expected=f"{pairs[first, second][0]} -> {pairs[first, second][1]} units",
                 found=f"{own[0]} -> {own[1]}",
                 fix="use --method prune-align",
             )
 
 
-def _check_roles(checkpoint: PeftCheckpoint, student: Architecture) -> None:
-    known = (*student.roles, PROMPT_ROLE, PREFIX_ROLE)
+def _check_roles(checkpoint: PeftCheckpoint, stacks: Sequence[tuple[Stack, Stack]], student: Architecture) -> None:
     for site in checkpoint.modules:
-        if site.role not in known:
+        if not corresponds(stacks, site.role, student):
+            known = [*student.row.linears, *student.row.adapters]
             raise PlanError(
                 "the student has no counterpart of this site",
                 where=str(site),
-                expected=f"one of the roles of {student.model_type}: {', '.join(known)}",
+                expected=f"one of the roles of {student.model_type}: {_listed(known)}",
                 found=site.role,
-                fix="choose a student of a family that has it"
-                + (", or move a LoRA" if site.role.endswith("adapter") else ""),
+                fix=advice(site.role, stacks, student),
             )
 
 
+def _check_sizes(pairs: Mapping[Pair, tuple[int, int]], teacher: Architecture, student: Architecture) -> None:
+    """Refuse spaces that differ in size where they cannot be aligned.
+
+    Raises:
+        PlanError: they do, and one of the models does not read text.
+    """
+    different = next((pair for pair, (first, second) in pairs.items() if first != second), None)
+    if different and not (teacher.row.reads_text and student.row.reads_text):
+        raise PlanError(
+            "models of different width can only be aligned on text, which is not all that these read",
+            where=f"teacher {different[0]} -> student {different[1]}",
+            expected=f"{pairs[different][0]} units in the student",
+            found=pairs[different][1],
+            fix="choose a student of the teacher's width",
+        )
+
+
+def _listed(roles: Iterable[str]) -> str:
+    """Roles for a message, those of the first expert for all of them."""
+    return ", ".join(role for role in roles if not expert_of(role))
+
+
 def _layer_notes(
-    checkpoint: PeftCheckpoint, mapping: LayerMap, sites: Sequence[SitePlan], student: Architecture
+    checkpoint: PeftCheckpoint, roles: Sequence[str], mapping: LayerMap, sites: Sequence[SitePlan], stack: str
 ) -> list[str]:
     notes = []
+    where = f"{stack} " if stack else ""
     used = {source for sources in mapping for source in sources}
-    unused = [layer for layer in checkpoint.layers if layer not in used]
+    layers = sorted({site.layer for site in checkpoint.modules if site.role in roles})
+    unused = [layer for layer in layers if layer not in used]
     if unused:
-        notes.append(f"modules of teacher layers {', '.join(map(str, unused))} are left out by the layer map")
-    without = sorted(set(range(student.num_layers)) - {site.student.layer for site in sites})
-    if without and checkpoint.layers:
-        notes.append(f"student layers {', '.join(map(str, without))} receive no module")
+        notes.append(f"modules of teacher {where}layers {', '.join(map(str, unused))} are left out by the layer map")
+    without = sorted(set(range(len(mapping))) - {site.student.layer for site in sites})
+    if without:
+        notes.append(f"student {where}layers {', '.join(map(str, without))} receive no module")
     if len(used) < len(mapping):
-        notes.append("the student has more layers than the map uses of the teacher, so modules repeat")
+        notes.append(f"the student has more {where}layers than the map uses of the teacher, so modules repeat")
     return notes
+
+
+def _expert_notes(checkpoint: PeftCheckpoint, sites: Sequence[SitePlan]) -> list[str]:
+    moved = {source for site in sites for source in site.teacher}
+    layers = {source.layer for source in moved}
+    left = [site for site in checkpoint.modules if expert_of(site.role) is not None and site not in moved]
+    count = len({(site.layer, expert_of(site.role)) for site in left if site.layer in layers})
+    return [f"modules of {count} experts are left out, for the student has no counterpart of them"] if count else []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peft_graft.alignment import copy_alignment
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, resolve
+from peft_graft.correspondence import ExpertMap
 from peft_graft.errors import AlignmentError, HeadError, TextError
 from peft_graft.fitting import can_fit
 from peft_graft.formats.raw import RawCheckpoint
@@ -15,7 +16,7 @@ from peft_graft.libraries import in_library
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, blank_model, describe_config, load_config, own_labels
 from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import TransferPlan, at_sites, plan_transfer
+from peft_graft.planning import TransferPlan, at_sites, check_reads_text, plan_transfer
 from peft_graft.settings import TransferSettings
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def preflight(
             found=checkpoint.head.activation if checkpoint.head else raw.task,
             fix="leave --head out",
         )
+    check_reading(shape_t, shape_s, settings, has_text)
     if needs_predictions(settings) and not has_text:
         raise no_predictions(settings)
     method = METHODS[settings.method or "copy"]
@@ -58,6 +60,20 @@ def preflight(
         sizes_differ = any(first != second for first, second in plan.pairs.values())
         if settings.method or sizes_differ:
             raise no_text(settings.method or "prune-align")
+
+
+def check_reading(teacher: Architecture, student: Architecture, settings: TransferSettings, has_text: bool) -> None:
+    """Refuse to use text with models that read something else.
+
+    Raises:
+        PlanError: text was given, or a method that aligns on it, or the choice was left open.
+    """
+    if has_text:
+        check_reads_text(teacher, student, "--text")
+    elif needs_predictions(settings):
+        check_reads_text(teacher, student, learner(settings))
+    elif settings.method is None or METHODS[settings.method].needs_text:
+        check_reads_text(teacher, student, f"--method {settings.method}" if settings.method else "choosing a method")
 
 
 def check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:
@@ -114,10 +130,17 @@ def no_text(what: str, why: str = "aligns the two models on text", *, alignment:
 
 
 def planned(
-    checkpoint: PeftCheckpoint, teacher: Architecture, student: Architecture, settings: TransferSettings, method: Method
+    checkpoint: PeftCheckpoint,
+    teacher: Architecture,
+    student: Architecture,
+    settings: TransferSettings,
+    method: Method,
+    experts: ExpertMap | None = None,
 ) -> TransferPlan:
     """The plan of a transfer under these settings."""
-    return plan_transfer(checkpoint, teacher, student, layers=settings.layers, method=method, head=settings.head)
+    return plan_transfer(
+        checkpoint, teacher, student, layers=settings.layers, method=method, head=settings.head, experts=experts
+    )
 
 
 def check_pooler(plan: TransferPlan, student: ModelHandle) -> None:

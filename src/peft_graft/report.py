@@ -102,6 +102,7 @@ class PolishRecord(_Record):
 class GraftReport(_Record):
     """Everything about a graft, as written to ``graft.json``.
 
+    ``layers``: the teacher layers of each student layer, by stack where the student has several.
     ``tried``: agreement with the teacher on held-out text of everything that the default chose from.
     """
 
@@ -117,7 +118,7 @@ class GraftReport(_Record):
     method_reason: str
     text: str | None
     alignment: str | None
-    layers: list[list[int]]
+    layers: list[list[int]] | dict[str, list[list[int]]]
     sites: list[SiteRecord]
     head: HeadRecord | None
     pairing: PairingRecord | None

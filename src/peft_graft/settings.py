@@ -24,7 +24,8 @@ class TransferSettings(BaseModel):
     """How to transfer; the same names in Python, on the command line and in ``graft.json``.
 
     Attributes:
-        layers: ``skip``, ``avg`` or one teacher layer for each student layer, ``0,2,4``.
+        layers: ``skip``, ``avg`` or one teacher layer for each student layer, ``0,2,4``; for a model of several stacks
+            one such map for all, or one each, ``encoder=skip;decoder=0,2,4``.
         method: a key of ``methods.METHODS``; None takes the one whose graft agrees best with the teacher on held-out
             text, or without text the one that ``planning.choose_method`` takes.
         head: ``carry`` the classification head through the maps, ``fit`` it to the teacher's predictions on the text,

@@ -18,7 +18,9 @@ from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.conversion import as_lora, stand_in
+from peft_graft.correspondence import ExpertMap
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
+from peft_graft.experts import SAMPLES, match_experts, matched_experts
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.functional import fit_modules
 from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
@@ -31,6 +33,7 @@ from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
     check_labels,
     check_pooler,
+    check_reading,
     learner,
     needs_predictions,
     no_predictions,
@@ -39,6 +42,7 @@ from peft_graft.preflight import (
     with_teacher_labels,
 )
 from peft_graft.report import GraftReport, hardware, versions
+from peft_graft.roles import expert_of
 from peft_graft.settings import POLISH, Clock, HeadChoice, Progress, TransferSettings, checked_settings
 from peft_graft.teaching import (
     EXACT,
@@ -94,7 +98,7 @@ def transfer(
         student: folder or hub id of the model that receives the module.
         out: folder to write; nothing is written without it.
         teacher: the model that the module was trained on; the one that its configuration names by default.
-        layers: ``skip``, ``avg``, or one teacher layer for each student layer, ``"0,2,4"``.
+        layers: ``skip``, ``avg``, or one teacher layer for each student layer, ``"0,2,4"``; see ``TransferSettings``.
         method: a key of ``METHODS``; when None the one whose graft agrees best with the teacher on held-out text.
         text: unlabelled text (``text.read_text``) to align, fit, polish and judge on, with ``columns``; ``max_tokens``
             limits what the alignment sees.
@@ -221,10 +225,12 @@ def _transfer(
     whole = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
     check_labels(whole, student.base.config)
     checkpoint = in_library(at_sites(whole, settings.sites), settings.library)
+    check_reading(teacher.architecture, student.architecture, settings, samples is not None)
     methods, reason = _methods(checkpoint, teacher, student, settings, given, has_text=samples is not None)
-    plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0])
-    check_pooler(plan, student)
     pool = list(islice(samples, _POOL)) if samples is not None else []
+    experts = _experts(checkpoint, teacher, student, settings, given, methods, pool)
+    plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0], experts)
+    check_pooler(plan, student)
     asked, notes = _can_learn(whole, pool, settings)
     pairs = dict(plan.pairs)
     if asked and checkpoint.head is None:
@@ -294,7 +300,7 @@ def _transfer(
         method_reason=reason,
         text=text,
         alignment=alignment_name,
-        layers=[list(sources) for sources in plan.layers],
+        layers=plan.recorded_layers,
         sites=chosen.sites,
         head=chosen.head.model_copy(update={"how": outcome.head, "fit": outcome.fit}) if chosen.head else None,
         pairing=pairing_record(aligner.counts) if aligner.counts else None,
@@ -347,6 +353,25 @@ def _can_learn(
             )
         return False, [f"neither fitted nor judged: {len(pool)} samples of text are too few"]
     return True, []
+
+
+def _experts(
+    checkpoint: PeftCheckpoint,
+    teacher: ModelHandle,
+    student: ModelHandle,
+    settings: TransferSettings,
+    given: Alignment | None,
+    methods: Sequence[Method],
+    pool: Sequence[Sample],
+) -> ExpertMap | None:
+    """Which experts correspond, where the module acts in some: as the alignment says, or the text; None for copy."""
+    if not any(expert_of(role) is not None for role in checkpoint.roles):
+        return None
+    if given is not None:
+        return matched_experts(given.maps, student.architecture)
+    if pool and any(method.needs_text for method in methods):
+        return match_experts(teacher, student, pool[held_out_size(len(pool)) :][:SAMPLES], settings.layers)
+    return None
 
 
 def _methods(

@@ -24,6 +24,7 @@ _TASKS = {
     "SEQ_CLS": "sequence-classification",
     "CAUSAL_LM": "causal-lm",
     "QUESTION_ANS": "question-answering",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
 }
 #: peft's types -> what kind of module they are; all others change weights, and become a LoRA (``conversion``).
 _KINDS: Mapping[str, Kind] = {

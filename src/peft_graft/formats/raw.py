@@ -18,6 +18,8 @@ _TASK_OF_CLASS = {
     "ForSequenceClassification": "sequence-classification",
     "ForCausalLM": "causal-lm",
     "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "seq2seq-lm",
+    "ForImageClassification": "image-classification",
     "AdapterModel": "prediction-heads",
 }
 
