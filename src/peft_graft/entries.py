@@ -23,6 +23,7 @@ from peft_graft.modules import (
     PromptModule,
     ScaleModule,
     Site,
+    Space,
     bottleneck_tensors,
     lora_tensors,
     settled,
@@ -43,16 +44,8 @@ def modules_of(
         CheckpointError: the path is no site of this architecture.
         ModelError: a shape shows that the module was trained on another model.
     """
-    if raw.kind == "prompt":
-        write = Axis("write", EMBEDDED)
-        return [
-            PromptModule(Site(-1, PROMPT_ROLE), {"embeddings": LabelledTensor(values["embeddings"], (None, write))})
-        ], ""
-    if raw.kind == "prefix":
-        tensors = {
-            name: LabelledTensor(value, (None, Axis("write", f"attn.{name}.out"))) for name, value in values.items()
-        }
-        return [PromptModule(Site(int(path.removeprefix(PREFIX)), PREFIX_ROLE), tensors)], ""
+    if raw.kind in ("prompt", "prefix"):
+        return [_virtual_tokens(raw, path, values, architecture)], ""
     place = architecture.sites(path)
     if place is None:
         raise CheckpointError(
@@ -74,6 +67,32 @@ def modules_of(
     return [make(raw, site, path, values, architecture, base) for site in sites], prefix
 
 
+def _virtual_tokens(
+    raw: RawCheckpoint, path: str, values: Mapping[str, Tensor], architecture: Architecture
+) -> PromptModule:
+    if len(architecture.row.stacks) > 1:
+        raise CheckpointError(
+            "virtual tokens of models with several stacks cannot be moved yet",
+            where=architecture.model_type,
+            fix="move a LoRA",
+        )
+    if raw.kind == "prompt":
+        words = LabelledTensor(values["embeddings"], (None, Axis("write", EMBEDDED)))
+        return PromptModule(Site(-1, PROMPT_ROLE), {"embeddings": words})
+    site = Site(int(path.removeprefix(PREFIX)), PREFIX_ROLE)
+    expected = architecture.sizes.get(Space(site.layer, "attn.key.out"))
+    if values["key"].shape[1] != expected:
+        raise CheckpointError(
+            "the prefix has another size than this model's keys: it belongs to another model, or to one that keeps a "
+            "copy of its keys for every query head",
+            where=str(site),
+            expected=expected,
+            found=values["key"].shape[1],
+        )
+    tensors = {name: LabelledTensor(value, (None, Axis("write", f"attn.{name}.out"))) for name, value in values.items()}
+    return PromptModule(site, tensors)
+
+
 def _lora(
     raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
     base: Mapping[str, Tensor],
@@ -82,16 +101,23 @@ def _lora(
     if linear is None:
         raise CheckpointError(f"{path} is no linear layer", where=str(site))
     parts = {
-        name: value if name == "A" else _part(value, site, path, name, architecture) for name, value in values.items()
+        name: value if name == "A" else _part(raw, value, site, path, name, architecture)
+        for name, value in values.items()
     }
     parts.update(_base_parts(parts, site, architecture, base, raw.scalings[path]))
     return LoraModule(site, lora_tensors(parts, linear.reads, linear.writes), scaling=raw.scalings[path])
 
 
-def _part(value: Tensor, site: Site, path: str, name: str, architecture: Architecture) -> Tensor:
+def _part(raw: RawCheckpoint, value: Tensor, site: Site, path: str, name: str, architecture: Architecture) -> Tensor:
     """The rows that belong to the site's role, where its layer holds several."""
     if not architecture.row.linears[site.role].fused:
         return value
+    if raw.format == "adapterhub":
+        raise CheckpointError(
+            "AdapterHub's LoRA on a fused layer holds some of its projections only, which cannot be moved yet",
+            where=path,
+            fix="train the module with peft",
+        )
     if len(value) != architecture.fused_size(site.role):
         raise ModelError(
             f"the teacher is not the base of this module: {name} has shape {list(value.shape)}",
@@ -139,7 +165,9 @@ def _scale(
     linear = architecture.row.linears.get(site.role)
     if linear is None:
         raise CheckpointError(f"{path} is no linear layer", where=str(site))
-    parts = {name: _part(v, site, path, name, architecture) if name == "output" else v for name, v in values.items()}
+    parts = {
+        name: _part(raw, v, site, path, name, architecture) if name == "output" else v for name, v in values.items()
+    }
     spaces = {"input": linear.reads, "output": linear.writes}
     return ScaleModule(
         site, {name: LabelledTensor(value, (Axis("scale", spaces[name]),)) for name, value in parts.items()}

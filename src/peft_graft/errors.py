@@ -41,7 +41,7 @@ class GraftError(Exception):
         found: object = None,
         fix: str | None = None,
     ) -> None:
-        self.where, self.expected, self.found, self.fix = where, expected, found, fix
+        self.message, self.where, self.expected, self.found, self.fix = message, where, expected, found, fix
         text = f"{where}: {message}" if where else message
         if expected is not None:
             text += f"; expected {expected}"

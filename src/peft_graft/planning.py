@@ -15,8 +15,8 @@ from peft_graft.families import SEQ2SEQ_LM
 from peft_graft.heads import head_form
 from peft_graft.layer_maps import LayerMap, layer_map, layer_maps
 from peft_graft.methods import METHODS, Method
-from peft_graft.modules import GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space, space_at
-from peft_graft.roles import Stack, expert_of, moved_space
+from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space, space_at
+from peft_graft.roles import PROMPT_ROLE, Stack, expert_of, moved_space
 from peft_graft.settings import HeadChoice
 
 
@@ -198,7 +198,7 @@ def plan_alignment(
 
     Args:
         roles: linear roles of the teacher, and ``adapter`` for what bottleneck adapters see; all that both models have
-            by default. The spaces that heads read are always included.
+            by default. ``prompt`` adds the word embeddings. The spaces that heads read are always included.
         experts: as for ``plan_transfer``.
 
     Raises:
@@ -209,9 +209,11 @@ def plan_alignment(
     specs = layer_maps(layers, stacks)
     shared = [role for role in teacher.row.linears if corresponds(stacks, role, student)]
     chosen = list(roles) if roles else [*shared, "adapter"]
-    unknown = [role for role in chosen if role not in (*shared, "adapter")]
+    unknown = [role for role in chosen if role not in (*shared, "adapter", PROMPT_ROLE)]
     if unknown:
-        raise PlanError("the models do not share this role", where=unknown[0], expected=f"{_listed(shared)}, adapter")
+        raise PlanError(
+            "the models do not share this role", where=unknown[0], expected=f"{_listed(shared)}, adapter, {PROMPT_ROLE}"
+        )
     pairs: dict[Pair, tuple[int, int]] = {}
 
     def add(source: Site, target: Site, name: str) -> None:
@@ -223,6 +225,8 @@ def plan_alignment(
         mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
         for layer, source in ((layer, source) for layer, sources in enumerate(mapping) for source in sources):
             for role in chosen:
+                if role == PROMPT_ROLE:
+                    continue
                 if role == "adapter":
                     near, far = (
                         Site(at, stack.full("attn.adapter")) for at, stack in ((source, first), (layer, second))
@@ -235,7 +239,7 @@ def plan_alignment(
                     linear = teacher.row.linears[role]
                     add(Site(source, role), target, linear.reads)
                     add(Site(source, role), target, linear.writes)
-    for name in GLOBAL_SPACES:
+    for name in (*GLOBAL_SPACES, *([EMBEDDED] if PROMPT_ROLE in chosen else [])):
         space = Space(-1, name)
         # Pooled outputs only mean something where both poolers were trained, which a plan cannot see.
         if name != POOLED_OUT and space in teacher.sizes and space in student.sizes:

@@ -51,10 +51,18 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
         return Verification(library=library, version=None)
     live = attach(folder, raw, student, labels)
     _compare(live.written, live.loaded, folder)
-    probe = _probe(student)
+    batch = probe(student)
     with torch.inference_mode():
-        with_module = live.forward(probe)[1].clone()
-        without = live.forward(probe, module=False)[1].clone()
+        try:
+            with_module = live.forward(batch)[1].clone()
+        except (RuntimeError, TypeError, ValueError) as error:  # such as virtual tokens in a model that takes none
+            raise VerificationError(
+                f"{library} loads the module, but the student cannot be run with it "
+                f"({(str(error).splitlines() or [type(error).__name__])[0]})",
+                where=str(folder),
+                fix="move another kind of module",
+            ) from error
+        without = live.forward(batch, module=False)[1].clone()
     if not bool(torch.isfinite(with_module).all()):
         raise VerificationError("the student's output with the module is not finite", where=str(folder))
     change = float((with_module - without).abs().max() / without.abs().max().clamp_min(1e-12))
@@ -80,7 +88,7 @@ def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], folder
             raise VerificationError(f"tensor {key} arrived with other values", where=str(folder))
 
 
-def _probe(student: ModelHandle) -> dict[str, Tensor]:
+def probe(student: ModelHandle) -> dict[str, Tensor]:
     """A batch of four random inputs of every sort that the model reads."""
     config, generator = student.base.config, torch.Generator().manual_seed(0)
     kinds = {stack.kind for stack in student.architecture.row.stacks}
