@@ -21,7 +21,7 @@ LEVELS = (
     ("formats.peft_lora", "formats.adapterhub", "alignment_files", "projection", "models"),
     ("settings", "checkpoints"),
     ("activations", "planning", "live"),
-    ("predictions", "verification"),
+    ("predictions", "verification", "collecting"),
     ("agreement", "fitting"),
     ("directions", "functional", "polishing", "preflight", "inspection"),
     ("report",),

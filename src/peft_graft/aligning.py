@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from peft_graft.activations import CollectionSettings, check_pairs, collect
 from peft_graft.alignment import Alignment, Pair, copy_alignment, solve_alignment
 from peft_graft.alignment_files import save_alignment
+from peft_graft.architectures import Architecture
+from peft_graft.collecting import CollectionSettings, Wanted, check_pairs, collect
 from peft_graft.errors import AlignmentError, PairingError, PlanError
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
-from peft_graft.planning import plan_alignment
+from peft_graft.modules import TOKENS_OUT, Module
+from peft_graft.planning import map_axis, plan_alignment
 from peft_graft.preflight import no_text
 from peft_graft.report import hardware, versions
 from peft_graft.settings import Clock, Progress, TransferSettings, checked_settings
 from peft_graft.text import Sample, read_text
 from peft_graft.token_pairing import PairingCounts
 from peft_graft.weights import check_output
+
+#: Which maps of a space, by its name, are needed: ``read``, or what writes or scales; both where nothing is said.
+Directions = Mapping[str, Collection[str]]
+BOTH = ("read", "write")
 
 
 def align(
@@ -59,12 +65,15 @@ def align(
         describe_config(load_config(str(name), role)) for name, role in ((teacher, "teacher"), (student, "student"))
     ]
     pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites)
+    directions = directions_of_roles(shapes[1], sites)
     samples = peeked(read_text(text, columns, seed))
     clock = Clock(progress)
     with clock("loading models"):
         first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
         second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
-    (found,), _ = align_handles(first, second, samples, pairs, [chosen], settings, clock, str(text), lenient=True)
+    (found,), _ = align_handles(
+        first, second, samples, pairs, [chosen], settings, clock, str(text), directions=directions, lenient=True
+    )
     if out is not None:
         save_alignment(found, Path(out), force=force)
     return found
@@ -97,11 +106,14 @@ def align_handles(
     clock: Clock,
     text: str,
     *,
+    directions: Directions | None = None,
     lenient: bool = False,
 ) -> tuple[list[Alignment], PairingCounts]:
     """Stream once, check, and solve with every method.
 
-    ``lenient`` leaves out spaces of samples that too few samples were seen for.
+    Args:
+        directions: which maps of a space are needed; both, of every space, when None.
+        lenient: leave out spaces of samples that too few samples were seen for.
     """
     check_tokenizers(teacher, student)
     with clock("pairing tokens"):
@@ -109,8 +121,7 @@ def align_handles(
             teacher,
             student,
             samples,
-            list(pairs),
-            sorted({moment for method in methods for moment in method.moments}),
+            _wanted(pairs, methods, directions or {}),
             CollectionSettings(max_tokens=settings.max_tokens),
             clock.progress,
             hold_out=any(method.holds_out for method in methods),
@@ -143,6 +154,47 @@ def align_handles(
     return found, counts
 
 
+def _wanted(pairs: Iterable[Pair], methods: Sequence[Method], directions: Directions) -> Wanted:
+    """What the methods need of every pair of spaces beside the cross moment."""
+    return {
+        pair: sorted({
+            moment for method in methods for moment in method.moments_for(directions.get(pair[1].name, BOTH))
+        })
+        for pair in pairs
+    }  # fmt: skip
+
+
+def directions_of_modules(modules: Iterable[Module], method: Method, *, head: str | None, shifts: bool) -> Directions:
+    """Which maps moving these modules needs.
+
+    Args:
+        head: the space that a head reads, if one is carried. shifts: whether shifts of the last hidden state are moved.
+    """
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        for tensor in module.tensors.values():
+            for axis in tensor.axes:
+                if axis is not None:
+                    found.setdefault(map_axis(method, module, axis), set()).add(axis.direction)
+    if head:
+        found.setdefault(head, set()).add("read")
+    if shifts:
+        found.setdefault(TOKENS_OUT, set()).add("write")
+    return found
+
+
+def directions_of_roles(architecture: Architecture, roles: Sequence[str] | None) -> Directions:
+    """Which maps any module at these linear roles needs; both for what adapters see, and for all when None."""
+    if roles is None or "adapter" in roles:
+        return {}
+    found: dict[str, set[str]] = {}
+    for role in roles:
+        if linear := architecture.row.linears.get(role):
+            found.setdefault(linear.reads, set()).add("read")
+            found.setdefault(linear.writes, set()).add("write")
+    return found
+
+
 def check_tokenizers(teacher: ModelHandle, student: ModelHandle) -> None:
     """Refuse models whose text cannot be paired.
 
@@ -172,7 +224,9 @@ class Aligner:
         settings: TransferSettings,
         clock: Clock,
         text: str | None,
+        directions: Directions | None = None,
     ) -> None:
+        self.directions = directions
         self.teacher, self.student, self.pairs, self.methods = teacher, student, pairs, methods
         self.samples, self.settings, self.clock, self.text = samples, settings, clock, text
         self.counts: PairingCounts | None = None
@@ -196,7 +250,7 @@ class Aligner:
                 wanted = [one for one in self.methods if one.needs_text]
                 found, self.counts = align_handles(
                     self.teacher, self.student, self.samples, self.pairs, wanted, self.settings, self.clock,
-                    self.text or "",
+                    self.text or "", directions=self.directions,
                 )  # fmt: skip
                 self._made.update({alignment.method: alignment for alignment in found})
         return self._made[method.name]

@@ -363,9 +363,10 @@ def _show_graft(report: GraftReport, out: Path) -> None:
             for record in site.maps
             if "mean_correlation" in record.diagnostics
         ] + [
-            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%} explained"
+            f"{record.space.split()[-1]} {record.diagnostics[share]:.0%} explained"
             for record in site.maps
-            if "read_explained" in record.diagnostics
+            for share in ("read_explained", "write_explained")
+            if share in record.diagnostics
         ]
         sources = " + ".join(source.split()[1] for source in site.teacher_sites)
         table.add_row(site.site, f"layer {sources}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space")

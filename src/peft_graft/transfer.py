@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peft_graft.agreement import judge
-from peft_graft.aligning import Aligner, check_tokenizers, peeked
+from peft_graft.aligning import Aligner, check_tokenizers, directions_of_modules, peeked
 from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
@@ -229,6 +229,12 @@ def _transfer(
         settings,
         clock,
         text,
+        directions_of_modules(
+            checkpoint.modules.values(),
+            methods[0],
+            head=checkpoint.head.reads if checkpoint.head else None,
+            shifts=checkpoint.head is None,
+        ),
     )
 
     def candidate(method: Method) -> Candidate:
