@@ -218,3 +218,11 @@ def test_layers_solved_in_threads_give_what_they_give_one_by_one() -> None:
     for pair, found in alone.maps.items():
         torch.testing.assert_close(together.map(pair).reading, found.reading)
         assert together.diagnostics[pair] == pytest.approx(alone.diagnostics[pair])
+
+
+def test_pairs_that_share_a_map_survive_the_file(tmp_path) -> None:
+    shared = Selection(torch.tensor([1, 0]), 2)
+    other = (Space(0, "layer.out"), Space(0, "layer.out"))
+    save_alignment(Alignment("prune-align", "a", "b", {PAIR: shared, other: shared}), tmp_path / "alignment")
+    loaded = load_alignment(tmp_path / "alignment")
+    assert torch.equal(loaded.map(PAIR).indices, loaded.map(other).indices)
