@@ -246,8 +246,9 @@ class Products:
         import torch.distributed as processes
 
         def total(value: Tensor) -> Tensor:
-            processes.all_reduce(value)
-            return value
+            there = value.cpu()  # gloo sums on the CPU
+            processes.all_reduce(there)
+            return value.copy_(there)
 
         counts = total(torch.tensor([self.count], dtype=torch.float64))
         everyone = max(1, int(counts))
