@@ -34,6 +34,7 @@ from peft_graft.activations import Capture
 from peft_graft.aligning import align, directions_of_roles
 from peft_graft.methods import METHODS, assign_by_correlation
 from peft_graft.models import load_model
+from peft_graft.modules import GLOBAL_SPACES, TOKENS_OUT
 from peft_graft.planning import plan_alignment
 from peft_graft.report import hardware, versions
 from peft_graft.statistics import Products
@@ -261,8 +262,8 @@ def needed(teacher, student, roles, method, rows, samples):
             Capture(student, (b for _, b in wanted)) as second:  # fmt: skip
         totals = collecting.Totals(first, second, wanted, hold_out=False)
     flops = 0
-    for (_, per_sample), products in totals.products.items():
-        count = samples if per_sample else rows
+    for (_, group), products in totals.products.items():
+        count = samples if group.split()[1] in GLOBAL_SPACES and not group.endswith(TOKENS_OUT) else rows
         for (a, b), value in products._product.items():
             flops += (1 if a == b else 2) * count * value.shape[0] * value.shape[1]
     return flops, any(products.precise for products in totals.products.values())

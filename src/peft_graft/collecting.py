@@ -123,7 +123,7 @@ class _Batch:
 
 
 class Totals:
-    """All products of one pass: those to fit and those held out, of tokens and of samples.
+    """All products of one pass: those to fit and those held out.
 
     Mergeable with those of other parts of the batches, and storable.
     """
@@ -131,46 +131,53 @@ class Totals:
     def __init__(self, of_teacher: Capture, of_student: Capture, wanted: Wanted, *, hold_out: bool) -> None:
         """Find out, by one probe of both models, which spaces are one tensor."""
         self.wanted = wanted
-        self.nonfinite = 0
         self.nodes = [_nodes("teacher", of_teacher), _nodes("student", of_student)]
-        sizes, products = dict[bool, dict[str, int]](), dict[bool, dict[tuple[str, str], None]]()
+        sizes: dict[str, int] = {}
+        products: dict[tuple[str, str], None] = {}
         for (first, second), moments in wanted.items():
             teacher, student = self.nodes[0][first], self.nodes[1][second]
-            family = first.name in _SAMPLE_SPACES
-            products.setdefault(family, {})[student, teacher] = None
-            sizes.setdefault(family, {}).update({
-                teacher: of_teacher.model.architecture.size(first), student: of_student.model.architecture.size(second),
-            })  # fmt: skip
+            products[student, teacher] = None
+            sizes[teacher] = of_teacher.model.architecture.size(first)
+            sizes[student] = of_student.model.architecture.size(second)
             for moment, node in (("teacher", teacher), ("student", student)):
                 if moment in moments:
-                    products[family][node, node] = None
+                    products[node, node] = None
         # A regression inverts what it is given, so it is given products in float64.
         precise = any(set(moments) - {"cross"} for moments in wanted.values())
         device = of_teacher.model.base.device
+        # Tensors that no product ties together go one group after another, so that few rows are held at a time.
+        self.group = _groups(sizes, products)
+        groups = sorted(set(self.group.values()))
         self.products = {
-            (held_out, family): Products(sizes[family], products[family], precise=precise, device=device)
+            (held_out, group): Products(
+                {name: size for name, size in sizes.items() if self.group[name] == group},
+                [pair for pair in products if self.group[pair[0]] == group],
+                precise=precise,
+                device=device,
+            )
             for held_out in ((False, True) if hold_out else (False,))
-            for family in sizes
+            for group in groups
         }
+        self.nonfinite = 0
 
     def update(self, of_teacher: Mapping[Space, Tensor], of_student: Mapping[Space, Tensor], batch: _Batch,
                *, held_out: bool) -> None:  # fmt: skip
         """Take in what was captured of one batch."""
-        rows: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+        members: dict[str, dict[str, tuple[Space, Tensor, _Gather]]] = {}
         for nodes, held, gather in zip(
             self.nodes, (of_teacher, of_student), (batch.gather_teacher, batch.gather_student), strict=True
         ):
             for space, node in nodes.items():
-                family = space.name in _SAMPLE_SPACES
-                if node not in rows[family]:
-                    value = held[space]
-                    rows[family][node] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True) \
-                        if family else gather(value)  # fmt: skip
+                members.setdefault(self.group[node], {})[node] = space, held[space], gather
         self.nonfinite += max(
-            products.update(rows[family])
-            for (of_held_out, family), products in self.products.items()
-            if of_held_out == held_out
-        )
+            self.products[held_out, group].update({
+                node: value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+                if space.name in _SAMPLE_SPACES
+                else gather(value)
+                for node, (space, value, gather) in nodes.items()
+            })
+            for group, nodes in members.items()
+        )  # fmt: skip
 
     def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
         """What methods see, by pair; pairs that are the same tensors share one object."""
@@ -179,9 +186,9 @@ class Totals:
         for (first, second), moments in self.wanted.items():
             key = (self.nodes[0][first], self.nodes[1][second], frozenset(moments))
             if key not in made:
-                family = first.name in _SAMPLE_SPACES
-                fit = self.products[False, family].statistics(*key)
-                other = self.products.get((True, family))
+                group = self.group[key[0]]
+                fit = self.products[False, group].statistics(*key)
+                other = self.products.get((True, group))
                 made[key] = fit, other.statistics(*key) if other else PairedStatistics.empty(
                     fit.cross.shape[1], fit.cross.shape[0], device=str(fit.cross.device)
                 )  # fmt: skip
@@ -191,15 +198,15 @@ class Totals:
     def tensors(self) -> dict[str, Tensor]:
         """All of the state by key; ``load`` reverses it."""
         found = {"nonfinite": torch.tensor(self.nonfinite)}
-        for (held_out, family), products in self.products.items():
-            found |= {f"{held_out:d}{family:d} {key}": value for key, value in products.tensors().items()}
+        for (held_out, group), products in self.products.items():
+            found |= {f"{held_out:d} {group}: {key}": value for key, value in products.tensors().items()}
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a state of the same pass in place of this one."""
         self.nonfinite = int(tensors["nonfinite"])
-        for (held_out, family), products in self.products.items():
-            mark = f"{held_out:d}{family:d} "
+        for (held_out, group), products in self.products.items():
+            mark = f"{held_out:d} {group}: "
             products.load({key.removeprefix(mark): value for key, value in tensors.items() if key.startswith(mark)})
 
     def merge(self, other: Totals) -> None:
@@ -327,6 +334,15 @@ def _nodes(side: str, capture: Capture) -> dict[Space, str]:
         )
         for space, value in sorted(held.items())
     }
+
+
+def _groups(names: Iterable[str], products: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The first name of those that products tie together, for every name."""
+    group = {name: name for name in names}
+    for a, b in products:
+        first, other = sorted((group[a], group[b]))
+        group.update({name: first for name, of in group.items() if of == other})
+    return group
 
 
 def _mine(
