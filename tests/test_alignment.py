@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft.alignment import Alignment, copy_alignment
+from peft_graft.alignment import Alignment, copy_alignment, solve_alignment
 from peft_graft.alignment_files import load_alignment, save_alignment
 from peft_graft.errors import AlignmentError, OutputError
 from peft_graft.maps import LinearMap, Selection
@@ -184,3 +184,45 @@ def test_a_linear_map_survives_the_file_and_refuses_what_scales_single_units(tmp
         again.apply(torch.ones(12), 0, "read")
     with pytest.raises(AlignmentError, match="does not fit this axis"):
         again.apply(torch.ones(3, 11), 1, "read")
+
+
+def test_a_map_of_one_direction_survives_the_file_and_refuses_the_other(tmp_path) -> None:
+    teacher, rotation = _rotated_pair()
+    fit, held_out = _both(teacher, teacher @ rotation.T)
+    fit.student_moment = held_out.student_moment = None
+    found, diagnostics = regress(fit, held_out)
+    assert found.reading is None
+    assert "read_explained" not in diagnostics
+    save_alignment(Alignment("ridge", "a", "b", {PAIR: found}, {PAIR: diagnostics}), tmp_path / "alignment")
+    again = load_alignment(tmp_path / "alignment").map(PAIR)
+    assert (again.teacher_size, again.student_size) == (12, 12)
+    whole, _ = regress(*_both(teacher, teacher @ rotation.T))
+    weight = torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(again.apply(weight, 0, "write"), whole.apply(weight, 0, "write"), rtol=0, atol=1e-6)
+    with pytest.raises(AlignmentError, match="no map for what reads here"):
+        again.apply(weight, 1, "read")
+
+
+def test_layers_solved_in_threads_give_what_they_give_one_by_one() -> None:
+    teacher, rotation = _rotated_pair()
+    student = teacher @ rotation.T
+    parts = {(Space(layer, "attn.in"),) * 2: _both(teacher.roll(layer, 1), student) for layer in range(4)}
+    threads = torch.get_num_threads()
+    alone = solve_alignment(METHODS["ridge"], parts, "a", "b", {})
+    try:
+        torch.set_num_threads(2)
+        together = solve_alignment(METHODS["ridge"], parts, "a", "b", {})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    for pair, found in alone.maps.items():
+        torch.testing.assert_close(together.map(pair).reading, found.reading)
+        assert together.diagnostics[pair] == pytest.approx(alone.diagnostics[pair])
+
+
+def test_pairs_that_share_a_map_survive_the_file(tmp_path) -> None:
+    shared = Selection(torch.tensor([1, 0]), 2)
+    other = (Space(0, "layer.out"), Space(0, "layer.out"))
+    save_alignment(Alignment("prune-align", "a", "b", {PAIR: shared, other: shared}), tmp_path / "alignment")
+    loaded = load_alignment(tmp_path / "alignment")
+    assert torch.equal(loaded.map(PAIR).indices, loaded.map(other).indices)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_graft.statistics import PairedStatistics
+from peft_graft.statistics import PairedStatistics, Products
 
 ALL = ("cross", "teacher", "student")
 
@@ -32,16 +32,66 @@ def assert_same(one: PairedStatistics, other: PairedStatistics, rtol: float = 1e
             torch.testing.assert_close(value, getattr(other, name), rtol=rtol, atol=1e-9)
 
 
-@given(st.lists(st.integers(1, 39), max_size=5), st.integers(0, 1000))
+def streamed(teacher: torch.Tensor, student: torch.Tensor, edges: list[int], precise: bool = False) -> Products:
+    products = Products({"t": 5, "s": 4}, [("s", "t"), ("t", "t"), ("s", "s")], precise=precise)
+    for start, end in itertools.pairwise(edges):
+        products.update({"t": teacher[start:end].clone(), "s": student[start:end].clone()})
+    return products
+
+
+@given(st.lists(st.integers(1, 39), max_size=5), st.integers(0, 1000), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_chunked_equals_whole(cuts: list[int], seed: int) -> None:
+def test_streamed_equals_whole(cuts: list[int], seed: int, precise: bool) -> None:
     teacher, student = batch(40, seed=seed)
     whole = PairedStatistics.of(teacher, student, ALL)
-    chunked = PairedStatistics.empty(5, 4, ALL)
-    edges = [0, *sorted(cuts), 40]
-    for start, end in itertools.pairwise(edges):
-        chunked.update(teacher[start:end], student[start:end])
-    assert_same(whole, chunked)
+    found = streamed(teacher, student, [0, *sorted(cuts), 40], precise)
+    assert_same(whole, found.statistics("t", "s", ALL))
+
+
+@given(st.permutations(range(4)), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_products_merge_in_any_order(order: list[int], seed: int) -> None:
+    teacher, student = batch(40, offset=5, seed=seed)
+    whole = PairedStatistics.of(teacher, student, ALL)
+    edges = [0, 3, 11, 30, 40]
+    parts = [streamed(teacher, student, edges[index : index + 2]) for index in range(4)]
+    merged = streamed(teacher, student, [0])
+    for index in order:
+        again = streamed(teacher, student, [0])
+        again.load(parts[index].tensors())
+        merged.merge(again)
+    assert_same(whole, merged.statistics("t", "s", ALL))
+
+
+def test_products_go_on_after_a_merge() -> None:
+    teacher, student = batch(40, offset=300)
+    found = streamed(teacher, student, [0, 10])
+    found.merge(streamed(teacher, student, [10, 25]))
+    found.update({"t": teacher[25:].clone(), "s": student[25:].clone()})
+    assert_same(PairedStatistics.of(teacher, student, ALL), found.statistics("t", "s", ALL))
+    with pytest.raises(ValueError, match="have been read"):
+        found.update({"t": teacher, "s": student})
+
+
+def test_a_wide_tensors_own_product_is_taken_by_blocks() -> None:
+    x = torch.randn(50, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    products = Products({"x": 1100}, [("x", "x")])
+    products.update({"x": x.clone()})
+    moment = products.statistics("x", "x", ["teacher"]).teacher_moment
+    centred = x - x.mean(0)
+    torch.testing.assert_close(moment, centred.T @ centred)
+
+
+def test_rows_that_are_not_finite_are_left_out_of_every_product() -> None:
+    teacher, student = batch(40)
+    good = [row for row in range(40) if row not in (0, 25)]
+    whole = PairedStatistics.of(teacher[good], student[good], ALL)
+    teacher[0, 2], student[25, 1] = float("nan"), float("inf")
+    products = Products({"t": 5, "s": 4}, [("s", "t"), ("t", "t"), ("s", "s")])
+    left = [products.update({"t": teacher[rows].clone(), "s": student[rows].clone()})
+            for rows in (slice(0, 1), slice(1, 20), slice(20, 40))]  # fmt: skip
+    assert left == [1, 0, 1]
+    assert_same(whole, products.statistics("t", "s", ALL))
 
 
 @given(st.permutations(range(4)), st.integers(0, 1000))
@@ -73,10 +123,8 @@ def test_correlation_is_numpys() -> None:
 def test_float32_data_with_an_offset_does_not_cancel(offset: float) -> None:
     teacher, student = batch(4000, offset, dtype=torch.float32)
     exact = PairedStatistics.of(teacher.double(), student.double()).correlation()
-    streamed = PairedStatistics.empty(5, 4)
-    for start in range(0, 4000, 128):
-        streamed.update(teacher[start : start + 128], student[start : start + 128])
-    torch.testing.assert_close(streamed.correlation(), exact, rtol=0, atol=2e-5)
+    found = streamed(teacher, student, list(range(0, 4001, 125))).statistics("t", "s", ())
+    torch.testing.assert_close(found.correlation(), exact, rtol=0, atol=2e-5)
 
 
 def test_constant_units_are_found_and_have_no_correlation() -> None:
@@ -107,8 +155,7 @@ def test_moments_that_were_not_asked_for_are_not_kept() -> None:
 
 
 def test_no_pairs_yet() -> None:
-    empty = PairedStatistics.empty(5, 4)
-    empty.update(torch.zeros(0, 5), torch.zeros(0, 4))
+    empty = streamed(*batch(0), [0, 0]).statistics("t", "s", ())
     assert empty.count == 0
     assert not empty.correlation().any()
 
@@ -116,3 +163,5 @@ def test_no_pairs_yet() -> None:
 def test_unpaired_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="paired"):
         PairedStatistics.of(torch.zeros(3, 5), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="lengths"):
+        streamed(torch.zeros(3, 5), torch.zeros(2, 4), [0, 3])

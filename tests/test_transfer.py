@@ -361,3 +361,21 @@ def _sha256(path: Path) -> str:
     import hashlib
 
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("pfeiffer", marks=needs_adapters)])
+def test_a_polish_in_a_copy_leaves_the_student_as_it_was(world, kind: str) -> None:
+    """The copy that a module is put into shares the student's matrices; nothing may train them."""
+    student = transformers.AutoModel.from_pretrained(world / "shallow")
+    teacher = transformers.AutoModel.from_pretrained(world / "teacher")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    paths = [path for path, _ in student.named_modules()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    graft = peft_graft.transfer_checkpoint(
+        read_checkpoint(world / kind), teacher, student, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
+        text=tiny.sentences(120), method="copy", head="fit", polish=3,
+    )  # fmt: skip
+    assert graft.report.polish is not None
+    assert [path for path, _ in student.named_modules()] == paths
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(value.requires_grad for value in student.parameters())

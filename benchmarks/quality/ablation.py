@@ -23,11 +23,11 @@ import transformers
 from cells import PAIRS, TASKS, Data, teacher
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft.activations import Capture, CollectionSettings, collect, pad, tokenize
+from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.agreement import measure
-from peft_graft.aligning import check_pairs
 from peft_graft.alignment import Alignment, copy_alignment
 from peft_graft.checkpoints import read_checkpoint, resolve
+from peft_graft.collecting import CollectionSettings, check_pairs, collect
 from peft_graft.experiments.training import score
 from peft_graft.fitting import features, fit_head
 from peft_graft.functional import fit_modules
@@ -196,7 +196,9 @@ class Cell:
     def statistics(self, pairs):
         settings = CollectionSettings(max_tokens=20_000)
         text = iter(self.text[HELD_OUT:])
-        found, _ = collect(self.first, self.second, text, list(pairs), ("teacher", "student"), settings, hold_out=True)
+        found, _ = collect(
+            self.first, self.second, text, dict.fromkeys(pairs, ("teacher", "student")), settings, hold_out=True
+        )
         check_pairs(found)
         return found
 

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from peft_graft.activations import CollectionSettings, check_pairs, collect
 from peft_graft.alignment import Alignment, Pair, copy_alignment, solve_alignment
 from peft_graft.alignment_files import save_alignment
+from peft_graft.architectures import Architecture
+from peft_graft.caching import AlignmentCache, cache_folder
+from peft_graft.collecting import WHOLE, CollectionSettings, Shard, Totals, Unfinished, check_pairs, collect_totals
 from peft_graft.errors import AlignmentError, PairingError, PlanError
 from peft_graft.experts import SAMPLES, match_experts
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
-from peft_graft.planning import plan_alignment
+from peft_graft.modules import TOKENS_OUT, Module
+from peft_graft.planning import map_axis, plan_alignment
 from peft_graft.preflight import no_text
 from peft_graft.report import hardware, versions
-from peft_graft.settings import Clock, Progress, TransferSettings, checked_settings
+from peft_graft.settings import UNFINISHED, Clock, Progress, TransferSettings, checked_settings
+from peft_graft.sharding import RayShards, collect_on_ray, this_process, wait_for_others
+from peft_graft.statistics import Moment
 from peft_graft.text import Sample, read_text
 from peft_graft.token_pairing import PairingCounts
 from peft_graft.weights import check_output
+
+#: Which maps of a space, by its name, are needed: ``read``, or what writes or scales; both where nothing is said.
+Directions = Mapping[str, Collection[str]]
+BOTH = ("read", "write")
 
 
 def align(
@@ -37,14 +49,22 @@ def align(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    ray: str | None = None,
+    shards: int | None = None,
+    cache: bool | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Alignment:
     """Align two models once, for every module that will move between them.
 
+    Among the processes of torchrun or accelerate each runs its share of the text, all return the same, and the first
+    writes. An interrupted pass goes on when the same is asked for again with the same ``out``.
+
     Args:
         sites: roles to cover, such as ``("attn.query", "attn.value")``, ``adapter`` for bottleneck adapters; all by
-            default. The other arguments are those of ``transfer``.
+            default.
+        ray: run the pass on Ray, by a cluster's address or ``local``, in as many parts as ``shards`` says (by default
+            one for each CPU). The other arguments are those of ``transfer``.
 
     Raises:
         GraftError: as for ``transfer``.
@@ -61,8 +81,13 @@ def align(
         describe_config(load_config(str(name), role)) for name, role in ((teacher, "teacher"), (student, "student"))
     ]
     pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites)
+    directions = directions_of_roles(shapes[0], sites)
+    if shards is not None and (shards < 1 or ray is None):
+        raise PlanError("shards are parts of a pass on Ray, one at least", where="--shards", found=shards,
+                        fix="say --ray local, or start several processes with torchrun")  # fmt: skip
     samples = peeked(read_text(text, columns, seed))
     clock = Clock(progress)
+    shard = this_process()
     with clock("loading models"):
         first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
         second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
@@ -71,9 +96,20 @@ def align(
     if experts:
         pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites, experts=experts)
     samples = chain(start, samples)
-    (found,), _ = align_handles(first, second, samples, pairs, [chosen], settings, clock, str(text), lenient=True)
-    if out is not None:
+    work = Path(f"{out}{UNFINISHED}") if out is not None else None
+    on_ray = None
+    if ray is not None:
+        on_ray = RayShards(ray, shards or os.cpu_count() or 1, str(teacher), str(student), str(text), columns, seed,
+                           device, dtype)  # fmt: skip
+    aligner = Aligner(
+        first, second, pairs, [chosen], samples, None, settings, clock, str(text), directions, lenient=True, work=work,
+        cache=AlignmentCache.of(cache_folder(cache), text, columns, seed), shard=shard, on_ray=on_ray,
+    )  # fmt: skip
+    found = aligner.alignment(chosen)
+    if out is not None and shard.index == 0:
         save_alignment(found, Path(out), force=force)
+        shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
+    wait_for_others(shard)
     return found
 
 
@@ -94,60 +130,35 @@ def check_alignment(alignment: Alignment, teacher: ModelHandle, student: ModelHa
             )
 
 
-def align_handles(
-    teacher: ModelHandle,
-    student: ModelHandle,
-    samples: Iterator[Sample],
-    pairs: Mapping[Pair, tuple[int, int]],
-    methods: Sequence[Method],
-    settings: TransferSettings,
-    clock: Clock,
-    text: str,
-    *,
-    lenient: bool = False,
-) -> tuple[list[Alignment], PairingCounts]:
-    """Stream once, check, and solve with every method.
+def directions_of_modules(modules: Iterable[Module], method: Method, *, head: str | None, shifts: bool) -> Directions:
+    """Which maps moving these modules needs.
 
-    ``lenient`` leaves out spaces of samples that too few samples were seen for.
+    Args:
+        head: the space that a head reads, if one is carried. shifts: whether shifts of the last hidden state are moved.
     """
-    check_tokenizers(teacher, student)
-    with clock("pairing tokens"):
-        statistics, counts = collect(
-            teacher,
-            student,
-            samples,
-            list(pairs),
-            sorted({moment for method in methods for moment in method.moments}),
-            CollectionSettings(max_tokens=settings.max_tokens),
-            clock.progress,
-            hold_out=any(method.holds_out for method in methods),
-        )
-    if counts.nonfinite_pairs * 2 > counts.pairs:
-        raise PairingError(
-            "most activations are not finite", where=f"--dtype {settings.dtype}", fix="use --dtype float32 or bfloat16"
-        )
-    if lenient:
-        few = [
-            pair
-            for pair, (fit, held_out) in statistics.items()
-            if pair[0].layer < 0 and fit.count + held_out.count < max(pairs[pair])
-        ]
-        statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
-    check_pairs(statistics)
-    details = {
-        "teacher": teacher.name,
-        "student": student.name,
-        "text": text,
-        "settings": settings.model_dump(mode="json"),
-        "pairing": asdict(counts),
-        "versions": versions(),
-        "hardware": hardware(settings.device),
-    }
-    with clock("solving alignments"):
-        found = [
-            solve_alignment(method, statistics, teacher.fingerprint, student.fingerprint, details) for method in methods
-        ]
-    return found, counts
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        for tensor in module.tensors.values():
+            for axis in tensor.axes:
+                if axis is not None:
+                    found.setdefault(map_axis(method, module, axis), set()).add(axis.direction)
+    if head:
+        found.setdefault(head, set()).add("read")
+    if shifts:
+        found.setdefault(TOKENS_OUT, set()).add("write")
+    return found
+
+
+def directions_of_roles(architecture: Architecture, roles: Sequence[str] | None) -> Directions:
+    """Which maps any module at these linear roles needs; both for what adapters see, and for all when None."""
+    if roles is None or "adapter" in roles:
+        return {}
+    found: dict[str, set[str]] = {}
+    for role in roles:
+        if linear := architecture.row.linears.get(role):
+            found.setdefault(linear.reads, set()).add("read")
+            found.setdefault(linear.writes, set()).add("write")
+    return found
 
 
 def check_tokenizers(teacher: ModelHandle, student: ModelHandle) -> None:
@@ -166,6 +177,13 @@ class Aligner:
     """The alignments that the methods of one transfer need, made when they are first asked for.
 
     All methods that need text share one pass over it.
+
+    Args:
+        pairs: of spaces, with their sizes. given: an alignment to use instead of text.
+        text: what the samples are, for the record. directions: which maps of a space are needed; both when None.
+        lenient: leave out spaces of samples that too few samples were seen for.
+        work: a folder for the state of an interrupted pass. cache: where alignments of this text are kept.
+        shard: the part of the batches that is this process's. on_ray: run the pass there.
     """
 
     def __init__(
@@ -179,9 +197,18 @@ class Aligner:
         settings: TransferSettings,
         clock: Clock,
         text: str | None,
+        directions: Directions | None = None,
+        *,
+        lenient: bool = False,
+        work: Path | None = None,
+        cache: AlignmentCache | None = None,
+        shard: Shard = WHOLE,
+        on_ray: RayShards | None = None,
     ) -> None:
         self.teacher, self.student, self.pairs, self.methods = teacher, student, pairs, methods
         self.samples, self.settings, self.clock, self.text = samples, settings, clock, text
+        self.directions, self.lenient, self.work, self.cache = directions or {}, lenient, work, cache
+        self.shard, self.on_ray = shard, on_ray
         self.counts: PairingCounts | None = None
         self._made: dict[str, Alignment] = {}
         if given is not None:
@@ -200,13 +227,92 @@ class Aligner:
             else:
                 if self.samples is None:
                     raise no_text(method.name)
-                wanted = [one for one in self.methods if one.needs_text]
-                found, self.counts = align_handles(
-                    self.teacher, self.student, self.samples, self.pairs, wanted, self.settings, self.clock,
-                    self.text or "",
-                )  # fmt: skip
+                methods = [one for one in self.methods if one.needs_text]
+                found = self._kept(methods) or self._solved(methods)
+                self.counts = PairingCounts(**found[0].details["pairing"])
                 self._made.update({alignment.method: alignment for alignment in found})
         return self._made[method.name]
+
+    def _wanted(self, methods: Sequence[Method]) -> dict[Pair, list[Moment]]:
+        """What the methods need of every pair of spaces beside the cross moment."""
+        return {
+            pair: sorted({
+                moment for method in methods for moment in method.moments_for(self.directions.get(pair[0].name, BOTH))
+            })
+            for pair in self.pairs
+        }  # fmt: skip
+
+    def _kept(self, methods: Sequence[Method]) -> list[Alignment]:
+        """The alignments by these methods from the cache, none where one is lacking."""
+        if self.cache is None:
+            return []
+        models, settings = (self.teacher.fingerprint, self.student.fingerprint), self.settings.model_dump(mode="json")
+        found = [self.cache.find(method, *models, settings, self._wanted([method])) for method in methods]
+        return [one for one in found if one] if all(found) else []
+
+    def _solved(self, methods: Sequence[Method]) -> list[Alignment]:
+        """Stream once, check, and solve with every method."""
+        check_tokenizers(self.teacher, self.student)
+        settings = self.settings.model_dump(mode="json")
+        with self.clock("pairing tokens"):
+            totals, counts = self._totals(methods)
+            statistics = totals.statistics()
+        if counts.nonfinite_pairs * 2 > counts.pairs:
+            raise PairingError(
+                "most activations are not finite",
+                where=f"--dtype {self.settings.dtype}",
+                fix="use --dtype float32 or bfloat16",
+            )
+        if self.lenient:
+            few = [
+                pair
+                for pair, (fit, held_out) in statistics.items()
+                if pair[0].layer < 0 and fit.count + held_out.count < max(self.pairs[pair])
+            ]
+            statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
+        check_pairs(statistics)
+        details = {
+            "teacher": self.teacher.name,
+            "student": self.student.name,
+            "text": self.text or "",
+            "settings": settings,
+            "pairing": asdict(counts),
+            "versions": versions(),
+            "hardware": hardware(self.settings.device),
+        }
+        models = self.teacher.fingerprint, self.student.fingerprint
+        with self.clock("solving alignments"):
+            found = [solve_alignment(method, statistics, *models, details) for method in methods]
+        if self.cache is not None and self.shard.index == 0:
+            for alignment in found:
+                self.cache.keep(alignment, settings)
+        return found
+
+    def _totals(self, methods: Sequence[Method]) -> tuple[Totals, PairingCounts]:
+        assert self.samples is not None
+        wanted, hold_out = self._wanted(methods), any(method.holds_out for method in methods)
+        settings = CollectionSettings(max_tokens=self.settings.max_tokens)
+        key = [self.teacher.fingerprint, self.student.fingerprint, self.settings, _stamp(self.text), wanted, hold_out]
+        state = Unfinished(self.work, hashlib.sha256(repr(key).encode()).hexdigest()) if self.work else None
+        if self.on_ray:
+            return collect_on_ray(
+                self.on_ray, self.teacher, self.student, wanted, settings, self.clock.progress, hold_out=hold_out,
+                unfinished=state,
+            )  # fmt: skip
+        totals, counts = collect_totals(
+            self.teacher, self.student, self.samples, wanted, settings, self.clock.progress, hold_out=hold_out,
+            shard=self.shard, unfinished=state,
+        )  # fmt: skip
+        if self.shard.count > 1:
+            totals.merge_processes()
+            counts.nonfinite_pairs = totals.nonfinite
+        return totals, counts
+
+
+def _stamp(text: str | None) -> tuple[object, ...]:
+    """A text's name, and what changes with it where it is a file."""
+    path = Path(text or "")
+    return (text, path.stat().st_size, path.stat().st_mtime_ns) if text and path.is_file() else (text,)
 
 
 def peeked(samples: Iterator[Sample]) -> Iterator[Sample]:

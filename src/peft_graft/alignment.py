@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from peft_graft.errors import AlignmentError
 from peft_graft.maps import Selection, SpaceMap
-from peft_graft.methods import Diagnostics, Method
+from peft_graft.methods import Diagnostics, Method, Solver
 from peft_graft.modules import Space
 from peft_graft.statistics import PairedStatistics
 
@@ -77,7 +80,10 @@ def solve_alignment(
     """
     if method.solve is None:
         raise ValueError(f"{method.name} needs no statistics")
-    solved = {pair: method.solve(*moments) for pair, moments in statistics.items()}
+    # Pairs of spaces that are the same tensors share their statistics, and so the solution.
+    distinct = {id(moments[0]): moments for moments in statistics.values()}
+    solutions = dict(zip(distinct, _solved(method.solve, list(distinct.values())), strict=True))
+    solved = {pair: solutions[id(moments[0])] for pair, moments in statistics.items()}
     return Alignment(
         method.name,
         teacher,
@@ -86,3 +92,17 @@ def solve_alignment(
         {pair: diagnostics for pair, (_, diagnostics) in solved.items()},
         details,
     )
+
+
+def _solved(
+    solve: Solver, statistics: Sequence[tuple[PairedStatistics, PairedStatistics]]
+) -> list[tuple[SpaceMap, Diagnostics]]:
+    """Every problem solved; on a CPU as many at a time as torch has threads, each in one, for they are small."""
+    threads = torch.get_num_threads()
+    if threads == 1 or any(fit.cross.device.type != "cpu" for fit, _ in statistics):
+        return [solve(*moments) for moments in statistics]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda moments: solve(*moments), statistics))
+    finally:
+        torch.set_num_threads(threads)

@@ -95,7 +95,8 @@ def load_alignment(folder: Path) -> Alignment:
 def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
     """A map's tensors by the suffix of their key in the file."""
     if isinstance(space_map, LinearMap):
-        return {f" {part}": getattr(space_map, part).float() for part in _MATRICES}
+        parts = ((part, getattr(space_map, part)) for part in _MATRICES)
+        return {f" {part}": value.float() for part, value in parts if value is not None}
     assert isinstance(space_map, Selection)
     return {"": space_map.indices}
 
@@ -103,4 +104,5 @@ def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
 def _map(tensors: Mapping[str, Tensor], key: str, teacher_size: int) -> SpaceMap:
     if key in tensors:
         return Selection(tensors[key], teacher_size)
-    return LinearMap(**{part: tensors[f"{key} {part}"] for part in _MATRICES})
+    reading, writing = (tensors.get(f"{key} {part}") for part in ("reading", "writing"))
+    return LinearMap(reading, writing, tensors[f"{key} shift"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,8 @@ from peft_graft.display import escaped, show_alignment, show_graft, show_inspect
 from peft_graft.errors import GraftError
 from peft_graft.inspection import inspect as inspect_module
 from peft_graft.methods import METHODS
-from peft_graft.settings import POLISH
+from peft_graft.settings import POLISH, UNFINISHED
 from peft_graft.settings import Progress as ProgressCall
-from peft_graft.transfer import UNFINISHED
 from peft_graft.transfer import transfer as transfer_module
 
 app = typer.Typer(
@@ -59,6 +59,14 @@ Seed = Annotated[int, typer.Option(help="Of the order in which text is sampled."
 Device = Annotated[str, typer.Option(help="Torch device of the forward passes.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16, of the forward passes.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")]
+Cache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep alignments for later modules of the same models and text, and use kept ones, in ~/.cache/peft-graft "
+        "or where PEFT_GRAFT_CACHE says; on by default where that is set.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -120,6 +128,7 @@ def transfer(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    cache: Cache = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -143,6 +152,7 @@ def transfer(
             seed=seed,
             device=device,
             dtype=dtype,
+            cache=cache,
             force=force,
             progress=progress,
         )
@@ -168,11 +178,17 @@ def align(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    ray: Annotated[str | None, typer.Option(help="Run on Ray: local for this machine, or a cluster's address.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Parts of the text on Ray; one for each CPU by default.")] = None,
+    cache: Cache = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Align two models once; every module of the pair can then move with `transfer --alignment`."""
-    with _progress() as progress:
+    """Align two models once; every module of the pair can then move with `transfer --alignment`.
+
+    Started by torchrun or accelerate, every process runs its share of the text.
+    """
+    with _progress() as progress, _say_how_to_go_on(out):
         found = align_models(
             teacher,
             student,
@@ -186,10 +202,14 @@ def align(
             seed=seed,
             device=device,
             dtype=dtype,
+            ray=ray,
+            shards=shards,
+            cache=cache,
             force=force,
             progress=progress,
         )
-    show_alignment(found, out, as_json=as_json)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
+        show_alignment(found, out, as_json=as_json)
 
 
 @app.command()
@@ -277,7 +297,7 @@ def _say_how_to_go_on(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if Path(f"{out}{UNFINISHED}").exists():
             Console(stderr=True).print(
-                f"the polish so far is in {escaped(f'{out}{UNFINISHED}')}; the same command goes on from there",
+                f"the work so far is in {escaped(f'{out}{UNFINISHED}')}; the same command goes on from there",
                 soft_wrap=True,
             )
         raise

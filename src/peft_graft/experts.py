@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from peft_graft.activations import CollectionSettings, check_pairs, collect
 from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
+from peft_graft.collecting import CollectionSettings, check_pairs, collect
 from peft_graft.correspondence import ExpertMap
 from peft_graft.methods import assign_by_correlation
 from peft_graft.models import ModelHandle
@@ -39,7 +39,7 @@ def match_experts(
     if not pairs:
         return None
     settings = CollectionSettings(max_tokens=MAX_TOKENS)
-    statistics, _ = collect(teacher, student, samples, pairs, settings=settings)
+    statistics, _ = collect(teacher, student, samples, dict.fromkeys(pairs, ()), settings)
     check_pairs(statistics)
     return {
         (first.layer, second.layer): tuple(assign_by_correlation(fit)[0].indices.tolist())

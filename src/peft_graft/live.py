@@ -230,19 +230,21 @@ def _attach_adapterhub(
     folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
 ) -> LiveModule:
     import adapters
+    from transformers.modeling_utils import no_init_weights
 
     if raw.task == "prediction-heads":
         try:
-            model: Any = adapters.AutoAdapterModel.from_config(handle.base.config)
+            with no_init_weights():  # all of them are replaced
+                model: Any = adapters.AutoAdapterModel.from_config(handle.base.config)
         except ValueError as error:
             raise VerificationError(
                 f"the library adapters has no model class for {handle.architecture.model_type}", where=handle.name
             ) from error
         base = getattr(model, prefix_of(model))
-        own = base.state_dict().keys()
-        base.load_state_dict(
-            {k: v.float().cpu() for k, v in handle.base.state_dict().items() if k in own}, strict=False
-        )
+        own = base.state_dict()
+        given = {k: v.float().cpu() for k, v in handle.base.state_dict().items() if k in own}
+        for key in base.load_state_dict(given, strict=False).missing_keys:
+            own[key].zero_()  # such as a pooler, which the checkpoint may lack
     else:
         model = with_task_head(handle, raw.task, labels, raw.num_labels)
         adapters.init(model)

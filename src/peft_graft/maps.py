@@ -102,22 +102,43 @@ class LinearMap(SpaceMap):
 
     Attributes:
         reading [d_t, d_s], writing [d_s, d_t], shift [d_t]: x_t ~ reading x_s + shift; y_s ~ writing y_t for what a
-        module adds, which has no constant part.
+        module adds, which has no constant part. One of the two may be missing where no module needs it.
     """
 
-    reading: Tensor
-    writing: Tensor
+    reading: Tensor | None
+    writing: Tensor | None
     shift: Tensor
+
+    def __post_init__(self) -> None:
+        if self.reading is None and self.writing is None:
+            raise ValueError("a map of neither direction")
 
     @property
     def teacher_size(self) -> int:
         """Number of teacher units, d_t."""
-        return self.reading.shape[0]
+        return len(self.shift)
 
     @property
     def student_size(self) -> int:
         """Number of student units, d_s."""
-        return self.reading.shape[1]
+        if self.reading is not None:
+            return self.reading.shape[1]
+        return len(self._matrix("write"))
+
+    def _matrix(self, direction: str) -> Tensor:
+        """The matrix of a direction.
+
+        Raises:
+            AlignmentError: the alignment was made without it.
+        """
+        found = self.reading if direction == "read" else self.writing
+        if found is None:
+            raise AlignmentError(
+                f"the alignment has no map for what {'reads' if direction == 'read' else 'writes'} here",
+                expected="an alignment made for these modules",
+                fix="run `peft-graft align` again with their --sites, or with all",
+            )
+        return found
 
     @property
     def offset(self) -> Tensor | None:
@@ -141,11 +162,10 @@ class LinearMap(SpaceMap):
                 fix="use --method prune-align",
             )
         if direction == "scale":
-            squares = self.writing.double().square()
-            matrix = (squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).to(
-                values.device
-            )
+            squares = self._matrix("write").to(values.device, torch.float64).square()
+            matrix = squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         else:
-            matrix = (self.reading.T if direction == "read" else self.writing).to(values.device, torch.float64)
+            found = self._matrix(direction)
+            matrix = (found.T if direction == "read" else found).to(values.device, torch.float64)
         moved = torch.movedim(torch.tensordot(matrix, values.double(), dims=([1], [axis])), 0, axis)
         return moved.to(values.dtype).contiguous()

@@ -6,7 +6,7 @@ or models. One that shrinks its estimate is also given statistics of held-out pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ class Method:
     Attributes:
         name: as the user types it.
         solve: statistics to a map and its diagnostics; None for a method that needs no text.
-        moments: what ``solve`` needs beside the cross moment.
+        moments: what ``solve`` needs beside the cross moment (``moments_for`` says for which direction).
         holds_out: whether ``solve`` chooses by held-out pairs.
         fits_shifts: the maps carry the head alone; the modules are fitted to move as the teacher's do (``functional``).
         writes_through_input: LoRA's output rows are mapped with the map of its input space (published shortcut).
@@ -54,6 +54,14 @@ class Method:
     def needs_text(self) -> bool:
         """Whether the method aligns on text."""
         return self.solve is not None
+
+    def moments_for(self, directions: Collection[str]) -> tuple[Moment, ...]:
+        """What it needs beside the cross moment for maps of these directions alone.
+
+        Reading regresses on the student's units and needs their moment, everything else on the teacher's.
+        """
+        sides = {"student" if direction == "read" else "teacher" for direction in directions}
+        return tuple(moment for moment in self.moments if moment == "cross" or moment in sides)
 
 
 def assign_by_correlation(
@@ -86,34 +94,30 @@ def regress(statistics: PairedStatistics, held_out: PairedStatistics) -> tuple[L
 
     For a LoRA, A_t R x_s is then the least-squares estimate of A_t x_t. Each penalty is the largest of ``PENALTIES``
     that leaves hardly more variance of the held-out pairs unexplained than the best; the maps are then solved from all
-    pairs.
+    pairs. A direction whose moment was not gathered has no map.
     ``read_explained`` and ``write_explained`` are the held-out shares of variance.
     """
-    assert statistics.teacher_moment is not None
-    assert statistics.student_moment is not None
-    assert held_out.teacher_moment is not None
-    assert held_out.student_moment is not None
-    read_penalty, read_explained = choose_penalty(
-        statistics.student_moment, statistics.cross.T, held_out.student_moment, held_out.cross.T,
-        float(held_out.teacher_variance_sum.sum()),
-    )  # fmt: skip
-    write_penalty, write_explained = choose_penalty(
-        statistics.teacher_moment, statistics.cross, held_out.teacher_moment, held_out.cross,
-        float(held_out.student_variance_sum.sum()),
-    )  # fmt: skip
     whole = statistics.merge(held_out)
-    assert whole.teacher_moment is not None
-    assert whole.student_moment is not None
-    reading = ridge_solution(whole.student_moment, whole.cross.T, read_penalty)
-    writing = ridge_solution(whole.teacher_moment, whole.cross, write_penalty)
-    shift = whole.teacher_mean - reading @ whole.student_mean
-    return LinearMap(reading, writing, shift), {
-        "pairs": whole.count,
-        "read_explained": read_explained,
-        "write_explained": write_explained,
-        "read_penalty": read_penalty,
-        "write_penalty": write_penalty,
-    }
+    reading = writing = None
+    diagnostics: Diagnostics = {"pairs": whole.count}
+    if statistics.student_moment is not None and held_out.student_moment is not None:
+        penalty, diagnostics["read_explained"] = choose_penalty(
+            statistics.student_moment, statistics.cross.T, held_out.student_moment, held_out.cross.T,
+            float(held_out.teacher_variance_sum.sum()),
+        )  # fmt: skip
+        diagnostics["read_penalty"] = penalty
+        assert whole.student_moment is not None
+        reading = ridge_solution(whole.student_moment, whole.cross.T, penalty)
+    if statistics.teacher_moment is not None and held_out.teacher_moment is not None:
+        penalty, diagnostics["write_explained"] = choose_penalty(
+            statistics.teacher_moment, statistics.cross, held_out.teacher_moment, held_out.cross,
+            float(held_out.student_variance_sum.sum()),
+        )  # fmt: skip
+        diagnostics["write_penalty"] = penalty
+        assert whole.teacher_moment is not None
+        writing = ridge_solution(whole.teacher_moment, whole.cross, penalty)
+    shift = whole.teacher_mean if reading is None else whole.teacher_mean - reading @ whole.student_mean
+    return LinearMap(reading, writing, shift), diagnostics
 
 
 def rotate(statistics: PairedStatistics, held_out: PairedStatistics) -> tuple[LinearMap, Diagnostics]:

@@ -171,13 +171,13 @@ def with_task_head(
 ) -> PreTrainedModel:
     """A task model around a copy of this base model, float32 on the CPU, its head filled with zeros.
 
-    It is what a checkpoint is loaded into to see whether it loads; the handle's model is not touched.
+    It is what a checkpoint is loaded into to see whether it loads, or to be trained; the handle's model is not touched.
     """
     config = copy.deepcopy(handle.base.config)
     set_labels(config, labels, num_labels)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
-    base = copy.deepcopy(handle.base).float().cpu()
+    base = _copied(handle.base).float().cpu()
     model = blank_model(config, task)
     if type(model) is type(base):
         return base
@@ -227,6 +227,19 @@ def complete(config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> dict[str
     if getattr(config, "is_encoder_decoder", False):
         found |= {f"decoder_{name}": found[name] for name in ("input_ids", "attention_mask") if name in found}
     return found
+
+
+def _copied(base: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares the values of its matrices, which no module changes in place.
+
+    What libraries train of a base model's own they copy first, but for vectors (biases, norms); those are copied here.
+    """
+    shared: dict[int, Any] = {
+        id(value): nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+        for value in base.parameters()
+        if value.ndim > 1
+    }
+    return copy.deepcopy(base, shared)
 
 
 def set_labels(config: PretrainedConfig, labels: tuple[str, ...] = (), num_labels: int | None = None) -> None:

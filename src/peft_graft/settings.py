@@ -17,6 +17,8 @@ from peft_graft.models import DTYPES, check_device
 Progress = Callable[[str, int, int | None], None]
 #: Steps of the polish by default.
 POLISH = 1000
+#: What was interrupted leaves its state beside the output, under its name with this ending.
+UNFINISHED = ".unfinished"
 HeadChoice = Literal["auto", "carry", "fit", "drop"]
 
 

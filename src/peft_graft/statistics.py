@@ -1,13 +1,17 @@
 """Streaming statistics of paired activations: all that an alignment method ever sees of text and models.
 
 One pass, memory independent of the corpus, mergeable across batches and workers: counts, means and centred
-second moments, updated with the pairwise formulas of Chan, Golub and LeVeque (1979). A batch is centred before
-its products are taken, so data with a large offset does not cancel, and totals are kept in float64.
+second moments, merged with the pairwise formulas of Chan, Golub and LeVeque (1979). Data are shifted by the mean of
+the first batch before their products are taken, so a large offset does not cancel, and totals are kept in float64.
+
+``Products`` streams any number of tensors at once, each product taken once however many pairs share it;
+``PairedStatistics`` is what a method sees of one pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +96,7 @@ class PairedStatistics:
     def merge(self, other: PairedStatistics) -> PairedStatistics:
         """Statistics of both sets of pairs together; neither operand is changed."""
         total = self.count + other.count
-        if total == 0:
+        if other.count == 0:
             return self
         weight = self.count * other.count / total
         dt, ds = other.teacher_mean - self.teacher_mean, other.student_mean - self.student_mean
@@ -111,16 +115,6 @@ class PairedStatistics:
             moment(self.teacher_moment, other.teacher_moment, dt, dt),
             moment(self.student_moment, other.student_moment, ds, ds),
         )
-
-    def update(self, teacher: Tensor, student: Tensor) -> None:
-        """Take in one batch of pairs, teacher [n, d_t] and student [n, d_s], in place."""
-        moments: list[Moment] = ["cross"]
-        if self.teacher_moment is not None:
-            moments.append("teacher")
-        if self.student_moment is not None:
-            moments.append("student")
-        merged = self.merge(PairedStatistics.of(teacher, student, moments))
-        self.__dict__.update(merged.__dict__)
 
     def _is_constant(self, variance_sum: Tensor, mean: Tensor) -> Tensor:
         # Constant up to rounding: spread below float32's resolution of the unit's own offset, or vanishing beside the
@@ -143,3 +137,202 @@ class PairedStatistics:
         correlation[student_constant, :] = 0
         correlation[:, teacher_constant] = 0
         return correlation.clamp(-1, 1)
+
+
+#: Products of wide tensors with themselves are taken by blocks of at least this many columns, the upper ones only.
+_LEAST_BLOCK, _MOST_BLOCKS = 256, 4
+#: Rows that are squared, or made float64, at a time: a passing copy of all of them costs more than the arithmetic.
+_ROWS_OF_SQUARES, _ROWS = 256, 1024
+
+
+class Products:
+    """Streaming sums over the rows of several tensors: means, squared deviations, and the products asked for.
+
+    Tensors go by name; the product of (a, b) is the sum over rows of a's deviations times b's, [d_a, d_b].
+
+    Args:
+        sizes: width of every tensor by name.
+        wanted: the pairs of names whose products are kept; a name with itself for a tensor's own second moment.
+        precise: take products in float64 and not in the precision of the rows, for methods that invert moments.
+        device: of the totals, all float64.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        wanted: Iterable[tuple[str, str]],
+        *,
+        precise: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.count = 0
+        self.precise = precise
+        self._centred = False
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        with torch.inference_mode(False):  # totals are added to in place, inside the mode and outside
+            self._shift = {name: zeros(size) for name, size in sizes.items()}
+            self._sum = {name: zeros(size) for name, size in sizes.items()}
+            self._squares = {name: zeros(size) for name, size in sizes.items()}
+            self._product = {(a, b): zeros(sizes[a], sizes[b]) for a, b in wanted}
+
+    def update(self, rows: Mapping[str, Tensor]) -> int:
+        """Take in paired rows, [n, d] float32 or float64 for every name; they are overwritten.
+
+        Returns:
+            How many rows were left out because one of the tensors is not finite there.
+
+        Raises:
+            ValueError: the tensors differ in length, or the totals have been read already.
+        """
+        lengths = {len(rows[name]) for name in self._sum}
+        if len(lengths) > 1 or self._centred:
+            raise ValueError("the totals have been read" if self._centred else f"rows of lengths {sorted(lengths)}")
+        if not lengths or lengths == {0}:
+            return 0
+        left_out = 0
+        if not self.count:
+            rows, left_out = _finite(rows, {name: rows[name].sum(0) for name in self._sum})
+            if len(next(iter(rows.values()))) == 0:
+                return left_out
+            # Kept in the precision of the rows, so that what is subtracted is exactly what is added back.
+            self._shift = {name: rows[name].mean(0) for name in self._sum}
+        for name in self._sum:
+            rows[name].sub_(self._shift[name])
+        sums = {name: rows[name].sum(0) for name in self._sum}
+        if self.count:
+            kept, left_out = _finite(rows, sums)
+            if left_out:
+                rows, sums = kept, {name: kept[name].sum(0) for name in self._sum}
+        for name in self._sum:
+            self._sum[name] += sums[name]
+            if (name, name) not in self._product:  # whose diagonal says as much
+                for part in torch.split(rows[name], _ROWS_OF_SQUARES):
+                    self._squares[name] += part.square().sum(0)
+        for (a, b), product in self._product.items():
+            _add_product(product, rows[a], None if a == b else rows[b], precise=self.precise)
+        self.count += len(next(iter(rows.values())))
+        return left_out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state by key, to be stored or sent; ``load`` reverses it."""
+        found = {"count": torch.tensor(self.count)}
+        for part in ("shift", "sum", "squares"):
+            found |= {f"{part} {name}": value for name, value in getattr(self, f"_{part}").items()}
+        return found | {f"product {a} {b}": value for (a, b), value in self._product.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state of the same products, in place of this one."""
+        self.count = int(tensors["count"])
+        with torch.inference_mode(False):
+            for part in ("shift", "sum", "squares"):
+                held = getattr(self, f"_{part}")
+                held.update({name: tensors[f"{part} {name}"].to(value.device).clone() for name, value in held.items()})
+            for (a, b), value in self._product.items():
+                self._product[a, b] = tensors[f"product {a} {b}"].to(value.device).clone()
+
+    def merge(self, other: Products) -> None:
+        """Take in the rows that another one of the same products has seen; that one is only shifted."""
+        if not self.count:
+            self._shift = dict(other._shift)
+        other._shift_to(self._shift)
+        self._add(other._sum, other._squares, other._product)
+        self.count += other.count
+
+    def merge_processes(self) -> None:
+        """Take in the rows that the other processes of torch's default group have seen, in all of them alike."""
+        import torch.distributed as processes
+
+        def total(value: Tensor) -> Tensor:
+            there = value.cpu()  # gloo sums on the CPU
+            processes.all_reduce(there)
+            return value.copy_(there)
+
+        counts = total(torch.tensor([self.count], dtype=torch.float64))
+        everyone = max(1, int(counts))
+        self._shift_to({
+            name: total(self.count * self._shift[name].double() + value) / everyone
+            for name, value in self._sum.items()
+        })  # fmt: skip
+        for value in (*self._sum.values(), *self._squares.values(), *self._product.values()):
+            total(value)
+        self.count = int(counts)
+
+    def _add(
+        self, sums: Mapping[str, Tensor], squares: Mapping[str, Tensor], products: Mapping[tuple[str, str], Tensor]
+    ) -> None:
+        for name, value in sums.items():
+            self._sum[name] += value
+            self._squares[name] += squares[name]
+        for pair, value in products.items():
+            self._product[pair] += value
+
+    def _shift_to(self, shift: Mapping[str, Tensor]) -> None:
+        """Express the totals by another shift: x - theirs = (x - mine) + gap."""
+        gap = {name: mine.double() - shift[name].double() for name, mine in self._shift.items()}
+        for (a, b), product in self._product.items():
+            # (sum_a) gap_b + gap_a (sum_b) + n gap_a gap_b, in two outer products.
+            product += torch.outer(self._sum[a] + self.count * gap[a], gap[b].to(product.device))
+            product += torch.outer(gap[a], self._sum[b].to(product.device))
+        for name, difference in gap.items():
+            self._squares[name] += difference * (2 * self._sum[name] + self.count * difference)
+            self._sum[name] += self.count * difference
+        self._shift = dict(shift)
+
+    def statistics(self, teacher: str, student: str, moments: Iterable[Moment]) -> PairedStatistics:
+        """What a method sees of two of the tensors, whose product (student, teacher) was asked for.
+
+        Its tensors are those of the totals, so the first call ends the stream.
+        """
+        if not self._centred:
+            share = max(1, self.count)
+            self._shift_to({name: value.double() + self._sum[name] / share for name, value in self._shift.items()})
+            self._centred = True
+        wanted = set(moments)
+        return PairedStatistics(
+            self.count,
+            self._shift[teacher],
+            self._shift[student],
+            self._spread(teacher),
+            self._spread(student),
+            self._product[student, teacher],
+            self._product[teacher, teacher] if "teacher" in wanted else None,
+            self._product[student, student] if "student" in wanted else None,
+        )
+
+    def _spread(self, name: str) -> Tensor:
+        own = self._product.get((name, name))
+        return (self._squares[name] if own is None else own.diagonal()).clamp_min(0)
+
+
+def _finite(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], int]:
+    """The rows at which every tensor is finite, and how many are not; sums tell whether to look at all."""
+    if all(bool(torch.isfinite(value).all()) for value in sums.values()):
+        return rows, 0
+    finite = torch.stack([torch.isfinite(rows[name]).all(1).cpu() for name in sums]).all(0)
+    return {name: rows[name][finite.to(rows[name].device)] for name in sums}, int((~finite).sum())
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor | None, *, precise: bool) -> None:
+    """total += a^T b, or a^T a where there is no b."""
+    step = _ROWS if precise else max(1, len(a))
+    for first, second in zip(torch.split(a, step), torch.split(a if b is None else b, step), strict=True):
+        left = first.double() if precise else first
+        if b is None:
+            _add_symmetric(total, left)
+        else:
+            total += left.T @ (second.double() if precise else second).to(left.device)
+
+
+def _add_symmetric(total: Tensor, x: Tensor) -> None:
+    """total += x^T x, only the blocks on and above the diagonal computed."""
+    width = x.shape[1]
+    blocks = max(1, min(_MOST_BLOCKS, width // _LEAST_BLOCK))
+    edges = [width * index // blocks for index in range(blocks + 1)]
+    for start, end in itertools.pairwise(edges):
+        strip = x[:, start:end].T @ x[:, start:]
+        total[start:end, start:] += strip
+        if end < width:
+            total[end:, start:end] += strip[:, end - start :].T

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_graft.errors import TextError
 
@@ -22,6 +23,7 @@ KNOWN_COLUMNS: tuple[tuple[str, ...], ...] = (
 )
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 20_000
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,24 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
 def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
     rows = load_rows(source, streaming=True)
     with _explained(source):
-        yield from rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        if Path(source).is_file():  # datasets shuffles through threads that it then takes five seconds to shut down
+            yield from _shuffled(rows, seed)
+        else:  # here it shuffles the order of the remote files too
+            yield from rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+
+
+def _shuffled(rows: Iterable[_T], seed: int) -> Iterator[_T]:
+    """The same rows in random order, within a buffer."""
+    order, buffer = random.Random(seed), list[_T]()
+    for row in rows:
+        if len(buffer) < _SHUFFLE_BUFFER:
+            buffer.append(row)
+            continue
+        index = order.randrange(_SHUFFLE_BUFFER)
+        yield buffer[index]
+        buffer[index] = row
+    order.shuffle(buffer)
+    yield from buffer
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peft_graft.agreement import judge
-from peft_graft.aligning import Aligner, check_tokenizers, peeked
+from peft_graft.aligning import Aligner, check_tokenizers, directions_of_modules, peeked
 from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
+from peft_graft.caching import AlignmentCache, cache_folder
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.conversion import as_lora, stand_in
 from peft_graft.correspondence import ExpertMap
@@ -43,7 +44,7 @@ from peft_graft.preflight import (
 )
 from peft_graft.report import GraftReport, hardware, versions
 from peft_graft.roles import expert_of
-from peft_graft.settings import POLISH, Clock, HeadChoice, Progress, TransferSettings, checked_settings
+from peft_graft.settings import POLISH, UNFINISHED, Clock, HeadChoice, Progress, TransferSettings, checked_settings
 from peft_graft.teaching import (
     EXACT,
     FIT,
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
 
 #: Samples that are looked at beyond the alignment: to judge, fit and polish.
 _POOL = 20_000
-#: A polish that was interrupted leaves its state beside the output, under its name with this ending.
-UNFINISHED = ".unfinished"
 TextLike = Iterable[str | tuple[str, str] | Sequence[str] | Sample]
 
 
@@ -88,6 +87,7 @@ def transfer(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    cache: bool | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Graft:
@@ -104,6 +104,7 @@ def transfer(
             limits what the alignment sees.
         alignment: a saved alignment of the two models, or a live one; no text is needed then.
         head, polish, sites, library, seed, device, dtype: see ``TransferSettings``.
+        cache: keep alignments and use kept ones (``caching``); when None, where PEFT_GRAFT_CACHE names a folder.
         force: replace ``out`` if it exists.
         progress: called as (stage, done, total).
 
@@ -151,6 +152,7 @@ def transfer(
         text=str(text) if text is not None else None,
         alignment_name=str(alignment) if isinstance(alignment, str | Path) else None,
         work=Path(f"{out}{UNFINISHED}") if out is not None else None,
+        cache=AlignmentCache.of(cache_folder(cache), text, columns, seed),
     )
     if out is None:
         return graft
@@ -220,6 +222,7 @@ def _transfer(
     text: str | None,
     alignment_name: str | None = None,
     work: Path | None = None,
+    cache: AlignmentCache | None = None,
 ) -> Graft:
     raw = with_teacher_labels(raw, teacher.base.config)
     whole = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
@@ -235,7 +238,8 @@ def _transfer(
     pairs = dict(plan.pairs)
     if asked and checkpoint.head is None:
         pairs[TOKENS, TOKENS] = (teacher.architecture.size(TOKENS), student.architecture.size(TOKENS))
-    fitting_text = chain(pool[held_out_size(len(pool)) if asked else 0 :], samples or ())
+    judging = held_out_size(len(pool)) if asked else 0
+    fitting_text = chain(pool[judging:], samples or ())
     maps_of = {method.name: METHODS["prune-align"] if method.fits_shifts else method for method in methods}
     aligner = Aligner(
         teacher,
@@ -247,6 +251,14 @@ def _transfer(
         settings,
         clock,
         text,
+        directions_of_modules(
+            checkpoint.modules.values(),
+            methods[0],
+            head=checkpoint.head.reads if checkpoint.head else None,
+            shifts=checkpoint.head is None,
+        ),
+        work=work,
+        cache=cache.skipping(judging) if cache else None,
     )
 
     def candidate(method: Method) -> Candidate:

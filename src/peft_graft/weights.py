@@ -53,8 +53,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as .safetensors, or as .bin for readers that know nothing else."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write tensors as .safetensors, or as .bin for readers that know nothing else; shared ones are written anew."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        plain[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(plain[name].data_ptr())
     try:
         if path.suffix == ".safetensors":
             save_file(plain, path, metadata={"format": "pt"})

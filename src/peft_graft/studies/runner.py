@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import socket
@@ -31,9 +30,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from peft_graft.errors import DependencyError, GraftError, StudyError
+from peft_graft.errors import GraftError, StudyError
 from peft_graft.report import hardware, versions
 from peft_graft.settings import Progress
+from peft_graft.sharding import start_ray
 from peft_graft.studies.cells import Cell, cells_of, do_cell
 from peft_graft.studies.spec import Study
 from peft_graft.weights import read_json
@@ -96,19 +96,8 @@ class OnRay:
     """
 
     def __init__(self, out: Path, address: str, cpus: float, gpus: float) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise DependencyError("ray is not installed", fix="pip install 'peft-graft[study]'") from error
-        self._ray = ray
-        if not ray.is_initialized():
-            ray.init(
-                address=None if address == "local" else address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        ray = self._ray = start_ray(address)
+        total: dict[str, float] = ray.cluster_resources()
         room = [total.get("CPU", 0) // cpus if cpus else None, total.get("GPU", 0) // gpus if gpus else None]
         self._slots = int(min(value for value in room if value is not None))
         if not self._slots:

@@ -1,0 +1,382 @@
+"""What alignment and transfer cost: over the limit of the machine, over the straightforward way, and as inputs grow.
+
+    python benchmarks/speed/run.py --models MODELS --text TEXT --out out/speed [--parts ...] [--threads N]
+
+MODELS holds the folders named below, TEXT is a file that ``peft-graft align`` reads. Every measurement is one JSON file
+in OUT, with the machine, the versions and the command; those that exist are not repeated, so an interrupted run goes
+on. ``report.py`` makes the tables from those files alone.
+
+Parts: ``limit`` (wall time of ``align`` over bare forward passes and the needed products), ``stage`` (statistics and
+assignment over one correlation a unit), ``memory`` (peak over tokens), ``growth`` (tokens, width, depth, sites),
+``process`` (whole commands), ``gpu`` (the limit on CUDA, where there is one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from scipy.optimize import linear_sum_assignment
+
+from peft_graft import collecting
+from peft_graft.activations import Capture
+from peft_graft.aligning import align, directions_of_roles
+from peft_graft.methods import METHODS, assign_by_correlation
+from peft_graft.models import load_model
+from peft_graft.modules import GLOBAL_SPACES, TOKENS_OUT
+from peft_graft.planning import plan_alignment
+from peft_graft.report import hardware, versions
+from peft_graft.statistics import Products
+from peft_graft.text import read_text
+from peft_graft.token_pairing import PairingCounts
+
+L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-small"
+QUERY_VALUE = ("attn.query", "attn.value")
+LINEAR = ("attn.query", "attn.key", "attn.value", "attn.output", "ffn.up", "ffn.down")
+SITES = {"query, value": QUERY_VALUE, "all linear": LINEAR}
+PARTS = ("limit", "stage", "memory", "growth", "process", "gpu")
+
+
+def busy():
+    """Share of one core that other processes took in the last minute, as far as the load says."""
+    return os.getloadavg()[0]
+
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.out = args, args.out
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def once(self, name, measure):
+        """Measure, unless it has been measured."""
+        path = self.out / f"{name.replace(', ', '+').replace(' ', '_')}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        load = busy()
+        record = {
+            "name": name, **measure(), "load_before": load, "versions": versions(), "hardware": hardware("cpu"),
+            "processor": processor(), "command": shlex.join([Path(sys.argv[0]).name, *self.args.shown]),
+        }  # fmt: skip
+        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        shown = {key: round(value, 3) for key, value in record.items() if isinstance(value, float)}
+        print(f"{name}: {shown}", flush=True)
+        return record
+
+    def model(self, name):
+        return str(self.args.models / name)
+
+    # ---- (a) over the limit ------------------------------------------------------------------------------------------
+
+    def limit(self, device="cpu", dtype="float32"):
+        mark = "" if device == "cpu" else f" {device} {dtype}"
+        for first, second in ((L6, E5), (E5, L6)):
+            for sites, roles in SITES.items():
+                for method in ("prune-align", "ridge") if sites == "query, value" else ("prune-align",):
+                    for repetition in range(self.args.repetitions):
+                        self.once(
+                            f"limit {first} {second} {sites} {method}{mark} {repetition}",
+                            lambda f=first, s=second, r=roles, m=method: self.over_limit(f, s, r, m, device, dtype),
+                        )
+
+    def over_limit(self, first, second, roles, method, device="cpu", dtype="float32", tokens=None):
+        tokens = tokens or self.args.tokens
+        start = time.perf_counter()
+        align(
+            self.model(first), self.model(second), text=self.args.text, sites=roles, method=method, max_tokens=tokens,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        wall = time.perf_counter() - start
+        teacher, student = (load_model(self.model(name), device=device, dtype=dtype, tokenizer=True)
+                            for name in (first, second))  # fmt: skip
+        batches = list(prepared(teacher, student, self.args.text, tokens))
+        forwards = bare(teacher, student, batches, device)
+        rows = sum(batch.gather_teacher.count for batch in batches)
+        samples = sum(len(batch.teacher["input_ids"]) for batch in batches)
+        flops, precise = needed(teacher, student, roles, method, rows, samples)
+        rate = matmul_rate(torch.float64 if precise else torch.float32, device)
+        products = flops / rate
+        return {
+            "teacher": first, "student": second, "sites": list(roles), "method": method, "device": device,
+            "dtype": dtype, "tokens": rows, "wall": wall, "forwards": forwards, "products": products, "rate": rate,
+            "over_limit": wall / (forwards + products), "over_forwards": wall / forwards,
+        }  # fmt: skip
+
+    # ---- (b) statistics and assignment -------------------------------------------------------------------------------
+
+    def stage(self):
+        self.once("stage", lambda: stage(768, 1024, 20_000))
+
+    # ---- (c) memory --------------------------------------------------------------------------------------------------
+
+    def memory(self):
+        text = self.long_text(max(self.args.memory_tokens))
+        for tokens in self.args.memory_tokens:
+            self.once(f"memory {tokens}", lambda tokens=tokens: self.child("peak", str(text), str(tokens)))
+
+    def long_text(self, tokens):
+        """The text again and again in another order, until there are enough words."""
+        path = self.out / "long.txt"
+        if not path.exists():
+            words, turn = 0, 0
+            with path.with_suffix(".partial").open("w") as file:
+                while words < tokens:
+                    for sample in read_text(self.args.text, seed=turn):
+                        file.write(" ".join(" ".join(sample.texts).split()) + "\n")
+                        words += len(sample.first.split())
+                    turn += 1
+            path.with_suffix(".partial").rename(path)
+        return path
+
+    def child(self, *arguments):
+        """A measurement in a process of its own."""
+        command = [sys.executable, __file__, "--models", str(self.args.models), "--text", str(self.args.text),
+                   "--out", str(self.out), "--threads", str(self.args.threads), "--child", *arguments]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def peak(self, text, tokens):
+        start = time.perf_counter()
+        found = align(self.model(L6), self.model(L3), text=text, sites=QUERY_VALUE, max_tokens=int(tokens))
+        return {
+            "tokens": found.details["pairing"]["pairs"],
+            "peak_mib": peak_mib(),
+            "wall": time.perf_counter() - start,
+        }
+
+    # ---- (d) growth --------------------------------------------------------------------------------------------------
+
+    def growth(self):
+        base = {"width": 256, "depth": 4, "tokens": 20_000, "sites": 2}
+        for axis, values in (("tokens", (10_000, 20_000, 40_000, 80_000)), ("width", (128, 256, 512, 1024)),
+                             ("depth", (2, 4, 8, 16)), ("sites", (1, 2, 4, 6))):  # fmt: skip
+            for value in values:
+                point = {**base, axis: value}
+                name = " ".join(f"{key}{number}" for key, number in point.items())
+                self.once(f"growth {name}", lambda point=point: {**point, **self.grown(**point)})
+
+    def grown(self, width, depth, tokens, sites):
+        model = self.random_model(width, depth)
+        teacher, student = (load_model(str(model), tokenizer=True) for _ in range(2))
+        roles = LINEAR[:sites]
+        pairs = plan_alignment(teacher.architecture, student.architecture, roles=roles)
+        wanted = dict.fromkeys(pairs, ())
+        settings = collecting.CollectionSettings(max_tokens=tokens)
+        begin = time.perf_counter()
+        statistics, _ = collecting.collect(teacher, student, read_text(self.args.text), wanted, settings)
+        middle = time.perf_counter()
+        for fit, held_out in statistics.values():
+            assign_by_correlation(fit, held_out)
+        return {"pass": middle - begin, "solve": time.perf_counter() - middle}
+
+    def random_model(self, width, depth):
+        folder = self.out / "models" / f"{width}-{depth}"
+        if not (folder / "config.json").exists():
+            config = transformers.AutoConfig.from_pretrained(self.model(L3))
+            config.hidden_size, config.intermediate_size = width, 4 * width
+            config.num_hidden_layers, config.num_attention_heads = depth, width // 32
+            transformers.AutoTokenizer.from_pretrained(self.model(L3)).save_pretrained(folder)
+            torch.manual_seed(0)
+            transformers.AutoModel.from_config(config).save_pretrained(folder)
+        return folder
+
+    # ---- whole commands ----------------------------------------------------------------------------------------------
+
+    def process(self):
+        import peft
+
+        text = self.out / "thousand.txt"
+        if not text.exists():
+            samples = read_text(self.args.text)
+            text.write_text("\n".join(" ".join(next(samples).first.split()) for _ in range(1000)) + "\n")
+        module = self.out / "module"
+        if not module.exists():
+            model = transformers.AutoModelForTokenClassification.from_pretrained(self.model(L6), num_labels=9)
+            adapted = peft.get_peft_model(
+                model, peft.LoraConfig(task_type="TOKEN_CLS", r=8, target_modules=["query", "value"])
+            )
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for name, value in adapted.named_parameters():
+                    if "lora_" in name or "classifier" in name:
+                        value.normal_(0, 0.05)
+            adapted.save_pretrained(module)
+        common = ["transfer", module, "--teacher", self.model(L6), "--force", "--json"]
+        small = [*common, "--student", self.model(L3), "--text", text, "--method", "prune-align", "--polish", "0",
+                 "--head", "carry", "--out", self.out / "small"]  # fmt: skip
+        alignment = self.out / "alignment"
+        if not alignment.exists():
+            align(self.model(L6), self.model(E5), text=self.args.text, sites=QUERY_VALUE, max_tokens=10_000,
+                  out=alignment)  # fmt: skip
+        second = [*common, "--student", self.model(E5), "--alignment", alignment, "--out", self.out / "second"]
+        for repetition in range(self.args.repetitions):
+            self.once(f"process transfer {repetition}", lambda: command(small))
+            self.once(f"process aligned {repetition}", lambda: command(second))
+            self.once(f"process imports {repetition}", lambda: command(None))
+
+    def gpu(self):
+        if not torch.cuda.is_available():
+            print("no CUDA here: the GPU part is left out")
+            return
+        for dtype in ("float32", "bfloat16"):
+            self.limit("cuda", dtype)
+
+
+def prepared(teacher, student, text, tokens):
+    """The batches of the pass, as it would make them."""
+    settings = collecting.CollectionSettings(max_tokens=tokens)
+    batches = collecting._batches(teacher, student, read_text(text), settings, PairingCounts())
+    return (collecting._prepare(teacher, student, batch) for batch in batches)
+
+
+def bare(teacher, student, batches, device):
+    """Seconds of the forward passes of both models alone."""
+    with torch.inference_mode():
+        teacher.base(**batches[0].teacher)
+        synchronise(device)
+        start = time.perf_counter()
+        for batch in batches:
+            teacher.base(**batch.teacher)
+            student.base(**batch.student)
+        synchronise(device)
+        return time.perf_counter() - start
+
+
+def needed(teacher, student, roles, method, rows, samples):
+    """Floating-point operations of the products that sites and method need, each distinct one once, and whether they
+    must be float64; a symmetric one counts half."""
+    pairs = plan_alignment(teacher.architecture, student.architecture, roles=roles)
+    directions = directions_of_roles(student.architecture, roles)
+    wanted = {pair: METHODS[method].moments_for(directions.get(pair[1].name, ("read", "write"))) for pair in pairs}
+    with torch.inference_mode(), Capture(teacher, (a for a, _ in wanted)) as first, \
+            Capture(student, (b for _, b in wanted)) as second:  # fmt: skip
+        totals = collecting.Totals(first, second, wanted, hold_out=False)
+    flops = 0
+    for (_, group), products in totals.products.items():
+        count = samples if group.split()[1] in GLOBAL_SPACES and not group.endswith(TOKENS_OUT) else rows
+        for (a, b), value in products._product.items():
+            flops += (1 if a == b else 2) * count * value.shape[0] * value.shape[1]
+    return flops, any(products.precise for products in totals.products.values())
+
+
+def matmul_rate(dtype, device="cpu", size=2048):
+    """Floating-point operations a second of a large matrix product, the best of five."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def stage(student_units, teacher_units, tokens):
+    """Statistics and assignment of one pair of spaces, ours and the straightforward way."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(tokens, 256, generator=generator)
+    teacher = shared @ torch.randn(256, teacher_units, generator=generator) / 16
+    student = shared @ torch.randn(256, student_units, generator=generator) / 16
+    teacher += torch.randn(teacher.shape, generator=generator)
+    student += torch.randn(student.shape, generator=generator) + 1
+    start = time.perf_counter()
+    products = Products({"t": teacher_units, "s": student_units}, [("s", "t")])
+    for begin in range(0, tokens, 4096):
+        products.update({"t": teacher[begin : begin + 4096].clone(), "s": student[begin : begin + 4096].clone()})
+    found, _ = assign_by_correlation(products.statistics("t", "s", ()))
+    ours = time.perf_counter() - start
+    x, y = teacher.numpy(), student.numpy()
+    start = time.perf_counter()
+    correlation, how = by_unit(x, y)
+    rows, columns = linear_sum_assignment(correlation, maximize=True)
+    plain = time.perf_counter() - start
+    expected = np.full(student_units, -1)
+    expected[rows] = columns
+    return {
+        "student_units": student_units, "teacher_units": teacher_units, "tokens": tokens, "ours": ours, "plain": plain,
+        "plain_way": how, "speedup": plain / ours, "same_indices": bool((found.indices.numpy() == expected).all()),
+    }  # fmt: skip
+
+
+def by_unit(x, y):
+    """Pearson correlation of every student unit with all teacher units, one unit after another."""
+    try:
+        from sklearn.feature_selection import r_regression
+    except ImportError:
+        return np.stack([np.corrcoef(x, y[:, i], rowvar=False)[-1, :-1] for i in range(y.shape[1])]), "numpy.corrcoef"
+    return np.stack([r_regression(x, y[:, i]) for i in range(y.shape[1])]), "sklearn r_regression"
+
+
+def command(arguments):
+    """Wall and process time of one command, its start included; of the imports alone when None."""
+    run = ["-c", "import peft_graft.cli"] if arguments is None else ["-m", "peft_graft", *map(str, arguments)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *run], check=True, capture_output=True)
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = sum(getattr(after, part) - getattr(before, part) for part in ("ru_utime", "ru_stime"))
+    return {"wall": wall, "process_time": used}
+
+
+def peak_mib():
+    """Peak memory of this process; ru_maxrss would tell that of its parent too, where that was larger."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def synchronise(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def processor():
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("out/speed"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--tokens", type=int, default=50_000)
+    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[50_000, 100_000, 300_000, 1_000_000])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.shown = list(sys.argv[1:])
+    for option in ("--models", "--text", "--out"):  # what is recorded of the command names no folder of the machine
+        if option in args.shown:
+            args.shown[args.shown.index(option) + 1] = option.removeprefix("--").upper()
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    bench = Bench(args)
+    if args.child:
+        print(json.dumps(getattr(bench, args.child[0])(*args.child[1:])))
+        return
+    for part in args.parts:
+        getattr(bench, part)()
+
+
+if __name__ == "__main__":
+    main()

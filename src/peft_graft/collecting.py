@@ -1,0 +1,436 @@
+"""Streaming two models over one text into paired statistics: one forward pass of each, one statistic a tensor.
+
+    samples -> chunks -> both tokenisations, paired -> batches of like length     in a thread, ahead of the models
+    batch   -> both models, up to the last layer that is needed -> rows of every distinct tensor -> products
+
+Spaces that are one tensor in the model (query, key and value read the same) are found by a probe and share their
+moments. Every process, or shard, goes over the same batches and runs its own part of them, so their merged statistics
+are those of one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from peft_graft.activations import Capture, pad, tokenize
+from peft_graft.alignment import Pair
+from peft_graft.errors import PairingError
+from peft_graft.models import ModelHandle
+from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
+from peft_graft.settings import Progress
+from peft_graft.statistics import Moment, PairedStatistics, Products
+from peft_graft.text import Sample
+from peft_graft.token_pairing import Block, PairingCounts, pair_tokens
+from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
+
+_CHUNK = 512  # samples sorted by length together, so that a batch is padded little
+_HELD_OUT_EVERY = 8
+_SAMPLE_SPACES = {FIRST_OUT, LAST_OUT, POOLED_OUT}
+_SAVE_EVERY = 60.0  # seconds
+_STATE = "pass"
+_T = TypeVar("_T")
+#: What a method needs of every pair of spaces beside the cross moment.
+Wanted = Mapping[Pair, Collection[Moment]]
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """How much text to stream and in what batches.
+
+    Attributes:
+        max_tokens: stop after this many paired tokens.
+        max_length: tokens of a sample at most, special tokens included; longer samples are cut.
+        batch_tokens: padded tokens of a batch at most, for the longer of the two tokenisations.
+    """
+
+    max_tokens: int = 50_000
+    max_length: int = 128
+    batch_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of the batches: every ``count``-th, from ``index`` on."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Where the state of an interrupted pass is kept, and of which pass: the state of another is not used."""
+
+    folder: Path
+    key: str
+
+
+@dataclass
+class _Encoded:
+    """One sample in both tokenisations."""
+
+    teacher: dict[str, list[int]]
+    student: dict[str, list[int]]
+    blocks: list[Block]
+
+    @property
+    def length(self) -> int:
+        return max(len(self.teacher["input_ids"]), len(self.student["input_ids"]))
+
+
+class _Gather:
+    """Picks token activations out of a padded batch and averages those of one block."""
+
+    def __init__(self, width: int, ranges: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> None:
+        spans = [(row * width + start, end - start) for row, part in enumerate(ranges) for start, end in part]
+        rest = [(block, first + index) for block, (first, size) in enumerate(spans) for index in range(1, size)]
+        self.count = len(spans)
+        self._first = torch.tensor([first for first, _ in spans], dtype=torch.int64, device=device)
+        self._rest = torch.tensor(rest, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+        self._share = 1 / torch.tensor([float(size) for _, size in spans], device=device).unsqueeze(1)
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """[batch, length, d] -> [blocks, d], float32 at least, a new tensor."""
+        flat = activations.flatten(0, 1)
+        dtype = torch.promote_types(flat.dtype, torch.float32)
+        picked = flat.index_select(0, self._first).to(dtype)
+        blocks, positions = self._rest
+        if len(blocks):
+            picked.index_add_(0, blocks, flat.index_select(0, positions).to(dtype))
+            picked *= self._share
+        return picked
+
+
+@dataclass
+class _Batch:
+    """One batch, ready for both models."""
+
+    teacher: dict[str, Tensor]
+    student: dict[str, Tensor]
+    gather_teacher: _Gather
+    gather_student: _Gather
+
+
+class Totals:
+    """All products of one pass: those to fit and those held out.
+
+    Mergeable with those of other parts of the batches, and storable.
+    """
+
+    def __init__(self, of_teacher: Capture, of_student: Capture, wanted: Wanted, *, hold_out: bool) -> None:
+        """Find out, by one probe of both models, which spaces are one tensor."""
+        self.wanted = wanted
+        self.nodes = [_nodes("teacher", of_teacher), _nodes("student", of_student)]
+        sizes: dict[str, int] = {}
+        products: dict[tuple[str, str], None] = {}
+        for (first, second), moments in wanted.items():
+            teacher, student = self.nodes[0][first], self.nodes[1][second]
+            products[student, teacher] = None
+            sizes[teacher] = of_teacher.model.architecture.size(first)
+            sizes[student] = of_student.model.architecture.size(second)
+            for moment, node in (("teacher", teacher), ("student", student)):
+                if moment in moments:
+                    products[node, node] = None
+        # A regression inverts what it is given, so it is given products in float64.
+        precise = any(set(moments) - {"cross"} for moments in wanted.values())
+        device = of_teacher.model.base.device
+        # Tensors that no product ties together go one group after another, so that few rows are held at a time.
+        self.group = _groups(sizes, products)
+        groups = sorted(set(self.group.values()))
+        self.products = {
+            (held_out, group): Products(
+                {name: size for name, size in sizes.items() if self.group[name] == group},
+                [pair for pair in products if self.group[pair[0]] == group],
+                precise=precise,
+                device=device,
+            )
+            for held_out in ((False, True) if hold_out else (False,))
+            for group in groups
+        }
+        self.nonfinite = 0
+
+    def update(self, of_teacher: Mapping[Space, Tensor], of_student: Mapping[Space, Tensor], batch: _Batch,
+               *, held_out: bool) -> None:  # fmt: skip
+        """Take in what was captured of one batch."""
+        members: dict[str, dict[str, tuple[Space, Tensor, _Gather]]] = {}
+        for nodes, held, gather in zip(
+            self.nodes, (of_teacher, of_student), (batch.gather_teacher, batch.gather_student), strict=True
+        ):
+            for space, node in nodes.items():
+                members.setdefault(self.group[node], {})[node] = space, held[space], gather
+        self.nonfinite += max(
+            self.products[held_out, group].update({
+                node: value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+                if space.name in _SAMPLE_SPACES
+                else gather(value)
+                for node, (space, value, gather) in nodes.items()
+            })
+            for group, nodes in members.items()
+        )  # fmt: skip
+
+    def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
+        """What methods see, by pair; pairs that are the same tensors share one object."""
+        made: dict[tuple[str, str, frozenset[Moment]], tuple[PairedStatistics, PairedStatistics]] = {}
+        found = {}
+        for (first, second), moments in self.wanted.items():
+            key = (self.nodes[0][first], self.nodes[1][second], frozenset(moments))
+            if key not in made:
+                group = self.group[key[0]]
+                fit = self.products[False, group].statistics(*key)
+                other = self.products.get((True, group))
+                made[key] = fit, other.statistics(*key) if other else PairedStatistics.empty(
+                    fit.cross.shape[1], fit.cross.shape[0], device=str(fit.cross.device)
+                )  # fmt: skip
+            found[first, second] = made[key]
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state by key; ``load`` reverses it."""
+        found = {"nonfinite": torch.tensor(self.nonfinite)}
+        for (held_out, group), products in self.products.items():
+            found |= {f"{held_out:d} {group}: {key}": value for key, value in products.tensors().items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state of the same pass in place of this one."""
+        self.nonfinite = int(tensors["nonfinite"])
+        for (held_out, group), products in self.products.items():
+            mark = f"{held_out:d} {group}: "
+            products.load({key.removeprefix(mark): value for key, value in tensors.items() if key.startswith(mark)})
+
+    def merge(self, other: Totals) -> None:
+        """Take in what another part of the batches gave."""
+        self.nonfinite += other.nonfinite
+        for key, products in self.products.items():
+            products.merge(other.products[key])
+
+    def merge_processes(self) -> None:
+        """Take in what the other processes of torch's default group have seen, in all of them alike."""
+        import torch.distributed as processes
+
+        count = torch.tensor(self.nonfinite)
+        processes.all_reduce(count)
+        self.nonfinite = int(count)
+        for products in self.products.values():
+            products.merge_processes()
+
+
+def collect(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterable[Sample],
+    wanted: Wanted,
+    settings: CollectionSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    hold_out: bool = False,
+) -> tuple[dict[Pair, tuple[PairedStatistics, PairedStatistics]], PairingCounts]:
+    """Statistics of every pair of spaces over the samples, in one pass of both models.
+
+    Args:
+        teacher, student: with tokenizers. samples: streamed; memory does not depend on how many there are.
+        wanted: (teacher space, student space) -> what is needed of them beside the cross moment.
+        hold_out: keep every eighth batch apart, for methods that choose by held-out pairs.
+
+    Returns:
+        Statistics by pair, to fit and held out (empty unless asked for), and how the tokens paired. Pairs of tokens at
+        which an activation is not finite are left out and counted.
+    """
+    totals, counts = collect_totals(teacher, student, samples, wanted, settings, progress, hold_out=hold_out)
+    return totals.statistics(), counts
+
+
+def collect_totals(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterable[Sample],
+    wanted: Wanted,
+    settings: CollectionSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    hold_out: bool = False,
+    shard: Shard = WHOLE,
+    unfinished: Unfinished | None = None,
+) -> tuple[Totals, PairingCounts]:
+    """The same as ``collect`` for one part of the batches, to be merged.
+
+    Args:
+        shard: which part; the counts are those of all parts, but for what was not finite.
+        unfinished: a pass that finds its state there goes on from it, and leaves it every minute.
+    """
+    settings = settings or CollectionSettings()
+    counts = PairingCounts()
+    with (
+        torch.inference_mode(),
+        Capture(teacher, (pair[0] for pair in wanted), stop=True) as of_teacher,
+        Capture(student, (pair[1] for pair in wanted), stop=True) as of_student,
+    ):
+        totals = Totals(of_teacher, of_student, wanted, hold_out=hold_out)
+        begin = _resume(totals, unfinished, shard)
+        saved = time.monotonic()
+        batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
+        for number, batch, pairs in _ahead((number, batch, counts.pairs) for number, batch in batches):
+            if batch is not None and batch.gather_teacher.count:
+                held = of_teacher.forward(batch.teacher), of_student.forward(batch.student)
+                totals.update(*held, batch, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+            if unfinished and time.monotonic() - saved > _SAVE_EVERY:
+                _save(totals, unfinished, shard, number + 1)
+                saved = time.monotonic()
+            if progress:
+                progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
+    counts.nonfinite_pairs = totals.nonfinite
+    return totals, counts
+
+
+def empty_totals(teacher: ModelHandle, student: ModelHandle, wanted: Wanted, *, hold_out: bool) -> Totals:
+    """Totals that have seen nothing yet, to merge those of parts into."""
+    with (
+        torch.inference_mode(),
+        Capture(teacher, (pair[0] for pair in wanted)) as of_teacher,
+        Capture(student, (pair[1] for pair in wanted)) as of_student,
+    ):
+        return Totals(of_teacher, of_student, wanted, hold_out=hold_out)
+
+
+def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatistics]]) -> None:
+    """Refuse statistics of too few pairs: an assignment of d units from fewer than d pairs is noise.
+
+    Raises:
+        PairingError: a pair of spaces has fewer pairs than its wider space has units.
+    """
+    for (teacher_space, student_space), (fit, held_out) in statistics.items():
+        needed, count = max(fit.cross.shape), fit.count + held_out.count
+        if count < needed:
+            per_sample = teacher_space.name in _SAMPLE_SPACES
+            raise PairingError(
+                f"too few {'samples' if per_sample else 'paired tokens'} for the dimension",
+                where=f"teacher {teacher_space} -> student {student_space}",
+                expected=f"at least {needed}",
+                found=count,
+                fix="give more text or raise --max-tokens" + (", or use --head drop" if per_sample else ""),
+            )
+
+
+def _nodes(side: str, capture: Capture) -> dict[Space, str]:
+    """A name for the tensor behind every captured space, the same for spaces that are one tensor."""
+    model = capture.model
+    rows, _ = tokenize(model, [Sample("a probe of some words")], 16)
+    held = capture.forward(pad(model, rows, model.base.device))
+    names: dict[object, str] = {}
+    return {
+        space: names.setdefault(
+            (value.data_ptr(), tuple(value.shape), value.stride(), space.name in _SAMPLE_SPACES), f"{side} {space.key}"
+        )
+        for space, value in sorted(held.items())
+    }
+
+
+def _groups(names: Iterable[str], products: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The first name of those that products tie together, for every name."""
+    group = {name: name for name in names}
+    for a, b in products:
+        first, other = sorted((group[a], group[b]))
+        group.update({name: first for name, of in group.items() if of == other})
+    return group
+
+
+def _mine(
+    teacher: ModelHandle, student: ModelHandle, batches: Iterable[list[_Encoded]], shard: Shard, begin: int
+) -> Iterator[tuple[int, _Batch | None]]:
+    """The batches by number, prepared where they are this shard's and not done yet."""
+    for number, batch in enumerate(batches):
+        mine = number >= begin and number % shard.count == shard.index
+        yield number, _prepare(teacher, student, batch) if mine else None
+
+
+def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encoded]) -> _Batch:
+    inputs_t = pad(teacher, [sample.teacher for sample in batch], teacher.base.device)
+    inputs_s = pad(student, [sample.student for sample in batch], student.base.device)
+    ranges_t = [[(block.teacher_start, block.teacher_end) for block in sample.blocks] for sample in batch]
+    ranges_s = [[(block.student_start, block.student_end) for block in sample.blocks] for sample in batch]
+    return _Batch(
+        inputs_t,
+        inputs_s,
+        _Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.base.device),
+        _Gather(inputs_s["input_ids"].shape[1], ranges_s, student.base.device),
+    )
+
+
+def _ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """The same items, the next one already being made in a thread."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def _batches(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterator[Sample],
+    settings: CollectionSettings,
+    counts: PairingCounts,
+) -> Iterator[list[_Encoded]]:
+    while chunk := list(islice(samples, _CHUNK)):
+        encoded = sorted(_encode(teacher, student, chunk, settings, counts), key=lambda sample: sample.length)
+        batch: list[_Encoded] = []
+        for sample in encoded:
+            if batch and sample.length * (len(batch) + 1) > settings.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(sample)
+        if batch:
+            yield batch
+        if counts.pairs >= settings.max_tokens:
+            return
+
+
+def _encode(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    chunk: Sequence[Sample],
+    settings: CollectionSettings,
+    counts: PairingCounts,
+) -> Iterator[_Encoded]:
+    (inputs_t, spans_t), (inputs_s, spans_s) = (
+        tokenize(model, chunk, settings.max_length) for model in (teacher, student)
+    )
+    for row in range(len(chunk)):
+        if counts.pairs >= settings.max_tokens:
+            return
+        blocks = pair_tokens(spans_t[row], spans_s[row])
+        counts.add(spans_t[row], spans_s[row], blocks)
+        yield _Encoded(inputs_t[row], inputs_s[row], blocks)
+
+
+def _save(totals: Totals, unfinished: Unfinished, shard: Shard, done: int) -> None:
+    with written_aside(unfinished.folder / f"{_STATE}-{shard.index}", force=True) as staging:
+        write_tensors(staging / f"{_STATE}.safetensors", totals.tensors())
+        write_json(staging / f"{_STATE}.json", {"key": unfinished.key, "shards": shard.count, "done": done})
+
+
+def _resume(totals: Totals, unfinished: Unfinished | None, shard: Shard) -> int:
+    """Take over a state of the same pass, if there is one; the number of batches that need not be looked at."""
+    if unfinished is None:
+        return 0
+    folder = unfinished.folder / f"{_STATE}-{shard.index}"
+    if not (folder / f"{_STATE}.json").is_file():
+        return 0
+    found = read_json(folder / f"{_STATE}.json")
+    if (found.get("key"), found.get("shards")) != (unfinished.key, shard.count):
+        return 0
+    totals.load(read_tensors(folder / f"{_STATE}.safetensors"))
+    return int(found["done"])

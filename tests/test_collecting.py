@@ -1,0 +1,210 @@
+"""The shared pass: what it gives is what a straightforward one gives, in one piece, in parts and after a break."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+import tiny
+from peft_graft.activations import Capture, pad, tokenize
+from peft_graft.alignment import Pair
+from peft_graft.collecting import (
+    CollectionSettings,
+    Shard,
+    Unfinished,
+    collect,
+    collect_totals,
+    empty_totals,
+)
+from peft_graft.models import load_model
+from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Space
+from peft_graft.statistics import PairedStatistics
+from peft_graft.text import Sample
+from peft_graft.token_pairing import pair_tokens
+
+ALL = ("cross", "teacher", "student")
+SETTINGS = CollectionSettings(max_tokens=1500, batch_tokens=300)
+
+
+def samples(count: int = 300) -> list[Sample]:
+    lines = tiny.sentences(count, seed=11)
+    return [Sample(line, lines[-index]) if index % 5 == 3 else Sample(line) for index, line in enumerate(lines)]
+
+
+@pytest.fixture(scope="module")
+def models(world):
+    return (
+        load_model(str(world / "teacher"), tokenizer=True),
+        load_model(str(world / "narrow"), tokenizer=True),
+    )
+
+
+def pairs_of(teacher, student, names: Sequence[str], layers=((0, 0), (1, 1), (2, 1))) -> list[Pair]:
+    inner = [(Space(first, name), Space(second, name)) for name in names for first, second in layers]
+    return [*inner, *((Space(-1, name),) * 2 for name in (TOKENS_OUT, FIRST_OUT))]
+
+
+def straightforward(teacher, student, text, pairs, settings) -> dict[Pair, PairedStatistics]:
+    """All activations of all samples kept, one sample at a time, every statistic by itself in float64."""
+    kept: dict[Pair, list[list[torch.Tensor]]] = {pair: [[], []] for pair in pairs}
+    count = 0
+    with (
+        torch.inference_mode(),
+        Capture(teacher, [pair[0] for pair in pairs]) as first,
+        Capture(student, [pair[1] for pair in pairs]) as second,
+    ):
+        for sample in text:
+            if count >= settings.max_tokens:
+                break
+            (rows_t, spans_t), (rows_s, spans_s) = (
+                tokenize(model, [sample], settings.max_length) for model in (teacher, student)
+            )
+            blocks = pair_tokens(spans_t[0], spans_s[0])
+            count += len(blocks)
+            held = [capture.forward(pad(capture.model, rows, torch.device("cpu")))
+                    for capture, rows in ((first, rows_t), (second, rows_s))]  # fmt: skip
+            for pair, sides in kept.items():
+                for side, space in enumerate(pair):
+                    value = held[side][space][0].double()
+                    if space.name == FIRST_OUT:
+                        sides[side].append(value.unsqueeze(0))
+                    else:
+                        ends = [(block.teacher_start, block.teacher_end) if side == 0
+                                else (block.student_start, block.student_end) for block in blocks]  # fmt: skip
+                        sides[side].extend(value[start:end].mean(0, keepdim=True) for start, end in ends)
+    return {pair: PairedStatistics.of(torch.cat(sides[0]), torch.cat(sides[1]), ALL) for pair, sides in kept.items()}
+
+
+def assert_close(one: PairedStatistics, other: PairedStatistics, tolerance: float) -> None:
+    assert one.count == other.count
+    for name, value in one.__dict__.items():
+        if isinstance(value, torch.Tensor) and getattr(other, name) is not None:
+            scale = float(value.abs().max())
+            torch.testing.assert_close(getattr(other, name), value, rtol=0, atol=tolerance * scale)
+
+
+NAMES = ("attn.in", "attn.query.out", "ffn.mid", "layer.out")
+
+
+@pytest.mark.parametrize("moments", [("cross",), ALL])
+def test_the_shared_pass_gives_what_a_straightforward_one_gives(models, moments) -> None:
+    pairs = pairs_of(*models, NAMES)
+    expected = straightforward(*models, samples(), pairs, SETTINGS)
+    found, counts = collect(*models, samples(), dict.fromkeys(pairs, moments), SETTINGS)
+    assert counts.pairs >= SETTINGS.max_tokens
+    assert found.keys() == expected.keys()
+    for pair in pairs:
+        assert_close(expected[pair], found[pair][0], 1e-5)
+        assert found[pair][1].count == 0
+
+
+def test_held_out_batches_and_the_others_are_all(models) -> None:
+    pairs = pairs_of(*models, NAMES)
+    expected, _ = collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
+    found, _ = collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS, hold_out=True)
+    for pair in pairs:
+        fit, held_out = found[pair]
+        assert 0 < held_out.count < fit.count
+        assert_close(expected[pair][0], fit.merge(held_out), 1e-6)
+
+
+def test_spaces_that_are_one_tensor_share_their_moments(models) -> None:
+    teacher, student = models
+    pairs = [*pairs_of(teacher, student, ["attn.in", "layer.out"], [(0, 0), (1, 1)]),
+             (Space(3, "layer.out"), Space(1, "layer.out"))]  # fmt: skip
+    found, _ = collect(teacher, student, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
+    out, following = (Space(0, "layer.out"),) * 2, (Space(1, "attn.in"),) * 2
+    assert found[out] is found[following], "the output of a layer is the input of the next"
+    last, tokens = (Space(3, "layer.out"), Space(1, "layer.out")), (Space(-1, TOKENS_OUT),) * 2
+    assert found[last] is found[tokens]
+    assert found[out][0].teacher_moment is not found[last][0].teacher_moment
+
+
+def test_only_what_is_wanted_is_kept(models) -> None:
+    reads, writes = (Space(0, "attn.in"),) * 2, (Space(0, "attn.query.out"),) * 2
+    found, _ = collect(*models, samples(), {reads: ["student"], writes: ["teacher"]}, SETTINGS)
+    assert found[reads][0].teacher_moment is None
+    assert found[reads][0].student_moment is not None
+    assert found[writes][0].teacher_moment is not None
+    assert found[writes][0].student_moment is None
+
+
+def test_layers_past_the_last_needed_one_are_not_computed(models) -> None:
+    teacher, student = models
+    ran = [0, 0]
+    hooks = [teacher.base.encoder.layer[index].register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
+             for at, index in enumerate((1, 2))]  # fmt: skip
+    pair = (Space(1, "attn.value.out"), Space(0, "attn.value.out"))
+    found, _ = collect(teacher, student, samples(), {pair: []}, SETTINGS)
+    for hook in hooks:
+        hook.remove()
+    assert ran == [1, 1], "once, for the probe"
+    expected = straightforward(teacher, student, samples(), [pair], SETTINGS)
+    assert_close(expected[pair], found[pair][0], 1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_merged_parts_are_the_whole(models, count: int) -> None:
+    pairs = dict.fromkeys(pairs_of(*models, NAMES), ALL)
+    expected, counts = collect(*models, samples(), pairs, SETTINGS, hold_out=True)
+    whole = empty_totals(*models, pairs, hold_out=True)
+    for index in range(count):
+        part, of_part = collect_totals(*models, samples(), pairs, SETTINGS, hold_out=True, shard=Shard(index, count))
+        again = empty_totals(*models, pairs, hold_out=True)
+        again.load(part.tensors())
+        whole.merge(again)
+        assert of_part == counts
+    for pair, moments in whole.statistics().items():
+        for one, other in zip(expected[pair], moments, strict=True):
+            assert_close(one, other, 1e-6)
+
+
+def test_an_interrupted_pass_goes_on_where_it_was(models, tmp_path, monkeypatch) -> None:
+    import peft_graft.collecting as collecting
+
+    monkeypatch.setattr(collecting, "_SAVE_EVERY", 0.0)
+    pairs = dict.fromkeys(pairs_of(*models, NAMES), ALL)
+    expected, counts = collect(*models, samples(), pairs, SETTINGS, hold_out=True)
+
+    class BreakError(Exception):
+        pass
+
+    calls = itertools.count()
+
+    def stop(*_: object) -> None:
+        if next(calls) == 3:
+            raise BreakError
+
+    state = Unfinished(tmp_path / "out.unfinished", "this pass")
+    with pytest.raises(BreakError):
+        collect_totals(*models, samples(), pairs, SETTINGS, stop, hold_out=True, unfinished=state)
+    ran = []
+    hook = models[0].base.register_forward_pre_hook(lambda *_: ran.append(1))
+    totals, again = collect_totals(*models, samples(), pairs, SETTINGS, hold_out=True, unfinished=state)
+    rest = len(ran)
+    ran.clear()
+    other = Unfinished(tmp_path / "out.unfinished", "another pass")
+    collect_totals(*models, samples(), pairs, SETTINGS, hold_out=True, unfinished=other)
+    hook.remove()
+    assert rest == len(ran) - 4, "the batches before the break were not run again"
+    assert again == counts
+    for pair, moments in totals.statistics().items():
+        for one, resumed in zip(expected[pair], moments, strict=True):
+            assert_close(one, resumed, 1e-6)
+
+
+def test_activations_that_are_not_finite_are_left_out(models) -> None:
+    teacher, student = models
+    pair = (Space(0, "ffn.up.out"),) * 2
+    linear = teacher.base.encoder.layer[0].intermediate.dense
+    hook = linear.register_forward_hook(lambda _, __, out: out.index_fill(1, torch.tensor([2]), float("inf")))
+    try:
+        found, counts = collect(teacher, student, samples(), {pair: []}, SETTINGS)
+    finally:
+        hook.remove()
+    assert counts.nonfinite_pairs > 0
+    assert found[pair][0].count == counts.pairs - counts.nonfinite_pairs
+    assert bool(torch.isfinite(found[pair][0].cross).all())
