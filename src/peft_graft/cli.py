@@ -190,24 +190,10 @@ def align(
     """
     with _progress() as progress, _say_how_to_go_on(out):
         found = align_models(
-            teacher,
-            student,
-            text=text,
-            out=out,
-            columns=_split(columns),
-            layers=layers,
-            method=method,
-            sites=_split(sites),
-            max_tokens=max_tokens,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            ray=ray,
-            shards=shards,
-            cache=cache,
-            force=force,
-            progress=progress,
-        )
+            teacher, student, text=text, out=out, columns=_split(columns), layers=layers, method=method,
+            sites=_split(sites), max_tokens=max_tokens, seed=seed, device=device, dtype=dtype, ray=ray, shards=shards,
+            cache=cache, force=force, progress=progress,
+        )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
         show_alignment(found, out, as_json=as_json)
 
