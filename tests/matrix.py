@@ -161,7 +161,8 @@ class World:
             expected = self._trained(kind, folder)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError) as error:
             library = "adapters" if kind in HUB_KINDS else "peft"
-            return f"{library} has none: {_reason(error)}"
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"{library} has none: {line}"
         try:
             peft_graft.transfer(
                 folder, student=self.student, alignment=self.alignment, out=out, force=True,
@@ -212,10 +213,29 @@ def _no_text(_: list[str]) -> dict[str, list[list[int]]]:
     return {"input_ids": []}
 
 
-def _reason(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    line = re.sub(r"(/[\w.-]+){2,}", "...", line)
-    return line[:100]
+#: What errors say -> what it means, without what differs between families and tokenizers.
+_MEANINGS = {
+    r"adapters has none: Unrecognized configuration class.*": "AdapterHub's library has no model of this family",
+    r"peft has none: .*forward\(\) got an unexpected keyword argument '(\w+)'": r"the model takes no {1}",
+    r"peft has none: .*object has no attribute 'vocab_size'": "the model reads no text",
+    r"peft has none: .*(must match|list index|tuple index|provide either|SiglipEncoder).*": "peft's virtual tokens do "
+    "not fit this model",
+    r"refused: \S+adapters is no site of an? \S+ model": "refused: the row of this family does not say where "
+    "AdapterHub puts its adapters",
+    r"refused: \S+norm1? is no site of an? \S+ model": "refused: the norms of models with several stacks have no roles",
+    r"refused: peft loads the module, but the student cannot be run with it.*": "peft's virtual tokens do not fit this "
+    "model",
+    r"peft has none: Target module of type .*Conv1D.*": "peft has none for transposed layers (Conv1D)",
+    r"peft has none: Sizes of tensors must match.*": "peft's virtual tokens do not fit this model",
+}
+
+
+def meaning(outcome: str) -> str:
+    """An outcome as the page has it."""
+    for pattern, said in _MEANINGS.items():
+        if match := re.fullmatch(pattern, outcome):
+            return said.replace("{1}", match[1] if match.groups() else "")
+    return outcome
 
 
 def row(name: str, config: Any) -> dict[str, str]:
@@ -223,7 +243,7 @@ def row(name: str, config: Any) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
         world = World(name, config, Path(folder))
-        return {kind: world.cell(kind) for kind in KINDS if HAS_ADAPTERS or kind not in HUB_KINDS}
+        return {kind: meaning(world.cell(kind)) for kind in KINDS if HAS_ADAPTERS or kind not in HUB_KINDS}
 
 
 def page(rows: Mapping[str, Mapping[str, str]]) -> str:
