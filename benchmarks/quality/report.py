@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 
 from peft_graft.experiments.comparison import share_of_gain
 
-ORDER = ("fresh", "copy", "prune-align", "fitted, no polish", "half polish", "polish from fresh", "default", "default, distilling")
+ORDER = ("fresh", "copy", "prune-align", "fitted, no polish", "half polish", "polish from fresh", "default",
+         "default, distilling")  # fmt: skip
 BUDGETS = (0, 100, 1000, None)
 FEW = (0, 100, 1000)
 MARKS = ("<!-- tables -->", "<!-- /tables -->")
