@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 import matrix
+from conftest import needs_transformers4
 
+pytestmark = needs_transformers4  # whose families and library of adapters the page speaks of
 ARCHITECTURES = matrix.architectures()
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import peft_graft
 import tiny
-from conftest import needs_adapters
+from conftest import needs_adapters, needs_transformers4
 from peft_graft.activations import Capture
 from peft_graft.checkpoints import read_checkpoint
 from peft_graft.errors import PlanError
@@ -375,6 +375,7 @@ def tower(folder: Path, family: str, seed: int = 0, **changes) -> Path:
 
 
 @pytest.mark.parametrize("family", TOWERS)
+@needs_transformers4
 def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path) -> None:
     base = tower(tmp_path / "base", family)
     targets = VIT_TARGETS if family in ("vit", "deit") else ["q_proj", "v_proj"]
@@ -390,6 +391,7 @@ def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path
     assert (found.student.method == "copy") == (family != "clip_text_model")
 
 
+@needs_transformers4
 def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) -> None:
     base, other = tower(tmp_path / "base", "vit"), tower(tmp_path / "other", "vit", 1, num_hidden_layers=1)
     model = transformers.AutoModelForImageClassification.from_pretrained(base, num_labels=3)
@@ -408,6 +410,7 @@ def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) 
     assert torch.equal(moved.state_dict()[key], adapted.state_dict()[key])
 
 
+@needs_transformers4
 def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:
     both, eye = tower(tmp_path / "clip", "clip"), tower(tmp_path / "eye", "clip_vision_model", 1)
     trained(tmp_path / "module", eye, ["q_proj", "v_proj"], None, "AutoModel")
@@ -423,6 +426,7 @@ def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:
     assert "AutoModelForSpeechSeq2Seq" in (tmp_path / "speech" / "README.md").read_text()
 
 
+@needs_transformers4
 def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Path) -> None:
     base = tower(tmp_path / "vit", "vit")
     trained(tmp_path / "module", base, VIT_TARGETS, None, "AutoModel")
@@ -445,6 +449,7 @@ def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Pa
         peft_graft.transfer(tmp_path / "module", student=bert(tmp_path / "bert"), method="copy")
 
 
+@needs_transformers4
 def test_clips_text_tower_alone_aligns_on_text(tmp_path: Path, text: Path) -> None:
     base, other = bert(tmp_path / "bert", hidden=24), tower(tmp_path / "clip", "clip_text_model")
     tiny.tokenizer(other)
@@ -487,6 +492,7 @@ def trained_mixture(folder: Path, base: Path, family: str, targets=None):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
+@needs_transformers4
 def test_a_mixtures_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path) -> None:
     base = mixture(tmp_path / "base", family)
     trained_mixture(tmp_path / "module", base, family)
@@ -504,6 +510,7 @@ def test_a_mixtures_module_returns_from_its_own_model_as_it_was(family: str, tmp
         assert architecture.tap(Space(0, "ffn.in")).path == "layers.0.mlp.gate"
 
 
+@needs_transformers4
 def test_an_expert_is_seen_on_every_token() -> None:
     model = handle(tiny.lively(transformers.AutoModel.from_config(MIXTURES["mixtral"])))
     names = ("ffn.in", "ffn.router.out", "expert.3.ffn.up.out", "expert.3.ffn.mid", "expert.3.ffn.down.out")
@@ -556,6 +563,7 @@ def permuted_mixtral(model, seed: int = 3):
     return other, orders
 
 
+@needs_transformers4
 def test_a_permuted_mixture_computes_what_the_teacher_does(tmp_path: Path) -> None:
     base = mixture(tmp_path / "base", "mixtral")
     teacher = trained_mixture(tmp_path / "module", base, "mixtral")
@@ -591,6 +599,7 @@ def test_a_permuted_mixture_computes_what_the_teacher_does(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [3, 6])
+@needs_transformers4
 def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, text: Path) -> None:
     """What has no counterpart gets no module, or is left out; between families of mixtures too."""
     base, other = mixture(tmp_path / "base", "mixtral"), mixture(tmp_path / "other", "qwen3_moe", 1, num_experts=number)
@@ -607,6 +616,7 @@ def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, tex
     assert experts == {str(expert) for expert in range(min(number, 4))}
 
 
+@needs_transformers4
 def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> None:
     base, other = mixture(tmp_path / "base", "mixtral"), llama(tmp_path / "llama")
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "v_proj"])
@@ -620,6 +630,7 @@ def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> N
         peft_graft.transfer(tmp_path / "experts", student=other, **options(text))
 
 
+@needs_transformers4
 def test_a_mixtures_module_is_judged_and_polished(tmp_path: Path, text: Path) -> None:
     base, other = mixture(tmp_path / "base", "mixtral"), mixture(tmp_path / "other", "mixtral", 1, hidden_size=24)
     text.write_text("\n".join(tiny.sentences(600)))

@@ -286,11 +286,6 @@ def test_functional_grafting_makes_the_student_move_as_the_teacher_does(world, t
     same = peft_graft.transfer(tmp_path / "module", student=world / "teacher", text=world / "text.txt", **options)
     assert same.report.verdict.measured.agreement > 0.9
     assert all(record.norm_kept > 0.3 and not record.maps for record in same.report.sites)
-    other = {
-        method: transfer(world, tmp_path / "module", method=method, polish=0).report.verdict.measured.agreement
-        for method in ("functional", "prune-align")
-    }
-    assert other["functional"] > other["prune-align"]
 
 
 @needs_adapters

@@ -182,6 +182,18 @@ def test_a_module_on_a_bare_model(world, tmp_path) -> None:
     PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(world / "narrow"), tmp_path / "g")
 
 
+def test_a_question_answerer_without_its_head(world, tmp_path) -> None:
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(world / "teacher")
+    config = peft.LoraConfig(task_type="QUESTION_ANS", r=4, target_modules=["query", "value"])
+    adapted = peft.get_peft_model(model, config)
+    tiny.randomise(adapted, 1, ("lora_",))
+    adapted.save_pretrained(tmp_path / "m")
+    graft = peft_graft.transfer(
+        tmp_path / "m", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g", head="drop", polish=4,
+    )  # fmt: skip
+    assert graft.report.verification.done
+
+
 def test_a_wider_head_of_two_layers_computes_the_same_logits(world, tmp_path) -> None:
     """A RoBERTa sentence head has an inner layer of hidden size; a wider student pads it with units that do nothing."""
     base = tiny.base_model(tmp_path / "base", "roberta", layers=2, hidden=24)

@@ -35,7 +35,8 @@ from peft_graft.weights import write_json, written_aside
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_CLASSIFICATION_TASKS = (TOKEN_CLASSIFICATION, SEQUENCE_CLASSIFICATION)
+#: Tasks without whose head peft loads no checkpoint.
+_TASKS_WITH_HEAD = (TOKEN_CLASSIFICATION, SEQUENCE_CLASSIFICATION, "question-answering")
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ class Graft:
 def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed: int = 0) -> RawCheckpoint:
     """A checkpoint with the student's own paths, as it will be written.
 
-    peft demands a head in every checkpoint of a classification task; where none is carried, an untrained one of as many
-    labels stands in.
+    peft demands a head in every checkpoint of a classification task, and of question answering; where none is carried,
+    an untrained one of as many labels stands in.
     """
     raw = to_raw(checkpoint, student.architecture, student.base_tensors())
-    if raw.head or raw.format != "peft" or raw.task not in _CLASSIFICATION_TASKS:
+    if raw.head or raw.format != "peft" or raw.task not in _TASKS_WITH_HEAD:
         return raw
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
 

@@ -106,7 +106,7 @@ class Classroom:
     def read_back(self, raw: RawCheckpoint, outcome: Outcome) -> PeftCheckpoint:
         """The outcome's checkpoint with the values of a raw one that has the student's own paths."""
         student, before = self.student, outcome.candidate.checkpoint
-        found = resolve(raw, student.architecture, student.base_tensors(), with_head=bool(raw.head))
+        found = resolve(raw, student.architecture, student.base_tensors(), with_head=before.head is not None)
         head = replace(found.head, labels=before.head.labels) if found.head and before.head else None
         return replace(before, modules=found.modules, head=head)
 
