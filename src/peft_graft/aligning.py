@@ -20,7 +20,7 @@ from peft_graft.experts import SAMPLES, match_experts
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
 from peft_graft.modules import TOKENS_OUT, Module
-from peft_graft.planning import map_axis, plan_alignment
+from peft_graft.planning import expert_pairs, map_axis, plan_alignment
 from peft_graft.preflight import no_text
 from peft_graft.report import hardware, versions
 from peft_graft.settings import UNFINISHED, Clock, Progress, TransferSettings, checked_settings
@@ -91,11 +91,11 @@ def align(
     with clock("loading models"):
         first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
         second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
-    start = list(islice(samples, SAMPLES))
-    experts = match_experts(first, second, start, layers)
-    if experts:
+    if expert_pairs(shapes[0], shapes[1], layers):
+        start = list(islice(samples, SAMPLES))
+        experts = match_experts(first, second, start, layers)
         pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites, experts=experts)
-    samples = chain(start, samples)
+        samples = chain(start, samples)
     work = Path(f"{out}{UNFINISHED}") if out is not None else None
     on_ray = None
     if ray is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 #: Share of the squared singular values of every layer's update that the LoRA keeps.
 ENERGY = 1 - 1e-6
+_START = "base_model.model."
 
 
 def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
@@ -40,7 +41,9 @@ def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckp
     """
     import peft
 
-    model = with_task_head(teacher, raw.task, tuple(raw.labels or ()), _num_labels(folder, raw))
+    heads = _heads(folder, raw)
+    rows = list(heads.values())[-1].shape[0] if heads else None
+    model = with_task_head(teacher, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
     kind = raw.config["peft_type"]
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
@@ -48,17 +51,12 @@ def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckp
             adapted = peft.PeftModel.from_pretrained(model, folder)
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=str(folder)) from error
-        saved = {key: value for key, value in _saved(adapted).items() if "modules_to_save" in key}
         if adapted.supports_lora_conversion():
             config, tensors = peft.convert_to_lora(adapted, ENERGY)
             options = {"r": config.r, "lora_alpha": config.lora_alpha, "rank_pattern": config.rank_pattern,
                        "alpha_pattern": config.alpha_pattern}  # fmt: skip
         else:
             options, tensors = _by_merging(adapted, kind, folder)
-    heads = {
-        f"base_model.model.{key.replace('.modules_to_save.default', '').removeprefix('base_model.model.')}": value
-        for key, value in saved.items()
-    }
     with tempfile.TemporaryDirectory() as place:
         lora = peft.LoraConfig(
             task_type=raw.config.get("task_type"), base_model_name_or_path=raw.base_model,
@@ -76,42 +74,28 @@ def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckp
 
 def stand_in(folder: Path, raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
     """A LoRA of rank 1 without values at the layers that the module changes, to plan with before weights are loaded."""
-    model = blank_model(teacher, raw.task)
+    shapes = {path: linear_shape(module) for path, module in blank_model(teacher, raw.task).named_modules()}
+    heads = _heads(folder, raw)
     entries = {}
-    for key in _tensors(folder):
-        path = key.removeprefix("base_model.model.")
-        while path:
+    for key in read_tensors(peft_format.weights_file(folder)).keys() - heads.keys():
+        path = key.removeprefix(_START)
+        while path and not shapes.get(path):
             path = path.rpartition(".")[0]
-            shape = linear_shape(dict(model.named_modules()).get(path))
-            if path and shape:
-                entries[path] = {
-                    "A": torch.empty(1, shape[0], device="meta"),
-                    "B": torch.empty(shape[1], 1, device="meta"),
-                }
-                break
-    saved = raw.config.get("modules_to_save") or []
-    entries = {path: values for path, values in entries.items() if path.split(".")[0] not in saved}
+        if shape := shapes.get(path):
+            factors = {"A": (1, shape[0]), "B": (shape[1], 1)}
+            entries[path] = {name: torch.empty(size, device="meta") for name, size in factors.items()}
     return replace(raw, kind="lora", entries=entries, scalings=dict.fromkeys(entries, 1.0))
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return read_tensors(next(folder / name for name in peft_format.WEIGHTS if (folder / name).exists()))
-
-
-def _num_labels(folder: Path, raw: RawCheckpoint) -> int | None:
-    if raw.labels:
-        return len(raw.labels)
+def _heads(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
+    """What was saved beside the module, as its file has it."""
     saved = raw.config.get("modules_to_save") or []
-    heads = [value for key, value in _tensors(folder).items() if any(f".{name}." in f"{key}." for name in saved)]
-    return heads[-1].shape[0] if heads else None
-
-
-def _saved(adapted: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in adapted.named_parameters()}
+    tensors = read_tensors(peft_format.weights_file(folder))
+    return {key: value for key, value in tensors.items() if any(f".{name}." in f"{key}." for name in saved)}
 
 
 def _paths(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors}
+    return {key.removeprefix(_START).split(".lora_")[0] for key in tensors}
 
 
 def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -119,7 +103,7 @@ def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], 
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {
-        path.removeprefix("base_model.model."): layer
+        path.removeprefix(_START): layer
         for path, layer in adapted.named_modules()
         if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear)
     }
@@ -139,17 +123,19 @@ def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], 
     for path, layer in layers.items():
         merged = layer.get_base_layer()
         if path in biases and not torch.equal(merged.bias, biases[path]):
-            raise CheckpointError(f"{kind} changes the bias of {path}, which no LoRA does", where=str(folder))
+            raise CheckpointError(f"{kind} changes the bias of {path}, which no LoRA does", where=str(folder),
+                                  fix="train a LoRA in its place")  # fmt: skip
         u, s, v = torch.linalg.svd((merged.weight.detach() - before[path]).double(), full_matrices=False)
         energy = s.square().cumsum(0)
         if not float(energy[-1]):
             continue
         rank = int((energy < ENERGY * energy[-1]).sum()) + 1
         ranks[path] = rank
-        tensors[f"base_model.model.{path}.lora_A.weight"] = v[:rank].float()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = (u[:, :rank] * s[:rank]).float()
+        tensors[f"{_START}{path}.lora_A.weight"] = v[:rank].float()
+        tensors[f"{_START}{path}.lora_B.weight"] = (u[:, :rank] * s[:rank]).float()
     if not ranks:
-        raise CheckpointError(f"the {kind} module changes no linear layer", where=str(folder))
+        raise CheckpointError(f"the {kind} module changes no linear layer", where=str(folder),
+                              fix="check that it was trained at all")  # fmt: skip
     most = max(ranks.values())
     patterns = {path: rank for path, rank in ranks.items() if rank != most}
     return {"r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns)}, tensors

@@ -11,7 +11,7 @@ from peft_graft.architectures import Architecture
 from peft_graft.errors import CheckpointError, ModelError, PlanError
 from peft_graft.formats import adapterhub
 from peft_graft.formats.peft_prompts import PREFIX, PROMPT
-from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.formats.raw import VIRTUAL, RawCheckpoint
 from peft_graft.modules import (
     EMBEDDED,
     Axis,
@@ -44,7 +44,7 @@ def modules_of(
         CheckpointError: the path is no site of this architecture.
         ModelError: a shape shows that the module was trained on another model.
     """
-    if raw.kind in ("prompt", "prefix"):
+    if raw.kind in VIRTUAL:
         return [_virtual_tokens(raw, path, values, architecture)], ""
     place = architecture.sites(path)
     if place is None:
@@ -63,8 +63,11 @@ def modules_of(
             found=sites[0].layer,
             fix="name the model that the module was trained on with --teacher",
         )
-    make = {"lora": _lora, "ia3": _scale, "norms": _norm, "bottleneck": _bottleneck}[raw.kind]
-    return [make(raw, site, path, values, architecture, base) for site in sites], prefix
+    if raw.kind in ("lora", "ia3"):
+        return [_at_linear(raw, site, path, values, architecture, base) for site in sites], prefix
+    if raw.kind == "norms":
+        return [_norm(site, values, architecture, base) for site in sites], prefix
+    return [_bottleneck(raw, site, values, architecture) for site in sites], prefix
 
 
 def _virtual_tokens(
@@ -93,19 +96,25 @@ def _virtual_tokens(
     return PromptModule(site, tensors)
 
 
-def _lora(
+def _at_linear(
     raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
     base: Mapping[str, Tensor],
 ) -> Module:  # fmt: skip
+    """A LoRA or IA3's factors at a linear layer, or at the part of one that a role has in it."""
     linear = architecture.row.linears.get(site.role)
     if linear is None:
         raise CheckpointError(f"{path} is no linear layer", where=str(site))
     parts = {
-        name: value if name == "A" else _part(raw, value, site, path, name, architecture)
+        name: value if name in ("A", "input") else _part(raw, value, site, path, name, architecture)
         for name, value in values.items()
     }
-    parts.update(_base_parts(parts, site, architecture, base, raw.scalings[path]))
-    return LoraModule(site, lora_tensors(parts, linear.reads, linear.writes), scaling=raw.scalings[path])
+    if raw.kind == "lora":
+        parts.update(_base_parts(parts, site, architecture, base, raw.scalings[path]))
+        return LoraModule(site, lora_tensors(parts, linear.reads, linear.writes), scaling=raw.scalings[path])
+    spaces = {"input": linear.reads, "output": linear.writes}
+    return ScaleModule(
+        site, {name: LabelledTensor(value, (Axis("scale", spaces[name]),)) for name, value in parts.items()}
+    )
 
 
 def _part(raw: RawCheckpoint, value: Tensor, site: Site, path: str, name: str, architecture: Architecture) -> Tensor:
@@ -158,26 +167,9 @@ def _base_parts(
     return found
 
 
-def _scale(
-    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
-    base: Mapping[str, Tensor],
-) -> Module:  # fmt: skip
-    linear = architecture.row.linears.get(site.role)
-    if linear is None:
-        raise CheckpointError(f"{path} is no linear layer", where=str(site))
-    parts = {
-        name: _part(raw, v, site, path, name, architecture) if name == "output" else v for name, v in values.items()
-    }
-    spaces = {"input": linear.reads, "output": linear.writes}
-    return ScaleModule(
-        site, {name: LabelledTensor(value, (Axis("scale", spaces[name]),)) for name, value in parts.items()}
-    )
-
-
 def _norm(
-    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
-    base: Mapping[str, Tensor],
-) -> Module:  # fmt: skip
+    site: Site, values: Mapping[str, Tensor], architecture: Architecture, base: Mapping[str, Tensor]
+) -> NormModule:
     space = SPACE_OF_NORM[site.role]
     found = dict(values) | _norm_base(site, values, architecture, base)
     axes = {"norm.weight": Axis("scale", space), "norm.bias": Axis("write", space)}
@@ -210,9 +202,8 @@ def _like(own: Tensor, value: Tensor) -> Tensor:
 
 
 def _bottleneck(
-    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
-    base: Mapping[str, Tensor],
-) -> Module:  # fmt: skip
+    raw: RawCheckpoint, site: Site, values: Mapping[str, Tensor], architecture: Architecture
+) -> BottleneckModule:
     settings = adapterhub.module_config(raw.config)
     point = architecture.row.adapters[site.role]
     if settings.get("is_parallel"):

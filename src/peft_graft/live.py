@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_graft.checkpoints import read_checkpoint, write_checkpoint
 from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.formats import adapterhub, peft_format
-from peft_graft.formats.raw import RawCheckpoint, StudentNames
+from peft_graft.formats.raw import VIRTUAL, RawCheckpoint, StudentNames
 from peft_graft.models import ModelHandle, prefix_of, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
 
@@ -83,7 +83,7 @@ class LiveModule:
     @property
     def _tuned(self) -> Any:
         """The task model that the module is in."""
-        return self.model.base_model if self.raw.kind in ("prompt", "prefix") else self.model.base_model.model
+        return self.model.base_model if self.raw.kind in VIRTUAL else self.model.base_model.model
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +95,7 @@ class LiveModule:
     @contextmanager
     def _without(self) -> Iterator[Any]:
         """The model with the module switched off."""
-        if self.raw.kind in ("prompt", "prefix"):  # peft cannot switch these off in models that do not generate
+        if self.raw.kind in VIRTUAL:  # peft cannot switch these off in models that do not generate
             yield self.model.base_model
         elif self.raw.format == "peft":
             with _quiet(), self.model.disable_adapter(), self._with_own_biases():
@@ -215,15 +215,21 @@ def _attach_peft(
     model = with_task_head(handle, raw.task, labels, raw.num_labels)
     own = {path: model.get_submodule(path).bias.detach().clone() for path, v in raw.entries.items() if "base_bias" in v}
     try:
-        prompts = raw.kind in ("prompt", "prefix")  # peft loads these for inference only, and they train nevertheless
+        prompts = raw.kind in VIRTUAL  # peft loads these for inference only, and they train nevertheless
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable and not prompts)
         if trainable and prompts:
             for name, parameter in adapted.named_parameters():
                 parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
     except (RuntimeError, ValueError, TypeError) as error:
         raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=str(folder)) from error
-    file = next(folder / name for name in peft_format.WEIGHTS if (folder / name).exists())
-    return LiveModule(adapted, raw, "default", read_tensors(file), get_peft_model_state_dict(adapted), own_biases=own)
+    return LiveModule(
+        adapted,
+        raw,
+        "default",
+        read_tensors(peft_format.weights_file(folder)),
+        get_peft_model_state_dict(adapted),
+        own_biases=own,
+    )
 
 
 def _attach_adapterhub(

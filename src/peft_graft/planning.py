@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -206,7 +206,6 @@ def plan_alignment(
     """
     check_reads_text(teacher, student, "an alignment")
     stacks = corresponding_stacks(teacher, student)
-    specs = layer_maps(layers, stacks)
     shared = [role for role in teacher.row.linears if corresponds(stacks, role, student)]
     chosen = list(roles) if roles else [*shared, "adapter"]
     unknown = [role for role in chosen if role not in (*shared, "adapter", PROMPT_ROLE)]
@@ -221,24 +220,17 @@ def plan_alignment(
         if first in teacher.sizes and second in student.sizes:
             pairs[first, second] = (teacher.size(first), student.size(second))
 
-    for first, second in stacks:
-        mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
-        for layer, source in ((layer, source) for layer, sources in enumerate(mapping) for source in sources):
-            for role in chosen:
-                if role == PROMPT_ROLE:
-                    continue
-                if role == "adapter":
-                    near, far = (
-                        Site(at, stack.full("attn.adapter")) for at, stack in ((source, first), (layer, second))
-                    )
-                    for name in ("attn.in", "attn.output.out", "ffn.in", "ffn.down.out", "layer.out"):
-                        add(near, far, first.full(name))
-                    continue
-                target = counterpart(Site(source, role), (first, second), layer, experts)
-                if target is not None and student.has(target):
-                    linear = teacher.row.linears[role]
-                    add(Site(source, role), target, linear.reads)
-                    add(Site(source, role), target, linear.writes)
+    for (first, second), source, layer in _layer_pairs(teacher, student, stacks, layers):
+        if "adapter" in chosen:
+            near, far = (Site(at, stack.full("attn.adapter")) for at, stack in ((source, first), (layer, second)))
+            for name in ("attn.in", "attn.output.out", "ffn.in", "ffn.down.out", "layer.out"):
+                add(near, far, first.full(name))
+        for role in (role for role in chosen if role in teacher.row.linears):
+            target = counterpart(Site(source, role), (first, second), layer, experts)
+            if target is not None and student.has(target):
+                linear = teacher.row.linears[role]
+                add(Site(source, role), target, linear.reads)
+                add(Site(source, role), target, linear.writes)
     for name in (*GLOBAL_SPACES, *([EMBEDDED] if PROMPT_ROLE in chosen else [])):
         space = Space(-1, name)
         # Pooled outputs only mean something where both poolers were trained, which a plan cannot see.
@@ -251,15 +243,23 @@ def expert_pairs(teacher: Architecture, student: Architecture, layers: str) -> d
     """The pairs of what routers write, by which experts are matched, with their sizes; none without routers."""
     pairs: dict[Pair, tuple[int, int]] = {}
     stacks = corresponding_stacks(teacher, student)
+    for (first, second), source, layer in _layer_pairs(teacher, student, stacks, layers):
+        pair = Space(source, first.full("ffn.router.out")), Space(layer, second.full("ffn.router.out"))
+        if pair[0] in teacher.sizes and pair[1] in student.sizes:
+            pairs[pair] = (teacher.size(pair[0]), student.size(pair[1]))
+    return pairs
+
+
+def _layer_pairs(
+    teacher: Architecture, student: Architecture, stacks: Sequence[tuple[Stack, Stack]], layers: str
+) -> Iterator[tuple[tuple[Stack, Stack], int, int]]:
+    """(teacher and student stack, teacher layer, student layer) for all that a layer map brings together."""
     specs = layer_maps(layers, stacks)
     for first, second in stacks:
-        depths = teacher.depths[first.name], student.depths[second.name]
-        for layer, sources in enumerate(layer_map(specs[second.name], *depths)):
+        mapping = layer_map(specs[second.name], teacher.depths[first.name], student.depths[second.name])
+        for layer, sources in enumerate(mapping):
             for source in sources:
-                pair = Space(source, first.full("ffn.router.out")), Space(layer, second.full("ffn.router.out"))
-                if pair[0] in teacher.sizes and pair[1] in student.sizes:
-                    pairs[pair] = (teacher.size(pair[0]), student.size(pair[1]))
-    return pairs
+                yield (first, second), source, layer
 
 
 def choose_method(plan: TransferPlan, similarity: float | None, threshold: float = 0.5) -> tuple[Method, str]:
@@ -336,11 +336,10 @@ def _add_pair(
 def _check_roles(checkpoint: PeftCheckpoint, stacks: Sequence[tuple[Stack, Stack]], student: Architecture) -> None:
     for site in checkpoint.modules:
         if not corresponds(stacks, site.role, student):
-            known = [*student.row.linears, *student.row.adapters]
             raise PlanError(
                 "the student has no counterpart of this site",
                 where=str(site),
-                expected=f"one of the roles of {student.model_type}: {_listed(known)}",
+                expected=f"one of the roles of {student.model_type}: {_listed(student.roles)}",
                 found=site.role,
                 fix=advice(site.role, stacks, student),
             )

@@ -92,18 +92,18 @@ def probe(student: ModelHandle) -> dict[str, Tensor]:
     """A batch of four random inputs of every sort that the model reads."""
     config, generator = student.base.config, torch.Generator().manual_seed(0)
     kinds = {stack.kind for stack in student.architecture.row.stacks}
-    probe: dict[str, Tensor] = {}
+    batch: dict[str, Tensor] = {}
     if kinds & {"encoder", "decoder"}:
         vocabulary = int(getattr(config, "text_config", config).vocab_size)
         ids = torch.randint(min(10, vocabulary // 2), vocabulary, (4, 16), generator=generator)
         if config.is_encoder_decoder and config.eos_token_id is not None:
             ids[:, -1] = config.eos_token_id  # which their classes for whole texts read
-        probe = complete(config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        batch = complete(config, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if "vision" in kinds:
         vision = getattr(config, "vision_config", config)
         size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
-        probe["pixel_values"] = torch.randn(4, vision.num_channels, *size, generator=generator)
+        batch["pixel_values"] = torch.randn(4, vision.num_channels, *size, generator=generator)
     if "audio" in kinds:  # Whisper's encoder halves the number of frames, and takes its full length only
         sound = torch.randn(4, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-        probe = {"input_features": sound, "decoder_input_ids": probe["decoder_input_ids"]}
-    return probe
+        batch = {"input_features": sound, "decoder_input_ids": batch["decoder_input_ids"]}
+    return batch

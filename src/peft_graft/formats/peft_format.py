@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_graft.errors import CheckpointError
 from peft_graft.formats import peft_lora, peft_prompts, peft_vectors
-from peft_graft.formats.raw import Kind, RawCheckpoint, StudentNames, task_of_class
+from peft_graft.formats.raw import VIRTUAL, Kind, RawCheckpoint, StudentNames, task_of_class
 from peft_graft.weights import file_hashes, read_json, read_tensors, write_json, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -44,6 +44,18 @@ def detect(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and "peft_type" in read_json(folder / CONFIG)
 
 
+def weights_file(folder: Path) -> Path:
+    """The file that holds a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError("the weights file is missing", where=str(folder), expected=" or ".join(WEIGHTS))
+
+
 def read(folder: Path) -> RawCheckpoint:
     """Read a checkpoint; one of a kind that has to become a LoRA first comes without its tensors (``weights``).
 
@@ -61,9 +73,7 @@ def read(folder: Path) -> RawCheckpoint:
             fix="train a LoRA in its place",
         )
     kind = _KINDS.get(peft_type, "weights")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError("the weights file is missing", where=str(folder), expected=" or ".join(WEIGHTS))
+    weights = weights_file(folder)
     if kind == "lora":
         peft_lora.check(config, folder)
     entries: dict[str, dict[str, Tensor]] = {}
@@ -80,7 +90,7 @@ def read(folder: Path) -> RawCheckpoint:
         _check_others(others, config, str(weights))
         if kind == "lora":
             peft_lora.check_entries(entries, config, str(weights))
-        elif kind in ("prompt", "prefix"):
+        elif kind in VIRTUAL:
             entries = peft_prompts.check(kind, entries, config, str(weights))
         elif not entries:
             raise CheckpointError("the file holds no tensors of its kind", where=str(weights), expected=peft_type)
@@ -128,54 +138,21 @@ def student_config(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     )
     if raw.config.get("auto_mapping"):
         config["auto_mapping"] = {"base_model_class": student.task_class, "parent_library": "transformers"}
-    if raw.kind in ("prompt", "prefix"):
+    if raw.kind in VIRTUAL:
         return peft_prompts.config_of(raw, config, student)
-    config["target_modules"] = shortest_targets(raw.entries, student.modules)
-    if raw.kind == "lora":
-        config.update(peft_lora.config_of(raw, student))
-    else:
-        config.update(peft_vectors.config_of(raw, student, shortest_targets))
-    return config
-
-
-def shortest_targets(paths: Collection[str], modules: Collection[str]) -> list[str]:
-    """Target names as a person would write them: shortest suffixes that match these modules and no others.
-
-    Args:
-        paths: modules to be targeted.
-        modules: all modules of the model.
-
-    Example:
-        >>> shortest_targets(["enc.0.self.query", "enc.1.self.query"], ["enc.0.self.query", "enc.1.self.query", "cls"])
-        ['query']
-    """
-    wanted, targets = set(paths), set()
-    remaining = set(paths)
-    while remaining:
-        path = min(remaining)
-        parts = path.split(".")
-        for length in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-length:])
-            matched = {name for name in modules if name == suffix or name.endswith(f".{suffix}")} | {path}
-            if matched <= wanted:
-                targets.add(suffix)
-                remaining -= matched
-                break
-        else:  # another module's path ends in all of this one; peft takes a whole path as one more name
-            targets.add(path)
-            remaining.discard(path)
-    return sorted(targets)
+    config.update((peft_lora if raw.kind == "lora" else peft_vectors).config_of(raw, student))
+    return {**config, "target_modules": student.shortest_targets(raw.entries)}
 
 
 def _key_prefix(kind: Kind) -> str:
     # what stands before the text has no tuner around the model
-    return "base_model." if kind in ("prompt", "prefix") else "base_model.model."
+    return "base_model." if kind in VIRTUAL else "base_model.model."
 
 
 def _entry(kind: Kind, path: str, tensor: Tensor) -> tuple[str, str] | None:
     if kind == "lora":
         return peft_lora.entry(path)
-    if kind in ("prompt", "prefix"):
+    if kind in VIRTUAL:
         return ("", peft_prompts.KEY) if path == peft_prompts.KEY else None
     return peft_vectors.entry(path, tensor)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -41,15 +40,13 @@ def norms(raw: RawCheckpoint) -> dict[str, Tensor]:
     }
 
 
-def config_of(
-    raw: RawCheckpoint, student: StudentNames, shortest: Callable[[Collection[str], Collection[str]], list[str]]
-) -> dict[str, Any]:
+def config_of(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     """The options that depend on the model, for the student."""
     if raw.kind == "norms":
         return {"exclude_modules": None}
     inputs = [path for path, values in raw.entries.items() if "input" in values]
     return {
         "exclude_modules": None,
-        "feedforward_modules": shortest(inputs, student.modules),
+        "feedforward_modules": student.shortest_targets(inputs),
         "fan_in_fan_out": bool(set(raw.entries) & student.transposed),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +27,10 @@ _TASK_OF_CLASS = {
 def task_of_class(name: str) -> str:
     """The task that a model class of transformers or adapters is for, ``base`` for a bare model."""
     return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), "base")
+
+
+#: Kinds that put vectors before the text, or among what attention reads; nothing in the model is changed.
+VIRTUAL: tuple[Kind, ...] = ("prompt", "prefix")
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,29 @@ class StudentNames:
     transposed: frozenset[str] = frozenset()
     num_heads: int = 0
     num_kv_heads: int = 0
+
+    def shortest_targets(self, paths: Collection[str]) -> list[str]:
+        """Target names as a person would write them: shortest suffixes that match these modules and no others.
+
+        Args:
+            paths: modules to be targeted.
+
+        Example:
+            ``enc.0.self.query`` and ``enc.1.self.query`` of a model that has no other ``query`` are ``["query"]``.
+        """
+        wanted, targets = set(paths), set()
+        remaining = set(paths)
+        while remaining:
+            path = min(remaining)
+            parts = path.split(".")
+            for length in range(1, len(parts) + 1):
+                suffix = ".".join(parts[-length:])
+                matched = {name for name in self.modules if name == suffix or name.endswith(f".{suffix}")} | {path}
+                if matched <= wanted:
+                    targets.add(suffix)
+                    remaining -= matched
+                    break
+            else:  # another module's path ends in all of this one; peft takes a whole path as one more name
+                targets.add(path)
+                remaining.discard(path)
+        return sorted(targets)
