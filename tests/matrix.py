@@ -183,11 +183,7 @@ class World:
             adapted = peft.get_peft_model(
                 transformers.AutoModel.from_pretrained(self.base), PEFT_KINDS[kind](self.architecture)
             )
-            tiny.randomise(adapted, 1, [name for name, value in adapted.named_parameters() if value.requires_grad])
-            with torch.no_grad():
-                for name, parameter in adapted.named_parameters():
-                    if any(part in name for part in ("magnitude", "ia3_l", "ln_tuning")):
-                        parameter.abs_().add_(0.5)
+            tiny.randomise_trained(adapted, 1)
             adapted.save_pretrained(folder)
         with torch.inference_mode():
             return self._state(adapted.eval())

@@ -97,11 +97,7 @@ def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
 
 
 def saved(folder: Path, family: str, seed: int = 0, **changes) -> Path:
-    config = CONFIGS[family]
-    config = type(config)(**{**config.to_dict(), **changes})
-    tiny.lively(transformers.AutoModelForCausalLM.from_config(config), seed).save_pretrained(folder)
-    tiny.tokenizer(folder)
-    return folder
+    return tiny.saved(folder, CONFIGS[family], transformers.AutoModelForCausalLM, seed=seed, **changes)
 
 
 def trained(folder: Path, base: Path, family: str, task: str = "CAUSAL_LM") -> torch.nn.Module:

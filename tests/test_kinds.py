@@ -54,12 +54,7 @@ CONVERTED = {
 def trained(folder: Path, base: Path, config: peft.PeftConfig) -> PeftModel:
     """A module with random values in all that it would train, and the model that it is in."""
     adapted = peft.get_peft_model(tiny.task_model(base), config)
-    parts = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    tiny.randomise(adapted, 1, parts)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "magnitude" in name or "ia3_l" in name or "ln_tuning" in name:
-                parameter.abs_().add_(0.5)
+    tiny.randomise_trained(adapted, 1)
     adapted.save_pretrained(folder)
     return adapted.eval()
 

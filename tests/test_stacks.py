@@ -54,11 +54,7 @@ def targets_of(family: str) -> list[str]:
 
 
 def saved(folder: Path, family: str, seed: int = 0, **changes) -> Path:
-    config = CONFIGS[family]
-    config = type(config)(**{**config.to_dict(), **changes})
-    tiny.lively(transformers.AutoModel.from_config(config), seed).save_pretrained(folder)
-    tiny.tokenizer(folder)
-    return folder
+    return tiny.saved(folder, CONFIGS[family], seed=seed, **changes)
 
 
 def trained(folder: Path, base: Path, targets, task: str | None = "SEQ_2_SEQ_LM", auto: str = "AutoModelForSeq2SeqLM"):
@@ -479,11 +475,7 @@ DEFAULT_MIXTURE_TARGETS = ["q_proj", "v_proj", "gate", "gate_proj", "up_proj", "
 
 
 def mixture(folder: Path, family: str, seed: int = 0, **changes) -> Path:
-    config = MIXTURES[family]
-    config = type(config)(**{**config.to_dict(), **changes})
-    tiny.lively(transformers.AutoModelForCausalLM.from_config(config), seed).save_pretrained(folder)
-    tiny.tokenizer(folder)
-    return folder
+    return tiny.saved(folder, MIXTURES[family], transformers.AutoModelForCausalLM, seed=seed, **changes)
 
 
 def trained_mixture(folder: Path, base: Path, family: str, targets=None):

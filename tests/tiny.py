@@ -160,6 +160,14 @@ def base_model(folder: Path, family: str = "bert", *, seed: int = 0, tokens: str
     return folder
 
 
+def saved(folder: Path, config: Any, auto: Any = transformers.AutoModel, *, seed: int = 0, **changes: Any) -> Path:
+    """A random model of a config, some of whose values are changed, and a tokenizer, saved."""
+    changed = type(config)(**{**config.to_dict(), **changes})
+    lively(auto.from_config(changed), seed).save_pretrained(folder)
+    tokenizer(folder)
+    return folder
+
+
 def task_model(base: str | Path, task: str = "token-classification", labels: Sequence[str] = LABELS) -> Any:
     """The task model of a saved base, with label names."""
     auto = {
@@ -201,6 +209,15 @@ def randomise(model: nn.Module, seed: int, parts: Sequence[str]) -> None:
         for name, parameter in model.named_parameters():
             if any(part in name for part in parts):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def randomise_trained(model: nn.Module, seed: int) -> None:
+    """Random values in all that would be trained; what multiplies stays well above nought."""
+    randomise(model, seed, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("magnitude", "ia3_l", "ln_tuning")):
+                parameter.abs_().add_(0.5)
 
 
 def adapterhub_module(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 from peft_graft.modules import FIRST_OUT, LAST_OUT, TOKENS_OUT
@@ -235,86 +236,68 @@ _LLAMA = ArchitectureRow(
     },
 )
 
+_TO_4H = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
+_BART_LAYER = _linears(
+    attn_query="self_attn.q_proj",
+    attn_key="self_attn.k_proj",
+    attn_value="self_attn.v_proj",
+    attn_output="self_attn.out_proj",
+    ffn_up="fc1",
+    ffn_down="fc2",
+)
+
+
+def _decoder(
+    *model_types: str,
+    layers: str,
+    linears: Mapping[str, LinearRole],
+    heads: Mapping[str, HeadForm] = MappingProxyType({}),
+) -> ArchitectureRow:
+    """A row of one stack of decoder layers."""
+    return ArchitectureRow(model_types, (Stack(layers, dict(linears), kind="decoder"),), heads=dict(heads))
+
+
 _DECODERS: tuple[ArchitectureRow, ...] = (
     _LLAMA,
-    ArchitectureRow(
-        model_types=("phi3",),
-        stacks=(
-            Stack(
-                "layers",
-                _linears(
-                    ("self_attn.qkv_proj", Fused(QKV)),
-                    ("mlp.gate_up_proj", Fused(GATE_UP)),
-                    attn_output="self_attn.o_proj",
-                    ffn_down="mlp.down_proj",
-                ),
-                kind="decoder",
-            ),
+    _decoder(
+        "phi3",
+        layers="layers",
+        linears=_linears(
+            ("self_attn.qkv_proj", Fused(QKV)),
+            ("mlp.gate_up_proj", Fused(GATE_UP)),
+            attn_output="self_attn.o_proj",
+            ffn_down="mlp.down_proj",
         ),
         heads=_LLAMA.heads,
     ),
-    ArchitectureRow(
-        model_types=("gpt2",),
-        stacks=(
-            Stack(
-                "h",
-                _linears(
-                    ("attn.c_attn", Fused(QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
-                ),
-                kind="decoder",
-            ),
+    _decoder(
+        "gpt2",
+        layers="h",
+        linears=_linears(
+            ("attn.c_attn", Fused(QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
         ),
         heads={
             SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
             TOKEN_CLASSIFICATION: HeadForm(out="classifier", reads=TOKENS_OUT),
         },
     ),
-    ArchitectureRow(
-        model_types=("gpt_neox",),
-        stacks=(
-            Stack(
-                "layers",
-                _linears(
-                    ("attention.query_key_value", Fused(QKV, "grouped")),
-                    attn_output="attention.dense",
-                    ffn_up="mlp.dense_h_to_4h",
-                    ffn_down="mlp.dense_4h_to_h",
-                ),
-                kind="decoder",
-            ),
+    _decoder(
+        "gpt_neox",
+        layers="layers",
+        linears=_linears(("attention.query_key_value", Fused(QKV, "grouped")), attn_output="attention.dense", **_TO_4H),
+    ),
+    _decoder(
+        "bloom",
+        "falcon",
+        layers="h",
+        linears=_linears(
+            ("self_attention.query_key_value", Fused(QKV, "grouped")), attn_output="self_attention.dense", **_TO_4H
         ),
     ),
-    ArchitectureRow(
-        model_types=("bloom", "falcon"),
-        stacks=(
-            Stack(
-                "h",
-                _linears(
-                    ("self_attention.query_key_value", Fused(QKV, "grouped")),
-                    attn_output="self_attention.dense",
-                    ffn_up="mlp.dense_h_to_4h",
-                    ffn_down="mlp.dense_4h_to_h",
-                ),
-                kind="decoder",
-            ),
-        ),
-    ),
-    ArchitectureRow(
-        model_types=("opt",),
-        stacks=(
-            Stack(
-                "decoder.layers",
-                _linears(
-                    attn_query="self_attn.q_proj",
-                    attn_key="self_attn.k_proj",
-                    attn_value="self_attn.v_proj",
-                    attn_output="self_attn.out_proj",
-                    ffn_up="fc1",
-                    ffn_down="fc2",
-                ),
-                kind="decoder",
-            ),
-        ),
+    _decoder(
+        "opt",
+        layers="decoder.layers",
+        linears=_BART_LAYER,
         heads={SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT)},
     ),
 )
@@ -368,14 +351,6 @@ def _t5(name: Literal["encoder", "decoder"]) -> Stack:
     return Stack(f"{name}.block", linears, name=name, kind=name)
 
 
-_BART_LAYER = _linears(
-    attn_query="self_attn.q_proj",
-    attn_key="self_attn.k_proj",
-    attn_value="self_attn.v_proj",
-    attn_output="self_attn.out_proj",
-    ffn_up="fc1",
-    ffn_down="fc2",
-)
 _BART_CROSS = _linears(
     cross_query="encoder_attn.q_proj",
     cross_key="encoder_attn.k_proj",
