@@ -25,6 +25,11 @@ needs_transformers4 = pytest.mark.skipif(
 needs_adapters = pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the library adapters is not installed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: "real" not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def short_polish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default polish, but only a few steps of it."""

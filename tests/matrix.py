@@ -27,8 +27,9 @@ import tiny
 from peft_graft.activations import pad
 from peft_graft.architectures import Architecture
 from peft_graft.errors import GraftError
-from peft_graft.models import describe_config, load_model, quiet_libraries
+from peft_graft.models import describe_config, load_model
 from peft_graft.modules import Site
+from peft_graft.task_models import quiet_libraries
 from peft_graft.verification import probe
 from permutation import permuted
 
@@ -105,6 +106,26 @@ def _weights(kind: Any, architecture: Architecture, **options: Any) -> peft.Peft
     return kind(target_modules=_paths(architecture, "attn.query", "attn.value"), **options)
 
 
+#: Word embeddings of models with several stacks, which have no role.
+_WORDS = {"whisper": "decoder.embed_tokens"} | dict.fromkeys(("clip", "siglip"), "token_embedding")
+
+
+def _words(architecture: Architecture) -> str:
+    if all(stack.kind == "vision" for stack in architecture.row.stacks):
+        raise ValueError("the model reads no text")
+    return architecture.vocabulary.get("embed") or _WORDS.get(architecture.model_type, "shared")
+
+
+def _rows(architecture: Architecture) -> peft.PeftConfig:
+    return _lora(architecture, modules_to_save=[_words(architecture).rpartition(".")[2]])
+
+
+def _embeddings(architecture: Architecture) -> peft.PeftConfig:
+    config = _lora(architecture)
+    config.target_modules = {*config.target_modules, _words(architecture)}
+    return config
+
+
 Make = Callable[[Architecture], peft.PeftConfig]
 PEFT_KINDS: Mapping[str, Make] = {
     "LoRA": _lora,
@@ -112,6 +133,8 @@ PEFT_KINDS: Mapping[str, Make] = {
     "DoRA": partial(_lora, use_dora=True),
     "LoRA, bias of B": partial(_lora, lora_bias=True),
     "LoRA, layers' biases": partial(_lora, bias="lora_only"),
+    "LoRA, on embeddings": _embeddings,
+    "LoRA, embeddings trained": _rows,
     "IA3": _ia3,
     "LN tuning": _norms,
     "prompt": partial(_virtual, peft.PromptTuningConfig),
@@ -213,11 +236,13 @@ def _no_text(_: list[str]) -> dict[str, list[list[int]]]:
 _MEANINGS = {
     r"adapters has none: Unrecognized configuration class.*": "AdapterHub's library has no model of this family",
     r"peft has none: .*forward\(\) got an unexpected keyword argument '(\w+)'": r"the model takes no {1}",
-    r"peft has none: .*object has no attribute 'vocab_size'": "the model reads no text",
+    r"peft has none: .*(object has no attribute 'vocab_size'|the model reads no text)": "the model reads no text",
     r"peft has none: .*(must match|list index|tuple index|provide either|SiglipEncoder).*": "peft's virtual tokens do "
     "not fit this model",
     r"refused: \S+adapters is no site of an? \S+ model": "refused: the row of this family does not say where "
     "AdapterHub puts its adapters",
+    r"refused: (shared|\S*embed_tokens|\S*token_embedding) is no site of an? \S+ model": "refused: the vocabulary of "
+    "models with several stacks is no site",
     r"refused: \S+norm1? is no site of an? \S+ model": "refused: the norms of models with several stacks have no roles",
     r"refused: peft loads the module, but the student cannot be run with it.*": "peft's virtual tokens do not fit this "
     "model",

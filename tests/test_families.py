@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import peft_graft
 import tiny
 from peft_graft.activations import Capture
 from peft_graft.checkpoints import read_checkpoint, resolve, to_raw
-from peft_graft.models import describe_config, handle
+from peft_graft.errors import ModelError
+from peft_graft.models import describe_config, handle, load_model
 from peft_graft.modules import Site, Space
 
 COMMON = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
@@ -242,3 +244,21 @@ def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Pa
     assert graft.report.head.reads == "last.out"
     assert graft.report.head.how == "fitted"
     assert graft.report.verdict.measured.divergence < graft.report.verdict.moved.divergence
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bare_models_come_whole_from_the_files_of_language_models(family: str, tmp_path: Path) -> None:
+    base = load_model(str(saved(tmp_path / "base", family)))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    inside = getattr(whole, base.architecture.prefix)
+    assert not base.missing
+    for name, value in inside.state_dict().items():
+        assert torch.equal(value, base.base.state_dict()[name]), name
+
+
+def test_a_file_without_the_models_weights_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", "llama")
+    file = folder / "model.safetensors"
+    save_file({f"other.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="most of the model's weights"):
+        load_model(str(folder))

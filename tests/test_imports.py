@@ -14,10 +14,10 @@ PACKAGE = Path(peft_graft.__file__).parent
 LEVELS = (
     ("errors",),
     ("modules",),
-    ("roles", "norms", "statistics", "text", "token_pairing", "weights"),
+    ("roles", "norms", "statistics", "task_models", "text", "token_pairing", "weights"),
     ("families",),
     ("architectures", "maps", "formats.raw"),
-    ("methods", "heads", "layer_maps"),
+    ("methods", "heads", "layer_maps", "vocabulary"),
     ("alignment", "formats.peft_lora", "formats.peft_prompts", "formats.peft_vectors"),
     ("formats.peft_format", "formats.adapterhub", "alignment_files", "projection", "models"),
     ("settings", "entries", "correspondence"),
@@ -45,7 +45,14 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 #: The only modules that may import these libraries when they are imported themselves.
 HEAVY = {
-    "transformers": {"models", "experiments.training", "experiments.comparison", "experiments.demo", "studies.cells"},
+    "transformers": {
+        "models",
+        "task_models",
+        "experiments.training",
+        "experiments.comparison",
+        "experiments.demo",
+        "studies.cells",
+    },
     "peft": {"formats.peft_format", "formats.peft_lora"},
     "adapters": set(),
     "datasets": set(),

@@ -18,9 +18,10 @@ from peft_graft.activations import Capture
 from peft_graft.checkpoints import read_checkpoint
 from peft_graft.errors import PlanError
 from peft_graft.inspection import inspect
-from peft_graft.models import complete, describe_config, handle
+from peft_graft.models import describe_config, handle
 from peft_graft.modules import Site, Space
 from peft_graft.planning import plan_alignment
+from peft_graft.task_models import complete
 
 SPECIAL = {"vocab_size": 200, "pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3}
 T5 = {**SPECIAL, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,

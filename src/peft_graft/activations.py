@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_graft.errors import PairingError
-from peft_graft.models import ModelHandle, complete
+from peft_graft.models import ModelHandle
 from peft_graft.modules import EMBEDDED, FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
+from peft_graft.task_models import complete
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Span, trimmed_spans
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from peft_graft.errors import ArchitectureError
 from peft_graft.families import ROW_OF_TYPE
-from peft_graft.modules import EMBEDDED, FIRST_OUT, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, Site, Space
+from peft_graft.modules import EMBEDDED, FIRST_OUT, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, VOCABULARY, Site, Space
 from peft_graft.norms import global_norm_paths, norm_paths
 from peft_graft.roles import (
+    EMBED_ROLE,
     GATE_UP,
+    LM_HEAD_ROLE,
     PREFIX_ROLE,
     SPACES_OF_ROLE,
     ArchitectureRow,
@@ -41,6 +43,8 @@ class Architecture:
         units: for roles that share a fused linear layer, their places in its output, int64.
         absent: places that a layer lacks although others have them, such as the experts of a dense layer.
         norms: role of a layer norm outside the layers -> its path in the base model.
+        vocabulary: role of word embeddings -> their path in the base model; of the output layer, in a language model.
+        embed_scale: what the model multiplies its word embeddings by.
         transposed: whether linear layers keep their weight as [in, out] (``Conv1D``).
     """
 
@@ -54,6 +58,8 @@ class Architecture:
     absent: frozenset[Site] = frozenset()
     norms: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
+    vocabulary: Mapping[str, str] = field(default_factory=dict)
+    embed_scale: float = 1.0
 
     @property
     def num_layers(self) -> int:
@@ -123,8 +129,8 @@ class Architecture:
         Raises:
             ArchitectureError: the architecture has no such role.
         """
-        if site.layer < 0 and site.role in self.norms:
-            return self.norms[site.role]
+        if site.layer < 0 and site.role in self._outside_layers:
+            return self._outside_layers[site.role]
         path = self._places().get(site.role)
         if path is None:
             raise ArchitectureError(
@@ -137,7 +143,11 @@ class Architecture:
     @property
     def roles(self) -> tuple[str, ...]:
         """All roles at which a module can attach inside the model."""
-        return (*self._places(), *self.norms)
+        return (*self._places(), *self._outside_layers)
+
+    @property
+    def _outside_layers(self) -> dict[str, str]:
+        return {**self.norms, **self.vocabulary}
 
     def _places(self) -> dict[str, str]:
         """Role -> path inside the layer, for all roles of all stacks."""
@@ -148,8 +158,8 @@ class Architecture:
 
         What stands before is ``bert.`` in a task model, nothing in a bare one.
         """
-        for role, place in self.norms.items():
-            if path == place or path == f"{self.prefix}.{place}":
+        for role, place in self._outside_layers.items():
+            if path == place or (path == f"{self.prefix}.{place}" and role != LM_HEAD_ROLE):
                 return [Site(-1, role)], path.removesuffix(place)
         for stack in self.row.stacks:
             pattern = rf"(?P<prefix>(?:.*\.)?){re.escape(stack.layers)}\.(?P<layer>\d+)\.(?P<path>.+)"
@@ -208,12 +218,21 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
             absent |= missing
     row = replace(row, stacks=tuple(stacks))
     sizes.update(_global_sizes(row, depths, sizes, base))
-    words = getattr(_input_embeddings(base), "embedding_dim", None)
-    if words is not None and len(stacks) == 1:
-        sizes[Space(-1, EMBEDDED)] = int(words)
+    vocabulary: dict[str, str] = {}
+    words, embed_scale = _input_embeddings(base), 1.0
+    if isinstance(words, nn.Embedding) and len(stacks) == 1:
+        sizes |= {Space(-1, EMBEDDED): words.embedding_dim, Space(-1, VOCABULARY): words.num_embeddings}
+        vocabulary[EMBED_ROLE] = next(path for path, module in base.named_modules() if module is words)
+        if stacks[0].kind == "decoder":
+            vocabulary[LM_HEAD_ROLE] = row.lm_head
+        factor = getattr(words, "embed_scale", 1.0)  # Gemma 3 multiplies inside its class
+        embed_scale = 1.0 if isinstance(factor, Tensor) and factor.is_meta else float(factor)
     norms = global_norm_paths(base) if len(stacks) == 1 else {}
     transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())
-    return Architecture(model_type, row, prefix, depths, sizes, inferred, units, frozenset(absent), norms, transposed)
+    return Architecture(
+        model_type, row, prefix, depths, sizes, inferred, units, frozenset(absent), norms, transposed, vocabulary,
+        embed_scale,
+    )  # fmt: skip
 
 
 def _input_embeddings(base: nn.Module) -> nn.Module | None:

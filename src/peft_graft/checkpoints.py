@@ -15,7 +15,7 @@ from peft_graft.errors import CheckpointError, ModelError
 from peft_graft.formats import adapterhub, peft_format
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.heads import head_paths, resolve_head
-from peft_graft.modules import Head, Module, Site, space_at
+from peft_graft.modules import VOCABULARY, Head, Module, Site, space_at
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def resolve(
         raw: as read from its files.
         architecture: of the model that the module belongs to (the teacher, or the student for a written graft).
         base_tensors: tensors of the base model by path, for a head whose inner layer lives there (BERT's pooler), and
-            for values that are relative to them (DoRA's magnitudes, trained norms and biases).
+            for values that are relative to them (DoRA's magnitudes, trained norms, biases and rows of a vocabulary).
         with_head: whether to read the head at all.
 
     Raises:
@@ -174,7 +174,7 @@ def to_raw(
 def _check_shapes(module: Module, architecture: Architecture) -> None:
     for name, tensor in module.tensors.items():
         for axis, label in enumerate(tensor.axes):
-            if label is None:
+            if label is None or label.space == VOCABULARY:  # a resized vocabulary is no sign of another model
                 continue
             expected = architecture.size(space_at(module.site.layer, label.space))
             if tensor.values.shape[axis] != expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from peft_graft.formats.peft_prompts import PREFIX, PROMPT
 from peft_graft.formats.raw import VIRTUAL, RawCheckpoint
 from peft_graft.modules import (
     EMBEDDED,
+    TOKENS_OUT,
+    VOCABULARY,
     Axis,
     BottleneckModule,
     LabelledTensor,
@@ -29,7 +32,8 @@ from peft_graft.modules import (
     settled,
 )
 from peft_graft.norms import SPACE_OF_NORM
-from peft_graft.roles import PREFIX_ROLE, PROMPT_ROLE
+from peft_graft.roles import EMBED_ROLE, LM_HEAD_ROLE, PREFIX_ROLE, PROMPT_ROLE, VOCABULARY_ROLES
+from peft_graft.vocabulary import RowsModule, rows_module, settled_rows
 
 
 def modules_of(
@@ -63,6 +67,8 @@ def modules_of(
             found=sites[0].layer,
             fix="name the model that the module was trained on with --teacher",
         )
+    if raw.kind == "lora" and sites[0].role in VOCABULARY_ROLES:
+        return [_of_vocabulary(raw, sites[0], path, values, architecture, base)], prefix
     if raw.kind in ("lora", "ia3"):
         return [_at_linear(raw, site, path, values, architecture, base) for site in sites], prefix
     if raw.kind == "norms":
@@ -115,6 +121,34 @@ def _at_linear(
     return ScaleModule(
         site, {name: LabelledTensor(value, (Axis("scale", spaces[name]),)) for name, value in parts.items()}
     )
+
+
+def _of_vocabulary(
+    raw: RawCheckpoint, site: Site, path: str, values: Mapping[str, Tensor], architecture: Architecture,
+    base: Mapping[str, Tensor],
+) -> Module:  # fmt: skip
+    """Trained rows of word embeddings or of an output layer, or a LoRA there."""
+    scale = architecture.embed_scale if site.role == EMBED_ROLE else 1.0
+    if "rows" in values or "token_rows" in values:
+        return replace(rows_module(site, values, base.get(f"{architecture.path(site)}.weight")), scale=scale)
+    parts = {name.removeprefix("embedding_"): value for name, value in values.items()}
+    if parts.keys() != {"A", "B"}:
+        raise CheckpointError(
+            f"a LoRA of a vocabulary with {', '.join(sorted(parts.keys() - {'A', 'B'}))} cannot be moved yet",
+            where=path,
+            fix="train it without DoRA and biases there",
+        )
+    size = parts["A"].shape[1] if site.role == EMBED_ROLE else parts["B"].shape[0]
+    if size != architecture.size(Space(-1, VOCABULARY)):
+        raise CheckpointError(
+            "a LoRA of a vocabulary that was resized cannot be moved: what it adds to is not in the base model",
+            where=path,
+            expected=f"{architecture.size(Space(-1, VOCABULARY))} tokens",
+            found=size,
+            fix="train the added tokens with modules_to_save or trainable_token_indices",
+        )
+    reads, writes = (VOCABULARY, EMBEDDED) if site.role == EMBED_ROLE else (TOKENS_OUT, VOCABULARY)
+    return LoraModule(site, lora_tensors(parts, reads, writes), scaling=raw.scalings[path] * scale)
 
 
 def _part(raw: RawCheckpoint, value: Tensor, site: Site, path: str, name: str, architecture: Architecture) -> Tensor:
@@ -232,8 +266,13 @@ def entries_of(
             path = PROMPT if site.layer < 0 else f"{PREFIX}{site.layer}"
             entries[path] = {name: tensor.values for name, tensor in module.tensors.items()}
             continue
-        own = _settled(module, architecture, base)
-        together.setdefault(start + architecture.path(site), {})[site.role] = own
+        path = architecture.path(site) if site.role == LM_HEAD_ROLE else start + architecture.path(site)
+        if site.role in VOCABULARY_ROLES:
+            entries[path] = _entry_of_vocabulary(module, architecture, base)
+            if isinstance(module, LoraModule):
+                scalings[path] = module.scaling / (architecture.embed_scale if site.role == EMBED_ROLE else 1.0)
+            continue
+        together.setdefault(path, {})[site.role] = _settled(module, architecture, base)
     for path, parts in together.items():
         role, module = next(iter(parts.items()))
         linear = architecture.row.linears.get(role)
@@ -250,6 +289,18 @@ def entries_of(
             if isinstance(module, LoraModule):
                 scalings[path] = module.scaling
     return entries, scalings
+
+
+def _entry_of_vocabulary(module: Module, architecture: Architecture, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(module, RowsModule):
+        own = base.get(f"{architecture.path(module.site)}.weight")
+        if own is None:
+            raise PlanError(
+                "trained rows need the model's own beside them", where=str(module.site), fix="give the whole model"
+            )
+        return settled_rows(module, own, architecture.embed_scale if module.site.role == EMBED_ROLE else 1.0)
+    before = "embedding_" if module.site.role == EMBED_ROLE else ""
+    return {f"{before}{name}": tensor.values for name, tensor in module.tensors.items()}
 
 
 def _settled(module: Module, architecture: Architecture, base: Mapping[str, Tensor]) -> Module:

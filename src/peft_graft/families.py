@@ -252,9 +252,11 @@ def _decoder(
     layers: str,
     linears: Mapping[str, LinearRole],
     heads: Mapping[str, HeadForm] = MappingProxyType({}),
+    lm_head: str = "lm_head",
 ) -> ArchitectureRow:
     """A row of one stack of decoder layers."""
-    return ArchitectureRow(model_types, (Stack(layers, dict(linears), kind="decoder"),), heads=dict(heads))
+    stack = Stack(layers, dict(linears), kind="decoder")
+    return ArchitectureRow(model_types, (stack,), heads=dict(heads), lm_head=lm_head)
 
 
 _DECODERS: tuple[ArchitectureRow, ...] = (
@@ -285,6 +287,7 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
         "gpt_neox",
         layers="layers",
         linears=_linears(("attention.query_key_value", Fused(QKV, "grouped")), attn_output="attention.dense", **_TO_4H),
+        lm_head="embed_out",
     ),
     _decoder(
         "bloom",

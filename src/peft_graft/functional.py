@@ -29,6 +29,7 @@ from peft_graft.models import ModelHandle
 from peft_graft.modules import LoraModule, Module, Site, Space
 from peft_graft.planning import SitePlan, TransferPlan
 from peft_graft.predictions import Encoded, batches, word_places
+from peft_graft.roles import VOCABULARY_ROLES
 from peft_graft.settings import Progress
 from peft_graft.text import Sample
 
@@ -61,7 +62,10 @@ def fit_modules(
         AlignmentError: a module is no LoRA at a linear layer, or the text pairs too few words for the widest space.
     """
     roles = student.architecture.row.linears
+    plan = replace(plan, sites=tuple(site for site in plan.sites if site.student.layer >= 0))
     for place, module in moved.modules.items():
+        if place.role in VOCABULARY_ROLES:  # moved, and active while the others are fitted
+            continue
         plain = isinstance(module, LoraModule) and module.tensors.keys() == {"A", "B"}
         if not plain or place.role not in roles or roles[place.role].fused:
             raise AlignmentError(
@@ -74,7 +78,7 @@ def fit_modules(
     places = [word_places(*entry) for entry in zip(chosen, spans_t, spans_s, strict=True)]
     at_t, at_s = [first for first, _ in places], [second for _, second in places]
     words = sum(map(len, at_t))
-    modules = {site: module.idle() for site, module in moved.modules.items()}
+    modules = {site: module if site.layer < 0 else module.idle() for site, module in moved.modules.items()}
     position = student.architecture.position
     for group in _groups(plan, teacher, student, words):
         of_teacher = {_output(teacher, source) for site in group for source in site.teacher}

@@ -14,9 +14,10 @@ from peft_graft.checkpoints import PeftCheckpoint, to_raw, write_checkpoint
 from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.heads import head_form
+from peft_graft.maps import SpaceMap
 from peft_graft.methods import Diagnostics, Method
-from peft_graft.models import ModelHandle, fresh_head, set_labels, student_names
-from peft_graft.modules import Axis, Head, LabelledTensor, Module, Site, Space, average, space_at
+from peft_graft.models import ModelHandle, student_names
+from peft_graft.modules import VOCABULARY, Axis, Head, LabelledTensor, Module, Site, Space, average, space_at
 from peft_graft.planning import SitePlan, TransferPlan, map_axis
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
@@ -28,8 +29,10 @@ from peft_graft.report import (
     SiteRecord,
     write_model_card,
 )
+from peft_graft.task_models import fresh_head, set_labels
 from peft_graft.token_pairing import PairingCounts
 from peft_graft.verification import verify
+from peft_graft.vocabulary import Vocabularies
 from peft_graft.weights import write_json, written_aside
 
 if TYPE_CHECKING:
@@ -96,7 +99,7 @@ def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed
     peft demands a head in every checkpoint of a classification task, and of question answering; where none is carried,
     an untrained one of as many labels stands in.
     """
-    raw = to_raw(checkpoint, student.architecture, student.base_tensors())
+    raw = to_raw(checkpoint, student.architecture, student.base_tensors(output=checkpoint.raw.trains_output))
     if raw.head or raw.format != "peft" or raw.task not in _TASKS_WITH_HEAD:
         return raw
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
@@ -108,7 +111,11 @@ def written_names(model: ModelHandle, task: str) -> StudentNames:
 
 
 def graft_modules(
-    checkpoint: PeftCheckpoint, plan: TransferPlan, alignment: Alignment, method: Method
+    checkpoint: PeftCheckpoint,
+    plan: TransferPlan,
+    alignment: Alignment,
+    method: Method,
+    vocabularies: Vocabularies,
 ) -> tuple[dict[Site, Module], list[SiteRecord]]:
     """The student's modules: each teacher module of a site projected through its maps, then averaged; and records."""
     modules: dict[Site, Module] = {}
@@ -119,8 +126,13 @@ def graft_modules(
         for source in site.teacher:
             module = checkpoint.modules[source]
             names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
-            used = {axis: (space_at(source.layer, name), site.space(source, name)) for axis, name in names.items()}
-            found = {axis: alignment.map(pair) for axis, pair in used.items()}
+            used = {
+                axis: (space_at(source.layer, name), site.space(source, name))
+                for axis, name in names.items()
+                if name != VOCABULARY
+            }
+            found: dict[Axis, SpaceMap] = {axis: alignment.map(pair) for axis, pair in used.items()}
+            found |= {axis: vocabularies.map_for(module) for axis in names.keys() - used.keys()}
             moved.append(project(module, found.__getitem__))
             maps.update({pair: alignment.diagnostics.get(pair, {}) for pair in used.values()})
         modules[site.student] = _at(site, average(moved))

@@ -13,9 +13,10 @@ from peft_graft.conversion import stand_in
 from peft_graft.errors import GraftError
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.methods import AUTO, METHODS
-from peft_graft.models import blank_model, describe_config, load_config
+from peft_graft.models import describe_config, load_config
 from peft_graft.modules import LoraModule, Module
 from peft_graft.planning import TransferPlan, plan_transfer
+from peft_graft.task_models import blank_model
 
 
 class _Record(BaseModel):

@@ -19,7 +19,8 @@ from peft_graft.checkpoints import read_checkpoint, write_checkpoint
 from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.formats import adapterhub, peft_format
 from peft_graft.formats.raw import VIRTUAL, RawCheckpoint, StudentNames
-from peft_graft.models import ModelHandle, prefix_of, quiet_libraries, with_task_head
+from peft_graft.models import ModelHandle
+from peft_graft.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
 
 Library = Literal["peft", "adapters"]
@@ -71,7 +72,7 @@ class LiveModule:
             value
             for values in self.raw.entries.values()
             for name, value in values.items()
-            if name == "B" or name.startswith("up.")
+            if name in ("B", "embedding_B", "rows", "token_rows") or name.startswith("up.")
         ]
         return not outputs or any(bool(value.any()) for value in outputs)
 
@@ -146,7 +147,7 @@ class LiveModule:
         """The checkpoint with the values that the model has now."""
         with tempfile.TemporaryDirectory() as folder, _quiet():
             if self.raw.format == "peft":
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, save_embedding_layers=False)
             else:
                 self.model.save_adapter(folder, self.name, with_head=bool(self.raw.head))
             found = read_checkpoint(Path(folder))
@@ -212,8 +213,12 @@ def _attach_peft(
 ) -> LiveModule:
     from peft import PeftModel, get_peft_model_state_dict
 
-    model = with_task_head(handle, raw.task, labels, raw.num_labels)
+    model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
     own = {path: model.get_submodule(path).bias.detach().clone() for path, v in raw.entries.items() if "base_bias" in v}
+    needed = [len(v["rows"]) for v in raw.entries.values() if "rows" in v]
+    needed += [int(v["token_ids"].max()) + 1 for v in raw.entries.values() if "token_ids" in v]
+    if needed and max(needed) > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
+        model.resize_token_embeddings(max(needed), mean_resizing=False)
     try:
         prompts = raw.kind in VIRTUAL  # peft loads these for inference only, and they train nevertheless
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable and not prompts)
@@ -227,7 +232,7 @@ def _attach_peft(
         raw,
         "default",
         read_tensors(peft_format.weights_file(folder)),
-        get_peft_model_state_dict(adapted),
+        get_peft_model_state_dict(adapted, save_embedding_layers=False),
         own_biases=own,
     )
 
@@ -252,7 +257,7 @@ def _attach_adapterhub(
         for key in base.load_state_dict(given, strict=False).missing_keys:
             own[key].zero_()  # such as a pooler, which the checkpoint may lack
     else:
-        model = with_task_head(handle, raw.task, labels, raw.num_labels)
+        model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
         adapters.init(model)
     info: dict[str, Any] = {}
     try:

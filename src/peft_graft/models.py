@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -21,22 +18,12 @@ from torch import Tensor, nn
 from peft_graft.architectures import Architecture, describe, heads_of
 from peft_graft.errors import DeviceError, ModelError
 from peft_graft.formats.raw import StudentNames, task_of_class
+from peft_graft.roles import LM_HEAD_ROLE
+from peft_graft.task_models import blank_model, prefix_of, quiet_libraries, take_parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-#: Task -> transformers' auto classes, the first that knows the model's type. ``base`` and AdapterHub's prediction heads
-#: sit on the bare model.
-TASKS: Mapping[str, tuple[str, ...]] = {
-    "base": ("AutoModel",),
-    "prediction-heads": ("AutoModel",),
-    "token-classification": ("AutoModelForTokenClassification",),
-    "sequence-classification": ("AutoModelForSequenceClassification",),
-    "causal-lm": ("AutoModelForCausalLM",),
-    "question-answering": ("AutoModelForQuestionAnswering",),
-    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
-    "image-classification": ("AutoModelForImageClassification",),
-}
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -52,6 +39,7 @@ class ModelHandle:
         name: as the user gave it. base: the bare model, in evaluation mode.
         architecture: its layers, roles and sizes. tokenizer: a fast one, None when no text is needed.
         missing: base tensors that the checkpoint lacked and that transformers initialised at random.
+        output: [V, d], the output layer's weight, where the model was given as a language model.
     """
 
     name: str
@@ -59,15 +47,39 @@ class ModelHandle:
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase | None = None
     missing: frozenset[str] = field(default_factory=frozenset)
+    output: Tensor | None = field(default=None, repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
         """See ``fingerprint``; taken once."""
         return fingerprint(self.base)
 
-    def base_tensors(self) -> dict[str, Tensor]:
-        """The base model's tensors by path, without those that were initialised at random."""
-        return {name: value for name, value in self.base.state_dict().items() if name not in self.missing}
+    def base_tensors(self, *, output: bool = False) -> dict[str, Tensor]:
+        """The base model's tensors by path, without those that were initialised at random.
+
+        Args:
+            output: also the output layer's weight, by its path in a language model; loaded when it is first asked for.
+
+        Raises:
+            ModelError: there is no language model of this name to take it from.
+        """
+        found = {name: value for name, value in self.base.state_dict().items() if name not in self.missing}
+        path = self.architecture.vocabulary.get(LM_HEAD_ROLE)
+        if output and path:
+            if self.output is None:
+                self.output = self._output_weight()
+            found[f"{path}.weight"] = self.output
+        return found
+
+    def _output_weight(self) -> Tensor:
+        if getattr(self.base.config, "tie_word_embeddings", False):
+            weight = self.base.get_input_embeddings().weight
+        else:
+            with _loading(self.name, "output layer of"):
+                model = transformers.AutoModelForCausalLM.from_pretrained(self.name, dtype=self.base.dtype)
+            weight = model.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
 
 def check_device(device: str) -> torch.device:
@@ -105,14 +117,6 @@ def describe_config(config: PretrainedConfig) -> Architecture:
     """The architecture of a model from its configuration alone, no weights loaded."""
     base = blank_model(config, "base")
     return describe(base, config.model_type, prefix_of(base))
-
-
-def blank_model(config: PretrainedConfig, task: str) -> PreTrainedModel:
-    """A model of this configuration without weights, on torch's meta device."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: PreTrainedModel = _auto_class(task, config).from_config(config)
-    return model
 
 
 def student_names(name: str, config: PretrainedConfig, task: str, architecture: Architecture) -> StudentNames:
@@ -155,122 +159,40 @@ def load_model(
     """
     place = check_device(device)
     with _loading(name, role):
-        base, info = transformers.AutoModel.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True)
+        base, missing = _load_base(name, DTYPES[dtype])
     base = base.to(place).eval()
-    return ModelHandle(
-        name,
-        base,
-        describe(base, base.config.model_type, prefix_of(base)),
-        load_tokenizer(name, role) if tokenizer else None,
-        frozenset(info["missing_keys"]),
-    )
+    architecture = describe(base, base.config.model_type, prefix_of(base))
+    own = load_tokenizer(name, role) if tokenizer else None
+    return ModelHandle(name, base, architecture, own, missing)
 
 
-def with_task_head(
-    handle: ModelHandle, task: str, labels: tuple[str, ...] = (), num_labels: int | None = None
-) -> PreTrainedModel:
-    """A task model around a copy of this base model, float32 on the CPU, its head filled with zeros.
-
-    It is what a checkpoint is loaded into to see whether it loads, or to be trained; the handle's model is not touched.
-    """
-    config = copy.deepcopy(handle.base.config)
-    set_labels(config, labels, num_labels)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
-    base = _copied(handle.base).float().cpu()
-    model = blank_model(config, task)
-    if type(model) is type(base):
-        return base
-    prefix = prefix_of(model)
-    inside = getattr(model, prefix, model)
-    if getattr(inside, "pooler", None) is None and hasattr(base, "pooler"):
-        base.pooler = None  # task classes that need no pooler are built without
-    if isinstance(base, type(inside)):
-        setattr(model, prefix, base)
-    else:
-        _take_parts(inside, base, [name for name, _ in base.named_children()])
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape)))
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            model.get_submodule(name.rpartition(".")[0]).register_buffer(
-                name.rpartition(".")[2], torch.zeros(buffer.shape)
-            )
-    return model.eval()
-
-
-def _take_parts(target: PreTrainedModel, source: PreTrainedModel, names: Iterable[str]) -> None:
-    """Put parts of one model, such as its stacks, in the place of another's of the same names.
+def _load_base(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, frozenset[str]]:
+    """A bare model, and the names of its tensors that are not in the checkpoint.
 
     Raises:
-        ModelError: one of the two lacks a part.
+        ModelError: most of them are not.
     """
-    for name in names:
-        for model in (target, source):
-            if not hasattr(model, name):
-                raise ModelError(
-                    f"a {type(model).__name__} has no {name}, which belongs to the base model",
-                    where=model.config.model_type,
-                    fix="use a task model that holds the whole base model",
-                )
-        setattr(target, name, getattr(source, name))
-
-
-def complete(config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All inputs of a model that reads this text; an encoder-decoder's decoder reads the same text as its encoder.
-
-    Not shifted by a start token, so that one pairing of tokens serves both stacks.
-    """
-    found = dict(inputs)
-    if getattr(config, "is_encoder_decoder", False):
-        found |= {f"decoder_{name}": found[name] for name in ("input_ids", "attention_mask") if name in found}
-    return found
-
-
-def _copied(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that shares the values of its matrices, which no module changes in place.
-
-    What libraries train of a base model's own they copy first, but for vectors (biases, norms); those are copied here.
-    """
-    shared: dict[int, Any] = {
-        id(value): nn.Parameter(value.detach(), requires_grad=value.requires_grad)
-        for value in base.parameters()
-        if value.ndim > 1
-    }
-    return copy.deepcopy(base, shared)
-
-
-def set_labels(config: PretrainedConfig, labels: tuple[str, ...] = (), num_labels: int | None = None) -> None:
-    """Write label names, or at least their number, into a configuration."""
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-    elif num_labels is not None:
-        config.num_labels = num_labels
-
-
-def fresh_head(config: PretrainedConfig, task: str, num_labels: int | None, seed: int = 0) -> dict[str, Tensor]:
-    """An untrained head of the task model, by path: normal with the model's own deviation, zero biases."""
-    config = copy.deepcopy(config)
-    set_labels(config, (), num_labels)
-    model = blank_model(config, task)
-    generator = torch.Generator().manual_seed(seed)
-    deviation = float(getattr(config, "initializer_range", 0.02))
-    return {
-        name: torch.zeros(parameter.shape)
-        if parameter.ndim == 1
-        else deviation * torch.randn(parameter.shape, generator=generator)
-        for name, parameter in model.named_parameters()
-        if not name.startswith(f"{prefix_of(model)}.")
-    }
-
-
-def own_labels(config: PretrainedConfig) -> tuple[str, ...]:
-    """Label names that a configuration declares itself, empty where it has transformers' placeholders only."""
-    names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
-    return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
+    base, info = transformers.AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    missing = frozenset(info["missing_keys"])
+    if 2 * len(missing) <= len(base.state_dict()):
+        return base, missing
+    # Some bare classes do not find themselves in a task model's file (Gemma 3 in transformers 4); its own class does.
+    for saved in base.config.architectures or ():
+        whole = getattr(transformers, saved, None)
+        if whole is None or whole is type(base):
+            continue
+        model, info = whole.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        prefix = f"{prefix_of(model)}."
+        missing = frozenset(key.removeprefix(prefix) for key in info["missing_keys"] if key.startswith(prefix))
+        inside = getattr(model, prefix.rstrip("."), None)
+        if inside is not None and type(inside) is type(base) and 2 * len(missing) <= len(base.state_dict()):
+            return inside, missing
+    raise ModelError(
+        "most of the model's weights are not in its checkpoint",
+        where=name,
+        expected=f"tensors like {next(iter(sorted(base.state_dict())))}",
+        fix="save it with save_pretrained of a model class that holds it",
+    )
 
 
 def load_tokenizer(name: str, role: str = "model") -> PreTrainedTokenizerBase:
@@ -315,7 +237,7 @@ def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, n
     base = getattr(model, prefix_of(model), model)
     if base is model and task_of_class(type(model).__name__) != "base":  # T5's hold the stacks themselves
         base = blank_model(model.config, "base")
-        _take_parts(base, model, [name for name, _ in base.named_children()])
+        take_parts(base, model, [name for name, _ in base.named_children()])
     if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
         raise ModelError(
             "the model has a module inside, which would be part of the statistics",
@@ -323,14 +245,11 @@ def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, n
             fix="load the base model anew, without its module",
         )
     architecture = describe(base, base.config.model_type, prefix_of(base))
-    return ModelHandle(name or base.config.name_or_path or type(base).__name__, base.eval(), architecture, tokenizer)
-
-
-def prefix_of(model: PreTrainedModel) -> str:
-    """The attribute under which task models of this kind keep their base model."""
-    declared = str(model.base_model_prefix)
-    # Gemma 3's text models declare another one, or none, for the sake of the model that also sees.
-    return declared if declared and (hasattr(model, declared) or not hasattr(model, "model")) else "model"
+    output = model.get_output_embeddings() if task_of_class(type(model).__name__) == "causal-lm" else None
+    return ModelHandle(
+        name or base.config.name_or_path or type(base).__name__, base.eval(), architecture, tokenizer,
+        output=output.weight.detach() if output is not None else None,
+    )  # fmt: skip
 
 
 def fingerprint(base: nn.Module) -> str:
@@ -361,34 +280,6 @@ def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 409
     return float(
         nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean()
     )
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence what transformers and adapters say about heads that are random until a checkpoint fills them.
-
-    Also transformers 5's bars for loading weights, which would end up in logs; our own progress says as much.
-    """
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    other = logging.getLogger("adapters")
-    level = other.level
-    other.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        other.setLevel(level)
-
-
-def _auto_class(task: str, config: PretrainedConfig) -> Any:
-    if task not in TASKS:
-        raise ModelError(f"no model class for task {task!r}", where=config.model_type, expected=", ".join(TASKS))
-    classes = [getattr(transformers, name) for name in TASKS[task]]
-    return next((auto for auto in classes if type(config) in auto._model_mapping), classes[0])
 
 
 @contextmanager

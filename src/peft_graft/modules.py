@@ -26,6 +26,9 @@ LAST_OUT = "last.out"  # last hidden state of the last token, which decoders cla
 POOLED_OUT = "pooled.out"  # the model's own pooler output, one vector a sample
 GLOBAL_SPACES = (TOKENS_OUT, FIRST_OUT, LAST_OUT, POOLED_OUT)
 EMBEDDED = "embeddings.out"  # word embeddings as the first layer is given them, one vector a token
+VOCABULARY = "vocabulary"  # the tokens themselves; tokenizers say which correspond, not text
+#: All spaces without a layer.
+MODEL_WIDE = (*GLOBAL_SPACES, EMBEDDED, VOCABULARY)
 
 
 @dataclass(frozen=True, order=True)
@@ -63,7 +66,7 @@ class Space:
 
 def space_at(layer: int, name: str) -> Space:
     """The space of this name that a module of this layer lives in; those of the whole model have no layer."""
-    return Space(-1 if name in (*GLOBAL_SPACES, EMBEDDED) else layer, name)
+    return Space(-1 if name in MODEL_WIDE else layer, name)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ BASE_OF: Mapping[str, str] = {
     "base_bias": "base_bias_was",
     "norm.weight": "norm.weight_was",
     "norm.bias": "norm.bias_was",
+    "rows": "rows_was",
 }
 
 

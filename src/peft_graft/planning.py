@@ -15,8 +15,8 @@ from peft_graft.families import SEQ2SEQ_LM
 from peft_graft.heads import head_form
 from peft_graft.layer_maps import LayerMap, layer_map, layer_maps
 from peft_graft.methods import METHODS, Method
-from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, POOLED_OUT, Axis, Module, Site, Space, space_at
-from peft_graft.roles import PROMPT_ROLE, Stack, expert_of, moved_space
+from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, POOLED_OUT, VOCABULARY, Axis, Module, Site, Space, space_at
+from peft_graft.roles import EMBED_ROLE, PROMPT_ROLE, Stack, expert_of, moved_space
 from peft_graft.settings import HeadChoice
 
 
@@ -81,7 +81,7 @@ def map_axis(method: Method, module: Module, axis: Axis) -> str:
     if method.writes_through_input and axis.direction == "write" and "A" in module.tensors:
         read = module.tensors["A"].axes[1]
         assert read is not None
-        return read.space
+        return axis.space if VOCABULARY in (read.space, axis.space) else read.space
     return axis.space
 
 
@@ -173,7 +173,7 @@ def plan_transfer(
     for site in sites:
         for source in site.teacher:
             module = checkpoint.modules[source]
-            for axis in _axes(module):
+            for axis in (axis for axis in _axes(module) if axis.space != VOCABULARY):
                 _add_pair(pairs, method, module, axis, site, teacher, student)
     _check_sizes(pairs, teacher, student)
     carried = checkpoint.head is not None and head != "drop"
@@ -198,7 +198,8 @@ def plan_alignment(
 
     Args:
         roles: linear roles of the teacher, and ``adapter`` for what bottleneck adapters see; all that both models have
-            by default. ``prompt`` adds the word embeddings. The spaces that heads read are always included.
+            by default. ``embed`` and ``prompt`` stand for the word embeddings. The spaces that heads read are always
+            included.
         experts: as for ``plan_transfer``.
 
     Raises:
@@ -207,11 +208,14 @@ def plan_alignment(
     check_reads_text(teacher, student, "an alignment")
     stacks = corresponding_stacks(teacher, student)
     shared = [role for role in teacher.row.linears if corresponds(stacks, role, student)]
-    chosen = list(roles) if roles else [*shared, "adapter"]
-    unknown = [role for role in chosen if role not in (*shared, "adapter", PROMPT_ROLE)]
+    embedded = (EMBED_ROLE, PROMPT_ROLE)
+    chosen = list(roles) if roles else [*shared, "adapter", EMBED_ROLE]
+    unknown = [role for role in chosen if role not in (*shared, "adapter", *embedded)]
     if unknown:
         raise PlanError(
-            "the models do not share this role", where=unknown[0], expected=f"{_listed(shared)}, adapter, {PROMPT_ROLE}"
+            "the models do not share this role",
+            where=unknown[0],
+            expected=", ".join([_listed(shared), "adapter", *embedded]),
         )
     pairs: dict[Pair, tuple[int, int]] = {}
 
@@ -231,7 +235,7 @@ def plan_alignment(
                 linear = teacher.row.linears[role]
                 add(Site(source, role), target, linear.reads)
                 add(Site(source, role), target, linear.writes)
-    for name in (*GLOBAL_SPACES, *([EMBEDDED] if PROMPT_ROLE in chosen else [])):
+    for name in (*GLOBAL_SPACES, *([EMBEDDED] if {*embedded} & {*chosen} else [])):
         space = Space(-1, name)
         # Pooled outputs only mean something where both poolers were trained, which a plan cannot see.
         if name != POOLED_OUT and space in teacher.sizes and space in student.sizes:

@@ -14,10 +14,11 @@ from peft_graft.fitting import can_fit
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.libraries import in_library
 from peft_graft.methods import METHODS, Method
-from peft_graft.models import ModelHandle, blank_model, describe_config, load_config, own_labels
+from peft_graft.models import ModelHandle, describe_config, load_config
 from peft_graft.modules import POOLED_OUT, Space
 from peft_graft.planning import TransferPlan, at_sites, check_reads_text, plan_transfer
 from peft_graft.settings import TransferSettings
+from peft_graft.task_models import blank_model, own_labels
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

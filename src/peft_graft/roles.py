@@ -34,7 +34,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from peft_graft.modules import EMBEDDED, GLOBAL_SPACES
+from peft_graft.modules import MODEL_WIDE
 
 #: What a stack does and reads; stacks of different families correspond by it. The first two read text.
 Kind = Literal["encoder", "decoder", "vision", "audio"]
@@ -153,13 +153,14 @@ class ArchitectureRow:
     """One row of the table: everything that peft-graft knows about a family of models.
 
     ``stacks``: in the order in which they compute. ``flat_tasks``: tasks whose models hold the stacks themselves, and
-    not a base model with the stacks.
+    not a base model with the stacks. ``lm_head``: path of the output layer in a language model.
     """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
     heads: Mapping[str, HeadForm] = field(default_factory=dict)
     flat_tasks: frozenset[str] = frozenset()
+    lm_head: str = "lm_head"
 
     @cached_property
     def linears(self) -> Mapping[str, LinearRole]:
@@ -214,6 +215,9 @@ SPACES_OF_ROLE = {
 }
 #: Roles of virtual tokens: before the text, and among the keys and values of a layer.
 PROMPT_ROLE, PREFIX_ROLE = "prompt", "attn.prefix"
+#: Word embeddings, and the output layer of a language model.
+EMBED_ROLE, LM_HEAD_ROLE = "embed", "lm_head"
+VOCABULARY_ROLES = (EMBED_ROLE, LM_HEAD_ROLE)
 #: Roles of a linear layer in a stack, in the order in which tables list them.
 LINEAR_ROLES = tuple(SPACES_OF_ROLE)
 
@@ -261,7 +265,7 @@ def moved_space(space: str, source: str, target: str) -> str:
         >>> moved_space("expert.5.ffn.mid", "expert.5.ffn.down", "expert.3.ffn.down")
         'expert.3.ffn.mid'
     """
-    if space in (*GLOBAL_SPACES, EMBEDDED):
+    if space in MODEL_WIDE:
         return space
     source_expert, target_expert = expert_of(source), expert_of(target)
     if source_expert is not None and target_expert is not None and expert_of(space) == source_expert:

@@ -106,7 +106,8 @@ class Classroom:
     def read_back(self, raw: RawCheckpoint, outcome: Outcome) -> PeftCheckpoint:
         """The outcome's checkpoint with the values of a raw one that has the student's own paths."""
         student, before = self.student, outcome.candidate.checkpoint
-        found = resolve(raw, student.architecture, student.base_tensors(), with_head=before.head is not None)
+        own = student.base_tensors(output=raw.trains_output)
+        found = resolve(raw, student.architecture, own, with_head=before.head is not None)
         head = replace(found.head, labels=before.head.labels) if found.head and before.head else None
         return replace(before, modules=found.modules, head=head)
 
@@ -222,9 +223,10 @@ def polished(
     Args:
         settings: ``steps`` counts all of it, what was tried in vain too; ``learning_rate`` is not used.
         work: a folder for the state of an interrupted run. identity: see ``polish``.
-        starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read: LoRA and bottleneck adapters.
+        starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read hidden states: LoRA and bottleneck
+            adapters inside the layers.
     """
-    if room.adapted.raw.kind not in ("lora", "bottleneck"):
+    if room.adapted.raw.kind not in ("lora", "bottleneck") or room.adapted.raw.trains_tokens:
         starts = [start for start in starts if start != "gradient"]
     pilot = settings.steps // PILOT
     arms = (len(starts) + len(RATES) - 2) if pilot else 0

@@ -28,7 +28,8 @@ from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pai
 from peft_graft.libraries import in_library
 from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
-from peft_graft.models import ModelHandle, embedding_similarity, handle, load_config, load_model
+from peft_graft.models import ModelHandle, embedding_similarity, handle, load_config, load_model, load_tokenizer
+from peft_graft.modules import VOCABULARY, Space
 from peft_graft.planning import at_sites, choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
@@ -58,11 +59,14 @@ from peft_graft.teaching import (
     polished,
 )
 from peft_graft.text import Sample, as_samples, read_text
+from peft_graft.vocabulary import Vocabularies
 from peft_graft.weights import check_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Mean cosine of word embeddings from which on vocabularies are taken for the same one.
+_SAME = 0.5
 #: Samples that are looked at beyond the alignment: to judge, fit and polish.
 _POOL = 20_000
 TextLike = Iterable[str | tuple[str, str] | Sequence[str] | Sample]
@@ -134,12 +138,13 @@ def transfer(
         samples = peeked(samples)
     clock = Clock(progress)
     with clock("loading models"):
-        needs_tokens = text is not None
+        needs_tokens = text is not None or raw.trains_tokens
         teacher_model = load_model(teacher_name, device=device, dtype=dtype, role="teacher", tokenizer=needs_tokens)
         student_model = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=needs_tokens)
     if converting:
         with clock("converting to LoRA"):
             raw = as_lora(folder, raw, teacher_model)
+    own_tokens = raw.trains_tokens and (folder / "tokenizer_config.json").is_file()
     graft = _transfer(
         raw,
         teacher_model,
@@ -153,6 +158,7 @@ def transfer(
         alignment_name=str(alignment) if isinstance(alignment, str | Path) else None,
         work=Path(f"{out}{UNFINISHED}") if out is not None else None,
         cache=AlignmentCache.of(cache_folder(cache), text, columns, seed),
+        tokens=load_tokenizer(str(folder), "module") if own_tokens else None,
     )
     if out is None:
         return graft
@@ -188,7 +194,8 @@ def transfer_checkpoint(
         checkpoint: from ``read_checkpoint(folder)``.
         teacher, student: models of transformers without modules inside, bare or with a task head; forward passes
             run where and in what precision they are.
-        teacher_tokenizer, student_tokenizer: fast tokenizers, for methods that need text.
+        teacher_tokenizer, student_tokenizer: fast tokenizers, for methods that need text and modules that train tokens;
+            the teacher's with the tokens that were added for the module.
         text: strings, pairs of strings (tuples) or lists of tokens; streamed.
         layers, method, max_tokens, alignment, head, polish, sites, library, seed, progress: as for ``transfer``.
         dtype: of the forward passes that fit, polish and judge; that of the student's weights when None.
@@ -223,9 +230,11 @@ def _transfer(
     alignment_name: str | None = None,
     work: Path | None = None,
     cache: AlignmentCache | None = None,
+    tokens: PreTrainedTokenizerBase | None = None,
 ) -> Graft:
     raw = with_teacher_labels(raw, teacher.base.config)
-    whole = resolve(raw, teacher.architecture, teacher.base_tensors(), with_head=settings.head != "drop")
+    own = teacher.base_tensors(output=raw.trains_output)
+    whole = resolve(raw, teacher.architecture, own, with_head=settings.head != "drop")
     check_labels(whole, student.base.config)
     checkpoint = in_library(at_sites(whole, settings.sites), settings.library)
     check_reading(teacher.architecture, student.architecture, settings, samples is not None)
@@ -235,6 +244,8 @@ def _transfer(
     plan = planned(checkpoint, teacher.architecture, student.architecture, settings, methods[0], experts)
     check_pooler(plan, student)
     asked, notes = _can_learn(whole, pool, settings)
+    vocabularies = _vocabularies(teacher, student, tokens) if raw.trains_tokens else Vocabularies(None, None, 0)
+    notes += [note for module in checkpoint.modules.values() if (note := vocabularies.left_out(module))]
     pairs = dict(plan.pairs)
     if asked and checkpoint.head is None:
         pairs[TOKENS, TOKENS] = (teacher.architecture.size(TOKENS), student.architecture.size(TOKENS))
@@ -264,7 +275,7 @@ def _transfer(
     def candidate(method: Method) -> Candidate:
         alignment = aligner.alignment(maps_of[method.name])
         with clock("projecting"):
-            modules, sites = graft_modules(checkpoint, plan, alignment, method)
+            modules, sites = graft_modules(checkpoint, plan, alignment, method, vocabularies)
             head, head_record = graft_head(checkpoint, plan, alignment, student.architecture)
         moved = replace(checkpoint, modules=modules, head=head)
         if method.fits_shifts:
@@ -325,6 +336,17 @@ def _transfer(
         hardware=hardware(settings.device),
     )
     return Graft(chosen.checkpoint, report, chosen.alignment, student)
+
+
+def _vocabularies(teacher: ModelHandle, student: ModelHandle, tokens: PreTrainedTokenizerBase | None) -> Vocabularies:
+    """Which tokens are the same: as tokenizers say, or by number where the models' embeddings agree row by row."""
+    similarity = embedding_similarity(teacher.base, student.base)
+    return Vocabularies(
+        tokens or teacher.tokenizer,
+        student.tokenizer,
+        student.architecture.sizes.get(Space(-1, VOCABULARY), 0),
+        same=similarity is not None and similarity > _SAME,
+    )
 
 
 def _writer(maps_of: Mapping[str, Method]) -> Method:

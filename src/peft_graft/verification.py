@@ -12,7 +12,8 @@ from torch import Tensor
 from peft_graft.errors import VerificationError
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.live import attach, library_of, library_version
-from peft_graft.models import ModelHandle, complete
+from peft_graft.models import ModelHandle
+from peft_graft.task_models import complete
 
 
 class Verification(BaseModel):

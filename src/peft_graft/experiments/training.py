@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from peft_graft.experiments.ner import IGNORED
 from peft_graft.experiments.tasks import Task
-from peft_graft.models import quiet_libraries
+from peft_graft.task_models import quiet_libraries
 
 #: A module that has been fitted and polished is trained on with this share of the learning rate that suits a fresh one.
 FITTED_RATE = 0.1

@@ -81,6 +81,8 @@ def read(folder: Path) -> RawCheckpoint:
     if kind != "weights":
         for key, tensor in read_tensors(weights).items():
             path = key.removeprefix(_key_prefix(kind))
+            if kind == "lora" and peft_lora.is_copy(path):
+                continue
             place = _entry(kind, path, tensor)
             if place:
                 values = {place[1]: tensor.flatten() if kind == "ia3" else tensor}
@@ -90,6 +92,7 @@ def read(folder: Path) -> RawCheckpoint:
         _check_others(others, config, str(weights))
         if kind == "lora":
             peft_lora.check_entries(entries, config, str(weights))
+            peft_lora.with_token_ids(entries, config, str(weights))
         elif kind in VIRTUAL:
             entries = peft_prompts.check(kind, entries, config, str(weights))
         elif not entries:
@@ -104,9 +107,11 @@ def read(folder: Path) -> RawCheckpoint:
         task=_task(config),
         config=config,
         entries=entries,
-        scalings={path: peft_lora.scaling(config, path, values["A"].shape[0]) for path, values in entries.items()}
-        if kind == "lora"
-        else {},
+        scalings={
+            path: peft_lora.scaling(config, path, len(pair[0]))
+            for path, values in entries.items()
+            if (pair := peft_lora.factors_of(values))
+        },
         head=others,
         labels=[labels[str(index)] for index in range(len(labels))] if labels else None,
         files=file_hashes(folder),
@@ -134,14 +139,20 @@ def student_config(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
         revision=None,
         peft_version=peft.__version__,
         inference_mode=True,
-        modules_to_save=sorted(_saved_modules(raw.head)) or None,
+        modules_to_save=sorted(_saved_modules(raw.head) | {path.rpartition(".")[2] for path in _whole(raw)}) or None,
     )
     if raw.config.get("auto_mapping"):
         config["auto_mapping"] = {"base_model_class": student.task_class, "parent_library": "transformers"}
     if raw.kind in VIRTUAL:
         return peft_prompts.config_of(raw, config, student)
     config.update((peft_lora if raw.kind == "lora" else peft_vectors).config_of(raw, student))
-    return {**config, "target_modules": student.shortest_targets(raw.entries)}
+    trained_rows = {path for path, values in raw.entries.items() if "rows" in values or "token_rows" in values}
+    return {**config, "target_modules": student.shortest_targets(raw.entries.keys() - trained_rows)}
+
+
+def _whole(raw: RawCheckpoint) -> list[str]:
+    """Paths of embeddings and output layers that are saved whole."""
+    return [path for path, values in raw.entries.items() if "rows" in values]
 
 
 def _key_prefix(kind: Kind) -> str:

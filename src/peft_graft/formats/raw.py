@@ -29,6 +29,18 @@ def task_of_class(name: str) -> str:
     return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), "base")
 
 
+#: What authors call output layers, and word embeddings: peft saves those beside a module if trained or resized.
+OUTPUT_NAMES = ("lm_head", "embed_out")
+EMBEDDING_NAMES = (
+    "embed_tokens",
+    "word_embeddings",
+    "wte",
+    "embed_in",
+    "tok_embeddings",
+    "token_embedding",
+    "shared",
+    *OUTPUT_NAMES,
+)
 #: Kinds that put vectors before the text, or among what attention reads; nothing in the model is changed.
 VIRTUAL: tuple[Kind, ...] = ("prompt", "prefix")
 
@@ -44,11 +56,13 @@ class RawCheckpoint:
         task: ``token-classification``, ... (``models.TASKS``), or ``base`` for a module on a bare model.
         config: the configuration file, unchanged.
         entries: module path (no library prefix) -> parameter name -> tensor. LoRA: ``A`` [r, d_in], ``B`` [d_out, r],
-            ``bias``, ``magnitude``, ``base_bias`` [d_out]. Bottleneck: ``down.weight`` [b, d], ``down.bias``,
+            ``bias``, ``magnitude``, ``base_bias`` [d_out]; of word embeddings ``embedding_A`` [r, V], ``embedding_B``
+            [d, r]; trained rows of embeddings or output layer ``rows`` [V, d], or ``token_rows`` [n, d] and
+            ``token_ids`` [n]. Bottleneck: ``down.weight`` [b, d], ``down.bias``,
             ``up.weight`` [d, b], ``up.bias``, ... IA3: ``input`` [d_in] or ``output`` [d_out]. Norms: ``norm.weight``,
             ``norm.bias`` [d]. Prompts: path ``prompt`` -> ``embeddings`` [n, d]. Prefixes: path ``prefix.LAYER`` ->
             ``key``, ``value`` [n, d_kv].
-        scalings: LoRA only, module path -> alpha / r or alpha / sqrt(r).
+        scalings: LoRA's factors only, module path -> alpha / r or alpha / sqrt(r).
         head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
             AdapterHub's prediction heads.
         head_config: AdapterHub only, the head's configuration file, unchanged.
@@ -70,6 +84,21 @@ class RawCheckpoint:
     labels: Sequence[str] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     weights_suffix: str = ".safetensors"
+
+    @property
+    def trains_output(self) -> bool:
+        """Whether rows of a language model's output layer were saved, which are no part of the bare model."""
+        paths = [path for path, values in self.entries.items() if "rows" in values or "token_rows" in values]
+        return any(path.rpartition(".")[2] in OUTPUT_NAMES for path in paths)
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether tokens were trained, one by one or all, or factors for their embeddings."""
+        parts = ("rows", "token_rows", "embedding_A")
+        return any(
+            path.rpartition(".")[2] in EMBEDDING_NAMES or any(part in values for part in parts)
+            for path, values in self.entries.items()
+        )
 
     @property
     def num_labels(self) -> int | None:
