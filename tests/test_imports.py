@@ -18,7 +18,7 @@ LEVELS = (
     ("families",),
     ("architectures", "maps", "formats.raw"),
     ("methods", "heads", "layer_maps", "vocabulary"),
-    ("alignment", "formats.peft_lora", "formats.peft_prompts", "formats.peft_vectors"),
+    ("alignment", "formats.compacter", "formats.peft_lora", "formats.peft_prompts", "formats.peft_vectors"),
     ("formats.peft_format", "formats.adapterhub", "alignment_files", "projection", "models"),
     ("settings", "entries", "correspondence"),
     ("checkpoints", "conversion"),

@@ -343,6 +343,32 @@ def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
     assert sorted(config["config"]["reduction_factor"].values()) == [4, 8]
 
 
+@needs_adapters
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shared_phm_rule": False, "factorized_phm_rule": True, "phm_rank": 2},
+        {"shared_W_phm": True, "factorized_phm_rule": True},
+        {"factorized_phm_W": False, "phm_bias": False, "mh_adapter": False},
+    ],
+)
+def test_a_compacter_becomes_the_bottleneck_that_computes_the_same(world, tmp_path, changes) -> None:
+    import adapters
+
+    settings = adapters.CompacterConfig(phm_dim=2, reduction_factor=8, **changes)
+    teacher = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
+    graft = peft_graft.transfer(tmp_path / "m", student=world / "teacher", method="copy", out=tmp_path / "g")
+    assert graft.report.verification.done
+    student = adapters.AutoAdapterModel.from_pretrained(world / "teacher")
+    student.set_active_adapters(student.load_adapter(str(tmp_path / "g")))
+    batch = transformers.AutoTokenizer.from_pretrained(world / "teacher")(tiny.sentences(4), return_tensors="pt",
+                                                                          padding=True)  # fmt: skip
+    with torch.inference_mode():
+        expected = teacher(**batch).logits
+        torch.testing.assert_close(student.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:
     """Grouped-query Helium, roles inferred from the module tree: identity exactly, and onto another size."""
     for name, hidden, layers in (("teacher", 32, 4), ("student", 24, 2)):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError, DependencyError
+from peft_graft.formats import compacter
 from peft_graft.formats.raw import Kind, RawCheckpoint, StudentNames, task_of_class
 from peft_graft.weights import file_hashes, read_json, read_tensors, write_json, write_tensors
 
@@ -21,7 +22,6 @@ _HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_mode
 
 #: Settings of bottleneck adapters and LoRA under which the weights mean something else.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "phm_layer": (False, None),
     "inv_adapter": (None,),
     "cross_adapter": (False, None),
     "use_dora": (False, None),
@@ -76,7 +76,11 @@ def read(folder: Path) -> RawCheckpoint:
     if weights is None:
         raise CheckpointError("the weights file is missing", where=str(folder), expected=" or ".join(_WEIGHTS.values()))
     name = str(config.get("name") or "default")
-    entries = _entries(read_tensors(weights), kind, name, bool(settings.get("ln_before")), str(weights))
+    tensors = read_tensors(weights)
+    if settings.get("phm_layer"):
+        tensors, settings = compacter.written_out(tensors, settings, name, str(weights))
+        config = {**config, "config": settings}
+    entries = _entries(tensors, kind, name, bool(settings.get("ln_before")), str(weights))
     head_weights, _ = _find(folder, _HEAD_WEIGHTS)
     head_config = read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else None
     return RawCheckpoint(
