@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_graft.alignment import Alignment
-from peft_graft.inspection import Inspection
+from peft_graft.inspection import TOKENS, Inspection
 from peft_graft.report import GraftReport
 
 
@@ -56,8 +56,14 @@ def show_inspection(found: Inspection) -> None:
     console.print(f"method       {student.method}")
     console.print(
         f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics, "
-        f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes"
+        f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
+        f"{student.forwards_per_token / 1e6:.1f} M"
     )
+    if student.least_seconds:
+        console.print(
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {TOKENS:,} tokens take "
+            f"{student.least_seconds:,.0f} s on this processor at the least"
+        )
     for note in student.notes:
         console.print(f"note         {escaped(note)}")
 

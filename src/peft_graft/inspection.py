@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
@@ -17,6 +21,13 @@ from peft_graft.models import describe_config, load_config
 from peft_graft.modules import LoraModule, Module
 from peft_graft.planning import TransferPlan, plan_transfer
 from peft_graft.task_models import blank_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+#: Of an alignment by default.
+TOKENS = 50_000
 
 
 class _Record(BaseModel):
@@ -37,7 +48,8 @@ class StudentSummary(_Record):
     """What a transfer to a student would do, or why it cannot.
 
     ``statistics_mib``: memory of the statistics that the default gathers; ``products_per_token``: multiply-adds for
-    them.
+    them; ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in
+    float32; ``least_seconds``: what the multiply-adds of ``TOKENS`` tokens take at the rate of a matrix product here.
     """
 
     name: str
@@ -51,6 +63,9 @@ class StudentSummary(_Record):
     needs_text: bool | None = None
     statistics_mib: float = 0.0
     products_per_token: int = 0
+    forwards_per_token: int = 0
+    weights_mib: float = 0.0
+    least_seconds: float = 0.0
     head: bool = False
     notes: list[str] = []
     problem: str | None = None
@@ -113,7 +128,7 @@ def inspect(
     if checkpoint is None or architecture is None:
         summary = StudentSummary(name=str(student), problem="the teacher has to be known first")
     else:
-        summary = _plan_for(checkpoint, architecture, str(student), layers)
+        summary = _plan_for(checkpoint, architecture, str(teacher or raw.base_model), str(student), layers)
     return found.model_copy(update={"student": summary})
 
 
@@ -155,9 +170,12 @@ def _unknown(module: Module) -> bool:
     return any(tensor.values.is_meta for tensor in module.tensors.values())
 
 
-def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, layers: str) -> StudentSummary:
+def _plan_for(
+    checkpoint: PeftCheckpoint, teacher: Architecture, teacher_name: str, student: str, layers: str
+) -> StudentSummary:
     try:
-        architecture = describe_config(load_config(student, "student"))
+        config = load_config(student, "student")
+        architecture = describe_config(config)
         known = StudentSummary(name=student, model_type=architecture.model_type, num_layers=architecture.num_layers)
     except GraftError as error:
         return StudentSummary(name=student, problem=str(error))
@@ -165,20 +183,56 @@ def _plan_for(checkpoint: PeftCheckpoint, teacher: Architecture, student: str, l
         plan = plan_transfer(checkpoint, teacher, architecture, layers=layers, method=METHODS["prune-align"])
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
-    reads_text = teacher.row.reads_text and architecture.row.reads_text
-    return known.model_copy(update=_outlook(plan) | ({} if reads_text else _WITHOUT_TEXT))
+    outlook = _outlook(plan)
+    if not (teacher.row.reads_text and architecture.row.reads_text):
+        return known.model_copy(update=outlook | _WITHOUT_TEXT)
+    costs = [_costs(each) for each in (load_config(teacher_name, "teacher"), config)]
+    forwards = sum(operations for operations, _ in costs)
+    operations = TOKENS * (forwards + _plan_products(plan))
+    return known.model_copy(
+        update=outlook
+        | {
+            "forwards_per_token": forwards,
+            "weights_mib": round(sum(size for _, size in costs) / 2**20, 1),
+            "least_seconds": round(operations / _products_per_second(), 1),
+        }
+    )
 
 
 #: What is different where text is of no use.
 _WITHOUT_TEXT = {"method": "copy", "needs_text": False, "statistics_mib": 0.0, "products_per_token": 0}
 
 
-def _outlook(plan: TransferPlan) -> dict[str, object]:
-    same = all(first == second for first, second in plan.pairs.values())
-    # What the default computes: the moments of all its methods, those to fit and those held out.
+def _costs(config: PretrainedConfig) -> tuple[int, int]:
+    """Multiply-adds of a forward pass for each token, attention's own aside, and bytes of the weights in float32."""
+    model = blank_model(config, "base")
+    words = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    sizes = [(value.numel(), value.ndim > 1 and id(value) not in words) for value in model.parameters()]
+    return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
+
+
+def _products_per_second() -> float:
+    """Multiply-adds a second of a float32 matrix product on this machine's processor, measured in some 0.1 seconds."""
+    size = 768
+    first = torch.rand(size, size)
+    first @ first
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.1:
+        first @ first
+        count += 1
+    return count * size**3 / (time.perf_counter() - begin)
+
+
+def _plan_products(plan: TransferPlan) -> int:
+    """Multiply-adds for each token of the moments that the default's methods need, those to fit and those held out."""
     moments = {moment for name in AUTO for moment in METHODS[name].moments}
     sizes = {"cross": lambda t, s: t * s, "teacher": lambda t, s: t * t, "student": lambda t, s: s * s}
-    products = sum(sizes[moment](*pair) for moment in moments for pair in plan.pairs.values())
+    return sum(sizes[moment](*pair) for moment in moments for pair in plan.pairs.values())
+
+
+def _outlook(plan: TransferPlan) -> dict[str, object]:
+    same = all(first == second for first, second in plan.pairs.values())
+    products = _plan_products(plan)
     return {
         "layers": plan.recorded_layers,
         "modules": len(plan.sites),
