@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import namedtuple
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 import tiny
+from peft_graft import statistics
 from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.alignment import Pair
 from peft_graft.collecting import (
@@ -19,6 +21,7 @@ from peft_graft.collecting import (
     collect_totals,
     empty_totals,
 )
+from peft_graft.errors import AlignmentError
 from peft_graft.models import load_model
 from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Space
 from peft_graft.statistics import PairedStatistics
@@ -208,3 +211,12 @@ def test_activations_that_are_not_finite_are_left_out(models) -> None:
     assert counts.nonfinite_pairs > 0
     assert found[pair][0].count == counts.pairs - counts.nonfinite_pairs
     assert bool(torch.isfinite(found[pair][0].cross).all())
+
+
+def test_statistics_that_do_not_fit_are_refused_before_the_pass(models, monkeypatch) -> None:
+    little = namedtuple("Memory", "available")(4000)
+    monkeypatch.setattr(statistics.psutil, "virtual_memory", lambda: little)
+    pairs = pairs_of(*models, ["attn.in"])
+    with pytest.raises(AlignmentError, match="do not fit in memory") as caught:
+        collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
+    assert "--sites" in str(caught.value)

@@ -27,7 +27,7 @@ from peft_graft.errors import PairingError
 from peft_graft.models import ModelHandle
 from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
 from peft_graft.settings import Progress
-from peft_graft.statistics import Moment, PairedStatistics, Products
+from peft_graft.statistics import Moment, PairedStatistics, Products, check_memory
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Block, PairingCounts, pair_tokens
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
@@ -148,6 +148,7 @@ class Totals:
         # Tensors that no product ties together go one group after another, so that few rows are held at a time.
         self.group = _groups(sizes, products)
         groups = sorted(set(self.group.values()))
+        check_memory(sum(sizes[a] * sizes[b] for a, b in products) * (1 + hold_out), device)
         self.products = {
             (held_out, group): Products(
                 {name: size for name, size in sizes.items() if self.group[name] == group},
