@@ -14,7 +14,7 @@ PACKAGE = Path(peft_graft.__file__).parent
 LEVELS = (
     ("errors",),
     ("modules",),
-    ("roles", "norms", "statistics", "task_models", "text", "token_pairing", "weights"),
+    ("roles", "norms", "pipelining", "statistics", "task_models", "text", "token_pairing", "weights"),
     ("families",),
     ("architectures", "maps", "formats.raw"),
     ("methods", "heads", "layer_maps", "vocabulary"),

@@ -1,10 +1,10 @@
 """Tables of the quality benchmark, from the run files alone.
 
-    python benchmarks/quality/report.py RUNS TEACHERS [--ablation FOLDER] [--markdown FILE]
+    python benchmarks/quality/report.py RUNS TEACHERS [--ablation FOLDER] [--markdown FILE] [--curves FILE]
 
 RUNS holds the JSON files of run.py, TEACHERS those of the teachers, FOLDER those of ablation.py. Prints the summary
 that the default is judged by, a table for each pair and task, and the ablation; ``--markdown`` puts them between the
-marks of a page.
+marks of a page, ``--curves`` draws how the polish comes nearer to the teacher.
 """
 
 from __future__ import annotations
@@ -202,6 +202,31 @@ def verdicts(cells: list[Cell]) -> list[str]:
     return lines
 
 
+def draw_curves(cells: list[Cell], file: Path) -> None:
+    """Divergence from the teacher on held-out text after every step of the polish, trials not counted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "peft-graft"  # the same figure from the same runs
+    from matplotlib import pyplot
+
+    starts = ("polish from fresh", "default", "half polish")
+    places = sorted({(cell.pair, cell.task) for cell in cells if cell.start == starts[0]})
+    figure, axes = pyplot.subplots(1, len(places), figsize=(4.2 * len(places), 3.2), squeeze=False)
+    for axis, place in zip(axes[0], places, strict=True):
+        for start in starts:
+            for cell in cells:
+                if (cell.pair, cell.task) != place or cell.start != start or cell.budget != 0:
+                    continue
+                points = [(point["step"], point["divergence"]) for point in cell.runs[0]["graft"]["polish"]["curve"]]
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=start)
+        axis.set(title=f"{place[0]}, {place[1]}", xlabel="steps", yscale="log")
+    axes[0][0].set_ylabel("nats from the teacher")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
 def ablation(folder: Path) -> list[str]:
     lines = []
     for path in sorted(folder.glob("*.json")):
@@ -226,10 +251,13 @@ def main() -> None:
     parser.add_argument("teachers", type=Path)
     parser.add_argument("--ablation", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--curves", type=Path)
     args = parser.parse_args()
     cells = load(args.runs, args.teachers)
     text = "\n".join([*summary(cells), *tables(cells), *(ablation(args.ablation) if args.ablation else [])]) + "\n"
     print(text)
+    if args.curves:
+        draw_curves(cells, args.curves)
     if args.markdown:
         page = args.markdown.read_text(encoding="utf-8")
         before, rest = page.split(MARKS[0])

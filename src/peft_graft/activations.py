@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,8 @@ class Capture:
         self.model = model
         self.spaces = sorted(set(spaces))
         self.stop = stop and not any(space.name in _OF_OUTPUT for space in self.spaces)
-        self._captures = 0
         self._enough: int | None = None
-        self._held: dict[Space, Tensor] = {}
+        self._now = threading.local()  # what this thread's forward pass has shown so far
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Capture:
@@ -66,7 +66,6 @@ class Capture:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._held.clear()
 
     def _on_input(self, space: Space) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -96,37 +95,41 @@ class Capture:
         return hook
 
     def _hold(self, space: Space, value: Tensor) -> None:
-        self._held[space] = value
-        self._captures += 1
-        if self._captures == self._enough:
+        held = getattr(self._now, "held", None)
+        if held is None:  # not our forward pass: another capture's, of the same model
+            return
+        held[space] = value
+        self._now.captures += 1
+        if self._now.captures == self._enough:
             raise _EnoughError
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[Space, Tensor]:
-        """Run one padded batch and return what was captured."""
-        self._held.clear()
-        self._captures = 0
+        """Run one padded batch and return what was captured; several threads may do so at once."""
+        held: dict[Space, Tensor] = {}
+        self._now.held, self._now.captures = held, 0
         output: Any = None
         try:
             output = self.model.base(**inputs)
-            self._enough = self._captures if self.stop else None
+            self._enough = self._now.captures if self.stop else None
         except _EnoughError:
             pass
         shape = inputs["input_ids"].shape
-        for space, value in self._held.items():
+        for space, value in held.items():
             if value.ndim == 2:  # OPT's feed-forward block sees all tokens in one row
-                self._held[space] = value.view(*shape, value.shape[-1])
+                held[space] = value.view(*shape, value.shape[-1])
         for space in self.spaces:
             if space.name == TOKENS_OUT:
-                self._held[space] = output.last_hidden_state
+                held[space] = output.last_hidden_state
             elif space.name == FIRST_OUT:
-                self._held[space] = output.last_hidden_state[:, 0]
+                held[space] = output.last_hidden_state[:, 0]
             elif space.name == LAST_OUT:
                 state = output.last_hidden_state
                 last = inputs["attention_mask"].sum(1) - 1 if "attention_mask" in inputs else -1
-                self._held[space] = state[torch.arange(len(state), device=state.device), last]
+                held[space] = state[torch.arange(len(state), device=state.device), last]
             elif space.name == POOLED_OUT:
-                self._held[space] = output.pooler_output
-        return dict(self._held)
+                held[space] = output.pooler_output
+        self._now.held = None
+        return held
 
 
 def tokenize(

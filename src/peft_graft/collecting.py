@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
 from peft_graft.models import ModelHandle
 from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
+from peft_graft.pipelining import ahead, in_order
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics, Products, check_memory
 from peft_graft.text import Sample
@@ -37,7 +36,6 @@ _HELD_OUT_EVERY = 8
 _SAMPLE_SPACES = {FIRST_OUT, LAST_OUT, POOLED_OUT}
 _SAVE_EVERY = 60.0  # seconds
 _STATE = "pass"
-_T = TypeVar("_T")
 #: What a method needs of every pair of spaces beside the cross moment.
 Wanted = Mapping[Pair, Collection[Moment]]
 
@@ -281,10 +279,18 @@ def collect_totals(
         begin = _resume(totals, unfinished, shard)
         saved = time.monotonic()
         batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
-        for number, batch, pairs in _ahead((number, batch, counts.pairs) for number, batch in batches):
-            if batch is not None and batch.gather_teacher.count:
-                held = of_teacher.forward(batch.teacher), of_student.forward(batch.student)
-                totals.update(*held, batch, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+
+        def held(item: tuple[int, _Batch | None, int]) -> tuple[dict[Space, Tensor], dict[Space, Tensor]] | None:
+            batch = item[1]
+            if batch is None or not batch.gather_teacher.count:
+                return None
+            return of_teacher.forward(batch.teacher), of_student.forward(batch.student)
+
+        stream = ahead((number, batch, counts.pairs) for number, batch in batches)
+        on_processor = all(model.base.device.type == "cpu" for model in (teacher, student))
+        for (number, batch, pairs), seen in in_order(stream, held, on_processor=on_processor):
+            if batch is not None and seen is not None:
+                totals.update(*seen, batch, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
@@ -366,16 +372,6 @@ def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encode
         _Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.base.device),
         _Gather(inputs_s["input_ids"].shape[1], ranges_s, student.base.device),
     )
-
-
-def _ahead(items: Iterator[_T]) -> Iterator[_T]:
-    """The same items, the next one already being made in a thread."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item  # type: ignore[misc]
 
 
 def _batches(
