@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+import test_families
 import tiny
 from peft_graft.activations import Capture
 from peft_graft.architectures import describe, infer_row
@@ -32,19 +33,36 @@ def test_every_row_fits_its_models(family: str) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_spaces_are_the_tensors_they_claim_to_be(family: str) -> None:
-    """layer.out of one layer is attn.in of the next, and the last one the last hidden state."""
+    """layer.out of one layer is attn.in and layer.in of the next, and the last one the last hidden state."""
     model = handle(tiny.lively(transformers.AutoModel.from_config(tiny.config(family, layers=3))))
-    spaces = [Space(layer, name) for layer in range(3) for name in ("attn.in", "layer.out", "ffn.in", "ffn.mid")]
+    spaces = [Space(layer, name) for layer in range(3) for name in
+              ("attn.in", "layer.in", "layer.out", "ffn.in", "attn.stream", "ffn.mid")]  # fmt: skip
     ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), Capture(model, [*spaces, Space(-1, "tokens.out"), Space(-1, "first.out")]) as capture:
         held = capture.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     for layer in range(2):
         assert torch.equal(held[Space(layer, "layer.out")], held[Space(layer + 1, "attn.in")])
+        assert torch.equal(held[Space(layer, "layer.out")], held[Space(layer + 1, "layer.in")])
+        assert torch.equal(held[Space(layer, "ffn.in")], held[Space(layer, "attn.stream")])
     assert torch.equal(held[Space(2, "layer.out")], held[Space(-1, "tokens.out")])
     assert torch.equal(held[Space(-1, "first.out")], held[Space(-1, "tokens.out")][:, 0])
     assert not torch.equal(held[Space(0, "ffn.in")], held[Space(0, "attn.in")])
     for space, value in held.items():
         assert value.shape[-1] == model.architecture.size(space)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_the_stream_of_layers_that_norm_what_they_read(family: str) -> None:
+    model = handle(tiny.lively(transformers.AutoModel.from_config(test_families.CONFIGS[family])))
+    names = ("layer.in", "attn.output.out", "attn.stream", "ffn.down.out", "layer.out")
+    ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), Capture(model, [Space(at, name) for at in range(2) for name in names]) as capture:
+        held = capture.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for layer in range(2):
+        begin, attended, middle, fed, end = (held[Space(layer, name)] for name in names)
+        torch.testing.assert_close(middle, begin + attended)
+        torch.testing.assert_close(end, middle + fed)
+    assert torch.equal(held[Space(0, "layer.out")], held[Space(1, "layer.in")])
 
 
 def test_hooks_are_removed_after_a_capture() -> None:

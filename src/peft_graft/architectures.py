@@ -111,7 +111,7 @@ class Architecture:
         layer, expert = f"{stack.layers}.{space.layer}", None
         if stack.experts and expert_of(space.name) is not None:
             expert = f"{layer}.{stack.experts.block}", f"{layer}.{stack.experts.path}.{expert_of(space.name)}"
-        return replace(local, path=f"{layer}.{local.path}", expert=expert)
+        return replace(local, path=f"{layer}.{local.path}" if local.path else layer, expert=expert)
 
     def _tap_of_linear(self, space: Space) -> Tap | None:
         for role, linear in self.row.linears.items():
@@ -291,8 +291,8 @@ def _sizes(
             )
         sizes[Space(index, stack.full(linear.reads))] = shape[0]
         sizes[Space(index, stack.full(linear.writes))] = len(units[role]) if linear.fused else shape[1]
-    if "layer.out" in stack.taps:
-        sizes[Space(index, stack.full("layer.out"))] = sizes[Space(index, stack.full("ffn.down.out"))]
+    for name in stack.taps:  # all of the residual stream
+        sizes[Space(index, stack.full(name))] = sizes[Space(index, stack.full("ffn.down.out"))]
     return sizes, absent
 
 

@@ -48,9 +48,19 @@ def _optional(linears: Mapping[str, LinearRole]) -> dict[str, LinearRole]:
 
 def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
     return {
-        "attn.adapter": AdapterPoint(attention, "attn.output.out", "ffn.in", "attn.in"),
-        "ffn.adapter": AdapterPoint(output, "ffn.down.out", "layer.out", "ffn.in"),
+        "attn.adapter": AdapterPoint(attention, "attn.output.out", "attn.stream", "layer.in"),
+        "ffn.adapter": AdapterPoint(output, "ffn.down.out", "layer.out", "attn.stream"),
     }
+
+
+def _post_norm(query: str, up: str, last: str) -> dict[str, Tap]:
+    """Where the residual stream shows in layers that norm it after each block: what the blocks read, and the last."""
+    return {"layer.in": Tap(query, "input"), "attn.stream": Tap(up, "input"), "layer.out": Tap(last, "output")}
+
+
+def _pre_norm(first: str, second: str) -> dict[str, Tap]:
+    """The same in layers that norm it before each block: what the norms read, and what the layer gives."""
+    return {"layer.in": Tap(first, "input"), "attn.stream": Tap(second, "input"), "layer.out": Tap("", "output")}
 
 
 _TOKEN_HEAD = HeadForm(out="classifier", reads=TOKENS_OUT)
@@ -66,7 +76,7 @@ _BERT_STACK = Stack(
         ffn_up="intermediate.dense",
         ffn_down="output.dense",
     ),
-    taps={"layer.out": Tap("output.LayerNorm", "output")},
+    taps=_post_norm("attention.self.query", "intermediate.dense", "output.LayerNorm"),
     adapters=_adapters("attention.output.adapters", "output.adapters"),
 )
 _BERT = ArchitectureRow(
@@ -108,7 +118,7 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
                     ffn_up="ffn.lin1",
                     ffn_down="ffn.lin2",
                 ),
-                taps={"layer.out": Tap("output_layer_norm", "output")},
+                taps=_post_norm("attention.q_lin", "ffn.lin1", "output_layer_norm"),
                 adapters=_adapters("attention_adapters.adapters", "output_adapters.adapters"),
             ),
         ),
@@ -132,7 +142,7 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
                     ffn_up="intermediate.dense",
                     ffn_down="output.dense",
                 ),
-                taps=_BERT_STACK.taps,
+                taps=_post_norm("attention.attn.q", "intermediate.dense", "output.LayerNorm"),
             ),
         ),
         heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
@@ -165,7 +175,8 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
                     ffn_up="intermediate.dense",
                     ffn_down="output.dense",
                 ),
-                taps={"layer.out": Tap("output.LayerNorm", "output")},
+                taps=_post_norm("attention.self.query_proj", "intermediate.dense", "output.LayerNorm"),
+                adapters=_BERT_STACK.adapters,
             ),
         ),
         heads={
@@ -189,7 +200,8 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
                     ffn_up="ffn",
                     ffn_down="ffn_output",
                 ),
-                taps={"layer.out": Tap("full_layer_layer_norm", "output")},
+                taps=_post_norm("attention.query", "ffn", "full_layer_layer_norm"),
+                adapters=_adapters("attention.attention_adapters.adapters", "output_adapters.adapters"),
             ),
         ),
         heads={
@@ -213,8 +225,6 @@ _LLAMA_FFN = {role: f"mlp.{path}" for role, path in _GATED.items()}
 _LLAMA_STACK = Stack("layers", _linears(**_LLAMA_ATTENTION, **_LLAMA_FFN), kind="decoder")
 _LLAMA = ArchitectureRow(
     model_types=(
-        "llama",
-        "mistral",
         "ministral",
         "qwen2",
         "qwen3",
@@ -253,14 +263,29 @@ def _decoder(
     linears: Mapping[str, LinearRole],
     heads: Mapping[str, HeadForm] = MappingProxyType({}),
     lm_head: str = "lm_head",
+    taps: Mapping[str, Tap] = MappingProxyType({}),
+    adapters: Mapping[str, AdapterPoint] = MappingProxyType({}),
 ) -> ArchitectureRow:
     """A row of one stack of decoder layers."""
-    stack = Stack(layers, dict(linears), kind="decoder")
+    stack = Stack(layers, dict(linears), taps=dict(taps), adapters=dict(adapters), kind="decoder")
     return ArchitectureRow(model_types, (stack,), heads=dict(heads), lm_head=lm_head)
 
 
+_LAYER_ADAPTERS = _adapters("attention_adapters.adapters", "output_adapters.adapters")
+
 _DECODERS: tuple[ArchitectureRow, ...] = (
     _LLAMA,
+    replace(  # of this make, those that AdapterHub knows
+        _LLAMA,
+        model_types=("llama", "mistral"),
+        stacks=(
+            replace(
+                _LLAMA_STACK,
+                taps=_pre_norm("input_layernorm", "post_attention_layernorm"),
+                adapters=_LAYER_ADAPTERS,
+            ),
+        ),
+    ),
     _decoder(
         "phi3",
         layers="layers",
@@ -278,6 +303,8 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
         linears=_linears(
             ("attn.c_attn", Fused(QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
         ),
+        taps=_pre_norm("ln_1", "ln_2"),
+        adapters=_LAYER_ADAPTERS,
         heads={
             SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
             TOKEN_CLASSIFICATION: HeadForm(out="classifier", reads=TOKENS_OUT),

@@ -227,7 +227,7 @@ def plan_alignment(
     for (first, second), source, layer in _layer_pairs(teacher, student, stacks, layers):
         if "adapter" in chosen:
             near, far = (Site(at, stack.full("attn.adapter")) for at, stack in ((source, first), (layer, second)))
-            for name in ("attn.in", "attn.output.out", "ffn.in", "ffn.down.out", "layer.out"):
+            for name in ("layer.in", "attn.output.out", "attn.stream", "ffn.down.out", "layer.out"):
                 add(near, far, first.full(name))
         for role in (role for role in chosen if role in teacher.row.linears):
             target = counterpart(Site(source, role), (first, second), layer, experts)

@@ -12,6 +12,12 @@ Spaces of a layer, in the order in which a layer computes them:
     ffn.down.out     what that projection writes, before residual and norm
     layer.out        the layer's output
 
+What bottleneck adapters see of the residual stream, where a row says where they are:
+
+    layer.in         before the attention: attn.in, unless a norm comes between them
+    attn.stream      between the two blocks: ffn.in, unless a norm comes between them
+    layer.out        after both
+
 Between the two blocks of a decoder that also attends to an encoder:
 
     cross.in         what its query reads
