@@ -13,6 +13,7 @@ from peft import AutoPeftModelForTokenClassification, PeftModel
 from safetensors.torch import load_file
 
 import peft_graft
+import test_families
 import tiny
 from conftest import needs_adapters
 from peft_graft.checkpoints import read_checkpoint, resolve
@@ -341,6 +342,23 @@ def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
     peft_graft.transfer(tmp_path / "m", student=world / "shallow", layers="0,1", method="copy", out=tmp_path / "c")
     config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
     assert sorted(config["config"]["reduction_factor"].values()) == [4, 8]
+
+
+@needs_adapters
+@pytest.mark.parametrize("settings", ["double_seq_bn", "par_bn"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "albert", "deberta-v2"])
+def test_bottleneck_adapters_move_to_layers_of_another_make(world, tmp_path, family: str, settings: str) -> None:
+    """What a BERT's adapter reads after a norm, one of a Llama reads before it: each in its own space."""
+    tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings, head=None)
+    config = (test_families.CONFIGS | test_families.ENCODERS)[family]
+    student = tiny.saved(tmp_path / "student", config)
+    graft = peft_graft.transfer(
+        tmp_path / "m", student=student, method="prune-align", text=world / "text.txt", out=tmp_path / "g"
+    )
+    assert graft.report.verification.done
+    spaces = {record.space for site in graft.report.sites for record in site.maps}
+    assert "layer 0 attn.stream" in spaces if settings == "par_bn" else "layer 0 ffn.down.out" in spaces
 
 
 @needs_adapters
