@@ -194,7 +194,7 @@ def _plan_for(
         | {
             "forwards_per_token": forwards,
             "weights_mib": round(sum(size for _, size in costs) / 2**20, 1),
-            "least_seconds": round(operations / _products_per_second(), 1),
+            "least_seconds": round(operations / _products_per_second(), 3),
         }
     )
 
