@@ -24,7 +24,7 @@ from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
 from peft_graft.models import ModelHandle
 from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
-from peft_graft.pipelining import ahead, in_order
+from peft_graft.pipelining import ahead, in_order, shares, side_by_side
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics, Products, check_memory
 from peft_graft.text import Sample
@@ -158,6 +158,7 @@ class Totals:
             for group in groups
         }
         self.nonfinite = 0
+        self._shares = shares(on_processor=device.type == "cpu")
 
     def update(self, of_teacher: Mapping[Space, Tensor], of_student: Mapping[Space, Tensor], batch: _Batch,
                *, held_out: bool) -> None:  # fmt: skip
@@ -168,15 +169,17 @@ class Totals:
         ):
             for space, node in nodes.items():
                 members.setdefault(self.group[node], {})[node] = space, held[space], gather
-        self.nonfinite += max(
-            self.products[held_out, group].update({
+
+        def taken(group: str) -> int:
+            return self.products[held_out, group].update({
                 node: value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
                 if space.name in _SAMPLE_SPACES
                 else gather(value)
-                for node, (space, value, gather) in nodes.items()
-            })
-            for group, nodes in members.items()
-        )  # fmt: skip
+                for node, (space, value, gather) in members[group].items()
+            })  # fmt: skip
+
+        # Groups have no total in common, so they need no order.
+        self.nonfinite += max(side_by_side(taken, members, *self._shares))
 
     def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
         """What methods see, by pair; pairs that are the same tensors share one object."""

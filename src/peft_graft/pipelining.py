@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,6 +13,25 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 #: Items in work at once on a processor: each holds its activations.
 _MOST = 4
+
+
+def shares(*, on_processor: bool) -> tuple[int, int]:
+    """How many items are worked on at once, and with how many of torch's threads each."""
+    workers = min(torch.get_num_threads(), _MOST) if on_processor else 1
+    return workers, torch.get_num_threads() // workers
+
+
+def side_by_side(work: Callable[[_T], _R], items: Iterable[_T], workers: int, share: int) -> list[_R]:
+    """What ``work`` makes of every item, in inference mode, by ``workers`` threads with ``share`` of torch's each."""
+    if workers == 1:
+        return [work(item) for item in items]
+
+    def quietly(item: _T) -> _R:
+        with torch.inference_mode():
+            return work(item)
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        return list(pool.map(quietly, items))
 
 
 def ahead(items: Iterator[_T]) -> Iterator[_T]:
@@ -37,7 +56,7 @@ def in_order(items: Iterator[_T], work: Callable[[_T], _R], *, on_processor: boo
             and not on an accelerator, whose own queue keeps it busy.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, _MOST) if on_processor else 1
+    workers, share = shares(on_processor=on_processor)
     if workers == 1:
         for item in items:
             yield item, work(item)
@@ -47,7 +66,6 @@ def in_order(items: Iterator[_T], work: Callable[[_T], _R], *, on_processor: boo
         with torch.inference_mode():  # which is a thread's own
             return work(item)
 
-    share = threads // workers
     waiting: deque[tuple[_T, Future[_R]]] = deque()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
