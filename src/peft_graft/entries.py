@@ -12,7 +12,7 @@ from peft_graft.architectures import Architecture
 from peft_graft.errors import CheckpointError, ModelError, PlanError
 from peft_graft.formats import adapterhub
 from peft_graft.formats.peft_prompts import PREFIX, PROMPT
-from peft_graft.formats.raw import VIRTUAL, RawCheckpoint
+from peft_graft.formats.raw import VIRTUAL, RawCheckpoint, has_rows
 from peft_graft.modules import (
     EMBEDDED,
     TOKENS_OUT,
@@ -128,8 +128,8 @@ def _of_vocabulary(
     base: Mapping[str, Tensor],
 ) -> Module:  # fmt: skip
     """Trained rows of word embeddings or of an output layer, or a LoRA there."""
-    scale = architecture.embed_scale if site.role == EMBED_ROLE else 1.0
-    if "rows" in values or "token_rows" in values:
+    scale = _vocabulary_scale(site, architecture)
+    if has_rows(values):
         return replace(rows_module(site, values, base.get(f"{architecture.path(site)}.weight")), scale=scale)
     parts = {name.removeprefix("embedding_"): value for name, value in values.items()}
     if parts.keys() != {"A", "B"}:
@@ -149,6 +149,11 @@ def _of_vocabulary(
         )
     reads, writes = (VOCABULARY, EMBEDDED) if site.role == EMBED_ROLE else (TOKENS_OUT, VOCABULARY)
     return LoraModule(site, lora_tensors(parts, reads, writes), scaling=raw.scalings[path] * scale)
+
+
+def _vocabulary_scale(site: Site, architecture: Architecture) -> float:
+    """What the model multiplies the rows of this place by before it uses them."""
+    return architecture.embed_scale if site.role == EMBED_ROLE else 1.0
 
 
 def _part(raw: RawCheckpoint, value: Tensor, site: Site, path: str, name: str, architecture: Architecture) -> Tensor:
@@ -270,7 +275,7 @@ def entries_of(
         if site.role in VOCABULARY_ROLES:
             entries[path] = _entry_of_vocabulary(module, architecture, base)
             if isinstance(module, LoraModule):
-                scalings[path] = module.scaling / (architecture.embed_scale if site.role == EMBED_ROLE else 1.0)
+                scalings[path] = module.scaling / _vocabulary_scale(site, architecture)
             continue
         together.setdefault(path, {})[site.role] = _settled(module, architecture, base)
     for path, parts in together.items():
@@ -298,7 +303,7 @@ def _entry_of_vocabulary(module: Module, architecture: Architecture, base: Mappi
             raise PlanError(
                 "trained rows need the model's own beside them", where=str(module.site), fix="give the whole model"
             )
-        return settled_rows(module, own, architecture.embed_scale if module.site.role == EMBED_ROLE else 1.0)
+        return settled_rows(module, own, _vocabulary_scale(module.site, architecture))
     before = "embedding_" if module.site.role == EMBED_ROLE else ""
     return {f"{before}{name}": tensor.values for name, tensor in module.tensors.items()}
 

@@ -26,12 +26,18 @@ def side_by_side(work: Callable[[_T], _R], items: Iterable[_T], workers: int, sh
     if workers == 1:
         return [work(item) for item in items]
 
-    def quietly(item: _T) -> _R:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        return list(pool.map(_inferring(work), items))
+
+
+def _inferring(work: Callable[[_T], _R]) -> Callable[[_T], _R]:
+    """The same work in inference mode, which is a thread's own."""
+
+    def inside(item: _T) -> _R:
         with torch.inference_mode():
             return work(item)
 
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        return list(pool.map(quietly, items))
+    return inside
 
 
 def ahead(items: Iterator[_T]) -> Iterator[_T]:
@@ -62,10 +68,7 @@ def in_order(items: Iterator[_T], work: Callable[[_T], _R], *, on_processor: boo
             yield item, work(item)
         return
 
-    def quietly(item: _T) -> _R:
-        with torch.inference_mode():  # which is a thread's own
-            return work(item)
-
+    quietly = _inferring(work)
     waiting: deque[tuple[_T, Future[_R]]] = deque()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:

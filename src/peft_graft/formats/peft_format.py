@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_graft.errors import CheckpointError
 from peft_graft.formats import peft_lora, peft_prompts, peft_vectors
-from peft_graft.formats.raw import VIRTUAL, Kind, RawCheckpoint, StudentNames, task_of_class
+from peft_graft.formats.raw import VIRTUAL, Kind, RawCheckpoint, StudentNames, has_rows, task_of_class
 from peft_graft.weights import file_hashes, read_json, read_tensors, write_json, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -146,8 +146,8 @@ def student_config(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     if raw.kind in VIRTUAL:
         return peft_prompts.config_of(raw, config, student)
     config.update((peft_lora if raw.kind == "lora" else peft_vectors).config_of(raw, student))
-    trained_rows = {path for path, values in raw.entries.items() if "rows" in values or "token_rows" in values}
-    return {**config, "target_modules": student.shortest_targets(raw.entries.keys() - trained_rows)}
+    targets = [path for path, values in raw.entries.items() if not has_rows(values)]
+    return {**config, "target_modules": student.shortest_targets(targets)}
 
 
 def _whole(raw: RawCheckpoint) -> list[str]:

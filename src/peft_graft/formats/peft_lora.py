@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError
-from peft_graft.formats.raw import EMBEDDING_NAMES, RawCheckpoint, StudentNames
+from peft_graft.formats.raw import EMBEDDING_NAMES, RawCheckpoint, StudentNames, has_rows
 from peft_graft.modules import rank_stabilised_scaling
 
 #: Options that change what the weights mean; each is refused unless it holds one of these harmless values.
@@ -123,7 +123,7 @@ def check_entries(entries: Mapping[str, Mapping[str, Tensor]], config: Mapping[s
     if not any(factors_of(values) for values in entries.values()):
         raise CheckpointError("the file holds no LoRA factors", where=where, expected="keys that end in lora_A.weight")
     for path, factors in entries.items():
-        if "rows" in factors or "token_rows" in factors:
+        if has_rows(factors):
             continue
         pair = factors_of(factors)
         if pair is None:

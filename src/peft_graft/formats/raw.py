@@ -41,6 +41,13 @@ EMBEDDING_NAMES = (
     "shared",
     *OUTPUT_NAMES,
 )
+
+
+def has_rows(values: Mapping[str, Tensor]) -> bool:
+    """Whether an entry is of trained rows of a vocabulary, all of them or some, and not of factors."""
+    return "rows" in values or "token_rows" in values
+
+
 #: Kinds that put vectors before the text, or among what attention reads; nothing in the model is changed.
 VIRTUAL: tuple[Kind, ...] = ("prompt", "prefix")
 
@@ -88,15 +95,15 @@ class RawCheckpoint:
     @property
     def trains_output(self) -> bool:
         """Whether rows of a language model's output layer were saved, which are no part of the bare model."""
-        paths = [path for path, values in self.entries.items() if "rows" in values or "token_rows" in values]
-        return any(path.rpartition(".")[2] in OUTPUT_NAMES for path in paths)
+        return any(
+            has_rows(values) and path.rpartition(".")[2] in OUTPUT_NAMES for path, values in self.entries.items()
+        )
 
     @property
     def trains_tokens(self) -> bool:
         """Whether tokens were trained, one by one or all, or factors for their embeddings."""
-        parts = ("rows", "token_rows", "embedding_A")
         return any(
-            path.rpartition(".")[2] in EMBEDDING_NAMES or any(part in values for part in parts)
+            path.rpartition(".")[2] in EMBEDDING_NAMES or has_rows(values) or "embedding_A" in values
             for path, values in self.entries.items()
         )
 
