@@ -58,5 +58,7 @@ def _factor(parts: Mapping[str, Tensor], name: str, where: str) -> Tensor:
         return parts[name]
     pair = parts.get(f"{name}_left"), parts.get(f"{name}_right")
     if pair[0] is None or pair[1] is None:
-        raise CheckpointError(f"the compacter lacks its {name}", where=where)
+        raise CheckpointError(
+            f"the compacter lacks its {name}", where=where, fix="save it again with the library's save_adapter"
+        )
     return torch.bmm(pair[0], pair[1])

@@ -81,7 +81,7 @@ def entry(path: str) -> tuple[str, str] | None:
 
 
 def is_copy(path: str) -> bool:
-    """Whether a tensor is no more than the base model's own, saved beside the module."""
+    """Whether a tensor says nothing that no other does: the base model's own, or one that is saved twice."""
     return bool(_COPY.fullmatch(path))
 
 
@@ -110,6 +110,7 @@ def with_token_ids(entries: Mapping[str, dict[str, Tensor]], config: Mapping[str
             raise CheckpointError(
                 f"the rows of {path} and trainable_token_indices disagree",
                 where=where, expected=f"{len(values['token_rows'])} ids", found=len(ids),
+                fix="save the module again with save_pretrained, which writes both",
             )  # fmt: skip
         values["token_ids"] = torch.tensor(ids)
 
