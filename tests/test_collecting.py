@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from peft_graft import statistics
+from peft_graft import layout
 from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.alignment import Pair
 from peft_graft.collecting import (
@@ -22,6 +22,7 @@ from peft_graft.collecting import (
     empty_totals,
 )
 from peft_graft.errors import AlignmentError
+from peft_graft.layout import Layout
 from peft_graft.models import load_model
 from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Space
 from peft_graft.statistics import PairedStatistics
@@ -215,8 +216,23 @@ def test_activations_that_are_not_finite_are_left_out(models) -> None:
 
 def test_statistics_that_do_not_fit_are_refused_before_the_pass(models, monkeypatch) -> None:
     little = namedtuple("Memory", "available")(4000)
-    monkeypatch.setattr(statistics.psutil, "virtual_memory", lambda: little)
+    monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: little)
     pairs = pairs_of(*models, ["attn.in"])
     with pytest.raises(AlignmentError, match="do not fit in memory") as caught:
         collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
-    assert "--sites" in str(caught.value)
+    assert "--method" in str(caught.value)
+
+
+def test_passes_take_neighbouring_layers_together_and_share_tensors(models) -> None:
+    names = ["attn.in", "attn.query.out", "ffn.mid"]
+    wanted = dict.fromkeys(pairs_of(*models, names), ALL)
+    found = Layout.of(*models, wanted)
+    assert found.parts(wanted, 10**9, hold_out=True) == [wanted]
+    room = found.values(wanted, hold_out=True) // 2
+    parts = found.parts(wanted, room, hold_out=True)
+    assert len(parts) > 1
+    assert all(found.values(part, hold_out=True) <= room for part in parts)
+    assert sorted(pair for part in parts for pair in part) == sorted(wanted)
+    layers = [[pair[1].layer for pair in part] for part in parts]
+    assert layers[0][0] == 0
+    assert layers[-1][-1] == -1, "what needs the whole model comes last"

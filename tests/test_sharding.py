@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import peft_graft
-from peft_graft import caching
+from peft_graft import aligning, caching
 from peft_graft.alignment import Alignment
 from peft_graft.alignment_files import load_alignment
 from peft_graft.errors import PlanError
@@ -63,6 +63,32 @@ def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) 
     assert json.loads(done.stdout)["method"] == alone.method, "one process speaks"
     assert_same(alone, load_alignment(tmp_path / "a"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, alone, tmp_path, monkeypatch) -> None:
+    passes: list[int] = []
+    whole, solve = aligning.collect_totals, aligning.solve_alignment
+    monkeypatch.setattr(aligning, "room_of_a_pass", lambda *_: 1)
+    monkeypatch.setattr(aligning, "collect_totals", lambda *a, **k: passes.append(len(a[3])) or whole(*a, **k))
+
+    def again() -> Alignment:
+        return peft_graft.align(
+            world / "teacher", world / "narrow", text=world / "text.txt", method=alone.method, sites=SITES,
+            max_tokens=2500, out=tmp_path / "a",
+        )  # fmt: skip
+
+    def stop_at_the_last(*given: object) -> Alignment:
+        if len(passes) == len(alone.maps):
+            raise KeyboardInterrupt
+        return solve(*given)
+
+    monkeypatch.setattr(aligning, "solve_alignment", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert passes == [1] * len(alone.maps), "every pair of spaces by itself, as nothing fits"
+    monkeypatch.setattr(aligning, "solve_alignment", solve)
+    assert_same(alone, again())
+    assert len(passes) == len(alone.maps) + 1, "what was solved is not streamed again"
 
 
 # A worker of Ray that is killed the first time it comes to its part.

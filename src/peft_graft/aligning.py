@@ -6,17 +6,18 @@ import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from itertools import chain, islice
+from dataclasses import asdict, replace
+from itertools import chain, islice, tee
 from pathlib import Path
 
 from peft_graft.alignment import Alignment, Pair, copy_alignment, solve_alignment
-from peft_graft.alignment_files import save_alignment
+from peft_graft.alignment_files import load_alignment, save_alignment
 from peft_graft.architectures import Architecture
 from peft_graft.caching import AlignmentCache, cache_folder
 from peft_graft.collecting import WHOLE, CollectionSettings, Shard, Totals, Unfinished, check_pairs, collect_totals
 from peft_graft.errors import AlignmentError, PairingError, PlanError
 from peft_graft.experts import SAMPLES, match_experts
+from peft_graft.layout import Layout, Wanted, room_of_a_pass
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
 from peft_graft.modules import TOKENS_OUT, Module
@@ -24,7 +25,7 @@ from peft_graft.planning import expert_pairs, map_axis, plan_alignment
 from peft_graft.preflight import no_text
 from peft_graft.report import hardware, versions
 from peft_graft.settings import UNFINISHED, Clock, Progress, TransferSettings, checked_settings
-from peft_graft.sharding import RayShards, collect_on_ray, this_process, wait_for_others
+from peft_graft.sharding import RayShards, collect_on_ray, least_of_all, this_process, wait_for_others
 from peft_graft.statistics import Moment
 from peft_graft.text import Sample, read_text
 from peft_graft.token_pairing import PairingCounts
@@ -251,11 +252,44 @@ class Aligner:
         return [one for one in found if one] if all(found) else []
 
     def _solved(self, methods: Sequence[Method]) -> list[Alignment]:
-        """Stream once, check, and solve with every method."""
+        """Stream, check, and solve with every method: in one pass, or in as many as their statistics need to fit."""
         check_tokenizers(self.teacher, self.student)
+        parts = self._parts(methods)
+        solved = [self._part(methods, part, last=part is parts[-1]) for part in parts]
+        found = [
+            replace(
+                of_method[0],
+                maps={pair: one for alignment in of_method for pair, one in alignment.maps.items()},
+                diagnostics={pair: one for alignment in of_method for pair, one in alignment.diagnostics.items()},
+            )
+            for of_method in zip(*solved, strict=True)
+        ]
+        if self.cache is not None and self.shard.index == 0:
+            for alignment in found:
+                self.cache.keep(alignment, self.settings.model_dump(mode="json"))
+        return found
+
+    def _parts(self, methods: Sequence[Method]) -> list[Wanted]:
+        """What the methods need, in as many parts as memory asks for; the same in every process."""
+        wanted, hold_out = self._wanted(methods), any(method.holds_out for method in methods)
+        sharers = self.on_ray.shards if self.on_ray else 1
+        room = least_of_all(room_of_a_pass(self.teacher.base.device, sharers), self.shard)
+        return Layout.of(self.teacher, self.student, wanted).parts(wanted, room, hold_out=hold_out)
+
+    def _part(self, methods: Sequence[Method], wanted: Wanted, *, last: bool) -> list[Alignment]:
+        """The alignments of a part of the spaces, by every method, from one pass over the text.
+
+        Those of a part that others follow are kept until all are there, so that a pass is not repeated.
+        """
+        key = self._key(methods, wanted)
+        kept: list[Path] = []
+        if self.work is not None and self.shard.count == 1 and not last:
+            kept = [self.work / f"{key[:16]}-{method.name}" for method in methods]
+            if all(folder.is_dir() for folder in kept):
+                return [load_alignment(folder) for folder in kept]
         settings = self.settings.model_dump(mode="json")
         with self.clock("pairing tokens"):
-            totals, counts = self._totals(methods)
+            totals, counts = self._totals(methods, wanted, last=last)
             statistics = totals.statistics()
         if counts.nonfinite_pairs * 2 > counts.pairs:
             raise PairingError(
@@ -283,24 +317,29 @@ class Aligner:
         models = self.teacher.fingerprint, self.student.fingerprint
         with self.clock("solving alignments"):
             found = [solve_alignment(method, statistics, *models, details) for method in methods]
-        if self.cache is not None and self.shard.index == 0:
-            for alignment in found:
-                self.cache.keep(alignment, settings)
+        for alignment, folder in zip(found, kept, strict=False):
+            save_alignment(alignment, folder, force=True)
         return found
 
-    def _totals(self, methods: Sequence[Method]) -> tuple[Totals, PairingCounts]:
+    def _key(self, methods: Sequence[Method], wanted: Wanted) -> str:
+        """What tells a pass from all others."""
+        models, hold_out = (self.teacher.fingerprint, self.student.fingerprint), any(one.holds_out for one in methods)
+        return hashlib.sha256(repr([*models, self.settings, _stamp(self.text), wanted, hold_out]).encode()).hexdigest()
+
+    def _totals(self, methods: Sequence[Method], wanted: Wanted, *, last: bool) -> tuple[Totals, PairingCounts]:
         assert self.samples is not None
-        wanted, hold_out = self._wanted(methods), any(method.holds_out for method in methods)
+        samples, hold_out = self.samples, any(method.holds_out for method in methods)
+        if not last:  # the next pass goes over the same text
+            samples, self.samples = tee(samples)
         settings = CollectionSettings(max_tokens=self.settings.max_tokens)
-        key = [self.teacher.fingerprint, self.student.fingerprint, self.settings, _stamp(self.text), wanted, hold_out]
-        state = Unfinished(self.work, hashlib.sha256(repr(key).encode()).hexdigest()) if self.work else None
+        state = Unfinished(self.work, self._key(methods, wanted)) if self.work else None
         if self.on_ray:
             return collect_on_ray(
                 self.on_ray, self.teacher, self.student, wanted, settings, self.clock.progress, hold_out=hold_out,
                 unfinished=state,
             )  # fmt: skip
         totals, counts = collect_totals(
-            self.teacher, self.student, self.samples, wanted, settings, self.clock.progress, hold_out=hold_out,
+            self.teacher, self.student, samples, wanted, settings, self.clock.progress, hold_out=hold_out,
             shard=self.shard, unfinished=state,
         )  # fmt: skip
         if self.shard.count > 1:

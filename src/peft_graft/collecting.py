@@ -11,7 +11,7 @@ are those of one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,22 +22,20 @@ from torch import Tensor
 from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
+from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory
 from peft_graft.models import ModelHandle
-from peft_graft.modules import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
+from peft_graft.modules import Space
 from peft_graft.pipelining import ahead, in_order, shares, side_by_side
 from peft_graft.settings import Progress
-from peft_graft.statistics import Moment, PairedStatistics, Products, check_memory
+from peft_graft.statistics import Moment, PairedStatistics, Products
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Block, PairingCounts, pair_tokens
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _HELD_OUT_EVERY = 8
-_SAMPLE_SPACES = {FIRST_OUT, LAST_OUT, POOLED_OUT}
 _SAVE_EVERY = 60.0  # seconds
 _STATE = "pass"
-#: What a method needs of every pair of spaces beside the cross moment.
-Wanted = Mapping[Pair, Collection[Moment]]
 
 
 @dataclass(frozen=True)
@@ -129,24 +127,15 @@ class Totals:
     def __init__(self, of_teacher: Capture, of_student: Capture, wanted: Wanted, *, hold_out: bool) -> None:
         """Find out, by one probe of both models, which spaces are one tensor."""
         self.wanted = wanted
-        self.nodes = [_nodes("teacher", of_teacher), _nodes("student", of_student)]
-        sizes: dict[str, int] = {}
-        products: dict[tuple[str, str], None] = {}
-        for (first, second), moments in wanted.items():
-            teacher, student = self.nodes[0][first], self.nodes[1][second]
-            products[student, teacher] = None
-            sizes[teacher] = of_teacher.model.architecture.size(first)
-            sizes[student] = of_student.model.architecture.size(second)
-            for moment, node in (("teacher", teacher), ("student", student)):
-                if moment in moments:
-                    products[node, node] = None
+        layout = Layout(of_teacher, of_student)
+        self.nodes, sizes, products = layout.nodes, layout.sizes, layout.products(wanted)
         # A regression inverts what it is given, so it is given products in float64.
         precise = any(set(moments) - {"cross"} for moments in wanted.values())
         device = of_teacher.model.base.device
         # Tensors that no product ties together go one group after another, so that few rows are held at a time.
         self.group = _groups(sizes, products)
         groups = sorted(set(self.group.values()))
-        check_memory(sum(sizes[a] * sizes[b] for a, b in products) * (1 + hold_out), device)
+        check_memory(layout.values(wanted, hold_out=hold_out), device)
         self.products = {
             (held_out, group): Products(
                 {name: size for name, size in sizes.items() if self.group[name] == group},
@@ -173,7 +162,7 @@ class Totals:
         def taken(group: str) -> int:
             return self.products[held_out, group].update({
                 node: value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-                if space.name in _SAMPLE_SPACES
+                if space.name in SAMPLE_SPACES
                 else gather(value)
                 for node, (space, value, gather) in members[group].items()
             })  # fmt: skip
@@ -322,7 +311,7 @@ def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatisti
     for (teacher_space, student_space), (fit, held_out) in statistics.items():
         needed, count = max(fit.cross.shape), fit.count + held_out.count
         if count < needed:
-            per_sample = teacher_space.name in _SAMPLE_SPACES
+            per_sample = teacher_space.name in SAMPLE_SPACES
             raise PairingError(
                 f"too few {'samples' if per_sample else 'paired tokens'} for the dimension",
                 where=f"teacher {teacher_space} -> student {student_space}",
@@ -330,20 +319,6 @@ def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatisti
                 found=count,
                 fix="give more text or raise --max-tokens" + (", or use --head drop" if per_sample else ""),
             )
-
-
-def _nodes(side: str, capture: Capture) -> dict[Space, str]:
-    """A name for the tensor behind every captured space, the same for spaces that are one tensor."""
-    model = capture.model
-    rows, _ = tokenize(model, [Sample("a probe of some words")], 16)
-    held = capture.forward(pad(model, rows, model.base.device))
-    names: dict[object, str] = {}
-    return {
-        space: names.setdefault(
-            (value.data_ptr(), tuple(value.shape), value.stride(), space.name in _SAMPLE_SPACES), f"{side} {space.key}"
-        )
-        for space, value in sorted(held.items())
-    }
 
 
 def _groups(names: Iterable[str], products: Iterable[tuple[str, str]]) -> dict[str, str]:

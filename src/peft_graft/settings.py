@@ -109,9 +109,9 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time one stage."""
+        """Time one stage; what is entered again adds to its time."""
         if self.progress:
             self.progress(stage, 0, None)
         start = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)

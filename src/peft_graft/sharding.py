@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_graft.collecting import CollectionSettings, Shard, Totals, Unfinished, Wanted, collect_totals, empty_totals
+from peft_graft.collecting import CollectionSettings, Shard, Totals, Unfinished, collect_totals, empty_totals
 from peft_graft.errors import DependencyError, GraftError, PlanError
+from peft_graft.layout import Wanted
 from peft_graft.models import ModelHandle, load_model
 from peft_graft.settings import Progress
 from peft_graft.text import read_text
@@ -50,6 +51,18 @@ def this_process() -> Shard:
     if not processes.is_initialized():
         processes.init_process_group("gloo")
     return Shard(processes.get_rank(), processes.get_world_size())
+
+
+def least_of_all(value: int, shard: Shard) -> int:
+    """The least of what the processes have each."""
+    if shard.count == 1:
+        return value
+    import torch
+    import torch.distributed as processes
+
+    least = torch.tensor(value)
+    processes.all_reduce(least, processes.ReduceOp.MIN)
+    return int(least)
 
 
 def wait_for_others(shard: Shard) -> None:

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
-
-from peft_graft.errors import AlignmentError
 
 Moment = Literal["cross", "teacher", "student"]
 
@@ -339,20 +336,3 @@ def _add_symmetric(total: Tensor, x: Tensor) -> None:
         total[start:end, start:] += strip
         if end < width:
             total[end:, start:end] += strip[:, end - start :].T
-
-
-def check_memory(values: int, device: torch.device) -> None:
-    """Refuse totals that do not fit, before hours go by.
-
-    Raises:
-        AlignmentError: so many values in float64 are more than the device has free.
-    """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if 8 * values > free:
-        raise AlignmentError(
-            "the statistics do not fit in memory",
-            where=str(device),
-            expected=f"at most {free / 2**30:,.1f} GiB",
-            found=f"{8 * values / 2**30:,.1f} GiB",
-            fix="move some sites at a time with --sites, or name one --method: prune-align needs the least",
-        )
