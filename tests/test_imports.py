@@ -14,8 +14,8 @@ PACKAGE = Path(peft_graft.__file__).parent
 LEVELS = (
     ("errors",),
     ("modules",),
-    ("roles", "norms", "pipelining", "statistics", "task_models", "text", "token_pairing", "weights"),
-    ("families",),
+    ("roles", "norms", "pipelining", "placement", "statistics", "text", "token_pairing", "weights"),
+    ("families", "task_models"),
     ("architectures", "maps", "formats.raw"),
     ("methods", "heads", "layer_maps", "vocabulary"),
     ("alignment", "formats.compacter", "formats.peft_lora", "formats.peft_prompts", "formats.peft_vectors"),

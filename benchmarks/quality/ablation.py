@@ -179,7 +179,7 @@ class Cell:
         self.text = self.data.text(0)
         self.room = open_classroom(
             self.checkpoint, self.first, self.second, self.text, lessons=max(FIT, 32 * args.polish), write=None,
-            device="cpu", bf16=True, clock=Clock(None),
+            bf16=True, clock=Clock(None),
         )  # fmt: skip
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(args.models / names.student)
         self.test = self.data.task.encode(self.data.test, self.tokenizer)
@@ -314,7 +314,7 @@ def _layer_means(model, samples):
     means = [torch.zeros(len(samples), model.architecture.size(space), dtype=torch.float64) for space in wanted]
     with torch.inference_mode(), Capture(model, wanted) as capture:
         for rows in batches([len(row["input_ids"]) for row in inputs]):
-            batch = pad(model, [inputs[row] for row in rows], model.base.device)
+            batch = pad(model, [inputs[row] for row in rows], model.device)
             held, mask = capture.forward(batch), batch["attention_mask"].unsqueeze(-1)
             for mean, space in zip(means, wanted, strict=True):
                 mean[rows] = ((held[space] * mask).sum(1) / mask.sum(1)).double()

@@ -185,8 +185,8 @@ class Bench:
         settings = PolishSettings(steps=POLISH, head_rate=1.0, seed=seed)
         clock = Clock(None)
         room = open_classroom(
-            taught, first, second, text, lessons=max(FIT, POLISH * settings.batch_size), write=None, device="cpu",
-            bf16=True, clock=clock,
+            taught, first, second, text, lessons=max(FIT, POLISH * settings.batch_size), write=None, bf16=True,
+            clock=clock,
         )  # fmt: skip
         start = Outcome(Candidate("fresh", None, fresh, [], None), None, judge(None), {}, {})
         outcome = polished(room, start, settings, work=None, identity="", clock=clock, starts=("moved",))

@@ -49,6 +49,7 @@ def align(
     max_tokens: int = 50_000,
     seed: int = 0,
     device: str = "cpu",
+    student_device: str | None = None,
     dtype: str = "float32",
     ray: str | None = None,
     shards: int | None = None,
@@ -70,7 +71,7 @@ def align(
     Raises:
         GraftError: as for ``transfer``.
     """
-    settings = checked_settings(layers, method, "auto", max_tokens, seed, device, dtype)
+    settings = checked_settings(layers, method, "auto", max_tokens, seed, device, dtype, student_device=student_device)
     chosen = METHODS[method]
     if not chosen.needs_text:
         raise PlanError(f"{method} needs no alignment", where="--method", fix="call transfer without one")
@@ -91,7 +92,7 @@ def align(
     shard = this_process()
     with clock("loading models"):
         first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
-        second = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=True)
+        second = load_model(str(student), device=student_device or device, dtype=dtype, role="student", tokenizer=True)
     if expert_pairs(shapes[0], shapes[1], layers):
         start = list(islice(samples, SAMPLES))
         experts = match_experts(first, second, start, layers)
@@ -101,7 +102,7 @@ def align(
     on_ray = None
     if ray is not None:
         on_ray = RayShards(ray, shards or os.cpu_count() or 1, str(teacher), str(student), str(text), columns, seed,
-                           device, dtype)  # fmt: skip
+                           device, student_device or device, dtype)  # fmt: skip
     aligner = Aligner(
         first, second, pairs, [chosen], samples, None, settings, clock, str(text), directions, lenient=True, work=work,
         cache=AlignmentCache.of(cache_folder(cache), text, columns, seed), shard=shard, on_ray=on_ray,
@@ -273,7 +274,7 @@ class Aligner:
         """What the methods need, in as many parts as memory asks for; the same in every process."""
         wanted, hold_out = self._wanted(methods), any(method.holds_out for method in methods)
         sharers = self.on_ray.shards if self.on_ray else 1
-        room = least_of_all(room_of_a_pass(self.teacher.base.device, sharers), self.shard)
+        room = least_of_all(room_of_a_pass(self.teacher.device, sharers), self.shard)
         return Layout.of(self.teacher, self.student, wanted).parts(wanted, room, hold_out=hold_out)
 
     def _part(self, methods: Sequence[Method], wanted: Wanted, *, last: bool) -> list[Alignment]:

@@ -157,8 +157,13 @@ def to_raw(
     entries, scalings = entries_of(checkpoint.modules, architecture, start, base_tensors or {})
     raw = checkpoint.raw
     head = head_paths(checkpoint.head, raw, architecture, start) if checkpoint.head else {}
-    own = {start + path: tensor for path, tensor in (base_tensors or {}).items()}
-    if all(key in own and torch.equal(own[key], head[key]) for key in head if key in own or ".pooler." in f".{key}"):
+    base = base_tensors or {}
+    own = {start + path: base[path] for path in base if start + path in head}
+    if all(
+        key in own and torch.equal(own[key].to(head[key]), head[key])
+        for key in head
+        if key in own or ".pooler." in f".{key}"
+    ):
         head = {key: tensor for key, tensor in head.items() if key not in own}
     return RawCheckpoint(
         **{

@@ -56,7 +56,10 @@ Columns = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="Paired tokens that the alignment sees at most.")]
 Seed = Annotated[int, typer.Option(help="Of the order in which text is sampled.")]
-Device = Annotated[str, typer.Option(help="Torch device of the forward passes.")]
+Device = Annotated[
+    str, typer.Option(help="Torch device of the forward passes; auto spreads models over what is there (accelerate).")
+]
+StudentDevice = Annotated[str | None, typer.Option(help="The student's, where it is another one.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16, of the forward passes.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")]
 Cache = Annotated[
@@ -127,6 +130,7 @@ def transfer(
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    student_device: StudentDevice = None,
     dtype: Dtype = "float32",
     cache: Cache = None,
     force: Force = False,
@@ -151,6 +155,7 @@ def transfer(
             library=library,
             seed=seed,
             device=device,
+            student_device=student_device,
             dtype=dtype,
             cache=cache,
             force=force,
@@ -177,6 +182,7 @@ def align(
     max_tokens: MaxTokens = 50_000,
     seed: Seed = 0,
     device: Device = "cpu",
+    student_device: StudentDevice = None,
     dtype: Dtype = "float32",
     ray: Annotated[str | None, typer.Option(help="Run on Ray: local for this machine, or a cluster's address.")] = None,
     shards: Annotated[int | None, typer.Option(help="Parts of the text on Ray; one for each CPU by default.")] = None,
@@ -191,8 +197,8 @@ def align(
     with _progress() as progress, _say_how_to_go_on(out):
         found = align_models(
             teacher, student, text=text, out=out, columns=_split(columns), layers=layers, method=method,
-            sites=_split(sites), max_tokens=max_tokens, seed=seed, device=device, dtype=dtype, ray=ray, shards=shards,
-            cache=cache, force=force, progress=progress,
+            sites=_split(sites), max_tokens=max_tokens, seed=seed, device=device, student_device=student_device,
+            dtype=dtype, ray=ray, shards=shards, cache=cache, force=force, progress=progress,
         )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
         show_alignment(found, out, as_json=as_json)

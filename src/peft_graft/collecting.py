@@ -99,6 +99,11 @@ class _Gather:
     def __call__(self, activations: Tensor) -> Tensor:
         """[batch, length, d] -> [blocks, d], float32 at least, a new tensor."""
         flat = activations.flatten(0, 1)
+        if flat.device != self._first.device:  # a layer on another device than the first
+            self._first, self._rest, self._share = (
+                self._first.to(flat.device), tuple(part.to(flat.device) for part in self._rest),
+                self._share.to(flat.device),
+            )  # fmt: skip
         dtype = torch.promote_types(flat.dtype, torch.float32)
         picked = flat.index_select(0, self._first).to(dtype)
         blocks, positions = self._rest
@@ -131,7 +136,7 @@ class Totals:
         self.nodes, sizes, products = layout.nodes, layout.sizes, layout.products(wanted)
         # A regression inverts what it is given, so it is given products in float64.
         precise = any(set(moments) - {"cross"} for moments in wanted.values())
-        device = of_teacher.model.base.device
+        device = of_teacher.model.device
         # Tensors that no product ties together go one group after another, so that few rows are held at a time.
         self.group = _groups(sizes, products)
         groups = sorted(set(self.group.values()))
@@ -147,6 +152,7 @@ class Totals:
             for group in groups
         }
         self.nonfinite = 0
+        self._device = device
         self._shares = shares(on_processor=device.type == "cpu")
 
     def update(self, of_teacher: Mapping[Space, Tensor], of_student: Mapping[Space, Tensor], batch: _Batch,
@@ -161,9 +167,9 @@ class Totals:
 
         def taken(group: str) -> int:
             return self.products[held_out, group].update({
-                node: value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+                node: value.to(self._device, torch.promote_types(value.dtype, torch.float32), copy=True)
                 if space.name in SAMPLE_SPACES
-                else gather(value)
+                else gather(value).to(self._device)
                 for node, (space, value, gather) in members[group].items()
             })  # fmt: skip
 
@@ -279,7 +285,7 @@ def collect_totals(
             return of_teacher.forward(batch.teacher), of_student.forward(batch.student)
 
         stream = ahead((number, batch, counts.pairs) for number, batch in batches)
-        on_processor = all(model.base.device.type == "cpu" for model in (teacher, student))
+        on_processor = all(model.device.type == "cpu" for model in (teacher, student))
         for (number, batch, pairs), seen in in_order(stream, held, on_processor=on_processor):
             if batch is not None and seen is not None:
                 totals.update(*seen, batch, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
@@ -340,15 +346,15 @@ def _mine(
 
 
 def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encoded]) -> _Batch:
-    inputs_t = pad(teacher, [sample.teacher for sample in batch], teacher.base.device)
-    inputs_s = pad(student, [sample.student for sample in batch], student.base.device)
+    inputs_t = pad(teacher, [sample.teacher for sample in batch], teacher.device)
+    inputs_s = pad(student, [sample.student for sample in batch], student.device)
     ranges_t = [[(block.teacher_start, block.teacher_end) for block in sample.blocks] for sample in batch]
     ranges_s = [[(block.student_start, block.student_end) for block in sample.blocks] for sample in batch]
     return _Batch(
         inputs_t,
         inputs_s,
-        _Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.base.device),
-        _Gather(inputs_s["input_ids"].shape[1], ranges_s, student.base.device),
+        _Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.device),
+        _Gather(inputs_s["input_ids"].shape[1], ranges_s, student.device),
     )
 
 

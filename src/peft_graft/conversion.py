@@ -17,6 +17,7 @@ from peft_graft.errors import CheckpointError
 from peft_graft.formats import peft_format
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.models import ModelHandle
+from peft_graft.placement import is_quantised
 from peft_graft.task_models import blank_model, quiet_libraries, with_task_head
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors
 
@@ -45,6 +46,8 @@ def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckp
     heads = _heads(folder, raw)
     rows = list(heads.values())[-1].shape[0] if heads else None
     model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
+    if not is_quantised(teacher.base):
+        model = model.float()
     kind = raw.config["peft_type"]
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")

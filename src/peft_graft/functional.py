@@ -152,7 +152,7 @@ def _gather(model: ModelHandle, inputs: Sequence[Encoded], places: Places, space
     found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
     with torch.inference_mode(), Capture(model, spaces) as capture:
         for rows in batches([len(row["input_ids"]) for row in inputs]):
-            held = capture.forward(pad(model, [inputs[row] for row in rows], model.base.device))
+            held = capture.forward(pad(model, [inputs[row] for row in rows], model.device))
             for space, value in held.items():
                 for index, row in enumerate(rows):
                     found[space][row] = value[index, [start for start, _ in places[row]]].float().cpu()

@@ -117,7 +117,7 @@ def _nodes(side: str, capture: Capture) -> dict[Space, str]:
     """A name for the tensor behind every captured space, the same for spaces that are one tensor."""
     model = capture.model
     rows, _ = tokenize(model, [Sample("a probe of some words")], 16)
-    held = capture.forward(pad(model, rows, model.base.device))
+    held = capture.forward(pad(model, rows, model.device))
     names: dict[object, str] = {}
     return {
         space: names.setdefault(

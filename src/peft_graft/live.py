@@ -20,6 +20,7 @@ from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.formats import adapterhub, peft_format
 from peft_graft.formats.raw import VIRTUAL, RawCheckpoint, StudentNames
 from peft_graft.models import ModelHandle
+from peft_graft.placement import device_of, is_quantised
 from peft_graft.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
 
@@ -88,10 +89,8 @@ class LiveModule:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        device = next(self.model.parameters()).device
-        assert isinstance(device, torch.device)
-        return device
+        """Where its inputs belong."""
+        return device_of(self.model)
 
     @contextmanager
     def _without(self) -> Iterator[Any]:
@@ -165,14 +164,17 @@ def attach(
     labels: tuple[str, ...] = (),
     *,
     trainable: bool = False,
-    device: str = "cpu",
     bf16: bool = False,
 ) -> LiveModule:
-    """Load a written checkpoint into a float32 copy of its model with the checkpoint's own library.
+    """Load a written checkpoint into a copy of its model, where that is, with the checkpoint's own library.
+
+    The copy shares the model's matrices unless those are float16, in which nothing can be trained: then it is float32.
+    What is trained is float32 in any case.
 
     Args:
         folder: the checkpoint. raw: what is in it. handle: its base model, not touched. labels: names of its classes.
-        trainable: whether module and head shall require gradients.
+        trainable: whether module and head shall require gradients. bf16: compute in bfloat16 also where the weights
+            are float32.
 
     Raises:
         VerificationError: the library cannot load it, or found keys missing or unexpected.
@@ -187,8 +189,10 @@ def attach(
     with _quiet():
         load = _attach_peft if raw.format == "peft" else _attach_adapterhub
         live = load(folder, raw, handle, labels, trainable)
-    live.model.to(device).eval()
-    live.bf16 = bf16
+    live.model.eval()
+    live.bf16 = bf16 or is_quantised(live.base) or live.base.dtype != torch.float32
+    for value in live.trainable().values():
+        value.data = value.data.float()
     return live
 
 
@@ -199,13 +203,12 @@ def attach_raw(
     labels: tuple[str, ...] = (),
     *,
     trainable: bool = False,
-    device: str = "cpu",
     bf16: bool = False,
 ) -> LiveModule:
     """The same for a checkpoint that has not been written yet; ``names`` is what a written one says of the model."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), raw, names)
-        return attach(Path(folder), raw, handle, labels, trainable=trainable, device=device, bf16=bf16)
+        return attach(Path(folder), raw, handle, labels, trainable=trainable, bf16=bf16)
 
 
 def _attach_peft(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,8 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_graft.architectures import Architecture, describe, heads_of
-from peft_graft.errors import DeviceError, ModelError
+from peft_graft.errors import ModelError
 from peft_graft.formats.raw import StudentNames, task_of_class
+from peft_graft.placement import (
+    AUTO_DEVICE,
+    BaseTensors,
+    check_device,
+    device_of,
+    is_quantised,
+    is_spread,
+    keep_trainable,
+)
 from peft_graft.roles import LM_HEAD_ROLE
 from peft_graft.task_models import blank_model, prefix_of, quiet_libraries, take_parts
 
@@ -54,7 +63,12 @@ class ModelHandle:
         """See ``fingerprint``; taken once."""
         return fingerprint(self.base)
 
-    def base_tensors(self, *, output: bool = False) -> dict[str, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs belong."""
+        return device_of(self.base)
+
+    def base_tensors(self, *, output: bool = False) -> Mapping[str, Tensor]:
         """The base model's tensors by path, without those that were initialised at random.
 
         Args:
@@ -63,44 +77,22 @@ class ModelHandle:
         Raises:
             ModelError: there is no language model of this name to take it from.
         """
-        found = {name: value for name, value in self.base.state_dict().items() if name not in self.missing}
         path = self.architecture.vocabulary.get(LM_HEAD_ROLE)
         if output and path:
             if self.output is None:
                 self.output = self._output_weight()
-            found[f"{path}.weight"] = self.output
-        return found
+            return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
+        return BaseTensors(self.base, self.missing, {})
 
     def _output_weight(self) -> Tensor:
         if getattr(self.base.config, "tie_word_embeddings", False):
-            weight = self.base.get_input_embeddings().weight
+            weight = _word_embeddings(self.base)
         else:
             with _loading(self.name, "output layer of"):
                 model = transformers.AutoModelForCausalLM.from_pretrained(self.name, dtype=self.base.dtype)
             weight = model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight.detach()
-
-
-def check_device(device: str) -> torch.device:
-    """The device by its torch name (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
-
-    Raises:
-        DeviceError: no such device on this machine.
-    """
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = ["cpu"]
-        if torch.cuda.is_available():
-            available += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        if torch.backends.mps.is_available():
-            available.append("mps")
-        raise DeviceError(
-            "no such device", where=f"--device {device}", found=f"available: {', '.join(available)}"
-        ) from error
-    return chosen
 
 
 def load_config(name: str, role: str = "model") -> PretrainedConfig:
@@ -149,7 +141,8 @@ def load_model(
     """Load a base model in evaluation mode.
 
     Args:
-        name: folder or hub id. device: torch name. dtype: of weights and forward passes, one of ``DTYPES``.
+        name: folder or hub id. device: torch name, or ``auto`` for accelerate's choice for every layer.
+        dtype: of weights and forward passes, one of ``DTYPES``; of what is not quantised in a quantised model.
         role: ``teacher`` or ``student``, for messages. tokenizer: whether to load its tokenizer too.
 
     Raises:
@@ -159,20 +152,31 @@ def load_model(
     """
     place = check_device(device)
     with _loading(name, role):
-        base, missing = _load_base(name, DTYPES[dtype])
-    base = base.to(place).eval()
+        base, missing = _load_base(name, DTYPES[dtype], place)
+    if not is_quantised(base) and not is_spread(base):
+        base = base.to(device_of(base) if place is None else place)
+    keep_trainable(base)
+    base = base.eval()
     architecture = describe(base, base.config.model_type, prefix_of(base))
     own = load_tokenizer(name, role) if tokenizer else None
     return ModelHandle(name, base, architecture, own, missing)
 
 
-def _load_base(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, frozenset[str]]:
+def _load_base(name: str, dtype: torch.dtype, place: torch.device | None) -> tuple[PreTrainedModel, frozenset[str]]:
     """A bare model, and the names of its tensors that are not in the checkpoint.
+
+    Args:
+        place: where it goes, None for accelerate's choice.
 
     Raises:
         ModelError: most of them are not.
     """
-    base, info = transformers.AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if place is None:
+        options["device_map"] = AUTO_DEVICE
+    elif hasattr(transformers.AutoConfig.from_pretrained(name), "quantization_config"):
+        options["device_map"] = {"": place}  # cannot be moved once it is loaded
+    base, info = transformers.AutoModel.from_pretrained(name, **options)
     missing = frozenset(info["missing_keys"])
     if 2 * len(missing) <= len(base.state_dict()):
         return base, missing
@@ -181,7 +185,7 @@ def _load_base(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, frozense
         whole = getattr(transformers, saved, None)
         if whole is None or whole is type(base):
             continue
-        model, info = whole.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, info = whole.from_pretrained(name, **options)
         prefix = f"{prefix_of(model)}."
         missing = frozenset(key.removeprefix(prefix) for key in info["missing_keys"] if key.startswith(prefix))
         inside = getattr(model, prefix.rstrip("."), None)
@@ -244,6 +248,7 @@ def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, n
             where=name or type(model).__name__,
             fix="load the base model anew, without its module",
         )
+    keep_trainable(base)
     architecture = describe(base, base.config.model_type, prefix_of(base))
     output = model.get_output_embeddings() if task_of_class(type(model).__name__) == "causal-lm" else None
     return ModelHandle(
@@ -258,10 +263,11 @@ def fingerprint(base: nn.Module) -> str:
     It tells models apart in time independent of their size, and does not change with the file they came from.
     """
     digest = hashlib.sha256()
+    stored = BaseTensors(base, frozenset(), {})
     for name, value in sorted(base.named_parameters()):
         if name.startswith("pooler."):  # task models may lack it
             continue
-        flat = value.detach().flatten()
+        flat = (stored[name] if value.is_meta else value.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(sample.numpy().tobytes())
@@ -273,13 +279,21 @@ def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 409
 
     Near 1 for a model and one made from it (distilled, pruned, tuned further), near 0 for unrelated ones.
     """
-    first, second = (model.get_input_embeddings().weight.detach() for model in (teacher, student))  # type: ignore[operator]
+    first, second = (_word_embeddings(model) for model in (teacher, student))
     if first.shape != second.shape:
         return None
     step = max(1, len(first) // rows)
     return float(
         nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean()
     )
+
+
+def _word_embeddings(model: nn.Module) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if not weight.is_meta:
+        return weight.detach()
+    name = next(name for name, value in model.named_parameters() if value is weight)
+    return BaseTensors(model, frozenset(), {})[name]
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def predict(
                 progress("asking the teacher", done, len(samples))
         if kind == "hidden":
             for rows in batches([len(row["input_ids"]) for row in inputs_s]):
-                batch = pad(student, [inputs_s[row] for row in rows], student.base.device)
+                batch = pad(student, [inputs_s[row] for row in rows], student.device)
                 state = student.base(**batch).last_hidden_state
                 for index, row in enumerate(rows):
                     targets[row] = pooled(state[index], places_s[row]).float().cpu() + shift[row]

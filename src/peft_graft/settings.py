@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from peft_graft.errors import PlanError
 from peft_graft.methods import METHODS
-from peft_graft.models import DTYPES, check_device
+from peft_graft.models import DTYPES
+from peft_graft.placement import check_device
 
 #: (stage, done, total or None) -> None
 Progress = Callable[[str, int, int | None], None]
@@ -38,7 +39,9 @@ class TransferSettings(BaseModel):
         seed: of the order in which text is sampled.
         sites: which modules to move, by role or layer and role with wildcards (``attn.value``, ``0/*``); None for all.
         library: the library to write for, ``peft`` or ``adapters``; None for the module's own.
-        device, dtype: of the forward passes; statistics are float64 in any case.
+        device: of the forward passes, by its torch name; ``auto`` lets accelerate spread models over what is there.
+        student_device: the same for the student, where it is another.
+        dtype: of the forward passes; statistics are float64 in any case.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +54,7 @@ class TransferSettings(BaseModel):
     sites: tuple[str, ...] | None = None
     library: str | None = None
     device: str = "cpu"
+    student_device: str | None = None
     dtype: str = "float32"
 
 
@@ -65,6 +69,7 @@ def checked_settings(
     polish: int | None = None,
     sites: Sequence[str] | None = None,
     library: str | None = None,
+    student_device: str | None = None,
 ) -> TransferSettings:
     """Settings whose every choice exists.
 
@@ -85,7 +90,8 @@ def checked_settings(
         raise PlanError("must be positive", where="--max-tokens", found=max_tokens)
     if polish is not None and polish < 0:
         raise PlanError("must not be negative", where="--polish", found=polish)
-    check_device(device)
+    for place in (device, student_device or device):
+        check_device(place)
     return TransferSettings(
         layers=layers,
         method=method,
@@ -96,6 +102,7 @@ def checked_settings(
         sites=tuple(sites) if sites else None,
         library=library,
         device=device,
+        student_device=student_device,
         dtype=dtype,
     )
 

@@ -28,7 +28,8 @@ class RayShards:
 
     Attributes:
         address: of the cluster, or ``local`` to use this machine. shards: number of parts.
-        teacher, student: names that every node can load. text, columns, seed, device, dtype: as for ``align``.
+        teacher, student: names that every node can load.
+        text, columns, seed, device, student_device, dtype: as for ``align``.
     """
 
     address: str
@@ -39,6 +40,7 @@ class RayShards:
     columns: Sequence[str] | None
     seed: int
     device: str
+    student_device: str
     dtype: str
 
 
@@ -114,7 +116,7 @@ def collect_on_ray(
         PlanError: no node has room for a part.
     """
     ray = start_ray(plan.address)
-    gpus = int(plan.device.startswith("cuda"))
+    gpus = len({place for place in (plan.device, plan.student_device) if place.startswith("cuda")})
     room = ray.cluster_resources()
     if room.get("CPU", 0) < 1 or room.get("GPU", 0) < gpus:
         raise PlanError(
@@ -156,8 +158,11 @@ def _part(
 ) -> tuple[dict[str, Tensor], PairingCounts]:
     """One part on a worker."""
     teacher, student = (
-        load_model(name, device=plan.device, dtype=plan.dtype, role=role, tokenizer=True)
-        for name, role in ((plan.teacher, "teacher"), (plan.student, "student"))
+        load_model(name, device=device, dtype=plan.dtype, role=role, tokenizer=True)
+        for name, device, role in (
+            (plan.teacher, plan.device, "teacher"),
+            (plan.student, plan.student_device, "student"),
+        )
     )
     samples = read_text(plan.text, plan.columns, plan.seed)
     totals, counts = collect_totals(

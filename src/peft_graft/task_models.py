@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
+from peft_graft.placement import device_of, is_quantised, is_spread
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,15 +44,19 @@ def blank_model(config: PretrainedConfig, task: str) -> PreTrainedModel:
 def with_task_head(
     base: PreTrainedModel, task: str, labels: tuple[str, ...] = (), num_labels: int | None = None
 ) -> PreTrainedModel:
-    """A task model around a copy of this base model, float32 on the CPU, its head filled with zeros.
+    """A task model around a copy of this base model, where that is, its head filled with zeros in float32.
 
     It is what a checkpoint is loaded into to see whether it loads, or to be trained; the model itself is not touched.
+    The copy shares the values of the model's matrices, but for a float16 one, which becomes float32.
     """
     config = copy.deepcopy(base.config)
     set_labels(config, labels, num_labels)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
-    base = _copied(base).float().cpu()
+    device = device_of(base)
+    base = _copied(base)
+    if base.dtype == torch.float16 and not is_quantised(base) and not is_spread(base):
+        base = base.float()
     model = blank_model(config, task)
     if type(model) is type(base):
         return base
@@ -66,11 +71,11 @@ def with_task_head(
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape)))
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape, device=device)))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             model.get_submodule(name.rpartition(".")[0]).register_buffer(
-                name.rpartition(".")[2], torch.zeros(buffer.shape)
+                name.rpartition(".")[2], torch.zeros(buffer.shape, device=device)
             )
     return model.eval()
 
@@ -97,12 +102,20 @@ def _copied(base: PreTrainedModel) -> PreTrainedModel:
 
     What libraries train of a base model's own they copy first, but for vectors (biases, norms); those are copied here.
     """
-    shared: dict[int, Any] = {
-        id(value): nn.Parameter(value.detach(), requires_grad=value.requires_grad)
-        for value in base.parameters()
-        if value.ndim > 1
-    }
+    shared: dict[int, Any] = {id(value): _twin(value) for value in base.parameters() if value.ndim > 1}
+    for module in base.modules():  # what accelerate has offloaded
+        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        shared |= {id(stored): stored} if stored is not None else {}
     return copy.deepcopy(base, shared)
+
+
+def _twin(value: nn.Parameter) -> nn.Parameter:
+    """Another parameter of the same values, with all else that one of bitsandbytes holds."""
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return value  # one of torchao is only a shell around its values, which nothing changes
+    twin = torch.Tensor._make_subclass(type(value), value.data, value.requires_grad and not value.is_inference())
+    twin.__dict__.update(value.__dict__)
+    return twin
 
 
 def complete(config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

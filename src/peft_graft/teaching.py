@@ -84,15 +84,13 @@ class Classroom:
     lessons: Predictions
     held_out: Predictions
     labels: tuple[str, ...]
-    device: str
     bf16: bool
 
     def live(self, checkpoint: PeftCheckpoint, *, trainable: bool = False) -> LiveModule:
         """The student with a checkpoint inside."""
         raw = checkpoint_of_student(checkpoint, self.student)
         names = written_names(self.student, raw.task)
-        return attach_raw(raw, names, self.student, self.labels, trainable=trainable, device=self.device,
-                          bf16=self.bf16)  # fmt: skip
+        return attach_raw(raw, names, self.student, self.labels, trainable=trainable, bf16=self.bf16)
 
     def with_fitted_head(self, checkpoint: PeftCheckpoint) -> tuple[PeftCheckpoint, dict[str, float]]:
         """The checkpoint with its head fitted to the teacher's predictions, and the report of the fit."""
@@ -124,7 +122,6 @@ def open_classroom(
     *,
     lessons: int,
     write: Alignment | None,
-    device: str,
     bf16: bool,
     clock: Clock,
 ) -> Classroom:
@@ -143,7 +140,7 @@ def open_classroom(
     labels = checkpoint.head.labels if checkpoint.head else ()
     with clock("asking the teacher"):
         names = written_names(teacher, checkpoint.raw.task)
-        module = attach_raw(checkpoint.raw, names, teacher, labels, device=device, bf16=bf16)
+        module = attach_raw(checkpoint.raw, names, teacher, labels, bf16=bf16)
         found = predict(
             teacher,
             student,
@@ -153,9 +150,7 @@ def open_classroom(
             write=(lambda shift: write.map((TOKENS, TOKENS)).apply(shift, 1, "write")) if write else None,
             progress=clock.progress,
         )
-    return Classroom(
-        module, chosen[judging:], student, found.part(judging), found.part(0, judging), labels, device, bf16
-    )
+    return Classroom(module, chosen[judging:], student, found.part(judging), found.part(0, judging), labels, bf16)
 
 
 def held_out_size(samples: int) -> int:

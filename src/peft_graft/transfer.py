@@ -90,6 +90,7 @@ def transfer(
     library: str | None = None,
     seed: int = 0,
     device: str = "cpu",
+    student_device: str | None = None,
     dtype: str = "float32",
     cache: bool | None = None,
     force: bool = False,
@@ -107,7 +108,7 @@ def transfer(
         text: unlabelled text (``text.read_text``) to align, fit, polish and judge on, with ``columns``; ``max_tokens``
             limits what the alignment sees.
         alignment: a saved alignment of the two models, or a live one; no text is needed then.
-        head, polish, sites, library, seed, device, dtype: see ``TransferSettings``.
+        head, polish, sites, library, seed, device, student_device, dtype: see ``TransferSettings``.
         cache: keep alignments and use kept ones (``caching``); when None, where PEFT_GRAFT_CACHE names a folder.
         force: replace ``out`` if it exists.
         progress: called as (stage, done, total).
@@ -119,7 +120,8 @@ def transfer(
         GraftError: one of its kinds, naming the site or option, what was expected, what came and the fix. All that
             can be known without weights is checked before any weights are loaded.
     """
-    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish, sites, library)
+    settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish, sites, library,
+                                student_device)  # fmt: skip
     if out is not None:
         check_output(Path(out), force=force)
     folder = locate(module)
@@ -140,7 +142,9 @@ def transfer(
     with clock("loading models"):
         needs_tokens = text is not None or raw.trains_tokens
         teacher_model = load_model(teacher_name, device=device, dtype=dtype, role="teacher", tokenizer=needs_tokens)
-        student_model = load_model(str(student), device=device, dtype=dtype, role="student", tokenizer=needs_tokens)
+        student_model = load_model(
+            str(student), device=student_device or device, dtype=dtype, role="student", tokenizer=needs_tokens
+        )
     if converting:
         with clock("converting to LoRA"):
             raw = as_lora(folder, raw, teacher_model)
@@ -296,7 +300,7 @@ def _transfer(
             whole, teacher, student, pool,
             lessons=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
             write=None if checkpoint.head else aligner.alignment(_writer(maps_of)),
-            device=settings.device, bf16=settings.dtype == "bfloat16", clock=clock,
+            bf16=settings.dtype == "bfloat16", clock=clock,
         )  # fmt: skip
         outcome = best_graft(room, [partial(candidate, method) for method in methods], settings.head, clock)
         if len(methods) > 1:

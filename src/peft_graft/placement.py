@@ -1,0 +1,107 @@
+"""Where a model's weights lie and how they are read: on one device, spread over several, offloaded, quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from peft_graft.errors import DeviceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: A choice of device that leaves it to accelerate where every layer goes.
+AUTO_DEVICE = "auto"
+
+
+def check_device(device: str) -> torch.device | None:
+    """The device by its torch name (``cpu``, ``cuda``, ``cuda:1``, ``mps``); None for ``auto``.
+
+    Raises:
+        DeviceError: no such device on this machine.
+    """
+    if device == AUTO_DEVICE:
+        return None
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = ["auto", "cpu"]
+        if torch.cuda.is_available():
+            available += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            available.append("mps")
+        raise DeviceError(
+            "no such device", where=f"--device {device}", found=f"available: {', '.join(available)}"
+        ) from error
+    return chosen
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model's inputs belong and its outputs come back, also when its weights wait elsewhere."""
+    for module in model.modules():  # the first that computes, if accelerate has placed them
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return torch.device(model.device)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether transformers loaded the model with quantised weights."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether the model must stay where accelerate put it: on several devices, or offloaded."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on a processor, which serves inference and stops all learning."""
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+class BaseTensors(Mapping[str, Tensor]):
+    """A base model's tensors by path, each read when it is asked for.
+
+    One that is offloaded is fetched, and one that is quantised is dequantised, so that nothing is held twice.
+
+    Args:
+        model: the base model. missing: names to leave out. more: further tensors by path.
+    """
+
+    def __init__(self, model: nn.Module, missing: frozenset[str], more: Mapping[str, Tensor]) -> None:
+        self._model, self._more = model, more
+        kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
+        self._names = [name for name in model.state_dict() if name in kept - missing]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._more:
+            return self._more[name]
+        if name not in self._names:
+            raise KeyError(name)
+        path, _, leaf = name.rpartition(".")
+        owner = self._model.get_submodule(path)
+        value: Tensor = getattr(owner, leaf)
+        if value.is_meta and getattr(owner, "_hf_hook", None) is not None:
+            from accelerate.utils import align_module_device
+
+            with align_module_device(owner):
+                return getattr(owner, leaf).detach().clone()  # type: ignore[no-any-return]
+        if leaf == "weight" and is_quantised(self._model):
+            from peft.utils.integrations import dequantize_module_weight
+
+            value = dequantize_module_weight(owner)
+        return value.detach()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._more
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._more)
