@@ -145,7 +145,7 @@ def test_layers_past_the_last_needed_one_are_not_computed(models) -> None:
     found, _ = collect(teacher, student, samples(), {pair: []}, SETTINGS)
     for hook in hooks:
         hook.remove()
-    assert ran == [1, 1], "once, for the probe"
+    assert ran == [2, 2], "once for each of the probes"
     expected = straightforward(teacher, student, samples(), [pair], SETTINGS)
     assert_close(expected[pair], found[pair][0], 1e-5)
 

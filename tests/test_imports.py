@@ -24,6 +24,7 @@ LEVELS = (
     ("checkpoints", "conversion"),
     ("activations", "planning", "live", "libraries"),
     ("predictions", "verification", "layout", "caching"),
+    ("gathering",),
     ("collecting",),
     ("agreement", "fitting", "sharding", "experts"),
     ("directions", "functional", "polishing", "preflight", "inspection"),

@@ -30,7 +30,6 @@ import transformers
 from scipy.optimize import linear_sum_assignment
 
 from peft_graft import collecting
-from peft_graft.activations import Capture
 from peft_graft.aligning import align, directions_of_roles
 from peft_graft.methods import METHODS, assign_by_correlation
 from peft_graft.models import load_model
@@ -258,9 +257,7 @@ def needed(teacher, student, roles, method, rows, samples):
     pairs = plan_alignment(teacher.architecture, student.architecture, roles=roles)
     directions = directions_of_roles(student.architecture, roles)
     wanted = {pair: METHODS[method].moments_for(directions.get(pair[1].name, ("read", "write"))) for pair in pairs}
-    with torch.inference_mode(), Capture(teacher, (a for a, _ in wanted)) as first, \
-            Capture(student, (b for _, b in wanted)) as second:  # fmt: skip
-        totals = collecting.Totals(first, second, wanted, hold_out=False)
+    totals = collecting.empty_totals(teacher, student, wanted, hold_out=False)
     flops = 0
     for (_, group), products in totals.products.items():
         count = samples if group.split()[1] in GLOBAL_SPACES and not group.endswith(TOKENS_OUT) else rows

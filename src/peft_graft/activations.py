@@ -19,6 +19,10 @@ from peft_graft.token_pairing import Span, trimmed_spans
 _OF_OUTPUT = {TOKENS_OUT, FIRST_OUT, LAST_OUT, POOLED_OUT}
 
 
+#: (space, its activations) -> what is kept of them.
+Take = Callable[[Space, Tensor], Tensor]
+
+
 class _EnoughError(Exception):
     """Everything has been captured; what the model would still compute is not needed."""
 
@@ -98,36 +102,40 @@ class Capture:
         held = getattr(self._now, "held", None)
         if held is None:  # not our forward pass: another capture's, of the same model
             return
-        held[space] = value
+        if value.ndim == 2:  # OPT's feed-forward block sees all tokens in one row
+            value = value.view(*self._now.shape, value.shape[-1])
+        held[space] = self._now.take(space, value)
         self._now.captures += 1
         if self._now.captures == self._enough:
             raise _EnoughError
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[Space, Tensor]:
-        """Run one padded batch and return what was captured; several threads may do so at once."""
+    def forward(self, inputs: Mapping[str, Tensor], take: Take | None = None) -> dict[Space, Tensor]:
+        """Run one padded batch and return what was captured; several threads may do so at once.
+
+        Args:
+            take: makes of a space's activations what is returned of them, while the model goes on.
+        """
         held: dict[Space, Tensor] = {}
-        self._now.held, self._now.captures = held, 0
+        take = take or (lambda _, value: value)
+        self._now.held, self._now.captures, self._now.take = held, 0, take
+        self._now.shape = inputs["input_ids"].shape
         output: Any = None
         try:
             output = self.model.base(**inputs)
             self._enough = self._now.captures if self.stop else None
         except _EnoughError:
             pass
-        shape = inputs["input_ids"].shape
-        for space, value in held.items():
-            if value.ndim == 2:  # OPT's feed-forward block sees all tokens in one row
-                held[space] = value.view(*shape, value.shape[-1])
         for space in self.spaces:
             if space.name == TOKENS_OUT:
-                held[space] = output.last_hidden_state
+                held[space] = take(space, output.last_hidden_state)
             elif space.name == FIRST_OUT:
-                held[space] = output.last_hidden_state[:, 0]
+                held[space] = take(space, output.last_hidden_state[:, 0])
             elif space.name == LAST_OUT:
                 state = output.last_hidden_state
                 last = inputs["attention_mask"].sum(1) - 1 if "attention_mask" in inputs else -1
-                held[space] = state[torch.arange(len(state), device=state.device), last]
+                held[space] = take(space, state[torch.arange(len(state), device=state.device), last])
             elif space.name == POOLED_OUT:
-                held[space] = output.pooler_output
+                held[space] = take(space, output.pooler_output)
         self._now.held = None
         return held
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
-from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory
+from peft_graft.gathering import Gather, RowMemory, rows_of
+from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, probe
 from peft_graft.models import ModelHandle
-from peft_graft.modules import Space
 from peft_graft.pipelining import ahead, in_order, shares, side_by_side
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics, Products
@@ -33,6 +33,7 @@ from peft_graft.token_pairing import Block, PairingCounts, pair_tokens
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
+_BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
 _SAVE_EVERY = 60.0  # seconds
 _STATE = "pass"
@@ -45,12 +46,13 @@ class CollectionSettings:
     Attributes:
         max_tokens: stop after this many paired tokens.
         max_length: tokens of a sample at most, special tokens included; longer samples are cut.
-        batch_tokens: padded tokens of a batch at most, for the longer of the two tokenisations.
+        batch_tokens: padded tokens of a batch at most, for the longer of the two tokenisations; when None few on a
+            processor, which touches less memory so, and more on an accelerator, which is kept busy by them.
     """
 
     max_tokens: int = 50_000
     max_length: int = 128
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,42 +87,14 @@ class _Encoded:
         return max(len(self.teacher["input_ids"]), len(self.student["input_ids"]))
 
 
-class _Gather:
-    """Picks token activations out of a padded batch and averages those of one block."""
-
-    def __init__(self, width: int, ranges: Sequence[Sequence[tuple[int, int]]], device: torch.device) -> None:
-        spans = [(row * width + start, end - start) for row, part in enumerate(ranges) for start, end in part]
-        rest = [(block, first + index) for block, (first, size) in enumerate(spans) for index in range(1, size)]
-        self.count = len(spans)
-        self._first = torch.tensor([first for first, _ in spans], dtype=torch.int64, device=device)
-        self._rest = torch.tensor(rest, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-        self._share = 1 / torch.tensor([float(size) for _, size in spans], device=device).unsqueeze(1)
-
-    def __call__(self, activations: Tensor) -> Tensor:
-        """[batch, length, d] -> [blocks, d], float32 at least, a new tensor."""
-        flat = activations.flatten(0, 1)
-        if flat.device != self._first.device:  # a layer on another device than the first
-            self._first, self._rest, self._share = (
-                self._first.to(flat.device), tuple(part.to(flat.device) for part in self._rest),
-                self._share.to(flat.device),
-            )  # fmt: skip
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        picked = flat.index_select(0, self._first).to(dtype)
-        blocks, positions = self._rest
-        if len(blocks):
-            picked.index_add_(0, blocks, flat.index_select(0, positions).to(dtype))
-            picked *= self._share
-        return picked
-
-
 @dataclass
 class _Batch:
     """One batch, ready for both models."""
 
     teacher: dict[str, Tensor]
     student: dict[str, Tensor]
-    gather_teacher: _Gather
-    gather_student: _Gather
+    gather_teacher: Gather
+    gather_student: Gather
 
 
 class Totals:
@@ -129,14 +103,11 @@ class Totals:
     Mergeable with those of other parts of the batches, and storable.
     """
 
-    def __init__(self, of_teacher: Capture, of_student: Capture, wanted: Wanted, *, hold_out: bool) -> None:
-        """Find out, by one probe of both models, which spaces are one tensor."""
+    def __init__(self, layout: Layout, wanted: Wanted, device: torch.device, *, hold_out: bool) -> None:
         self.wanted = wanted
-        layout = Layout(of_teacher, of_student)
         self.nodes, sizes, products = layout.nodes, layout.sizes, layout.products(wanted)
         # A regression inverts what it is given, so it is given products in float64.
         precise = any(set(moments) - {"cross"} for moments in wanted.values())
-        device = of_teacher.model.device
         # Tensors that no product ties together go one group after another, so that few rows are held at a time.
         self.group = _groups(sizes, products)
         groups = sorted(set(self.group.values()))
@@ -152,29 +123,17 @@ class Totals:
             for group in groups
         }
         self.nonfinite = 0
-        self._device = device
         self._shares = shares(on_processor=device.type == "cpu")
 
-    def update(self, of_teacher: Mapping[Space, Tensor], of_student: Mapping[Space, Tensor], batch: _Batch,
-               *, held_out: bool) -> None:  # fmt: skip
-        """Take in what was captured of one batch."""
-        members: dict[str, dict[str, tuple[Space, Tensor, _Gather]]] = {}
-        for nodes, held, gather in zip(
-            self.nodes, (of_teacher, of_student), (batch.gather_teacher, batch.gather_student), strict=True
-        ):
-            for space, node in nodes.items():
-                members.setdefault(self.group[node], {})[node] = space, held[space], gather
-
-        def taken(group: str) -> int:
-            return self.products[held_out, group].update({
-                node: value.to(self._device, torch.promote_types(value.dtype, torch.float32), copy=True)
-                if space.name in SAMPLE_SPACES
-                else gather(value).to(self._device)
-                for node, (space, value, gather) in members[group].items()
-            })  # fmt: skip
-
+    def update(self, rows: Mapping[str, Tensor], *, held_out: bool) -> None:
+        """Take in the rows of one batch by their tensors' names; they are overwritten."""
+        members: dict[str, dict[str, Tensor]] = {}
+        for node, value in rows.items():
+            members.setdefault(self.group[node], {})[node] = value
         # Groups have no total in common, so they need no order.
-        self.nonfinite += max(side_by_side(taken, members, *self._shares))
+        self.nonfinite += max(
+            side_by_side(lambda group: self.products[held_out, group].update(members[group]), members, *self._shares)
+        )
 
     def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
         """What methods see, by pair; pairs that are the same tensors share one object."""
@@ -268,27 +227,40 @@ def collect_totals(
     """
     settings = settings or CollectionSettings()
     counts = PairingCounts()
+    layout, device = Layout.of(teacher, student, wanted), teacher.device
     with (
         torch.inference_mode(),
-        Capture(teacher, (pair[0] for pair in wanted), stop=True) as of_teacher,
-        Capture(student, (pair[1] for pair in wanted), stop=True) as of_student,
+        Capture(teacher, layout.spaces[0], stop=True) as of_teacher,
+        Capture(student, layout.spaces[1], stop=True) as of_student,
     ):
-        totals = Totals(of_teacher, of_student, wanted, hold_out=hold_out)
+        for capture in (of_teacher, of_student):  # which learns where it can stop
+            probe(capture)
+        totals = Totals(layout, wanted, device, hold_out=hold_out)
         begin = _resume(totals, unfinished, shard)
         saved = time.monotonic()
         batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
+        free: list[RowMemory] = []
 
-        def held(item: tuple[int, _Batch | None, int]) -> tuple[dict[Space, Tensor], dict[Space, Tensor]] | None:
+        def held(item: tuple[int, _Batch | None, int]) -> tuple[dict[str, Tensor], RowMemory] | None:
             batch = item[1]
             if batch is None or not batch.gather_teacher.count:
                 return None
-            return of_teacher.forward(batch.teacher), of_student.forward(batch.student)
+            memory = free.pop() if free else RowMemory()
+            rows: dict[str, Tensor] = {}
+            for capture, nodes, inputs, gather in (
+                (of_teacher, layout.nodes[0], batch.teacher, batch.gather_teacher),
+                (of_student, layout.nodes[1], batch.student, batch.gather_student),
+            ):
+                found = capture.forward(inputs, rows_of(nodes, gather, memory, device))
+                rows |= {nodes[space]: value for space, value in found.items()}
+            return rows, memory
 
         stream = ahead((number, batch, counts.pairs) for number, batch in batches)
         on_processor = all(model.device.type == "cpu" for model in (teacher, student))
         for (number, batch, pairs), seen in in_order(stream, held, on_processor=on_processor):
             if batch is not None and seen is not None:
-                totals.update(*seen, batch, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+                totals.update(seen[0], held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+                free.append(seen[1])
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
@@ -300,12 +272,7 @@ def collect_totals(
 
 def empty_totals(teacher: ModelHandle, student: ModelHandle, wanted: Wanted, *, hold_out: bool) -> Totals:
     """Totals that have seen nothing yet, to merge those of parts into."""
-    with (
-        torch.inference_mode(),
-        Capture(teacher, (pair[0] for pair in wanted)) as of_teacher,
-        Capture(student, (pair[1] for pair in wanted)) as of_student,
-    ):
-        return Totals(of_teacher, of_student, wanted, hold_out=hold_out)
+    return Totals(Layout.of(teacher, student, wanted), wanted, teacher.device, hold_out=hold_out)
 
 
 def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatistics]]) -> None:
@@ -353,8 +320,8 @@ def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encode
     return _Batch(
         inputs_t,
         inputs_s,
-        _Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.device),
-        _Gather(inputs_s["input_ids"].shape[1], ranges_s, student.device),
+        Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.device),
+        Gather(inputs_s["input_ids"].shape[1], ranges_s, student.device),
     )
 
 
@@ -365,11 +332,13 @@ def _batches(
     settings: CollectionSettings,
     counts: PairingCounts,
 ) -> Iterator[list[_Encoded]]:
+    on_processor = teacher.device.type == student.device.type == "cpu"
+    most = settings.batch_tokens or (_BATCH_TOKENS if on_processor else _BATCH_TOKENS_OF_ACCELERATORS)
     while chunk := list(islice(samples, _CHUNK)):
         encoded = sorted(_encode(teacher, student, chunk, settings, counts), key=lambda sample: sample.length)
         batch: list[_Encoded] = []
         for sample in encoded:
-            if batch and sample.length * (len(batch) + 1) > settings.batch_tokens:
+            if batch and sample.length * (len(batch) + 1) > most:
                 yield batch
                 batch = []
             batch.append(sample)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import psutil
 import torch
+from torch import Tensor
 
 from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.alignment import Pair
@@ -41,6 +42,12 @@ class Layout:
             for nodes, capture in zip(self.nodes, (of_teacher, of_student), strict=True)
             for space, node in nodes.items()
         }
+
+    @property
+    def spaces(self) -> tuple[list[Space], list[Space]]:
+        """One space of the teacher, and one of the student, for every tensor."""
+        first, second = (list({node: space for space, node in nodes.items()}.values()) for nodes in self.nodes)
+        return first, second
 
     @classmethod
     def of(cls, teacher: ModelHandle, student: ModelHandle, pairs: Iterable[Pair]) -> Layout:
@@ -113,11 +120,16 @@ def check_memory(values: int, device: torch.device) -> None:
         )
 
 
-def _nodes(side: str, capture: Capture) -> dict[Space, str]:
-    """A name for the tensor behind every captured space, the same for spaces that are one tensor."""
+def probe(capture: Capture) -> dict[Space, Tensor]:
+    """What is captured in a forward pass of a few words."""
     model = capture.model
     rows, _ = tokenize(model, [Sample("a probe of some words")], 16)
-    held = capture.forward(pad(model, rows, model.device))
+    return capture.forward(pad(model, rows, model.device))
+
+
+def _nodes(side: str, capture: Capture) -> dict[Space, str]:
+    """A name for the tensor behind every captured space, the same for spaces that are one tensor."""
+    held = probe(capture)
     names: dict[object, str] = {}
     return {
         space: names.setdefault(

@@ -177,6 +177,7 @@ class Products:
             self._sum = {name: zeros(size) for name, size in sizes.items()}
             self._squares = {name: zeros(size) for name, size in sizes.items()}
             self._product = {(a, b): zeros(sizes[a], sizes[b]) for a, b in wanted}
+        self._scratch: dict[torch.Size, Tensor] = {}
 
     def update(self, rows: Mapping[str, Tensor]) -> int:
         """Take in paired rows, [n, d] float32 or float64 for every name; they are overwritten.
@@ -212,9 +213,22 @@ class Products:
                 for part in torch.split(rows[name], _ROWS_OF_SQUARES):
                     self._squares[name] += part.square().sum(0)
         for (a, b), product in self._product.items():
-            _add_product(product, rows[a], None if a == b else rows[b], precise=self.precise)
+            self._add_product(product, rows[a], None if a == b else rows[b])
         self.count += len(next(iter(rows.values())))
         return left_out
+
+    def _add_product(self, total: Tensor, a: Tensor, b: Tensor | None) -> None:
+        """total += a^T b, or a^T a where there is no b."""
+        step = _ROWS if self.precise else max(1, len(a))
+        for first, second in zip(torch.split(a, step), torch.split(a if b is None else b, step), strict=True):
+            left = first.double() if self.precise else first
+            if b is None:
+                _add_symmetric(total, left)
+                continue
+            right = (second.double() if self.precise else second).to(left.device)
+            if total.shape not in self._scratch:  # kept, for fresh pages take time
+                self._scratch[total.shape] = left.new_empty(total.shape)
+            total += torch.mm(left.T, right, out=self._scratch[total.shape])
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state by key, to be stored or sent; ``load`` reverses it."""
@@ -313,17 +327,6 @@ def _finite(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> tuple[Map
         return rows, 0
     finite = torch.stack([torch.isfinite(rows[name]).all(1).cpu() for name in sums]).all(0)
     return {name: rows[name][finite.to(rows[name].device)] for name in sums}, int((~finite).sum())
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor | None, *, precise: bool) -> None:
-    """total += a^T b, or a^T a where there is no b."""
-    step = _ROWS if precise else max(1, len(a))
-    for first, second in zip(torch.split(a, step), torch.split(a if b is None else b, step), strict=True):
-        left = first.double() if precise else first
-        if b is None:
-            _add_symmetric(total, left)
-        else:
-            total += left.T @ (second.double() if precise else second).to(left.device)
 
 
 def _add_symmetric(total: Tensor, x: Tensor) -> None:
