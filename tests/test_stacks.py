@@ -164,6 +164,30 @@ def test_a_seq2seq_module_is_judged_and_polished(tmp_path: Path, text: Path) -> 
     same_module(tmp_path / "module", tmp_path / "same")
 
 
+@pytest.mark.parametrize(("teacher", "student"), [("t5", "t5-gated"), ("bart", "t5"), ("t5", "bart")])
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_prompts_move_between_encoder_decoders(teacher: str, student: str, kind, tmp_path: Path, text: Path) -> None:
+    base, other = saved(tmp_path / "base", teacher), saved(tmp_path / "other", student, 1, d_model=24)
+    own = {"encoder_hidden_size": 16} if kind is peft.PromptEncoderConfig else {}
+    config = kind(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, **own)
+    adapted = peft.get_peft_model(transformers.AutoModelForSeq2SeqLM.from_pretrained(base), config)
+    tiny.randomise_trained(adapted, 1)
+    adapted.save_pretrained(tmp_path / "module")
+    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    loaded = PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(base), tmp_path / "same")
+    ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = adapted.eval()(input_ids=ids, decoder_input_ids=ids).logits
+        torch.testing.assert_close(loaded.eval()(input_ids=ids, decoder_input_ids=ids).logits, expected)
+    assert same.report.verification.output_change > 0
+    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text, polish=4))
+    assert graft.report.polish is not None
+    assert graft.report.verification.output_change > 0
+    moved = PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(other), tmp_path / "graft")
+    with torch.inference_mode():
+        assert moved.eval()(input_ids=ids, decoder_input_ids=ids).logits.shape[:2] == (2, 9)
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_classifiers_without_their_heads(family: str, tmp_path: Path, text: Path) -> None:
     """The stacks of T5's classifiers lie in a base model, other than in its language models."""

@@ -48,9 +48,10 @@ class Capture:
         experts: dict[str, set[str]] = {}
         for space in self.spaces:
             if space.name == EMBEDDED:
-                self._hooks.append(
-                    self.model.base.get_input_embeddings().register_forward_hook(self._on_output(space, None))
-                )
+                words = self.model.base.get_input_embeddings()
+                for module in self.model.base.modules():  # BART's stacks have one each, of the same weight
+                    if module is words or (isinstance(module, nn.Embedding) and module.weight is words.weight):
+                        self._hooks.append(module.register_forward_hook(self._on_output(space, None)))
             if space.layer < 0:
                 continue
             tap = self.model.architecture.tap(space)

@@ -220,6 +220,8 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
     sizes.update(_global_sizes(row, depths, sizes, base))
     vocabulary: dict[str, str] = {}
     words, embed_scale = _input_embeddings(base), 1.0
+    if isinstance(words, nn.Embedding) and row.reads_text:  # the stacks of an encoder-decoder share them
+        sizes[Space(-1, EMBEDDED)] = words.embedding_dim
     if isinstance(words, nn.Embedding) and len(stacks) == 1:
         sizes |= {Space(-1, EMBEDDED): words.embedding_dim, Space(-1, VOCABULARY): words.num_embeddings}
         vocabulary[EMBED_ROLE] = next(path for path, module in base.named_modules() if module is words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from peft_graft.architectures import Architecture
-from peft_graft.modules import Site
+from peft_graft.modules import EMBEDDED, Site, Space
 from peft_graft.roles import PREFIX_ROLE, PROMPT_ROLE, Stack, expert_of, with_expert
 
 #: (teacher layer, student layer) -> for every student expert the teacher's that it takes its module from, -1 for none.
@@ -28,7 +28,9 @@ def corresponds(stacks: Sequence[tuple[Stack, Stack]], role: str, student: Archi
     """Whether the student has a role like this one of the teacher; which of its experts, is another question."""
     found = [(second, first.local(role)) for first, second in stacks]
     names = {stack.full(with_expert(local, 0)) for stack, local in found if local is not None}
-    virtual = {PROMPT_ROLE, PREFIX_ROLE} if len(student.row.stacks) == 1 else set()
+    if role == PROMPT_ROLE:
+        return Space(-1, EMBEDDED) in student.sizes
+    virtual = {PREFIX_ROLE} if len(student.row.stacks) == 1 else set()
     return bool(names & {*student.roles, *virtual})
 
 

@@ -79,15 +79,15 @@ def modules_of(
 def _virtual_tokens(
     raw: RawCheckpoint, path: str, values: Mapping[str, Tensor], architecture: Architecture
 ) -> PromptModule:
-    if len(architecture.row.stacks) > 1:
+    if raw.kind == "prompt" and Space(-1, EMBEDDED) in architecture.sizes:
+        words = LabelledTensor(values["embeddings"], (None, Axis("write", EMBEDDED)))
+        return PromptModule(Site(-1, PROMPT_ROLE), {"embeddings": words})
+    if raw.kind == "prompt" or len(architecture.row.stacks) > 1:
         raise CheckpointError(
-            "virtual tokens of models with several stacks cannot be moved yet",
+            f"a {'prompt' if raw.kind == 'prompt' else 'prefix'} of such a model cannot be moved",
             where=architecture.model_type,
             fix="move a LoRA",
         )
-    if raw.kind == "prompt":
-        words = LabelledTensor(values["embeddings"], (None, Axis("write", EMBEDDED)))
-        return PromptModule(Site(-1, PROMPT_ROLE), {"embeddings": words})
     site = Site(int(path.removeprefix(PREFIX)), PREFIX_ROLE)
     expected = architecture.sizes.get(Space(site.layer, "attn.key.out"))
     if values["key"].shape[1] != expected:

@@ -80,7 +80,9 @@ class LiveModule:
     @property
     def virtual_tokens(self) -> int:
         """How many vectors stand before the text in what the model gives back."""
-        return int(self.raw.config["num_virtual_tokens"]) if self.raw.kind == "prompt" else 0
+        if self.raw.kind != "prompt" or self._tuned.config.is_encoder_decoder:  # whose decoder sees none of them
+            return 0
+        return int(self.raw.config["num_virtual_tokens"])
 
     @property
     def _tuned(self) -> Any:

@@ -23,14 +23,16 @@ def check(
 
     Raises:
         CheckpointError: the tensor is missing or has another shape than the configuration says, or the module belongs
-            to an encoder-decoder.
+            as a prefix to an encoder-decoder.
     """
     found = entries.get("", {}).get(KEY)
     number, width = int(config.get("num_virtual_tokens") or 0), int(config.get("token_dim") or 0)
     layers = int(config.get("num_layers") or 0)
-    if int(config.get("num_transformer_submodules") or 1) != 1:
-        raise CheckpointError("virtual tokens of encoder-decoders cannot be moved yet", where=where, fix="move a LoRA")
-    expected = [number, width if kind == "prompt" else 2 * layers * width]
+    parts = int(config.get("num_transformer_submodules") or 1)
+    if kind == "prefix" and parts != 1:
+        raise CheckpointError("prefixes of encoder-decoders cannot be moved yet", where=where, fix="move a LoRA")
+    # Of an encoder-decoder peft keeps twice as many, though only the first half ever stands before a text.
+    expected = [number * parts, width] if kind == "prompt" else [number, 2 * layers * width]
     if found is None or list(found.shape) != expected:
         raise CheckpointError(
             f"{KEY} is missing or has another shape than the configuration says",
@@ -40,9 +42,9 @@ def check(
         )
     if kind == "prompt":
         return {PROMPT: {"embeddings": found}}
-    parts = found.view(number, layers, 2, width)
+    pairs = found.view(number, layers, 2, width)
     return {
-        f"{PREFIX}{layer}": {"key": parts[:, layer, 0].contiguous(), "value": parts[:, layer, 1].contiguous()}
+        f"{PREFIX}{layer}": {"key": pairs[:, layer, 0].contiguous(), "value": pairs[:, layer, 1].contiguous()}
         for layer in range(layers)
     }
 
@@ -69,4 +71,5 @@ def config_of(raw: RawCheckpoint, config: Mapping[str, Any], student: StudentNam
     else:
         written.update(prefix_projection=False)
         width, heads = first["key"].shape[1], student.num_kv_heads
-    return {**written, "token_dim": width, "num_layers": student.num_layers, "num_attention_heads": heads}
+    layers = student.num_layers // int(config.get("num_transformer_submodules") or 1)
+    return {**written, "token_dim": width, "num_layers": layers, "num_attention_heads": heads}
