@@ -168,9 +168,9 @@ def test_kinds_that_are_not_supported_are_refused_by_name(move, module, changes,
 def test_an_adapterhub_setting_that_is_not_supported(move, world, tmp_path) -> None:
     module = Path(shutil.copytree(world / "pfeiffer", tmp_path / "module"))
     config = json.loads((module / "adapter_config.json").read_text())
-    config["config"]["cross_adapter"] = True
+    config["config"]["stochastic_depth"] = 0.1
     (module / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="cross_adapter=True are not supported yet"):
+    with pytest.raises(CheckpointError, match="stochastic_depth=0.1 are not supported yet"):
         move(module)
 
 

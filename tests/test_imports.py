@@ -15,6 +15,8 @@ LEVELS = (
     ("errors",),
     ("modules",),
     ("roles", "norms", "pipelining", "placement", "statistics", "text", "token_pairing", "weights"),
+    ("rows",),
+    ("stacked_families",),
     ("families", "task_models"),
     ("architectures", "maps", "formats.raw"),
     ("methods", "heads", "layer_maps", "vocabulary"),

@@ -22,6 +22,7 @@ from peft_graft.models import describe_config, handle
 from peft_graft.modules import Site, Space
 from peft_graft.planning import plan_alignment
 from peft_graft.task_models import complete
+from peft_graft.weights import read_json
 
 SPECIAL = {"vocab_size": 200, "pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3}
 T5 = {**SPECIAL, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
@@ -300,11 +301,29 @@ def test_layer_maps_by_stack(tmp_path: Path) -> None:
 
 
 @needs_adapters
-def test_adapterhub_on_several_stacks_is_refused(tmp_path: Path) -> None:
-    base = bert(tmp_path / "bert", hidden=32)
-    tiny.adapterhub_module(tmp_path / "module", base, "lora", head=None)
-    with pytest.raises(PlanError, match="several stacks are not supported yet.*train the module with peft"):
-        peft_graft.transfer(tmp_path / "module", student=saved(tmp_path / "bart", "bart"), method="copy")
+@pytest.mark.filterwarnings("ignore:.past_key_value. is deprecated:FutureWarning")
+@pytest.mark.parametrize(("teacher", "student"), [("t5", "mt5"), ("bart", "mbart"), ("mbart", "t5")])
+def test_adapterhub_modules_move_between_encoder_decoders(
+    teacher: str, student: str, tmp_path: Path, text: Path
+) -> None:
+    """Adapters after every block, cross attention included; layers left out are counted through both stacks."""
+    import adapters
+
+    base = saved(tmp_path / "base", teacher)
+    depths = {"num_layers": 3, "num_decoder_layers": 2} if "t5" in student else {
+        "encoder_layers": 3, "decoder_layers": 2}  # fmt: skip
+    other = saved(tmp_path / "other", student, 1, d_model=24, **depths)
+    config = adapters.DoubleSeqBnConfig(cross_adapter=True, leave_out=[1, 2], reduction_factor=8)
+    tiny.adapterhub_module(tmp_path / "module", base, config, head=None)
+    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    assert same.report.verification.output_change > 0
+    same_module(tmp_path / "module", tmp_path / "same")
+    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    assert graft.report.verification.output_change > 0
+    sites = {Site(0, "encoder.attn.adapter"), Site(1, "encoder.ffn.adapter"), Site(1, "decoder.cross.adapter")}
+    assert sites <= set(graft.checkpoint.modules)
+    assert Site(0, "decoder.attn.adapter") not in graft.checkpoint.modules, "the teacher's first has none"
+    assert read_json(tmp_path / "graft" / "adapter_config.json")["config"]["leave_out"] == [2, 3]
 
 
 def permuted_bart(model, seed: int = 3):

@@ -14,8 +14,8 @@ from peft_graft.experiments.comparison import Library, new_module, save_module
 from peft_graft.experiments.examples import read_examples
 from peft_graft.experiments.tasks import ner_task, pair_task, sample_of
 from peft_graft.experiments.training import TrainingSettings, fine_tune, score
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.report import hardware, versions
+from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.weights import read_json, write_json, written_aside
 
 L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-small"

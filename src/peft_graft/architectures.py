@@ -263,8 +263,8 @@ def _concrete(stack: Stack, layers: nn.ModuleList) -> Stack:
         for number in range(numbers):
             inside = of_expert(f"expert.{number}", stack.experts.linears, f"{stack.experts.path}.{number}")
             linears |= {role: replace(linear, optional=True) for role, linear in inside.items()}
-    # One name means different norms in the encoder of BART and in OPT: where there are several stacks, none is taken.
-    norms = {} if stack.name else norm_paths(layers[0])
+    # One name means different norms in the encoder of BART and in OPT: where there are several stacks, rows say it.
+    norms = stack.norms if stack.name else norm_paths(layers[0])
     return replace(stack, linears=linears, norms=norms)
 
 

@@ -209,7 +209,8 @@ def _base_parts(
 def _norm(
     site: Site, values: Mapping[str, Tensor], architecture: Architecture, base: Mapping[str, Tensor]
 ) -> NormModule:
-    space = SPACE_OF_NORM[site.role]
+    stack = architecture.row.stack(site.role)
+    space = stack.full(SPACE_OF_NORM[stack.local(site.role) or ""])
     found = dict(values) | _norm_base(site, values, architecture, base)
     axes = {"norm.weight": Axis("scale", space), "norm.bias": Axis("write", space)}
     return NormModule(

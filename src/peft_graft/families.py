@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal
 
 from peft_graft.modules import FIRST_OUT, LAST_OUT, TOKENS_OUT
 from peft_graft.roles import (
     GATE_UP,
-    LINEAR_ROLES,
     QKV,
-    SPACES_OF_ROLE,
     AdapterPoint,
     ArchitectureRow,
     Experts,
@@ -26,49 +23,24 @@ from peft_graft.roles import (
     Tap,
     of_expert,
 )
-
-TOKEN_CLASSIFICATION = "token-classification"
-SEQUENCE_CLASSIFICATION = "sequence-classification"
-IMAGE_CLASSIFICATION = "image-classification"
-SEQ2SEQ_LM = "seq2seq-lm"
-QUESTION_ANSWERING = "question-answering"
-
-
-def _linears(*fused: tuple[str, Fused], **paths: str) -> dict[str, LinearRole]:
-    """The linear layers of a row: role -> path, and (path, ``Fused``) for those that hold several roles."""
-    roles = {name.replace("_", ".", 1): LinearRole(path, *SPACES_OF_ROLE[name.replace("_", ".", 1)])
-             for name, path in paths.items()}  # fmt: skip
-    roles |= {role: LinearRole(path, *SPACES_OF_ROLE[role], how) for path, how in fused for role in how.roles}
-    return {role: roles[role] for role in LINEAR_ROLES if role in roles}
-
-
-def _optional(linears: Mapping[str, LinearRole]) -> dict[str, LinearRole]:
-    return {role: replace(linear, optional=True) for role, linear in linears.items()}
-
-
-def _adapters(attention: str, output: str) -> dict[str, AdapterPoint]:
-    return {
-        "attn.adapter": AdapterPoint(attention, "attn.output.out", "attn.stream", "layer.in"),
-        "ffn.adapter": AdapterPoint(output, "ffn.down.out", "layer.out", "attn.stream"),
-    }
-
-
-def _post_norm(query: str, up: str, last: str) -> dict[str, Tap]:
-    """Where the residual stream shows in layers that norm it after each block: what the blocks read, and the last."""
-    return {"layer.in": Tap(query, "input"), "attn.stream": Tap(up, "input"), "layer.out": Tap(last, "output")}
-
-
-def _pre_norm(first: str, second: str) -> dict[str, Tap]:
-    """The same in layers that norm it before each block: what the norms read, and what the layer gives."""
-    return {"layer.in": Tap(first, "input"), "attn.stream": Tap(second, "input"), "layer.out": Tap("", "output")}
-
+from peft_graft.rows import (
+    BART_LAYER,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    adapter_points,
+    linears,
+    optional,
+    post_norm,
+    pre_norm,
+)
+from peft_graft.stacked_families import STACKED_ROWS
 
 _TOKEN_HEAD = HeadForm(out="classifier", reads=TOKENS_OUT)
 _DENSE_HEAD = HeadForm(out="classifier.out_proj", reads=FIRST_OUT, dense="classifier.dense", activation="tanh")
 
 _BERT_STACK = Stack(
     "encoder.layer",
-    _linears(
+    linears(
         attn_query="attention.self.query",
         attn_key="attention.self.key",
         attn_value="attention.self.value",
@@ -76,8 +48,8 @@ _BERT_STACK = Stack(
         ffn_up="intermediate.dense",
         ffn_down="output.dense",
     ),
-    taps=_post_norm("attention.self.query", "intermediate.dense", "output.LayerNorm"),
-    adapters=_adapters("attention.output.adapters", "output.adapters"),
+    taps=post_norm("attention.self.query", "intermediate.dense", "output.LayerNorm"),
+    adapters=adapter_points("attention.output.adapters", "output.adapters"),
 )
 _BERT = ArchitectureRow(
     model_types=("bert",),
@@ -110,7 +82,7 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
         stacks=(
             Stack(
                 "transformer.layer",
-                _linears(
+                linears(
                     attn_query="attention.q_lin",
                     attn_key="attention.k_lin",
                     attn_value="attention.v_lin",
@@ -118,8 +90,8 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
                     ffn_up="ffn.lin1",
                     ffn_down="ffn.lin2",
                 ),
-                taps=_post_norm("attention.q_lin", "ffn.lin1", "output_layer_norm"),
-                adapters=_adapters("attention_adapters.adapters", "output_adapters.adapters"),
+                taps=post_norm("attention.q_lin", "ffn.lin1", "output_layer_norm"),
+                adapters=adapter_points("attention_adapters.adapters", "output_adapters.adapters"),
             ),
         ),
         heads={
@@ -134,7 +106,7 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
         stacks=(
             Stack(
                 "encoder.layer",
-                _linears(
+                linears(
                     attn_query="attention.attn.q",
                     attn_key="attention.attn.k",
                     attn_value="attention.attn.v",
@@ -142,7 +114,7 @@ _BERT_LIKE: tuple[ArchitectureRow, ...] = (
                     ffn_up="intermediate.dense",
                     ffn_down="output.dense",
                 ),
-                taps=_post_norm("attention.attn.q", "intermediate.dense", "output.LayerNorm"),
+                taps=post_norm("attention.attn.q", "intermediate.dense", "output.LayerNorm"),
             ),
         ),
         heads={TOKEN_CLASSIFICATION: _TOKEN_HEAD, SEQUENCE_CLASSIFICATION: _DENSE_HEAD},
@@ -156,7 +128,7 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
         stacks=(
             Stack(
                 "layers",
-                _linears(
+                linears(
                     ("attn.Wqkv", Fused(QKV)), ("mlp.Wi", Fused(GATE_UP)), attn_output="attn.Wo", ffn_down="mlp.Wo"
                 ),
             ),
@@ -167,7 +139,7 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
         stacks=(
             Stack(
                 "encoder.layer",
-                _linears(
+                linears(
                     attn_query="attention.self.query_proj",
                     attn_key="attention.self.key_proj",
                     attn_value="attention.self.value_proj",
@@ -175,7 +147,7 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
                     ffn_up="intermediate.dense",
                     ffn_down="output.dense",
                 ),
-                taps=_post_norm("attention.self.query_proj", "intermediate.dense", "output.LayerNorm"),
+                taps=post_norm("attention.self.query_proj", "intermediate.dense", "output.LayerNorm"),
                 adapters=_BERT_STACK.adapters,
             ),
         ),
@@ -192,7 +164,7 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
         stacks=(
             Stack(
                 "encoder.albert_layer_groups.0.albert_layers",
-                _linears(
+                linears(
                     attn_query="attention.query",
                     attn_key="attention.key",
                     attn_value="attention.value",
@@ -200,8 +172,8 @@ _OTHER_ENCODERS: tuple[ArchitectureRow, ...] = (
                     ffn_up="ffn",
                     ffn_down="ffn_output",
                 ),
-                taps=_post_norm("attention.query", "ffn", "full_layer_layer_norm"),
-                adapters=_adapters("attention.attention_adapters.adapters", "output_adapters.adapters"),
+                taps=post_norm("attention.query", "ffn", "full_layer_layer_norm"),
+                adapters=adapter_points("attention.attention_adapters.adapters", "output_adapters.adapters"),
             ),
         ),
         heads={
@@ -222,7 +194,7 @@ _LLAMA_ATTENTION = {
 }
 _GATED = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 _LLAMA_FFN = {role: f"mlp.{path}" for role, path in _GATED.items()}
-_LLAMA_STACK = Stack("layers", _linears(**_LLAMA_ATTENTION, **_LLAMA_FFN), kind="decoder")
+_LLAMA_STACK = Stack("layers", linears(**_LLAMA_ATTENTION, **_LLAMA_FFN), kind="decoder")
 _LLAMA = ArchitectureRow(
     model_types=(
         "ministral",
@@ -247,14 +219,6 @@ _LLAMA = ArchitectureRow(
 )
 
 _TO_4H = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
-_BART_LAYER = _linears(
-    attn_query="self_attn.q_proj",
-    attn_key="self_attn.k_proj",
-    attn_value="self_attn.v_proj",
-    attn_output="self_attn.out_proj",
-    ffn_up="fc1",
-    ffn_down="fc2",
-)
 
 
 def _decoder(
@@ -271,7 +235,7 @@ def _decoder(
     return ArchitectureRow(model_types, (stack,), heads=dict(heads), lm_head=lm_head)
 
 
-_LAYER_ADAPTERS = _adapters("attention_adapters.adapters", "output_adapters.adapters")
+_LAYER_ADAPTERS = adapter_points("attention_adapters.adapters", "output_adapters.adapters")
 
 _DECODERS: tuple[ArchitectureRow, ...] = (
     _LLAMA,
@@ -281,7 +245,7 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
         stacks=(
             replace(
                 _LLAMA_STACK,
-                taps=_pre_norm("input_layernorm", "post_attention_layernorm"),
+                taps=pre_norm("input_layernorm", "post_attention_layernorm"),
                 adapters=_LAYER_ADAPTERS,
             ),
         ),
@@ -289,7 +253,7 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
     _decoder(
         "phi3",
         layers="layers",
-        linears=_linears(
+        linears=linears(
             ("self_attn.qkv_proj", Fused(QKV)),
             ("mlp.gate_up_proj", Fused(GATE_UP)),
             attn_output="self_attn.o_proj",
@@ -300,10 +264,10 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
     _decoder(
         "gpt2",
         layers="h",
-        linears=_linears(
+        linears=linears(
             ("attn.c_attn", Fused(QKV)), attn_output="attn.c_proj", ffn_up="mlp.c_fc", ffn_down="mlp.c_proj"
         ),
-        taps=_pre_norm("ln_1", "ln_2"),
+        taps=pre_norm("ln_1", "ln_2"),
         adapters=_LAYER_ADAPTERS,
         heads={
             SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
@@ -313,21 +277,21 @@ _DECODERS: tuple[ArchitectureRow, ...] = (
     _decoder(
         "gpt_neox",
         layers="layers",
-        linears=_linears(("attention.query_key_value", Fused(QKV, "grouped")), attn_output="attention.dense", **_TO_4H),
+        linears=linears(("attention.query_key_value", Fused(QKV, "grouped")), attn_output="attention.dense", **_TO_4H),
         lm_head="embed_out",
     ),
     _decoder(
         "bloom",
         "falcon",
         layers="h",
-        linears=_linears(
+        linears=linears(
             ("self_attention.query_key_value", Fused(QKV, "grouped")), attn_output="self_attention.dense", **_TO_4H
         ),
     ),
     _decoder(
         "opt",
         layers="decoder.layers",
-        linears=_BART_LAYER,
+        linears=BART_LAYER,
         heads={SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT)},
     ),
 )
@@ -339,11 +303,11 @@ _MIXTURES: tuple[ArchitectureRow, ...] = (
         stacks=(
             replace(
                 _LLAMA_STACK,
-                linears=_linears(**_LLAMA_ATTENTION, ffn_router="block_sparse_moe.gate"),
+                linears=linears(**_LLAMA_ATTENTION, ffn_router="block_sparse_moe.gate"),
                 experts=Experts(
                     "block_sparse_moe",
                     "block_sparse_moe.experts",
-                    _linears(ffn_gate="w1", ffn_up="w3", ffn_down="w2"),
+                    linears(ffn_gate="w1", ffn_up="w3", ffn_down="w2"),
                 ),
             ),
         ),
@@ -355,12 +319,12 @@ _MIXTURES: tuple[ArchitectureRow, ...] = (
             replace(
                 _LLAMA_STACK,
                 linears={
-                    **_linears(**_LLAMA_ATTENTION),
-                    **_optional(_linears(ffn_router="mlp.gate", **_LLAMA_FFN)),
-                    **_optional(of_expert("shared", _linears(**_GATED), "mlp.shared_expert")),
-                    **_optional(of_expert("shared", _linears(ffn_router="mlp.shared_expert_gate"))),
+                    **linears(**_LLAMA_ATTENTION),
+                    **optional(linears(ffn_router="mlp.gate", **_LLAMA_FFN)),
+                    **optional(of_expert("shared", linears(**_GATED), "mlp.shared_expert")),
+                    **optional(of_expert("shared", linears(ffn_router="mlp.shared_expert_gate"))),
                 },
-                experts=Experts("mlp", "mlp.experts", _linears(**_GATED)),
+                experts=Experts("mlp", "mlp.experts", linears(**_GATED)),
             ),
         ),
         heads=_LLAMA.heads,
@@ -368,82 +332,5 @@ _MIXTURES: tuple[ArchitectureRow, ...] = (
 )
 
 
-def _t5(name: Literal["encoder", "decoder"]) -> Stack:
-    attention = {f"attn_{role}": f"layer.0.SelfAttention.{role[0]}" for role in ("query", "key", "value", "output")}
-    cross = {f"cross_{role}": f"layer.1.EncDecAttention.{role[0]}" for role in ("query", "key", "value", "output")}
-    block = "layer.1.DenseReluDense" if name == "encoder" else "layer.2.DenseReluDense"
-    linears = _linears(
-        **attention, ffn_up=f"{block}.wi_1", ffn_down=f"{block}.wo", **(cross if name == "decoder" else {})
-    )
-    # Version 1.0 has no gate, and calls its first projection otherwise.
-    linears["ffn.up"] = replace(linears["ffn.up"], elsewhere=f"{block}.wi")
-    linears |= _optional(_linears(ffn_gate=f"{block}.wi_0"))
-    return Stack(f"{name}.block", linears, name=name, kind=name)
-
-
-_BART_CROSS = _linears(
-    cross_query="encoder_attn.q_proj",
-    cross_key="encoder_attn.k_proj",
-    cross_value="encoder_attn.v_proj",
-    cross_output="encoder_attn.out_proj",
-)
-_BART = ArchitectureRow(
-    model_types=("bart", "mbart", "marian", "pegasus", "m2m_100"),
-    stacks=(
-        Stack("encoder.layers", _BART_LAYER, name="encoder"),
-        Stack("decoder.layers", {**_BART_LAYER, **_BART_CROSS}, name="decoder", kind="decoder"),
-    ),
-)
-
-_ENCODER_DECODERS: tuple[ArchitectureRow, ...] = (
-    ArchitectureRow(
-        model_types=("t5", "mt5", "umt5"),
-        stacks=(_t5("encoder"), _t5("decoder")),
-        flat_tasks=frozenset({SEQ2SEQ_LM, QUESTION_ANSWERING}),
-    ),
-    _BART,
-    replace(
-        _BART,
-        model_types=("whisper",),
-        stacks=(replace(_BART.stacks[0], kind="audio"), _BART.stacks[1]),
-    ),
-)
-
-_CLIP_LINEARS = {
-    **_BART_LAYER,
-    **_linears(ffn_up="mlp.fc1", ffn_down="mlp.fc2"),
-}
-_CLIP_TEXT = Stack("text_model.encoder.layers", _CLIP_LINEARS)
-_CLIP_VISION = Stack("vision_model.encoder.layers", _CLIP_LINEARS, kind="vision")
-
-_TOWERS: tuple[ArchitectureRow, ...] = (
-    ArchitectureRow(
-        model_types=("vit", "deit"),
-        stacks=(
-            replace(
-                _BERT_STACK,
-                linears={
-                    **_BERT_STACK.linears,
-                    **_linears(
-                        attn_query="attention.attention.query",
-                        attn_key="attention.attention.key",
-                        attn_value="attention.attention.value",
-                    ),
-                },
-                taps={},
-                adapters={},
-                kind="vision",
-            ),
-        ),
-        heads={IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)},
-    ),
-    ArchitectureRow(model_types=("clip_text_model",), stacks=(_CLIP_TEXT,)),
-    ArchitectureRow(model_types=("clip_vision_model", "siglip_vision_model"), stacks=(_CLIP_VISION,)),
-    ArchitectureRow(
-        model_types=("clip", "siglip"),
-        stacks=(replace(_CLIP_TEXT, name="text"), replace(_CLIP_VISION, name="vision")),
-    ),
-)
-
-ROWS = (*_BERT_LIKE, *_OTHER_ENCODERS, *_DECODERS, *_MIXTURES, *_ENCODER_DECODERS, *_TOWERS)
+ROWS = (*_BERT_LIKE, *_OTHER_ENCODERS, *_DECODERS, *_MIXTURES, *STACKED_ROWS)
 ROW_OF_TYPE = {model_type: row for row in ROWS for model_type in row.model_types}

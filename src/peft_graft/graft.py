@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from peft_graft.alignment import Alignment, Pair
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, to_raw, write_checkpoint
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.heads import head_form
 from peft_graft.maps import SpaceMap
@@ -29,6 +28,7 @@ from peft_graft.report import (
     SiteRecord,
     write_model_card,
 )
+from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.task_models import fresh_head, set_labels
 from peft_graft.token_pairing import PairingCounts
 from peft_graft.verification import verify

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from peft_graft.architectures import Architecture
 from peft_graft.errors import HeadError
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import RawCheckpoint
 from peft_graft.modules import FIRST_OUT, POOLED_OUT, TOKENS_OUT, Head, head_tensors
 from peft_graft.roles import HeadForm
+from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 
 
 def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: Mapping[str, Tensor]) -> Head:

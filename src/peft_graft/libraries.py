@@ -9,9 +9,9 @@ from typing import Any
 
 from peft_graft.checkpoints import PeftCheckpoint
 from peft_graft.errors import DependencyError, PlanError
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.formats.raw import Format, RawCheckpoint
 from peft_graft.modules import FIRST_OUT, POOLED_OUT, TOKENS_OUT, Head, LoraModule
+from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.weights import read_json
 
 #: Names of the libraries -> the format that each writes.

@@ -124,6 +124,7 @@ def student_names(name: str, config: PretrainedConfig, task: str, architecture: 
         prefix=architecture.prefix,
         modules=frozenset(path for path, _ in task_model.named_modules()),
         num_layers=architecture.num_layers,
+        stacks=tuple((stack.layers, architecture.depths[stack.name]) for stack in architecture.row.stacks),
         transposed=frozenset(path for path, module in task_model.named_modules() if type(module).__name__ == "Conv1D"),
         num_heads=heads,
         num_kv_heads=kv_heads,

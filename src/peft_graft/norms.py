@@ -4,6 +4,7 @@ A norm's role follows from who reads it, so that models share roles where their 
 before the block or after it.
 
     attn.norm        written for the attention: attn.in
+    cross.norm       written for the attention to an encoder: cross.in
     ffn.norm         written for the feed-forward block: ffn.in
     out.norm         the layer's last act (post-norm models): layer.out
     attn.post_norm   of what the attention wrote, before it is added (Gemma 2, OLMo 2): attn.output.out
@@ -23,6 +24,7 @@ from peft_graft.modules import EMBEDDED, TOKENS_OUT
 #: Role -> the space that the norm writes.
 SPACE_OF_NORM = {
     "attn.norm": "attn.in",
+    "cross.norm": "cross.in",
     "ffn.norm": "ffn.in",
     "out.norm": "layer.out",
     "attn.post_norm": "attn.output.out",

@@ -11,12 +11,12 @@ from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint
 from peft_graft.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.errors import PlanError
-from peft_graft.families import SEQ2SEQ_LM
 from peft_graft.heads import head_form
 from peft_graft.layer_maps import LayerMap, layer_map, layer_maps
 from peft_graft.methods import METHODS, Method
 from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, POOLED_OUT, VOCABULARY, Axis, Module, Site, Space, space_at
 from peft_graft.roles import EMBED_ROLE, PROMPT_ROLE, Stack, expert_of, moved_space
+from peft_graft.rows import SEQ2SEQ_LM
 from peft_graft.settings import HeadChoice
 
 
@@ -54,6 +54,12 @@ class TransferPlan:
         """The layer map for a record: plain for a stack without a name, by stack otherwise."""
         found = {stack: [list(sources) for sources in mapping] for stack, mapping in self.layers.items()}
         return found[""] if found.keys() == {""} else found
+
+
+#: What bottleneck adapters see, in all their arrangements.
+_SEEN_BY_ADAPTERS = (
+    "layer.in", "attn.output.out", "attn.stream", "cross.output.out", "cross.stream", "ffn.down.out", "layer.out"
+)  # fmt: skip
 
 
 def check_reads_text(teacher: Architecture, student: Architecture, what: str) -> None:
@@ -136,12 +142,6 @@ def plan_transfer(
     """
     stacks = corresponding_stacks(teacher, student)
     _check_roles(checkpoint, stacks, student)
-    if checkpoint.raw.format == "adapterhub" and len(student.row.stacks) > 1:
-        raise PlanError(
-            "modules of AdapterHub on models with several stacks are not supported yet",
-            where=student.model_type,
-            fix="train the module with peft",
-        )
     specs, mappings = layer_maps(layers, stacks), dict[str, LayerMap]()
     sites: list[SitePlan] = []
     notes: list[str] = []
@@ -227,7 +227,7 @@ def plan_alignment(
     for (first, second), source, layer in _layer_pairs(teacher, student, stacks, layers):
         if "adapter" in chosen:
             near, far = (Site(at, stack.full("attn.adapter")) for at, stack in ((source, first), (layer, second)))
-            for name in ("layer.in", "attn.output.out", "attn.stream", "ffn.down.out", "layer.out"):
+            for name in _SEEN_BY_ADAPTERS:
                 add(near, far, first.full(name))
         for role in (role for role in chosen if role in teacher.row.linears):
             target = counterpart(Site(source, role), (first, second), layer, experts)

@@ -24,6 +24,8 @@ Between the two blocks of a decoder that also attends to an encoder:
     cross.memory     what its key and value read, the encoder's output
     cross.query.out   cross.key.out   cross.value.out   cross.context   cross.output.out
 
+    cross.stream     the residual stream after it, which the feed-forward block sees; attn.stream is before it
+
 In a mixture of experts the router reads ``ffn.in`` too and writes ``ffn.router.out``, one unit for each expert; the
 spaces inside expert 3 are ``expert.3.ffn.mid`` and so on, inside an expert that serves every token ``shared.ffn.mid``.
 
@@ -125,7 +127,7 @@ class Stack:
     """A list of like layers: its path in the base model, and what a layer holds.
 
     ``name``: what stands before its roles and spaces in a model with several stacks. ``norms``: role -> path inside a
-    layer; found by their names (``norms``), not declared.
+    layer; declared for a stack with a name, found by their names elsewhere (``norms``).
     """
 
     layers: str

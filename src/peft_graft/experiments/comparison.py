@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from peft_graft.errors import DependencyError
 from peft_graft.experiments.tasks import Example, Task
 from peft_graft.experiments.training import TrainingSettings, fine_tune, score
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.models import describe_config
+from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.task_models import quiet_libraries
 
 Library = Literal["peft", "adapterhub"]

@@ -8,7 +8,7 @@ from typing import Any
 from peft_graft.errors import TextError
 from peft_graft.experiments.ner import TaggedSentence
 from peft_graft.experiments.tasks import Example, LabelledPair
-from peft_graft.families import TOKEN_CLASSIFICATION
+from peft_graft.rows import TOKEN_CLASSIFICATION
 from peft_graft.text import KNOWN_COLUMNS, load_rows
 
 

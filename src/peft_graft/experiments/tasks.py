@@ -11,7 +11,7 @@ import numpy as np
 
 from peft_graft.experiments import ner
 from peft_graft.experiments.ner import TaggedSentence
-from peft_graft.families import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from peft_graft.text import Sample
 
 if TYPE_CHECKING:

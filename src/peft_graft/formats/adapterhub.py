@@ -23,7 +23,6 @@ _HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_mode
 #: Settings of bottleneck adapters and LoRA under which the weights mean something else.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "inv_adapter": (None,),
-    "cross_adapter": (False, None),
     "use_dora": (False, None),
     "vera_d": (None,),
     "vera_b": (None,),
@@ -240,7 +239,7 @@ def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
 
 def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     settings = module_config(raw.config)
-    layers = {path: _layer(path) for path in raw.entries}
+    layers = {path: student.position(path) for path in raw.entries}
     settings["leave_out"] = sorted(set(range(student.num_layers)) - set(layers.values()))
     if raw.kind == "lora":
         ranks = {values["A"].shape[0] for values in raw.entries.values()}
@@ -255,8 +254,8 @@ def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
         alpha = scaling * rank
         settings.update(r=rank, alpha=int(alpha) if float(alpha).is_integer() else alpha)
         return settings
-    widths = {layers[path]: values["down.weight"].shape[0] for path, values in raw.entries.items()}
-    factors = {layer: reduction_factor(student.hidden_size, width) for layer, width in widths.items()}
+    shapes = {layers[path]: values["down.weight"].shape for path, values in raw.entries.items()}
+    factors = {layer: reduction_factor(hidden, width) for layer, (width, hidden) in shapes.items()}
     default = Counter(factors.values()).most_common(1)[0][0]
     others = {str(layer): factor for layer, factor in factors.items() if factor != default}
     settings["reduction_factor"] = {**others, "default": default} if others else default
@@ -269,8 +268,3 @@ def reduction_factor(hidden_size: int, width: int) -> float | int:
     if int(hidden_size // factor) != width:
         factor = hidden_size / (width + 0.5)
     return int(factor) if float(factor).is_integer() else factor
-
-
-def _layer(path: str) -> int:
-    match = re.search(r"\.(\d+)\.", path)
-    return int(match[1]) if match else 0

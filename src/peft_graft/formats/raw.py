@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -126,6 +127,7 @@ class StudentNames:
         modules: paths of all modules of the task model, to tell which short names are unambiguous.
         num_layers, num_heads, num_kv_heads: of the student.
         transposed: paths of linear layers that keep their weight as [in, out] (``Conv1D``).
+        stacks: path and number of layers of every stack, in the order in which they compute.
     """
 
     name: str
@@ -139,6 +141,16 @@ class StudentNames:
     transposed: frozenset[str] = frozenset()
     num_heads: int = 0
     num_kv_heads: int = 0
+    stacks: tuple[tuple[str, int], ...] = ()
+
+    def position(self, path: str) -> int:
+        """The layer that a path leads into, layers counted through all stacks."""
+        before = 0
+        for layers, depth in self.stacks:
+            if match := re.search(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.", path):
+                return before + int(match[1])
+            before += depth
+        raise ValueError(f"{path} is in no layer")
 
     def shortest_targets(self, paths: Collection[str]) -> list[str]:
         """Target names as a person would write them: shortest suffixes that match these modules and no others.

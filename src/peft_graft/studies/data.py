@@ -10,7 +10,7 @@ from pathlib import Path
 from peft_graft.experiments.examples import read_examples
 from peft_graft.experiments.ner import TaggedSentence, tag_names
 from peft_graft.experiments.tasks import Example, LabelledPair, Task
-from peft_graft.families import TOKEN_CLASSIFICATION
+from peft_graft.rows import TOKEN_CLASSIFICATION
 from peft_graft.studies.spec import TaskSpec
 
 #: Seed of the order in which training examples are taken.
