@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 needs_transformers4 = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) >= 5,
-    reason="transformers 5 keeps experts in one tensor and names the towers' layers otherwise, which no row says yet",
+    reason="transformers 5 keeps experts in one tensor, to which no role leads yet",
 )
 needs_adapters = pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the library adapters is not installed")
 

@@ -72,8 +72,8 @@ def test_hooks_are_removed_after_a_capture() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.base.modules())
 
 
-def test_rows_use_known_roles_and_name_each_model_type_once() -> None:
-    types = [name for row in ROWS for name in row.model_types]
+def test_rows_use_known_roles_and_name_each_make_of_a_model_type_once() -> None:
+    types = [(name, *(stack.layers for stack in row.stacks)) for row in ROWS for name in row.model_types]
     assert len(types) == len(set(types))
     roles = {role.removeprefix("shared.") for row in ROWS for stack in row.stacks for role in stack.linears}
     assert roles == set(LINEAR_ROLES)

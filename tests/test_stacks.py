@@ -16,7 +16,7 @@ import tiny
 from conftest import needs_adapters, needs_transformers4
 from peft_graft.activations import Capture
 from peft_graft.checkpoints import read_checkpoint
-from peft_graft.errors import PlanError
+from peft_graft.errors import GraftError, PlanError
 from peft_graft.inspection import inspect
 from peft_graft.models import describe_config, handle
 from peft_graft.modules import Site, Space
@@ -404,7 +404,8 @@ TOWERS = {
         max_source_positions=20, max_target_positions=40, suppress_tokens=None, begin_suppress_tokens=None,
     ),
 }  # fmt: skip
-VIT_TARGETS = ["query", "value", "intermediate.dense"]
+#: By their names in transformers 4 and 5.
+VIT_TARGETS = ["query", "value", "intermediate.dense", "q_proj", "v_proj", "fc1"]
 
 
 def tower(folder: Path, family: str, seed: int = 0, **changes) -> Path:
@@ -415,7 +416,6 @@ def tower(folder: Path, family: str, seed: int = 0, **changes) -> Path:
 
 
 @pytest.mark.parametrize("family", TOWERS)
-@needs_transformers4
 def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path) -> None:
     base = tower(tmp_path / "base", family)
     targets = VIT_TARGETS if family in ("vit", "deit") else ["q_proj", "v_proj"]
@@ -431,7 +431,6 @@ def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path
     assert (found.student.method == "copy") == (family != "clip_text_model")
 
 
-@needs_transformers4
 def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) -> None:
     base, other = tower(tmp_path / "base", "vit"), tower(tmp_path / "other", "vit", 1, num_hidden_layers=1)
     model = transformers.AutoModelForImageClassification.from_pretrained(base, num_labels=3)
@@ -450,7 +449,6 @@ def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) 
     assert torch.equal(moved.state_dict()[key], adapted.state_dict()[key])
 
 
-@needs_transformers4
 def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:
     both, eye = tower(tmp_path / "clip", "clip"), tower(tmp_path / "eye", "clip_vision_model", 1)
     trained(tmp_path / "module", eye, ["q_proj", "v_proj"], None, "AutoModel")
@@ -466,7 +464,6 @@ def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:
     assert "AutoModelForSpeechSeq2Seq" in (tmp_path / "speech" / "README.md").read_text()
 
 
-@needs_transformers4
 def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Path) -> None:
     base = tower(tmp_path / "vit", "vit")
     trained(tmp_path / "module", base, VIT_TARGETS, None, "AutoModel")
@@ -489,7 +486,6 @@ def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Pa
         peft_graft.transfer(tmp_path / "module", student=bert(tmp_path / "bert"), method="copy")
 
 
-@needs_transformers4
 def test_clips_text_tower_alone_aligns_on_text(tmp_path: Path, text: Path) -> None:
     base, other = bert(tmp_path / "bert", hidden=24), tower(tmp_path / "clip", "clip_text_model")
     tiny.tokenizer(other)
@@ -652,7 +648,6 @@ def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, tex
     assert experts == {str(expert) for expert in range(min(number, 4))}
 
 
-@needs_transformers4
 def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> None:
     base, other = mixture(tmp_path / "base", "mixtral"), llama(tmp_path / "llama")
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "v_proj"])
@@ -662,7 +657,8 @@ def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> N
     back = peft_graft.transfer(tmp_path / "of-llama", student=base, out=tmp_path / "back", **options(text))
     assert back.report.verification.done
     trained_mixture(tmp_path / "experts", base, "mixtral", ["w2"])
-    with pytest.raises(PlanError, match=r"expert\.0\.ffn\.down: the student has no counterpart.*without the experts"):
+    refused = r"expert\.0\.ffn\.down: the student has no counterpart.*without the experts|LoRA with target_parameters="
+    with pytest.raises(GraftError, match=refused):  # the latter with transformers 5, whose experts are one tensor
         peft_graft.transfer(tmp_path / "experts", student=other, **options(text))
 
 

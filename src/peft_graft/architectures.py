@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_graft.errors import ArchitectureError
-from peft_graft.families import ROW_OF_TYPE
+from peft_graft.families import ROWS_OF_TYPE
 from peft_graft.modules import EMBEDDED, FIRST_OUT, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, VOCABULARY, Site, Space
 from peft_graft.norms import global_norm_paths, norm_paths
 from peft_graft.roles import (
@@ -190,10 +190,9 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         ArchitectureError: the model type is not in the table and its roles cannot be inferred, or a row's path is
             missing in this model.
     """
-    row = ROW_OF_TYPE.get(model_type)
-    inferred = row is None
-    if row is None:
-        row = infer_row(base, model_type)
+    rows = ROWS_OF_TYPE.get(model_type, [])
+    inferred = not rows
+    row = next((row for row in rows if _fits(row, base)), rows[0]) if rows else infer_row(base, model_type)
     stacks: list[Stack] = []
     depths: dict[str, int] = {}
     sizes: dict[Space, int] = {}
@@ -235,6 +234,11 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         model_type, row, prefix, depths, sizes, inferred, units, frozenset(absent), norms, transposed, vocabulary,
         embed_scale,
     )  # fmt: skip
+
+
+def _fits(row: ArchitectureRow, base: nn.Module) -> bool:
+    """Whether the model has its layers where the row says."""
+    return all(isinstance(_submodule(base, stack.layers), nn.ModuleList) for stack in row.stacks)
 
 
 def _input_embeddings(base: nn.Module) -> nn.Module | None:
@@ -281,7 +285,7 @@ def _sizes(
     for role, linear in stack.linears.items():
         module = _submodule(layer, linear.path)
         shape = linear_shape(module)
-        if module is None and linear.optional:
+        if shape is None and linear.optional:
             absent.add(Site(index, stack.full(role)))
             continue
         if shape is None:

@@ -303,7 +303,8 @@ _MIXTURES: tuple[ArchitectureRow, ...] = (
         stacks=(
             replace(
                 _LLAMA_STACK,
-                linears=linears(**_LLAMA_ATTENTION, ffn_router="block_sparse_moe.gate"),
+                # In transformers 5 experts are one tensor and the router is no linear layer: nothing attaches there.
+                linears={**linears(**_LLAMA_ATTENTION), **optional(linears(ffn_router="block_sparse_moe.gate"))},
                 experts=Experts(
                     "block_sparse_moe",
                     "block_sparse_moe.experts",
@@ -333,4 +334,7 @@ _MIXTURES: tuple[ArchitectureRow, ...] = (
 
 
 ROWS = (*_BERT_LIKE, *_OTHER_ENCODERS, *_DECODERS, *_MIXTURES, *STACKED_ROWS)
-ROW_OF_TYPE = {model_type: row for row in ROWS for model_type in row.model_types}
+#: Several for families whose modules have other names in other versions of transformers.
+ROWS_OF_TYPE = {
+    model_type: [row for row in ROWS if model_type in row.model_types] for row in ROWS for model_type in row.model_types
+}

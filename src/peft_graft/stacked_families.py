@@ -134,8 +134,33 @@ _TOWERS: tuple[ArchitectureRow, ...] = (
         ),
         heads={IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)},
     ),
+    ArchitectureRow(  # transformers 5
+        model_types=("vit", "deit"),
+        stacks=(
+            Stack(
+                "layers",
+                linears(
+                    attn_query="attention.q_proj",
+                    attn_key="attention.k_proj",
+                    attn_value="attention.v_proj",
+                    attn_output="attention.o_proj",
+                    ffn_up="mlp.fc1",
+                    ffn_down="mlp.fc2",
+                ),
+                kind="vision",
+            ),
+        ),
+        heads={IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)},
+    ),
     ArchitectureRow(model_types=("clip_text_model",), stacks=(_CLIP_TEXT,)),
     ArchitectureRow(model_types=("clip_vision_model", "siglip_vision_model"), stacks=(_CLIP_VISION,)),
+    ArchitectureRow(  # transformers 5
+        model_types=("clip_text_model",), stacks=(replace(_CLIP_TEXT, layers="encoder.layers"),)
+    ),
+    ArchitectureRow(
+        model_types=("clip_vision_model", "siglip_vision_model"),
+        stacks=(replace(_CLIP_VISION, layers="encoder.layers"),),
+    ),
     ArchitectureRow(
         model_types=("clip", "siglip"),
         stacks=(replace(_CLIP_TEXT, name="text"), replace(_CLIP_VISION, name="vision")),
