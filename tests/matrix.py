@@ -242,7 +242,7 @@ _MEANINGS = {
     r"refused: \S+adapters is no site of an? \S+ model": "refused: the row of this family does not say where "
     "AdapterHub puts its adapters",
     r"refused: (shared|\S*embed_tokens|\S*token_embedding) is no site of an? \S+ model": "refused: the vocabulary of "
-    "models with several stacks is no site",
+    "models with several stacks is no site (what peft trains at `shared`, neither stack uses)",
     r"refused: \S+norm1? is no site of an? \S+ model": "refused: the norms of models with several stacks have no roles",
     r"refused: peft loads the module, but the student cannot be run with it.*": "peft's virtual tokens do not fit this "
     "model",
