@@ -81,6 +81,7 @@ def test_inspect_plans_a_transfer_without_weights(run, world, tmp_path) -> None:
     assert found.student.layers == [[0], [2]]
     assert found.student.needs_text is True
     assert 0.1 < found.student.weights_mib < 10
+    assert found.student.passes == 1
     # Four layers of 4 x 32 x 32 + 2 x 32 x 48 and two of 4 x 24 x 24 + 2 x 24 x 48, and the teacher's pooler.
     assert found.student.forwards_per_token == 4 * 7168 + 2 * 4608 + 32 * 32
     assert found.student.least_seconds > 0

@@ -25,7 +25,7 @@ from peft_graft.errors import PairingError
 from peft_graft.gathering import Gather, RowMemory, rows_of
 from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, probe
 from peft_graft.models import ModelHandle
-from peft_graft.pipelining import ahead, in_order, shares, side_by_side
+from peft_graft.pipelining import Each, ahead, in_order, shares, side_by_side
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics, Products
 from peft_graft.text import Sample
@@ -123,17 +123,14 @@ class Totals:
             for group in groups
         }
         self.nonfinite = 0
-        self._shares = shares(on_processor=device.type == "cpu")
 
-    def update(self, rows: Mapping[str, Tensor], *, held_out: bool) -> None:
-        """Take in the rows of one batch by their tensors' names; they are overwritten."""
+    def update(self, rows: Mapping[str, Tensor], each: Each, *, held_out: bool) -> None:
+        """Take in the rows of one batch by their tensors' names, with ``pipelining.Each``; they are overwritten."""
         members: dict[str, dict[str, Tensor]] = {}
         for node, value in rows.items():
             members.setdefault(self.group[node], {})[node] = value
         # Groups have no total in common, so they need no order.
-        self.nonfinite += max(
-            side_by_side(lambda group: self.products[held_out, group].update(members[group]), members, *self._shares)
-        )
+        self.nonfinite += max(each(lambda group: self.products[held_out, group].update(members[group]), members))
 
     def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
         """What methods see, by pair; pairs that are the same tensors share one object."""
@@ -232,6 +229,7 @@ def collect_totals(
         torch.inference_mode(),
         Capture(teacher, layout.spaces[0], stop=True) as of_teacher,
         Capture(student, layout.spaces[1], stop=True) as of_student,
+        side_by_side(*shares(on_processor=device.type == "cpu")) as each,
     ):
         for capture in (of_teacher, of_student):  # which learns where it can stop
             probe(capture)
@@ -259,7 +257,7 @@ def collect_totals(
         on_processor = all(model.device.type == "cpu" for model in (teacher, student))
         for (number, batch, pairs), seen in in_order(stream, held, on_processor=on_processor):
             if batch is not None and seen is not None:
-                totals.update(seen[0], held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+                totals.update(seen[0], each, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
                 free.append(seen[1])
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)

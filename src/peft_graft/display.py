@@ -55,7 +55,8 @@ def show_inspection(found: Inspection) -> None:
     console.print(f"modules      {student.modules}, head {'carried' if student.head else 'none'}")
     console.print(f"method       {student.method}")
     console.print(
-        f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics, "
+        f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics "
+        f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
         f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
         f"{student.forwards_per_token / 1e6:.1f} M"
     )

@@ -61,7 +61,8 @@ class RowMemory:
         def room(count: int, like: Tensor) -> Tensor:
             held = self._held.get(name)
             if held is None or len(held) < count:
-                held = self._held[name] = like.new_empty(count + count // 4, like.shape[-1])
+                # Batches differ a little in size; room for the largest is asked for at once.
+                held = self._held[name] = like.new_empty(1 << (len(like) - 1).bit_length(), like.shape[-1])
             return held[:count]
 
         return room

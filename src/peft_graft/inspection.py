@@ -5,25 +5,26 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from peft_graft.architectures import Architecture
+from peft_graft.architectures import Architecture, describe
 from peft_graft.checkpoints import PeftCheckpoint, locate, read_checkpoint, resolve
 from peft_graft.conversion import stand_in
 from peft_graft.errors import GraftError
 from peft_graft.formats.raw import RawCheckpoint
+from peft_graft.layout import room_of_a_pass
 from peft_graft.methods import AUTO, METHODS
-from peft_graft.models import describe_config, load_config
+from peft_graft.models import load_config
 from peft_graft.modules import LoraModule, Module
 from peft_graft.planning import TransferPlan, plan_transfer
-from peft_graft.task_models import blank_model
+from peft_graft.task_models import blank_model, prefix_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 #: Of an alignment by default.
@@ -47,9 +48,10 @@ class SiteSummary(_Record):
 class StudentSummary(_Record):
     """What a transfer to a student would do, or why it cannot.
 
-    ``statistics_mib``: memory of the statistics that the default gathers; ``products_per_token``: multiply-adds for
-    them; ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in
-    float32; ``least_seconds``: what the multiply-adds of ``TOKENS`` tokens take at the rate of a matrix product here.
+    ``statistics_mib``: memory of the statistics that the default gathers; ``passes``: over the text, so that they fit
+    in this machine's memory; ``products_per_token``: multiply-adds for them; ``forwards_per_token``: those of both
+    models' forward passes; ``weights_mib``: memory of both models in float32; ``least_seconds``: what the multiply-adds
+    of ``TOKENS`` tokens take at the rate of a matrix product here.
     """
 
     name: str
@@ -62,6 +64,7 @@ class StudentSummary(_Record):
     method: str | None = None
     needs_text: bool | None = None
     statistics_mib: float = 0.0
+    passes: int = 1
     products_per_token: int = 0
     forwards_per_token: int = 0
     weights_mib: float = 0.0
@@ -109,7 +112,7 @@ def inspect(
     """
     folder = locate(module)
     raw = read_checkpoint(folder)
-    checkpoint, architecture, problem = _resolved(folder, raw, str(teacher or raw.base_model or ""))
+    checkpoint, base, problem = _resolved(folder, raw, str(teacher or raw.base_model or ""))
     found = Inspection(
         module=str(module),
         format=raw.format,
@@ -125,25 +128,43 @@ def inspect(
     )
     if student is None:
         return found
-    if checkpoint is None or architecture is None:
+    if checkpoint is None or base is None:
         summary = StudentSummary(name=str(student), problem="the teacher has to be known first")
     else:
-        summary = _plan_for(checkpoint, architecture, str(teacher or raw.base_model), str(student), layers)
+        summary = _plan_for(checkpoint, base, str(student), layers)
     return found.model_copy(update={"student": summary})
+
+
+class _Blank(NamedTuple):
+    """A base model without weights, and what is known about it."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> _Blank:
+        model = blank_model(config, "base")
+        return cls(model, describe(model, config.model_type, prefix_of(model)))
+
+    @property
+    def costs(self) -> tuple[int, int]:
+        """Multiply-adds of a forward pass for each token, attention's own aside, and bytes of float32 weights."""
+        words = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        sizes = [(value.numel(), value.ndim > 1 and id(value) not in words) for value in self.model.parameters()]
+        return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
 
 
 def _resolved(
     folder: Path, raw: RawCheckpoint, teacher: str
-) -> tuple[PeftCheckpoint | None, Architecture | None, str | None]:
+) -> tuple[PeftCheckpoint | None, _Blank | None, str | None]:
     try:
         if not teacher:
             return None, None, "the module's configuration names no base model; name it with --teacher"
         config = load_config(teacher, "teacher")
-        architecture = describe_config(config)
-        blank = dict(blank_model(config, "base").state_dict())
+        base = _Blank.of(config)
         if raw.kind == "weights":
             raw = stand_in(folder, raw, config)
-        return resolve(raw, architecture, blank), architecture, None
+        return resolve(raw, base.architecture, dict(base.model.state_dict())), base, None
     except GraftError as error:
         return None, None, str(error)
 
@@ -170,23 +191,23 @@ def _unknown(module: Module) -> bool:
     return any(tensor.values.is_meta for tensor in module.tensors.values())
 
 
-def _plan_for(
-    checkpoint: PeftCheckpoint, teacher: Architecture, teacher_name: str, student: str, layers: str
-) -> StudentSummary:
+def _plan_for(checkpoint: PeftCheckpoint, teacher: _Blank, student: str, layers: str) -> StudentSummary:
     try:
-        config = load_config(student, "student")
-        architecture = describe_config(config)
+        own = _Blank.of(load_config(student, "student"))
+        architecture = own.architecture
         known = StudentSummary(name=student, model_type=architecture.model_type, num_layers=architecture.num_layers)
     except GraftError as error:
         return StudentSummary(name=student, problem=str(error))
     try:
-        plan = plan_transfer(checkpoint, teacher, architecture, layers=layers, method=METHODS["prune-align"])
+        plan = plan_transfer(
+            checkpoint, teacher.architecture, architecture, layers=layers, method=METHODS["prune-align"]
+        )
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     outlook = _outlook(plan)
-    if not (teacher.row.reads_text and architecture.row.reads_text):
+    if not (teacher.architecture.row.reads_text and architecture.row.reads_text):
         return known.model_copy(update=outlook | _WITHOUT_TEXT)
-    costs = [_costs(each) for each in (load_config(teacher_name, "teacher"), config)]
+    costs = teacher.costs, own.costs
     forwards = sum(operations for operations, _ in costs)
     operations = TOKENS * (forwards + _plan_products(plan))
     return known.model_copy(
@@ -201,14 +222,6 @@ def _plan_for(
 
 #: What is different where text is of no use.
 _WITHOUT_TEXT = {"method": "copy", "needs_text": False, "statistics_mib": 0.0, "products_per_token": 0}
-
-
-def _costs(config: PretrainedConfig) -> tuple[int, int]:
-    """Multiply-adds of a forward pass for each token, attention's own aside, and bytes of the weights in float32."""
-    model = blank_model(config, "base")
-    words = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    sizes = [(value.numel(), value.ndim > 1 and id(value) not in words) for value in model.parameters()]
-    return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
 
 
 def _products_per_second() -> float:
@@ -242,6 +255,7 @@ def _outlook(plan: TransferPlan) -> dict[str, object]:
         + ("; else copy, if the student shares the teacher's word embeddings" if same else ""),
         "needs_text": None if same else True,
         "statistics_mib": round(2 * products * 8 / 2**20, 1),
+        "passes": 1 + 2 * products // max(1, room_of_a_pass(torch.device("cpu"))),
         "products_per_token": products,
         "head": plan.head,
         "notes": list(plan.notes),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+#: (work, items) -> what it makes of every item, in their order.
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 #: Items in work at once on a processor: each holds its activations.
 _MOST = 4
 
@@ -21,13 +24,17 @@ def shares(*, on_processor: bool) -> tuple[int, int]:
     return workers, torch.get_num_threads() // workers
 
 
-def side_by_side(work: Callable[[_T], _R], items: Iterable[_T], workers: int, share: int) -> list[_R]:
-    """What ``work`` makes of every item, in inference mode, by ``workers`` threads with ``share`` of torch's each."""
-    if workers == 1:
-        return [work(item) for item in items]
+@contextmanager
+def side_by_side(workers: int, share: int) -> Iterator[Each]:
+    """Something that works on items ``workers`` at a time, in inference mode, with ``share`` of torch's threads each.
 
+    Its threads stay, and with them the memory that matrix products set up in each.
+    """
+    if workers == 1:
+        yield lambda work, items: [work(item) for item in items]
+        return
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        return list(pool.map(_inferring(work), items))
+        yield lambda work, items: list(pool.map(_inferring(work), items))
 
 
 def _inferring(work: Callable[[_T], _R]) -> Callable[[_T], _R]:
