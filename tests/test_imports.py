@@ -24,7 +24,7 @@ LEVELS = (
     ("formats.peft_format", "formats.adapterhub", "alignment_files", "projection", "models"),
     ("settings", "entries", "correspondence"),
     ("checkpoints", "conversion"),
-    ("activations", "planning", "live", "libraries"),
+    ("activations", "planning", "site_selection", "live", "libraries"),
     ("predictions", "verification", "layout", "caching"),
     ("gathering",),
     ("collecting",),

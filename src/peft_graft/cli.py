@@ -123,7 +123,9 @@ def transfer(
     ] = None,
     sites: Annotated[
         str | None,
-        typer.Option(help="Which modules to move, such as attn.value,ffn.* or 0/*,1/* by layer; all by default."),
+        typer.Option(
+            help="Modules to move, by role (attn.value,ffn.*), layer (0/*) or head (attn.value@0+3); all by default."
+        ),
     ] = None,
     library: Annotated[
         str | None, typer.Option(help="Write a LoRA for peft or for adapters; for the module's own when not given.")

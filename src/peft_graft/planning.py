@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 
 from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
@@ -89,34 +88,6 @@ def map_axis(method: Method, module: Module, axis: Axis) -> str:
         assert read is not None
         return axis.space if VOCABULARY in (read.space, axis.space) else read.space
     return axis.space
-
-
-def at_sites(checkpoint: PeftCheckpoint, patterns: Sequence[str] | None) -> PeftCheckpoint:
-    """The checkpoint with the modules at some of its sites alone.
-
-    Args:
-        patterns: roles, or layers and roles, with wildcards: ``attn.value``, ``ffn.*``, ``0/*``; None for all.
-
-    Raises:
-        PlanError: a pattern that matches none of the checkpoint's sites.
-    """
-    if patterns is None:
-        return checkpoint
-    names = {site: (site.role, f"{site.layer}/{site.role}") for site in checkpoint.modules}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for pair in names.values() for name in pair):
-            raise PlanError(
-                "the module has no such site",
-                where=f"--sites {pattern}",
-                expected=f"{', '.join(checkpoint.roles)}, in layers {', '.join(map(str, checkpoint.layers))}",
-                fix="name roles, or LAYER/ROLE, with * for any",
-            )
-    kept = {
-        site: module
-        for site, module in checkpoint.modules.items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns for name in names[site])
-    }
-    return replace(checkpoint, modules=kept)
 
 
 def plan_transfer(

@@ -16,8 +16,9 @@ from peft_graft.libraries import in_library
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, describe_config, load_config
 from peft_graft.modules import POOLED_OUT, Space
-from peft_graft.planning import TransferPlan, at_sites, check_reads_text, plan_transfer
+from peft_graft.planning import TransferPlan, check_reads_text, plan_transfer
 from peft_graft.settings import TransferSettings
+from peft_graft.site_selection import at_sites
 from peft_graft.task_models import blank_model, own_labels
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def preflight(
     raw = with_teacher_labels(raw, config_t)
     whole = resolve(raw, shape_t, blank, with_head=settings.head != "drop")
     check_labels(whole, config_s)
-    checkpoint = in_library(at_sites(whole, settings.sites), settings.library)
+    checkpoint = in_library(at_sites(whole, settings.sites, shape_t, config_t), settings.library)
     if settings.head == "fit" and (checkpoint.head is None or not can_fit(checkpoint.head)):
         raise HeadError(
             "there is no head to fit" if checkpoint.head is None else "a head of this form cannot be fitted",

@@ -37,7 +37,8 @@ class TransferSettings(BaseModel):
             there is text, else 0.
         max_tokens: paired tokens that the alignment sees at most.
         seed: of the order in which text is sampled.
-        sites: which modules to move, by role or layer and role with wildcards (``attn.value``, ``0/*``); None for all.
+        sites: which modules to move, by role or layer and role with wildcards (``attn.value``, ``0/*``), and by head
+            (``attn.value@0+3``; a polish trains the others too); None for all.
         library: the library to write for, ``peft`` or ``adapters``; None for the module's own.
         device: of the forward passes, by its torch name; ``auto`` lets accelerate spread models over what is there.
         student_device: the same for the student, where it is another.

@@ -30,7 +30,7 @@ from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
 from peft_graft.models import ModelHandle, embedding_similarity, handle, load_config, load_model, load_tokenizer
 from peft_graft.modules import VOCABULARY, Space
-from peft_graft.planning import at_sites, choose_method
+from peft_graft.planning import choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
     check_labels,
@@ -46,6 +46,7 @@ from peft_graft.preflight import (
 from peft_graft.report import GraftReport, hardware, versions
 from peft_graft.roles import expert_of
 from peft_graft.settings import POLISH, UNFINISHED, Clock, HeadChoice, Progress, TransferSettings, checked_settings
+from peft_graft.site_selection import at_sites
 from peft_graft.teaching import (
     EXACT,
     FIT,
@@ -240,7 +241,8 @@ def _transfer(
     own = teacher.base_tensors(output=raw.trains_output)
     whole = resolve(raw, teacher.architecture, own, with_head=settings.head != "drop")
     check_labels(whole, student.base.config)
-    checkpoint = in_library(at_sites(whole, settings.sites), settings.library)
+    part = at_sites(whole, settings.sites, teacher.architecture, teacher.base.config)
+    checkpoint = in_library(part, settings.library)
     check_reading(teacher.architecture, student.architecture, settings, samples is not None)
     methods, reason = _methods(checkpoint, teacher, student, settings, given, has_text=samples is not None)
     pool = list(islice(samples, _POOL)) if samples is not None else []
