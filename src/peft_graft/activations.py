@@ -104,6 +104,8 @@ class Capture:
         if held is None:  # not our forward pass: another capture's, of the same model
             return
         if value.ndim == 2:  # OPT's feed-forward block sees all tokens in one row
+            if len(value) != self._now.shape.numel():  # what a router sent an expert; all tokens follow (_on_mixture)
+                return
             value = value.view(*self._now.shape, value.shape[-1])
         held[space] = self._now.take(space, value)
         self._now.captures += 1
