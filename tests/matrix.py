@@ -26,7 +26,9 @@ import peft_graft
 import tiny
 from peft_graft.activations import pad
 from peft_graft.architectures import Architecture
+from peft_graft.checkpoints import read_checkpoint
 from peft_graft.errors import GraftError
+from peft_graft.live import attach
 from peft_graft.models import describe_config, load_model
 from peft_graft.modules import Site
 from peft_graft.task_models import quiet_libraries
@@ -193,8 +195,13 @@ class World:
             )  # fmt: skip
         except GraftError as error:
             return f"refused: {error.message}"
+        raw = read_checkpoint(out)
+        live = attach(out, raw, load_model(str(self.student), tokenizer=False))
         with torch.inference_mode():
             found = self._state(self._loaded(kind, out))
+            # What candidates are judged and polished in computes what the library does.
+            same = live.forward(self.probe)[1]
+            torch.testing.assert_close(same, found[:, -same.shape[1] :] if found.ndim == 3 else found)
         expected = expected if self.stream is None else expected[..., self.stream]
         scale = expected.abs().max()
         return EXACT if torch.allclose(found, expected, rtol=0, atol=1e-3 * float(scale)) else ACTS

@@ -15,6 +15,8 @@ import tiny
 from conftest import needs_adapters
 from peft_graft.checkpoints import read_checkpoint
 from peft_graft.errors import PlanError
+from peft_graft.live import attach
+from peft_graft.models import load_model
 
 WORDS = {"tagging": "token-classification", "classification": "sequence-classification"}
 
@@ -87,3 +89,15 @@ def test_some_sites_alone(base: Path, tmp_path: Path) -> None:
     assert all(0 < site.share < 1 for site in whole.report.sites)
     with pytest.raises(PlanError, match=r"--sites attn\.key: the module has no such site"):
         peft_graft.transfer(tmp_path / "module", student=base, sites=["attn.key"])
+
+
+@needs_adapters
+@pytest.mark.parametrize("settings", ["seq_bn", "lora"])
+def test_a_module_runs_here_as_in_its_library(world, tmp_path, settings: str) -> None:
+    """What candidates are judged by: every weight of the base model arrives, those with several names too."""
+    adapted = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
+    raw = read_checkpoint(tmp_path / "m")
+    live = attach(tmp_path / "m", raw, load_model(str(world / "teacher")), tuple(raw.labels or ()))
+    ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(live.forward({"input_ids": ids})[0], adapted(input_ids=ids).logits)

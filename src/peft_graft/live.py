@@ -258,9 +258,11 @@ def _attach_adapterhub(
             ) from error
         base = getattr(model, prefix_of(model))
         own = base.state_dict()
-        given = {k: v.float().cpu() for k, v in handle.base.state_dict().items() if k in own}
+        given = {key: value.float().cpu() for key, value in handle.base_tensors().items() if key in own}
+        filled = {own[key].data_ptr() for key in given}
         for key in base.load_state_dict(given, strict=False).missing_keys:
-            own[key].zero_()  # such as a pooler, which the checkpoint may lack
+            if own[key].data_ptr() not in filled:  # one tensor may have several names
+                own[key].zero_()  # such as a pooler, which the checkpoint may lack
     else:
         model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
         adapters.init(model)
