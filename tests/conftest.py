@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side, a worker for every core: more threads, also of the processes they start, would only wait.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
