@@ -50,7 +50,7 @@ test_examples = 20
 config = {{ r = 4, lora_alpha = 8 }}
 
 [training]
-teacher = {{ learning_rate = 1e-2, epochs = 10, batch_size = 4 }}
+teacher = {{ learning_rate = 5e-3, epochs = 20, batch_size = 4 }}
 student = {{ learning_rate = 1e-2, epochs = 2, batch_size = 8 }}
 
 [defaults]
