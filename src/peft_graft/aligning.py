@@ -272,7 +272,7 @@ class Aligner:
 
     def _parts(self, methods: Sequence[Method]) -> list[Wanted]:
         """What the methods need, in as many parts as memory asks for; the same in every process."""
-        wanted, hold_out = self._wanted(methods), any(method.holds_out for method in methods)
+        wanted, hold_out = self._wanted(methods), _hold_out(methods)
         sharers = self.on_ray.shards if self.on_ray else 1
         room = least_of_all(room_of_a_pass(self.teacher.device, sharers), self.shard)
         return Layout.of(self.teacher, self.student, wanted).parts(wanted, room, hold_out=hold_out)
@@ -290,7 +290,7 @@ class Aligner:
                 return [load_alignment(folder) for folder in kept]
         settings = self.settings.model_dump(mode="json")
         with self.clock("pairing tokens"):
-            totals, counts = self._totals(methods, wanted, last=last)
+            totals, counts = self._totals(key, wanted, hold_out=_hold_out(methods), last=last)
             statistics = totals.statistics()
         if counts.nonfinite_pairs * 2 > counts.pairs:
             raise PairingError(
@@ -324,16 +324,17 @@ class Aligner:
 
     def _key(self, methods: Sequence[Method], wanted: Wanted) -> str:
         """What tells a pass from all others."""
-        models, hold_out = (self.teacher.fingerprint, self.student.fingerprint), any(one.holds_out for one in methods)
-        return hashlib.sha256(repr([*models, self.settings, _stamp(self.text), wanted, hold_out]).encode()).hexdigest()
+        models = self.teacher.fingerprint, self.student.fingerprint
+        parts = [*models, self.settings, _stamp(self.text), wanted, _hold_out(methods)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _totals(self, methods: Sequence[Method], wanted: Wanted, *, last: bool) -> tuple[Totals, PairingCounts]:
+    def _totals(self, key: str, wanted: Wanted, *, hold_out: bool, last: bool) -> tuple[Totals, PairingCounts]:
         assert self.samples is not None
-        samples, hold_out = self.samples, any(method.holds_out for method in methods)
+        samples = self.samples
         if not last:  # the next pass goes over the same text
             samples, self.samples = tee(samples)
         settings = CollectionSettings(max_tokens=self.settings.max_tokens)
-        state = Unfinished(self.work, self._key(methods, wanted)) if self.work else None
+        state = Unfinished(self.work, key) if self.work else None
         if self.on_ray:
             return collect_on_ray(
                 self.on_ray, self.teacher, self.student, wanted, settings, self.clock.progress, hold_out=hold_out,
@@ -347,6 +348,11 @@ class Aligner:
             totals.merge_processes()
             counts.nonfinite_pairs = totals.nonfinite
         return totals, counts
+
+
+def _hold_out(methods: Sequence[Method]) -> bool:
+    """Whether one of the methods chooses by held-out pairs."""
+    return any(method.holds_out for method in methods)
 
 
 def _stamp(text: str | None) -> tuple[object, ...]:

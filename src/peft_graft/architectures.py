@@ -222,7 +222,7 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
     if isinstance(words, nn.Embedding) and row.reads_text:  # the stacks of an encoder-decoder share them
         sizes[Space(-1, EMBEDDED)] = words.embedding_dim
     if isinstance(words, nn.Embedding) and len(stacks) == 1:
-        sizes |= {Space(-1, EMBEDDED): words.embedding_dim, Space(-1, VOCABULARY): words.num_embeddings}
+        sizes[Space(-1, VOCABULARY)] = words.num_embeddings
         vocabulary[EMBED_ROLE] = next(path for path, module in base.named_modules() if module is words)
         if stacks[0].kind == "decoder":
             vocabulary[LM_HEAD_ROLE] = row.lm_head

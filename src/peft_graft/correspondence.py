@@ -26,10 +26,10 @@ def corresponding_stacks(teacher: Architecture, student: Architecture) -> list[t
 
 def corresponds(stacks: Sequence[tuple[Stack, Stack]], role: str, student: Architecture) -> bool:
     """Whether the student has a role like this one of the teacher; which of its experts, is another question."""
-    found = [(second, first.local(role)) for first, second in stacks]
-    names = {stack.full(with_expert(local, 0)) for stack, local in found if local is not None}
     if role == PROMPT_ROLE:
         return Space(-1, EMBEDDED) in student.sizes
+    found = [(second, first.local(role)) for first, second in stacks]
+    names = {stack.full(with_expert(local, 0)) for stack, local in found if local is not None}
     virtual = {PREFIX_ROLE} if len(student.row.stacks) == 1 else set()
     return bool(names & {*student.roles, *virtual})
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class LiveModule:
         model: takes what ``activations.pad`` gives, has ``logits`` where the checkpoint's task has a head.
         raw: what was loaded. name: the module's name in its library.
         written, loaded: the checkpoint's tensors by key, as in its file and as in the model.
-        bf16: forward passes in mixed precision; the weights are float32 in any case.
+        bf16: forward passes in mixed precision; what is trained is float32 in any case.
         own_biases: of layers whose bias the module replaces, by path, what it is without the module.
     """
 
@@ -89,7 +90,7 @@ class LiveModule:
         """The task model that the module is in."""
         return self.model.base_model if self.raw.kind in VIRTUAL else self.model.base_model.model
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where its inputs belong."""
         return device_of(self.model)

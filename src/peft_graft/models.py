@@ -63,7 +63,7 @@ class ModelHandle:
         """See ``fingerprint``; taken once."""
         return fingerprint(self.base)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where its inputs belong."""
         return device_of(self.base)

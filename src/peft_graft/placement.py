@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 AUTO_DEVICE = "auto"
 
 
-def check_device(device: str) -> torch.device | None:
+def check_device(device: str, option: str = "--device") -> torch.device | None:
     """The device by its torch name (``cpu``, ``cuda``, ``cuda:1``, ``mps``); None for ``auto``.
 
     Raises:
@@ -35,7 +35,7 @@ def check_device(device: str) -> torch.device | None:
         if torch.backends.mps.is_available():
             available.append("mps")
         raise DeviceError(
-            "no such device", where=f"--device {device}", found=f"available: {', '.join(available)}"
+            "no such device", where=f"{option} {device}", found=f"available: {', '.join(available)}"
         ) from error
     return chosen
 
@@ -78,7 +78,7 @@ class BaseTensors(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module, missing: frozenset[str], more: Mapping[str, Tensor]) -> None:
         self._model, self._more = model, more
         kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
-        self._names = [name for name in model.state_dict() if name in kept - missing]
+        self._names = dict.fromkeys(name for name in model.state_dict() if name in kept - missing)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._more:

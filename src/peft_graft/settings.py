@@ -91,8 +91,9 @@ def checked_settings(
         raise PlanError("must be positive", where="--max-tokens", found=max_tokens)
     if polish is not None and polish < 0:
         raise PlanError("must not be negative", where="--polish", found=polish)
-    for place in (device, student_device or device):
-        check_device(place)
+    check_device(device)
+    if student_device is not None:
+        check_device(student_device, "--student-device")
     return TransferSettings(
         layers=layers,
         method=method,

@@ -67,11 +67,12 @@ def _bart(*model_types: str, before: bool) -> ArchitectureRow:
     first, second, third = "self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"
     taps = pre_norm(first, third) if before else post_norm("self_attn.q_proj", "fc1", third)
     cross = Tap(second if before else "encoder_attn.q_proj", "input")
-    # A norm belongs to whoever reads what it writes.
-    last = "ffn.norm" if before else "out.norm"
-    of_encoder = {"attn.norm" if before else "ffn.norm": first, last: third}
-    of_decoder = dict(zip(("attn.norm", "cross.norm") if before else ("cross.norm", "ffn.norm"), (first, second),
-                          strict=True)) | {last: third}  # fmt: skip
+    if before:  # a norm belongs to whoever reads what it writes
+        of_encoder = {"attn.norm": first, "ffn.norm": third}
+        of_decoder = {"attn.norm": first, "cross.norm": second, "ffn.norm": third}
+    else:
+        of_encoder = {"ffn.norm": first, "out.norm": third}
+        of_decoder = {"cross.norm": first, "ffn.norm": second, "out.norm": third}
     points = _crossing_points(
         "attention_adapters.adapters", "cross_attention_adapters.adapters", "output_adapters.adapters"
     )
