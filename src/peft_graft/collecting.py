@@ -23,7 +23,7 @@ from peft_graft.activations import Capture, pad, tokenize
 from peft_graft.alignment import Pair
 from peft_graft.errors import PairingError
 from peft_graft.gathering import Gather, RowMemory, rows_of
-from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, probe
+from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, is_precise, probe
 from peft_graft.models import ModelHandle
 from peft_graft.pipelining import Each, ahead, in_order, shares, side_by_side
 from peft_graft.settings import Progress
@@ -106,8 +106,7 @@ class Totals:
     def __init__(self, layout: Layout, wanted: Wanted, device: torch.device, *, hold_out: bool) -> None:
         self.wanted = wanted
         self.nodes, sizes, products = layout.nodes, layout.sizes, layout.products(wanted)
-        # A regression inverts what it is given, so it is given products in float64.
-        precise = any(set(moments) - {"cross"} for moments in wanted.values())
+        precise = is_precise(wanted)
         # Tensors that no product ties together go one group after another, so that few rows are held at a time.
         self.group = _groups(sizes, products)
         groups = sorted(set(self.group.values()))

@@ -11,7 +11,7 @@ the first batch before their products are taken, so a large offset does not canc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,11 +46,11 @@ class PairedStatistics:
     def empty(
         cls, teacher_size: int, student_size: int, moments: Iterable[Moment] = ("cross",), device: str = "cpu"
     ) -> PairedStatistics:
-        """No pairs yet; ``moments`` names what a method needs beside the cross moment."""
+        """No pairs yet, in no memory to speak of; ``moments`` names what a method needs beside the cross moment."""
         wanted = set(moments)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+            return torch.zeros((), dtype=torch.float64, device=device).expand(shape)
 
         return cls(
             0,
@@ -141,8 +141,11 @@ class PairedStatistics:
 
 #: Products of wide tensors with themselves are taken by blocks of at least this many columns, the upper ones only.
 _LEAST_BLOCK, _MOST_BLOCKS = 256, 4
-#: Rows that are squared, or made float64, at a time: a passing copy of all of them costs more than the arithmetic.
-_ROWS_OF_SQUARES, _ROWS = 256, 1024
+#: Rows of a tensor, or of a product's factors, that are squared or made float64 at a time: a passing copy of all of
+#: them costs more than the arithmetic.
+_ROWS, _ROWS_OF_FACTORS = 256, 1024
+#: Rows whose float32 products are summed in float32: adding every batch's to float64 totals costs a tenth of a pass.
+_ROWS_OF_PARTIALS = 8192
 
 
 class Products:
@@ -177,7 +180,9 @@ class Products:
             self._sum = {name: zeros(size) for name, size in sizes.items()}
             self._squares = {name: zeros(size) for name, size in sizes.items()}
             self._product = {(a, b): zeros(sizes[a], sizes[b]) for a, b in wanted}
-        self._scratch: dict[torch.Size, Tensor] = {}
+        # Products of rows that the totals do not have yet, in the precision of the rows.
+        self._partial: dict[tuple[str, str], Tensor] = {}
+        self._rows_of_partials = 0
 
     def update(self, rows: Mapping[str, Tensor]) -> int:
         """Take in paired rows, [n, d] float32 or float64 for every name; they are overwritten.
@@ -210,28 +215,48 @@ class Products:
         for name in self._sum:
             self._sum[name] += sums[name]
             if (name, name) not in self._product:  # whose diagonal says as much
-                for part in torch.split(rows[name], _ROWS_OF_SQUARES):
+                for part in torch.split(rows[name], _ROWS):
                     self._squares[name] += part.square().sum(0)
-        for (a, b), product in self._product.items():
-            self._add_product(product, rows[a], None if a == b else rows[b])
-        self.count += len(next(iter(rows.values())))
+        for a, b in self._product:
+            self._add_product(a, b, rows)
+        count = len(next(iter(rows.values())))
+        self.count += count
+        self._rows_of_partials += count
+        if self._rows_of_partials >= _ROWS_OF_PARTIALS:
+            self._add_partials()
         return left_out
 
-    def _add_product(self, total: Tensor, a: Tensor, b: Tensor | None) -> None:
-        """total += a^T b, or a^T a where there is no b."""
-        step = _ROWS if self.precise else max(1, len(a))
-        for first, second in zip(torch.split(a, step), torch.split(a if b is None else b, step), strict=True):
-            left = first.double() if self.precise else first
-            if b is None:
-                _add_symmetric(total, left)
-                continue
-            right = (second.double() if self.precise else second).to(left.device)
-            if total.shape not in self._scratch:  # kept, for fresh pages take time
-                self._scratch[total.shape] = left.new_empty(total.shape)
-            total += torch.mm(left.T, right, out=self._scratch[total.shape])
+    def _add_product(self, a: str, b: str, rows: Mapping[str, Tensor]) -> None:
+        total = self._product[a, b]
+        if not self.precise and rows[a].dtype != total.dtype:
+            if (a, b) not in self._partial:
+                with torch.inference_mode(False):  # see the totals
+                    self._partial[a, b] = torch.zeros_like(total, dtype=rows[a].dtype)
+            _add(self._partial[a, b], rows[a], rows[b], symmetric=a == b)
+            return
+        for left, right in zip(*(torch.split(rows[name], _ROWS_OF_FACTORS) for name in (a, b)), strict=True):
+            left = left.double()
+            _add(total, left, left if a == b else right.double(), symmetric=a == b)
+
+    def _add_partials(self) -> None:
+        """Bring the totals up to date; of symmetric ones only what is on and above the diagonal is."""
+        for pair, partial in self._partial.items():
+            for total, part in zip(torch.split(self._product[pair], _ROWS), torch.split(partial, _ROWS), strict=True):
+                total += part
+            partial.zero_()
+        self._rows_of_partials = 0
+
+    def _settle(self) -> None:
+        """Bring the totals up to date, the lower halves of symmetric ones too."""
+        self._add_partials()
+        for (a, b), product in self._product.items():
+            if a == b:
+                for start, end in _strips(len(product)):
+                    product[end:, start:end] = product[start:end, end:].T
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state by key, to be stored or sent; ``load`` reverses it."""
+        self._settle()
         found = {"count": torch.tensor(self.count)}
         for part in ("shift", "sum", "squares"):
             found |= {f"{part} {name}": value for name, value in getattr(self, f"_{part}").items()}
@@ -240,6 +265,7 @@ class Products:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a state of the same products, in place of this one."""
         self.count = int(tensors["count"])
+        self._partial.clear()
         with torch.inference_mode(False):
             for part in ("shift", "sum", "squares"):
                 held = getattr(self, f"_{part}")
@@ -249,15 +275,23 @@ class Products:
 
     def merge(self, other: Products) -> None:
         """Take in the rows that another one of the same products has seen; that one is only shifted."""
+        self._settle()
         if not self.count:
             self._shift = dict(other._shift)
+        other._settle()
         other._shift_to(self._shift)
-        self._add(other._sum, other._squares, other._product)
+        for mine, theirs in ((self._sum, other._sum), (self._squares, other._squares)):
+            for name, value in theirs.items():
+                mine[name] += value
+        for pair, product in other._product.items():
+            self._product[pair] += product
         self.count += other.count
 
     def merge_processes(self) -> None:
         """Take in the rows that the other processes of torch's default group have seen, in all of them alike."""
         import torch.distributed as processes
+
+        self._settle()
 
         def total(value: Tensor) -> Tensor:
             there = value.cpu()  # gloo sums on the CPU
@@ -274,22 +308,13 @@ class Products:
             total(value)
         self.count = int(counts)
 
-    def _add(
-        self, sums: Mapping[str, Tensor], squares: Mapping[str, Tensor], products: Mapping[tuple[str, str], Tensor]
-    ) -> None:
-        for name, value in sums.items():
-            self._sum[name] += value
-            self._squares[name] += squares[name]
-        for pair, value in products.items():
-            self._product[pair] += value
-
     def _shift_to(self, shift: Mapping[str, Tensor]) -> None:
-        """Express the totals by another shift: x - theirs = (x - mine) + gap."""
+        """Express settled totals by another shift: x - theirs = (x - mine) + gap."""
         gap = {name: mine.double() - shift[name].double() for name, mine in self._shift.items()}
         for (a, b), product in self._product.items():
             # (sum_a) gap_b + gap_a (sum_b) + n gap_a gap_b, in two outer products.
-            product += torch.outer(self._sum[a] + self.count * gap[a], gap[b].to(product.device))
-            product += torch.outer(gap[a], self._sum[b].to(product.device))
+            product.addr_(self._sum[a] + self.count * gap[a], gap[b].to(product.device))
+            product.addr_(gap[a], self._sum[b].to(product.device))
         for name, difference in gap.items():
             self._squares[name] += difference * (2 * self._sum[name] + self.count * difference)
             self._sum[name] += self.count * difference
@@ -302,6 +327,8 @@ class Products:
         """
         if not self._centred:
             share = max(1, self.count)
+            self._settle()
+            self._partial.clear()
             self._shift_to({name: value.double() + self._sum[name] / share for name, value in self._shift.items()})
             self._centred = True
         wanted = set(moments)
@@ -329,13 +356,14 @@ def _finite(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> tuple[Map
     return {name: rows[name][finite.to(rows[name].device)] for name in sums}, int((~finite).sum())
 
 
-def _add_symmetric(total: Tensor, x: Tensor) -> None:
-    """total += x^T x, only the blocks on and above the diagonal computed."""
-    width = x.shape[1]
+def _add(total: Tensor, a: Tensor, b: Tensor, *, symmetric: bool) -> None:
+    """total += a^T b; of a symmetric one only the strips on and above the diagonal."""
+    for start, end in _strips(len(total)) if symmetric else [(0, len(total))]:
+        first = start if symmetric else 0
+        total[start:end, first:].addmm_(a[:, start:end].T, b[:, first:].to(a.device))
+
+
+def _strips(width: int) -> Iterator[tuple[int, int]]:
+    """The rows [start, end) that a product of a wide tensor with itself is taken by."""
     blocks = max(1, min(_MOST_BLOCKS, width // _LEAST_BLOCK))
-    edges = [width * index // blocks for index in range(blocks + 1)]
-    for start, end in itertools.pairwise(edges):
-        strip = x[:, start:end].T @ x[:, start:]
-        total[start:end, start:] += strip
-        if end < width:
-            total[end:, start:end] += strip[:, end - start :].T
+    return itertools.pairwise(width * index // blocks for index in range(blocks + 1))
