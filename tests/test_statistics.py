@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_graft import statistics
 from peft_graft.statistics import PairedStatistics, Products
 
 ALL = ("cross", "teacher", "student")
@@ -46,6 +47,25 @@ def test_streamed_equals_whole(cuts: list[int], seed: int, precise: bool) -> Non
     whole = PairedStatistics.of(teacher, student, ALL)
     found = streamed(teacher, student, [0, *sorted(cuts), 40], precise)
     assert_same(whole, found.statistics("t", "s", ALL))
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_float32_rows_are_summed_in_parts(precise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_ROWS_OF_PARTIALS", 15)
+    teacher, student = batch(100, offset=30, dtype=torch.float32)
+    whole = PairedStatistics.of(teacher.double(), student.double(), ALL)
+    found = streamed(teacher, student, [0, 10, 20, 31, 40], precise)  # added to the totals after 20 rows, and at 40
+    again = streamed(teacher, student, [0])
+    again.load(found.tensors())  # after the last addition
+    for products in (found, again):
+        for start, end in ((40, 52), (52, 90)):
+            products.update({"t": teacher[start:end].clone(), "s": student[start:end].clone()})
+        products.merge(streamed(teacher, student, [90, 100], precise))
+    for products in (found, again):
+        one = products.statistics("t", "s", ALL)
+        assert one.count == whole.count
+        for name in ("cross", "teacher_moment", "student_moment"):
+            torch.testing.assert_close(getattr(one, name), getattr(whole, name), rtol=1e-5, atol=1e-4)
 
 
 @given(st.permutations(range(4)), st.integers(0, 1000))
