@@ -90,7 +90,7 @@ def processes(records):
         groups[record["name"].split()[1]].append(record)
     imports = median(groups["imports"], "process_time") if "imports" in groups else 0.0
     said = {"transfer": "1,000 sentences, L6 -> L3, no polish", "aligned": "second module of an aligned pair, L6 -> E5",
-            "imports": "imports alone"}  # fmt: skip
+            "bfloat16": "1,000 sentences in bfloat16", "imports": "imports alone"}  # fmt: skip
     rows = [
         [said[name], f"{median(runs, 'wall'):.1f}", f"{median(runs, 'process_time'):.1f}",
          f"{median(runs, 'process_time') - imports:.1f}", len(runs)]
@@ -99,11 +99,25 @@ def processes(records):
     return table(["command", "wall, s", "process time, s", "beyond imports, s", "runs"], rows)
 
 
+def needed_tokens(records):
+    """Held-out correlation by tokens, and of which kind of space the least is kept of what most tokens give."""
+    records = sorted(records, key=lambda record: (record["dtype"] != "float32", record["tokens"]))
+    best = max((r for r in records if r["dtype"] == "float32"), key=lambda record: record["tokens"])["matched"]
+    rows = []
+    for r in records:
+        kept = {name: value / best[name] for name, value in r["matched"].items()}
+        worst = min(kept, key=kept.get)
+        rows.append([f"{r['tokens']:,}", r["dtype"], f"{statistics.fmean(r['matched'].values()):.4f}",
+                     f"{statistics.fmean(kept.values()):.1%}", f"{kept[worst]:.1%} ({worst})"])  # fmt: skip
+    return table(["tokens", "forwards in", "correlation on other text", "kept", "least kept"], rows)
+
+
 PARTS = (
     ("limit", "Alignment over its limit", limits),
     ("stage", "Statistics and assignment", stages),
     ("memory", "Peak memory", memories),
     ("growth", "Growth", growths),
+    ("tokens", "Tokens that an assignment needs", needed_tokens),
     ("process", "Whole commands", processes),
 )
 

@@ -8,7 +8,8 @@ on. ``report.py`` makes the tables from those files alone.
 
 Parts: ``limit`` (wall time of ``align`` over bare forward passes and the needed products), ``stage`` (statistics and
 assignment over one correlation a unit), ``memory`` (peak over tokens), ``growth`` (tokens, width, depth, sites),
-``process`` (whole commands), ``gpu`` (the limit on CUDA, where there is one).
+``tokens`` (how good assignments are on other text, over the tokens they are from and in bfloat16), ``process`` (whole
+commands), ``gpu`` (the limit on CUDA, where there is one).
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -44,7 +49,8 @@ L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-sma
 QUERY_VALUE = ("attn.query", "attn.value")
 LINEAR = ("attn.query", "attn.key", "attn.value", "attn.output", "ffn.up", "ffn.down")
 SITES = {"query, value": QUERY_VALUE, "all linear": LINEAR}
-PARTS = ("limit", "stage", "memory", "growth", "process", "gpu")
+PARTS = ("limit", "stage", "memory", "growth", "tokens", "process", "gpu")
+OTHER_TEXT = 1500  # sentences that assignments are judged on
 
 
 def busy():
@@ -189,6 +195,35 @@ class Bench:
             transformers.AutoModel.from_config(config).save_pretrained(folder)
         return folder
 
+    # ---- tokens that an assignment needs ---------------------------------------------------------------------------
+
+    def tokens(self):
+        for tokens in (3_000, 6_000, 12_000, 25_000, 50_000):
+            self.once(f"tokens {tokens} float32", lambda tokens=tokens: self.matched(tokens, "float32"))
+        self.once("tokens 50000 bfloat16", lambda: self.matched(50_000, "bfloat16"))
+
+    def matched(self, tokens, dtype):
+        """Correlation of matched units on text that the assignments are not from, by space: mean over layers."""
+        statistics = self.moments(E5, L6, slice(OTHER_TEXT, None), tokens, dtype)
+        found = defaultdict(list)
+        for pair, (fit, _) in statistics.items():
+            columns = assign_by_correlation(fit)[0].indices
+            matched = (columns >= 0).nonzero().squeeze(1)
+            other = self.on_other_text[pair][0].correlation()
+            found[pair[1].name].append(float(other[matched, columns[matched]].mean()))
+        return {"tokens": tokens, "dtype": dtype, "matched": {name: fmean(values) for name, values in found.items()}}
+
+    @cached_property
+    def on_other_text(self):
+        return self.moments(E5, L6, slice(OTHER_TEXT), 10**9, "float32")
+
+    def moments(self, first, second, part, tokens, dtype):
+        teacher, student = (load_model(self.model(name), dtype=dtype, tokenizer=True) for name in (first, second))
+        pairs = plan_alignment(teacher.architecture, student.architecture, roles=LINEAR)
+        samples = islice(read_text(self.args.text), part.start, part.stop)
+        settings = collecting.CollectionSettings(max_tokens=tokens)
+        return collecting.collect(teacher, student, samples, dict.fromkeys(pairs, ()), settings)[0]
+
     # ---- whole commands ----------------------------------------------------------------------------------------------
 
     def process(self):
@@ -220,6 +255,7 @@ class Bench:
         second = [*common, "--student", self.model(E5), "--alignment", alignment, "--out", self.out / "second"]
         for repetition in range(self.args.repetitions):
             self.once(f"process transfer {repetition}", lambda: command(small))
+            self.once(f"process bfloat16 {repetition}", lambda: command([*small, "--dtype", "bfloat16"]))
             self.once(f"process aligned {repetition}", lambda: command(second))
             self.once(f"process imports {repetition}", lambda: command(None))
 
