@@ -131,6 +131,8 @@ def test_only_takes_what_matches_and_what_that_needs(file: Path) -> None:
         ("defaults.languages=['xx']", "ner has none of the languages xx"),
         ("grid.0.seed=[1]", "grid.0.seed: Extra inputs are not permitted"),
         ("training.student.epochs=many", "training.student.epochs: Input should be a valid number"),
+        ("tasks.ner.metric=macro F1", "token-classification is not scored by macro F1, but by entity F1"),
+        ("tasks.ner.metric=bleu", "tasks.ner.metric: Input should be"),
         ("nonsense", "--set nonsense: cannot be understood; expected KEY=VALUE"),
     ],
 )
@@ -148,6 +150,9 @@ def test_the_papers_grids_cover_its_languages(name: str) -> None:
     assert {task: len(found) for task, found in languages.items()} == {"ner": 9, "nli": 15, "paraphrase": 7}
     assert len(set.union(*languages.values())) == 21
     assert {cell.names["module"] for cell in cells if cell.kind == "teacher"} == {"adapter", "lora"}
+    assert {task: spec.metric for task, spec in study.tasks.items()} == {
+        "ner": "entity F1", "nli": "accuracy", "paraphrase": "accuracy"
+    }  # fmt: skip
 
 
 @needs_adapters

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 128
 Metric = Literal["entity F1", "accuracy", "macro F1"]
+#: How tasks of a kind can be scored; the first where nothing is said.
+METRICS: dict[str, tuple[Metric, ...]] = {
+    TOKEN_CLASSIFICATION: ("entity F1",),
+    SEQUENCE_CLASSIFICATION: ("accuracy", "macro F1"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,13 @@ class Task:
     Attributes:
         name: as in files and tables. labels: class names, in the order of the model's outputs.
         kind: ``token-classification`` or ``sequence-classification``.
-        metric: how it is scored; entity F1 for the former and accuracy for the latter unless given.
+        metric: how it is scored, one of ``METRICS``.
     """
 
     name: str
     kind: str
     labels: tuple[str, ...]
-    metric: Metric = "entity F1"
-
-    def __post_init__(self) -> None:
-        if self.kind != TOKEN_CLASSIFICATION and self.metric == "entity F1":
-            object.__setattr__(self, "metric", "accuracy")
+    metric: Metric
 
     @property
     def peft_type(self) -> str:
@@ -106,9 +107,9 @@ def sample_of(example: Example) -> Sample:
 
 def ner_task(examples: Sequence[TaggedSentence]) -> Task:
     """The task of tagged sentences, its labels those in use."""
-    return Task("ner", TOKEN_CLASSIFICATION, ner.tag_names(examples))
+    return Task("ner", TOKEN_CLASSIFICATION, ner.tag_names(examples), "entity F1")
 
 
 def pair_task(name: str, examples: Sequence[LabelledPair]) -> Task:
     """The task of labelled sentence pairs, its labels in alphabetical order."""
-    return Task(name, SEQUENCE_CLASSIFICATION, tuple(sorted({example.label for example in examples})))
+    return Task(name, SEQUENCE_CLASSIFICATION, tuple(sorted({example.label for example in examples})), "accuracy")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from peft_graft.errors import StudyError
 from peft_graft.experiments.comparison import Library
-from peft_graft.experiments.tasks import Metric
+from peft_graft.experiments.tasks import METRICS, Metric
 from peft_graft.experiments.training import TrainingSettings
 from peft_graft.methods import METHODS
 from peft_graft.settings import HeadChoice
@@ -41,7 +41,7 @@ class TaskSpec(_Spec):
         languages: where the task is to be had.
         train_examples, validation_examples, test_examples: how many to use at most; the first after shuffling, and of
             the test set the first as they come.
-        metric: see ``Task.metric``.
+        metric: entity F1 of tokens; of sequences accuracy, unless ``macro F1`` is asked for.
     """
 
     kind: Literal["token-classification", "sequence-classification"]
@@ -55,7 +55,20 @@ class TaskSpec(_Spec):
     train_examples: int | None = None
     validation_examples: int = 500
     test_examples: int | None = None
-    metric: Metric = "entity F1"
+    metric: Metric
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_metric(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("kind") in METRICS:
+            value = {"metric": METRICS[value["kind"]][0], **value}
+        return value
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> TaskSpec:
+        if self.metric not in METRICS[self.kind]:
+            raise ValueError(f"{self.kind} is not scored by {self.metric}, but by {' or '.join(METRICS[self.kind])}")
+        return self
 
 
 class ModuleSpec(_Spec):
