@@ -25,7 +25,7 @@ from peft_graft.errors import PairingError
 from peft_graft.gathering import Gather, RowMemory, rows_of
 from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, is_precise, probe
 from peft_graft.models import ModelHandle
-from peft_graft.pipelining import Each, ahead, in_order, shares, side_by_side
+from peft_graft.pipelining import Each, ahead, give_back_memory, in_order, shares, side_by_side
 from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics, Products
 from peft_graft.text import Sample
@@ -35,7 +35,7 @@ from peft_graft.weights import read_json, read_tensors, write_json, write_tensor
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
-_SAVE_EVERY = 60.0  # seconds
+_SAVE_EVERY, _TRIM_EVERY = 60.0, 30.0  # seconds
 _STATE = "pass"
 
 
@@ -234,7 +234,7 @@ def collect_totals(
             probe(capture)
         totals = Totals(layout, wanted, device, hold_out=hold_out)
         begin = _resume(totals, unfinished, shard)
-        saved = time.monotonic()
+        saved = trimmed = time.monotonic()
         batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
         free: list[RowMemory] = []
 
@@ -261,6 +261,9 @@ def collect_totals(
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
+            if time.monotonic() - trimmed > _TRIM_EVERY:
+                give_back_memory()
+                trimmed = time.monotonic()
             if progress:
                 progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
     counts.nonfinite_pairs = totals.nonfinite

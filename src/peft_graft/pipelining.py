@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -93,3 +94,12 @@ def in_order(items: Iterator[_T], work: Callable[[_T], _R], *, on_processor: boo
                 pool.shutdown(cancel_futures=True)
     finally:
         torch.set_num_threads(threads)
+
+
+def give_back_memory() -> None:
+    """Give the system back what the C library (glibc) holds free.
+
+    That is more and more: batches differ in size, and each thread has holes of its own where their activations were.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
