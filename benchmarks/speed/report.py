@@ -17,6 +17,8 @@ from pathlib import Path
 MARKS = ("<!-- tables -->", "<!-- /tables -->")
 #: A machine on which more than this was running when a measurement began is called busy.
 QUIET = 0.5
+#: Spaces with one vector a sample, which tokens say little of.
+OF_SAMPLES = ("first.out", "last.out", "pooled.out")
 
 
 def table(header, rows):
@@ -100,14 +102,15 @@ def processes(records):
 
 
 def needed_tokens(records):
-    """Held-out correlation by tokens, and of which kind of space the least is kept of what most tokens give."""
+    """Correlation on other text by tokens, and of which kind of space the least is kept of what most tokens give."""
     records = sorted(records, key=lambda record: (record["dtype"] != "float32", record["tokens"]))
     best = max((r for r in records if r["dtype"] == "float32"), key=lambda record: record["tokens"])["matched"]
     rows = []
     for r in records:
-        kept = {name: value / best[name] for name, value in r["matched"].items()}
+        matched = {name: value for name, value in r["matched"].items() if name not in OF_SAMPLES}
+        kept = {name: value / best[name] for name, value in matched.items()}
         worst = min(kept, key=kept.get)
-        rows.append([f"{r['tokens']:,}", r["dtype"], f"{statistics.fmean(r['matched'].values()):.4f}",
+        rows.append([f"{r['tokens']:,}", r["dtype"], f"{statistics.fmean(matched.values()):.4f}",
                      f"{statistics.fmean(kept.values()):.1%}", f"{kept[worst]:.1%} ({worst})"])  # fmt: skip
     return table(["tokens", "forwards in", "correlation on other text", "kept", "least kept"], rows)
 
