@@ -302,17 +302,17 @@ def needed(teacher, student, roles, method, rows, samples):
     return flops, any(products.precise for products in totals.products.values())
 
 
-def matmul_rate(dtype, device="cpu", size=2048):
-    """Floating-point operations a second of a large matrix product, the best of five."""
+def matmul_rate(dtype, device="cpu", size=2048, seconds=4.0):
+    """Floating-point operations a second of large matrix products that follow one another for a while, as in a pass."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
+    a @ b
+    synchronise(device)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         a @ b
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        products += 1
+    return products * 2 * size**3 / (time.perf_counter() - start)
 
 
 def stage(student_units, teacher_units, tokens):
