@@ -17,8 +17,6 @@ from pathlib import Path
 MARKS = ("<!-- tables -->", "<!-- /tables -->")
 #: A machine on which more than this was running when a measurement began is called busy.
 QUIET = 0.5
-#: Spaces with one vector a sample, which tokens say little of.
-OF_SAMPLES = ("first.out", "last.out", "pooled.out")
 
 
 def table(header, rows):
@@ -107,10 +105,9 @@ def needed_tokens(records):
     best = max((r for r in records if r["dtype"] == "float32"), key=lambda record: record["tokens"])["matched"]
     rows = []
     for r in records:
-        matched = {name: value for name, value in r["matched"].items() if name not in OF_SAMPLES}
-        kept = {name: value / best[name] for name, value in matched.items()}
+        kept = {name: value / best[name] for name, value in r["matched"].items()}
         worst = min(kept, key=kept.get)
-        rows.append([f"{r['tokens']:,}", r["dtype"], f"{statistics.fmean(matched.values()):.4f}",
+        rows.append([f"{r['tokens']:,}", r["dtype"], f"{statistics.fmean(r['matched'].values()):.4f}",
                      f"{statistics.fmean(kept.values()):.1%}", f"{kept[worst]:.1%} ({worst})"])  # fmt: skip
     return table(["tokens", "forwards in", "correlation on other text", "kept", "least kept"], rows)
 

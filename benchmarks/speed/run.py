@@ -36,6 +36,7 @@ from scipy.optimize import linear_sum_assignment
 
 from peft_graft import collecting
 from peft_graft.aligning import align, directions_of_roles
+from peft_graft.layout import SAMPLE_SPACES
 from peft_graft.methods import METHODS, assign_by_correlation
 from peft_graft.models import load_model
 from peft_graft.modules import GLOBAL_SPACES, TOKENS_OUT
@@ -219,7 +220,8 @@ class Bench:
 
     def moments(self, first, second, part, tokens, dtype):
         teacher, student = (load_model(self.model(name), dtype=dtype, tokenizer=True) for name in (first, second))
-        pairs = plan_alignment(teacher.architecture, student.architecture, roles=LINEAR)
+        planned = plan_alignment(teacher.architecture, student.architecture, roles=LINEAR)
+        pairs = [pair for pair in planned if pair[1].name not in SAMPLE_SPACES]  # of which tokens say little
         samples = islice(read_text(self.args.text), part.start, part.stop)
         settings = collecting.CollectionSettings(max_tokens=tokens)
         return collecting.collect(teacher, student, samples, dict.fromkeys(pairs, ()), settings)[0]

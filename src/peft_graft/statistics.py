@@ -266,6 +266,7 @@ class Products:
         """Take over a state of the same products, in place of this one."""
         self.count = int(tensors["count"])
         self._partial.clear()
+        self._rows_of_partials = 0
         with torch.inference_mode(False):
             for part in ("shift", "sum", "squares"):
                 held = getattr(self, f"_{part}")
@@ -280,11 +281,11 @@ class Products:
             self._shift = dict(other._shift)
         other._settle()
         other._shift_to(self._shift)
-        for mine, theirs in ((self._sum, other._sum), (self._squares, other._squares)):
-            for name, value in theirs.items():
-                mine[name] += value
-        for pair, product in other._product.items():
-            self._product[pair] += product
+        for name in self._sum:
+            self._sum[name] += other._sum[name]
+            self._squares[name] += other._squares[name]
+        for pair in self._product:
+            self._product[pair] += other._product[pair]
         self.count += other.count
 
     def merge_processes(self) -> None:
