@@ -35,7 +35,8 @@ from peft_graft.weights import read_json, read_tensors, write_json, write_tensor
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
-_SAVE_EVERY, _TRIM_EVERY = 60.0, 30.0  # seconds
+_SAVE_EVERY = 60.0  # seconds
+_TRIM_EVERY = 12  # batches: their holes grow by some megabytes with each, and to close them takes a hundredth of their time
 _STATE = "pass"
 
 
@@ -234,7 +235,7 @@ def collect_totals(
             probe(capture)
         totals = Totals(layout, wanted, device, hold_out=hold_out)
         begin = _resume(totals, unfinished, shard)
-        saved = trimmed = time.monotonic()
+        saved = time.monotonic()
         batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
         free: list[RowMemory] = []
 
@@ -261,9 +262,8 @@ def collect_totals(
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
-            if time.monotonic() - trimmed > _TRIM_EVERY:
+            if on_processor and number % _TRIM_EVERY == 0:
                 give_back_memory()
-                trimmed = time.monotonic()
             if progress:
                 progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
     counts.nonfinite_pairs = totals.nonfinite
