@@ -89,12 +89,18 @@ def processes(records):
     for record in records:
         groups[record["name"].split()[1]].append(record)
     imports = median(groups["imports"], "process_time") if "imports" in groups else 0.0
-    said = {"transfer": "1,000 sentences, L6 -> L3, no polish", "aligned": "second module of an aligned pair, L6 -> E5",
-            "bfloat16": "1,000 sentences in bfloat16", "imports": "imports alone"}  # fmt: skip
+    said = {
+        "adapter": "Pfeiffer adapter, L6 -> L3, 1,000 sentences, no polish",
+        "adapter-bfloat16": "the same in bfloat16",
+        "transfer": "LoRA, L6 -> L3, 1,000 sentences, no polish",
+        "bfloat16": "the same in bfloat16",
+        "aligned": "second module of an aligned pair, LoRA, L6 -> E5",
+        "imports": "imports alone",
+    }
     rows = [
         [said[name], f"{median(runs, 'wall'):.1f}", f"{median(runs, 'process_time'):.1f}",
          f"{median(runs, 'process_time') - imports:.1f}", len(runs)]
-        for name, runs in sorted(groups.items())
+        for name, runs in ((name, groups[name]) for name in said if name in groups)
     ]  # fmt: skip
     return table(["command", "wall, s", "process time, s", "beyond imports, s", "runs"], rows)
 

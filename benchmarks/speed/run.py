@@ -15,6 +15,7 @@ commands), ``gpu`` (the limit on CUDA, where there is one).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -229,37 +230,57 @@ class Bench:
     # ---- whole commands ----------------------------------------------------------------------------------------------
 
     def process(self):
-        import peft
-
         text = self.out / "thousand.txt"
         if not text.exists():
             samples = read_text(self.args.text)
             text.write_text("\n".join(" ".join(next(samples).first.split()) for _ in range(1000)) + "\n")
-        module = self.out / "module"
-        if not module.exists():
-            model = transformers.AutoModelForTokenClassification.from_pretrained(self.model(L6), num_labels=9)
-            adapted = peft.get_peft_model(
-                model, peft.LoraConfig(task_type="TOKEN_CLS", r=8, target_modules=["query", "value"])
-            )
-            torch.manual_seed(0)
-            with torch.no_grad():
-                for name, value in adapted.named_parameters():
-                    if "lora_" in name or "classifier" in name:
-                        value.normal_(0, 0.05)
-            adapted.save_pretrained(module)
-        common = ["transfer", module, "--teacher", self.model(L6), "--force", "--json"]
-        small = [*common, "--student", self.model(L3), "--text", text, "--method", "prune-align", "--polish", "0",
+        lora, adapter = self.module("lora"), self.module("adapter")
+        to_l3 = ["--student", self.model(L3), "--text", text, "--method", "prune-align", "--polish", "0",
                  "--head", "carry", "--out", self.out / "small"]  # fmt: skip
         alignment = self.out / "alignment"
         if not alignment.exists():
             align(self.model(L6), self.model(E5), text=self.args.text, sites=QUERY_VALUE, max_tokens=10_000,
                   out=alignment)  # fmt: skip
-        second = [*common, "--student", self.model(E5), "--alignment", alignment, "--out", self.out / "second"]
+        to_e5 = ["--student", self.model(E5), "--alignment", alignment, "--out", self.out / "second"]
+        common = ["--teacher", self.model(L6), "--force", "--json"]
+        commands = {
+            "transfer": ["transfer", lora, *common, *to_l3],
+            "bfloat16": ["transfer", lora, *common, *to_l3, "--dtype", "bfloat16"],
+            "adapter": ["transfer", adapter, *common, *to_l3],
+            "adapter-bfloat16": ["transfer", adapter, *common, *to_l3, "--dtype", "bfloat16"],
+            "aligned": ["transfer", lora, *common, *to_e5],
+            "imports": None,
+        }
         for repetition in range(self.args.repetitions):
-            self.once(f"process transfer {repetition}", lambda: command(small))
-            self.once(f"process bfloat16 {repetition}", lambda: command([*small, "--dtype", "bfloat16"]))
-            self.once(f"process aligned {repetition}", lambda: command(second))
-            self.once(f"process imports {repetition}", lambda: command(None))
+            for name, arguments in commands.items():
+                self.once(f"process {name} {repetition}", lambda arguments=arguments: command(arguments))
+
+    def module(self, kind):
+        """A LoRA of peft's or a Pfeiffer adapter of AdapterHub's for named entities on L6, of random weights."""
+        folder = self.out / kind
+        if folder.exists():
+            return folder
+        torch.manual_seed(0)
+        if kind == "lora":
+            import peft
+
+            model = transformers.AutoModelForTokenClassification.from_pretrained(self.model(L6), num_labels=9)
+            config = peft.LoraConfig(task_type="TOKEN_CLS", r=8, target_modules=["query", "value"])
+            adapted, trained = peft.get_peft_model(model, config), ("lora_", "classifier")
+            save = adapted.save_pretrained
+        else:
+            import adapters
+
+            adapted, trained = adapters.AutoAdapterModel.from_pretrained(self.model(L6)), ("adapters.", "heads.")
+            adapted.add_adapter("tags", config="seq_bn")
+            adapted.add_tagging_head("tags", num_labels=9)
+            save = functools.partial(adapted.save_adapter, adapter_name="tags", with_head=True)
+        with torch.no_grad():
+            for name, value in adapted.named_parameters():
+                if any(mark in name for mark in trained):
+                    value.normal_(0, 0.05)
+        save(folder)
+        return folder
 
     def gpu(self):
         if not torch.cuda.is_available():
