@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 import transformers
 
 import tiny
+from peft_graft import transferring
 
 torch.set_num_threads(1)
 
@@ -35,8 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def short_polish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default polish, but only a few steps of it."""
-    # By module: the package's attribute of that name is the function.
-    monkeypatch.setattr(importlib.import_module("peft_graft.transfer"), "POLISH", 6)
+    monkeypatch.setattr(transferring, "POLISH", 6)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import peft_graft
 
 PACKAGE = Path(peft_graft.__file__).parent
 #: Modules by level: each may import from lower levels only.
 LEVELS = (
-    ("errors",),
+    ("errors", "options"),
     ("modules",),
     ("roles", "norms", "pipelining", "placement", "statistics", "text", "token_pairing", "weights"),
     ("rows",),
@@ -33,7 +35,7 @@ LEVELS = (
     ("report",),
     ("graft", "aligning"),
     ("teaching",),
-    ("transfer",),
+    ("transferring",),
     ("experiments.ner", "experiments.packaged_models"),
     ("experiments.tasks",),
     ("experiments.training", "experiments.examples"),
@@ -115,12 +117,19 @@ def test_no_module_grows_past_reading_in_one_sitting() -> None:
 def test_importing_has_no_effects() -> None:
     script = (
         "import logging, sys, warnings; warnings.simplefilter('error'); before = list(logging.root.handlers);"
-        "import peft_graft; assert logging.root.handlers == before;"
+        "import peft_graft; [getattr(peft_graft, name) for name in peft_graft.__all__];"
+        "assert logging.root.handlers == before;"
         "assert not {'adapters', 'datasets', 'onnx', 'matplotlib'} & set(sys.modules), sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""
+
+
+def test_the_command_is_there_at_once() -> None:
+    """Help and mistakes on the command line wait for no library that takes a second to import."""
+    script = "import sys, peft_graft.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_public_names() -> None:
@@ -139,3 +148,9 @@ def test_the_public_names() -> None:
         "transfer",
         "transfer_checkpoint",
     ]
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    for name in peft_graft.__all__:
+        assert getattr(peft_graft, name).__class__.__name__ != "module"
+        assert name not in modules, f"the module hides peft_graft.{name}"
+    with pytest.raises(AttributeError, match="no attribute 'graft_everything'"):
+        peft_graft.graft_everything  # noqa: B018

@@ -98,16 +98,18 @@ class Bench:
 
     def over_limit(self, first, second, roles, method, device="cpu", dtype="float32", tokens=None):
         tokens = tokens or self.args.tokens
+        teacher, student = (load_model(self.model(name), device=device, dtype=dtype, tokenizer=True)
+                            for name in (first, second))  # fmt: skip
+        batches = list(prepared(teacher, student, self.args.text, tokens))
+        # Half of the passes before and half after what they are compared with, for a machine's speed drifts.
+        forwards = bare(teacher, student, batches[::2], device)
         start = time.perf_counter()
         align(
             self.model(first), self.model(second), text=self.args.text, sites=roles, method=method, max_tokens=tokens,
             device=device, dtype=dtype,
         )  # fmt: skip
         wall = time.perf_counter() - start
-        teacher, student = (load_model(self.model(name), device=device, dtype=dtype, tokenizer=True)
-                            for name in (first, second))  # fmt: skip
-        batches = list(prepared(teacher, student, self.args.text, tokens))
-        forwards = bare(teacher, student, batches, device)
+        forwards += bare(teacher, student, batches[1::2], device)
         rows = sum(batch.gather_teacher.count for batch in batches)
         samples = sum(len(batch.teacher["input_ids"]) for batch in batches)
         flops, precise = needed(teacher, student, roles, method, rows, samples)
@@ -376,7 +378,8 @@ def by_unit(x, y):
 
 def command(arguments):
     """Wall and process time of one command, its start included; of the imports alone when None."""
-    run = ["-c", "import peft_graft.cli"] if arguments is None else ["-m", "peft_graft", *map(str, arguments)]
+    imports = ["-c", "import peft_graft; peft_graft.transfer"]
+    run = imports if arguments is None else ["-m", "peft_graft", *map(str, arguments)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     subprocess.run([sys.executable, *run], check=True, capture_output=True)

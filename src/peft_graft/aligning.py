@@ -21,10 +21,11 @@ from peft_graft.layout import Layout, Wanted, room_of_a_pass
 from peft_graft.methods import METHODS, Method
 from peft_graft.models import ModelHandle, check_tokenizer, describe_config, load_config, load_model
 from peft_graft.modules import TOKENS_OUT, Module
+from peft_graft.options import MAX_TOKENS, UNFINISHED, Progress
 from peft_graft.planning import expert_pairs, map_axis, plan_alignment
 from peft_graft.preflight import no_text
 from peft_graft.report import hardware, versions
-from peft_graft.settings import UNFINISHED, Clock, Progress, TransferSettings, checked_settings
+from peft_graft.settings import Clock, TransferSettings, checked_settings
 from peft_graft.sharding import RayShards, collect_on_ray, least_of_all, this_process, wait_for_others
 from peft_graft.statistics import Moment
 from peft_graft.text import Sample, read_text
@@ -46,7 +47,7 @@ def align(
     layers: str = "skip",
     method: str = "prune-align",
     sites: Sequence[str] | None = None,
-    max_tokens: int = 50_000,
+    max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     device: str = "cpu",
     student_device: str | None = None,

@@ -9,21 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from peft_graft.aligning import align as align_models
+import peft_graft
 from peft_graft.display import escaped, show_alignment, show_graft, show_inspection
 from peft_graft.errors import GraftError
-from peft_graft.inspection import inspect as inspect_module
-from peft_graft.methods import METHODS
-from peft_graft.settings import POLISH, UNFINISHED
-from peft_graft.settings import Progress as ProgressCall
-from peft_graft.transfer import transfer as transfer_module
+from peft_graft.options import MAX_TOKENS, METHOD_SUMMARIES, POLISH, UNFINISHED
+from peft_graft.options import Progress as ProgressCall
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 app = typer.Typer(
     name="peft-graft",
@@ -33,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 130
-_METHOD_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+_METHOD_HELP = "; ".join(f"{name}: {summary}" for name, summary in METHOD_SUMMARIES.items())
 
 
 class Head(StrEnum):
@@ -82,7 +81,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a module is, where it attaches, and what would become of it on a student."""
-    found = inspect_module(module, student=student, teacher=teacher, layers=layers)
+    found = peft_graft.inspect(module, student=student, teacher=teacher, layers=layers)
     if as_json:
         _print_json(found)
     else:
@@ -105,7 +104,7 @@ def transfer(
         str | None, typer.Option(help="Unlabelled text to align, fit, polish and judge on: a file or hub data set.")
     ] = None,
     columns: Columns = None,
-    max_tokens: MaxTokens = 50_000,
+    max_tokens: MaxTokens = MAX_TOKENS,
     alignment: Annotated[Path | None, typer.Option(help="A folder made by `peft-graft align`.")] = None,
     head: Annotated[
         Head,
@@ -140,7 +139,7 @@ def transfer(
 ) -> None:
     """Move a trained module to another model and write an ordinary checkpoint for it."""
     with _progress() as progress, _say_how_to_go_on(out):
-        graft = transfer_module(
+        graft = peft_graft.transfer(
             module,
             student=student,
             out=out,
@@ -181,7 +180,7 @@ def align(
     sites: Annotated[
         str | None, typer.Option(help="Roles to cover, such as attn.query,attn.value or adapter; all by default.")
     ] = None,
-    max_tokens: MaxTokens = 50_000,
+    max_tokens: MaxTokens = MAX_TOKENS,
     seed: Seed = 0,
     device: Device = "cpu",
     student_device: StudentDevice = None,
@@ -197,7 +196,7 @@ def align(
     Started by torchrun or accelerate, every process runs its share of the text.
     """
     with _progress() as progress, _say_how_to_go_on(out):
-        found = align_models(
+        found = peft_graft.align(
             teacher, student, text=text, out=out, columns=_split(columns), layers=layers, method=method,
             sites=_split(sites), max_tokens=max_tokens, seed=seed, device=device, student_device=student_device,
             dtype=dtype, ray=ray, shards=shards, cache=cache, force=force, progress=progress,

@@ -25,8 +25,8 @@ from peft_graft.errors import PairingError
 from peft_graft.gathering import Gather, RowMemory, rows_of
 from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, is_precise, probe
 from peft_graft.models import ModelHandle
+from peft_graft.options import MAX_TOKENS, Progress
 from peft_graft.pipelining import Each, ahead, give_back_memory, in_order, shares, side_by_side
-from peft_graft.settings import Progress
 from peft_graft.statistics import Moment, PairedStatistics, Products
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Block, PairingCounts, pair_tokens
@@ -36,7 +36,8 @@ _CHUNK = 512  # samples sorted by length together, so that a batch is padded lit
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
 _SAVE_EVERY = 60.0  # seconds
-_TRIM_EVERY = 12  # batches: their holes grow by some megabytes with each, and to close them takes a hundredth of their time
+#: Batches: each leaves holes of some megabytes, and to close them takes a hundredth of its time.
+_TRIM_EVERY = 12
 _STATE = "pass"
 
 
@@ -51,7 +52,7 @@ class CollectionSettings:
             processor, which touches less memory so, and more on an accelerator, which is kept busy by them.
     """
 
-    max_tokens: int = 50_000
+    max_tokens: int = MAX_TOKENS
     max_length: int = 128
     batch_tokens: int | None = None
 

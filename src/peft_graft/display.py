@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from peft_graft.alignment import Alignment
-from peft_graft.inspection import TOKENS, Inspection
-from peft_graft.report import GraftReport
+from peft_graft.options import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from peft_graft.alignment import Alignment
+    from peft_graft.inspection import Inspection
+    from peft_graft.report import GraftReport
 
 
 def escaped(text: str) -> str:
@@ -62,7 +66,7 @@ def show_inspection(found: Inspection) -> None:
     )
     if student.least_seconds:
         console.print(
-            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {TOKENS:,} tokens take "
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {MAX_TOKENS:,} tokens take "
             f"{student.least_seconds:,.0f} s on this processor at the least"
         )
     for note in student.notes:

@@ -27,10 +27,10 @@ from peft_graft.live import LiveModule
 from peft_graft.methods import choose_penalty, ridge_solution
 from peft_graft.models import ModelHandle
 from peft_graft.modules import LoraModule, Module, Site, Space
+from peft_graft.options import Progress
 from peft_graft.planning import SitePlan, TransferPlan
 from peft_graft.predictions import Encoded, batches, word_places
 from peft_graft.roles import VOCABULARY_ROLES
-from peft_graft.settings import Progress
 from peft_graft.text import Sample
 
 #: Samples that the modules are fitted on.

@@ -20,15 +20,12 @@ from peft_graft.layout import room_of_a_pass
 from peft_graft.methods import AUTO, METHODS
 from peft_graft.models import load_config
 from peft_graft.modules import LoraModule, Module
+from peft_graft.options import MAX_TOKENS
 from peft_graft.planning import TransferPlan, plan_transfer
 from peft_graft.task_models import blank_model, prefix_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-#: Of an alignment by default.
-TOKENS = 50_000
 
 
 class _Record(BaseModel):
@@ -51,7 +48,7 @@ class StudentSummary(_Record):
     ``statistics_mib``: memory of the statistics that the default gathers; ``passes``: over the text, so that they fit
     in this machine's memory; ``products_per_token``: multiply-adds for them; ``forwards_per_token``: those of both
     models' forward passes; ``weights_mib``: memory of both models in float32; ``least_seconds``: what the multiply-adds
-    of ``TOKENS`` tokens take at the rate of a matrix product here.
+    of ``options.MAX_TOKENS`` tokens take at the rate of a matrix product here.
     """
 
     name: str
@@ -209,7 +206,7 @@ def _plan_for(checkpoint: PeftCheckpoint, teacher: _Blank, student: str, layers:
         return known.model_copy(update=outlook | _WITHOUT_TEXT)
     costs = teacher.costs, own.costs
     forwards = sum(operations for operations, _ in costs)
-    operations = TOKENS * (forwards + _plan_products(plan))
+    operations = MAX_TOKENS * (forwards + _plan_products(plan))
     return known.model_copy(
         update=outlook
         | {

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from peft_graft.maps import LinearMap, Selection, SpaceMap
+from peft_graft.options import METHOD_SUMMARIES
 from peft_graft.statistics import Moment, PairedStatistics
 
 Diagnostics = dict[str, float]
@@ -39,16 +40,19 @@ class Method:
         holds_out: whether ``solve`` chooses by held-out pairs.
         fits_shifts: the maps carry the head alone; the modules are fitted to move as the teacher's do (``functional``).
         writes_through_input: LoRA's output rows are mapped with the map of its input space (published shortcut).
-        summary: one line for help and reports.
     """
 
     name: str
-    summary: str
     solve: Solver | None = None
     moments: tuple[Moment, ...] = ("cross",)
     holds_out: bool = False
     fits_shifts: bool = False
     writes_through_input: bool = False
+
+    @property
+    def summary(self) -> str:
+        """One line for help and reports."""
+        return METHOD_SUMMARIES[self.name]
 
     @property
     def needs_text(self) -> bool:
@@ -182,36 +186,12 @@ def ridge_solution(moment: Tensor, cross: Tensor, penalty: float) -> Tensor:
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("copy", "weights unchanged; for a student that shares the teacher's spaces"),
-        Method(
-            "prune-align",
-            "correlate, assign, prune and reorder; every axis in its own space",
-            solve=assign_by_correlation,
-        ),
-        Method(
-            "ridge",
-            "regression between the spaces, one map for reading and one for writing, shrunk by held-out text",
-            solve=regress,
-            moments=("cross", "teacher", "student"),
-            holds_out=True,
-        ),
-        Method(
-            "procrustes",
-            "the best rotation of one space onto the other, with one scale",
-            solve=rotate,
-        ),
-        Method(
-            "functional",
-            "LoRA fitted layer by layer to move the student's layers as the teacher's move; the head as by prune-align",
-            solve=assign_by_correlation,
-            fits_shifts=True,
-        ),
-        Method(
-            "prune-align-published",
-            "prune-align with LoRA's output rows pruned by its input's indices, as in the paper's code",
-            solve=assign_by_correlation,
-            writes_through_input=True,
-        ),
+        Method("copy"),
+        Method("prune-align", solve=assign_by_correlation),
+        Method("ridge", solve=regress, moments=("cross", "teacher", "student"), holds_out=True),
+        Method("procrustes", solve=rotate),
+        Method("functional", solve=assign_by_correlation, fits_shifts=True),
+        Method("prune-align-published", solve=assign_by_correlation, writes_through_input=True),
     )
 }
 

@@ -14,9 +14,9 @@ from peft_graft.heads import head_form
 from peft_graft.layer_maps import LayerMap, layer_map, layer_maps
 from peft_graft.methods import METHODS, Method
 from peft_graft.modules import EMBEDDED, GLOBAL_SPACES, POOLED_OUT, VOCABULARY, Axis, Module, Site, Space, space_at
+from peft_graft.options import HeadChoice
 from peft_graft.roles import EMBED_ROLE, PROMPT_ROLE, Stack, expert_of, moved_space
 from peft_graft.rows import SEQ2SEQ_LM
-from peft_graft.settings import HeadChoice
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from peft_graft.agreement import Agreement, measure
 from peft_graft.live import LiveModule
 from peft_graft.models import ModelHandle
+from peft_graft.options import Progress
 from peft_graft.predictions import Predictions, answers, batches, distillation_loss
-from peft_graft.settings import Progress
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
 
 _WARM_UP = 0.06

@@ -17,8 +17,8 @@ from peft_graft.activations import pad, tokenize
 from peft_graft.live import LiveModule
 from peft_graft.models import ModelHandle
 from peft_graft.modules import Head
+from peft_graft.options import Progress
 from peft_graft.rows import TOKEN_CLASSIFICATION
-from peft_graft.settings import Progress
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Span, pair_tokens
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from peft_graft.errors import PlanError
-from peft_graft.methods import METHODS
 from peft_graft.models import DTYPES
+from peft_graft.options import MAX_TOKENS, METHOD_SUMMARIES, HeadChoice, Progress
 from peft_graft.placement import check_device
-
-#: (stage, done, total or None) -> None
-Progress = Callable[[str, int, int | None], None]
-#: Steps of the polish by default.
-POLISH = 1000
-#: What was interrupted leaves its state beside the output, under its name with this ending.
-UNFINISHED = ".unfinished"
-HeadChoice = Literal["auto", "carry", "fit", "drop"]
 
 
 class TransferSettings(BaseModel):
@@ -33,8 +25,8 @@ class TransferSettings(BaseModel):
             text, or without text the one that ``planning.choose_method`` takes.
         head: ``carry`` the classification head through the maps, ``fit`` it to the teacher's predictions on the text,
             ``drop`` it, or ``auto``: whichever of the first two agrees better with the teacher on held-out text.
-        polish: steps of label-free training on the teacher's predictions; None is ``POLISH`` where method is None and
-            there is text, else 0.
+        polish: steps of label-free training on the teacher's predictions; None is ``options.POLISH`` where method is
+            None and there is text, else 0.
         max_tokens: paired tokens that the alignment sees at most.
         seed: of the order in which text is sampled.
         sites: which modules to move, by role or layer and role with wildcards (``attn.value``, ``0/*``), and by head
@@ -50,7 +42,7 @@ class TransferSettings(BaseModel):
     method: str | None = None
     head: HeadChoice = "auto"
     polish: int | None = None
-    max_tokens: int = 50_000
+    max_tokens: int = MAX_TOKENS
     seed: int = 0
     sites: tuple[str, ...] | None = None
     library: str | None = None
@@ -79,7 +71,7 @@ def checked_settings(
         DeviceError: no such device.
     """
     for option, value, known in (
-        ("--method", method, [None, *METHODS]),
+        ("--method", method, [None, *METHOD_SUMMARIES]),
         ("--head", head, get_args(HeadChoice)),
         ("--dtype", dtype, DTYPES),
         ("--library", library, [None, "peft", "adapters"]),

@@ -17,7 +17,7 @@ from peft_graft.collecting import CollectionSettings, Shard, Totals, Unfinished,
 from peft_graft.errors import DependencyError, GraftError, PlanError
 from peft_graft.layout import Wanted
 from peft_graft.models import ModelHandle, load_model
-from peft_graft.settings import Progress
+from peft_graft.options import Progress
 from peft_graft.text import read_text
 from peft_graft.token_pairing import PairingCounts
 

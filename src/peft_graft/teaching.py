@@ -24,10 +24,11 @@ from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.live import LiveModule, attach_raw
 from peft_graft.models import ModelHandle
 from peft_graft.modules import TOKENS_OUT, Space
+from peft_graft.options import HeadChoice
 from peft_graft.polishing import CurvePoint, PolishSettings, polish
 from peft_graft.predictions import Kind, Predictions, kind_of, predict
 from peft_graft.report import HeadRecord, PolishRecord, SiteRecord
-from peft_graft.settings import Clock, HeadChoice
+from peft_graft.settings import Clock
 from peft_graft.text import Sample
 
 #: Samples that judge, at most (a fifth of a short text), and that a head is fitted to.

@@ -33,9 +33,9 @@ from peft_graft.experiments.comparison import (
 from peft_graft.experiments.ner import read_annotated
 from peft_graft.experiments.tasks import Task, ner_task
 from peft_graft.experiments.training import FITTED_RATE, TrainingSettings, fine_tune, score
+from peft_graft.options import Progress
 from peft_graft.report import hardware, versions
-from peft_graft.settings import Progress
-from peft_graft.transfer import transfer
+from peft_graft.transferring import transfer
 from peft_graft.weights import check_output, write_json
 
 TEACHER_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=10)

@@ -28,10 +28,10 @@ from peft_graft.errors import StudyError
 from peft_graft.experiments.comparison import load_module, new_module, save_module
 from peft_graft.experiments.training import TrainingSettings, Watch, fine_tune, score, taught
 from peft_graft.methods import METHODS
-from peft_graft.settings import Progress
+from peft_graft.options import Progress
 from peft_graft.studies.data import read_task, text_file
 from peft_graft.studies.spec import FRESH, Grid, ModuleSpec, Study, TaskSpec
-from peft_graft.transfer import transfer
+from peft_graft.transferring import transfer
 from peft_graft.weights import read_json, written_aside
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_graft.errors import StudyError
-from peft_graft.settings import Progress
+from peft_graft.options import Progress
 from peft_graft.studies.cells import Cell, cells_of
 from peft_graft.studies.runner import Here, OnRay, Outcome, estimate, result_path, run_study
 from peft_graft.studies.spec import Study, paper_study, read_study

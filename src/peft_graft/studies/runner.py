@@ -31,8 +31,8 @@ from typing import Any, Literal, Protocol
 import torch
 
 from peft_graft.errors import GraftError, StudyError
+from peft_graft.options import Progress
 from peft_graft.report import hardware, versions
-from peft_graft.settings import Progress
 from peft_graft.sharding import start_ray
 from peft_graft.studies.cells import Cell, cells_of, do_cell
 from peft_graft.studies.spec import Study

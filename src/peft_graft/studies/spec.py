@@ -15,7 +15,7 @@ from peft_graft.experiments.comparison import Library
 from peft_graft.experiments.tasks import METRICS, Metric
 from peft_graft.experiments.training import TrainingSettings
 from peft_graft.methods import METHODS
-from peft_graft.settings import HeadChoice
+from peft_graft.options import MAX_TOKENS, HeadChoice
 
 #: The student's own untrained module, the baseline of every comparison.
 FRESH = "fresh"
@@ -141,7 +141,7 @@ class Study(_Spec):
     training: Training = Training()
     defaults: dict[str, Any] = Field(default_factory=dict)
     grid: tuple[Grid, ...]
-    max_tokens: int = 50_000
+    max_tokens: int = MAX_TOKENS
     device: str = "cpu"
     dtype: str = "float32"
 

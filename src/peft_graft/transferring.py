@@ -30,6 +30,7 @@ from peft_graft.live import library_of, library_version
 from peft_graft.methods import AUTO, METHODS, Method
 from peft_graft.models import ModelHandle, embedding_similarity, handle, load_config, load_model, load_tokenizer
 from peft_graft.modules import VOCABULARY, Space
+from peft_graft.options import MAX_TOKENS, POLISH, UNFINISHED, HeadChoice, Progress
 from peft_graft.planning import choose_method
 from peft_graft.polishing import PolishSettings
 from peft_graft.preflight import (
@@ -45,7 +46,7 @@ from peft_graft.preflight import (
 )
 from peft_graft.report import GraftReport, hardware, versions
 from peft_graft.roles import expert_of
-from peft_graft.settings import POLISH, UNFINISHED, Clock, HeadChoice, Progress, TransferSettings, checked_settings
+from peft_graft.settings import Clock, TransferSettings, checked_settings
 from peft_graft.site_selection import at_sites
 from peft_graft.teaching import (
     EXACT,
@@ -83,7 +84,7 @@ def transfer(
     method: str | None = None,
     text: str | Path | None = None,
     columns: Sequence[str] | None = None,
-    max_tokens: int = 50_000,
+    max_tokens: int = MAX_TOKENS,
     alignment: str | Path | Alignment | None = None,
     head: HeadChoice = "auto",
     polish: int | None = None,
@@ -183,7 +184,7 @@ def transfer_checkpoint(
     text: TextLike | None = None,
     layers: str = "skip",
     method: str | None = None,
-    max_tokens: int = 50_000,
+    max_tokens: int = MAX_TOKENS,
     alignment: Alignment | None = None,
     head: HeadChoice = "auto",
     polish: int | None = None,
