@@ -92,7 +92,7 @@ def test_some_sites_alone(base: Path, tmp_path: Path) -> None:
 
 
 @needs_adapters
-@pytest.mark.parametrize("settings", ["seq_bn", "lora"])
+@pytest.mark.parametrize("settings", ["seq_bn", "lora", "ia3"])
 def test_a_module_runs_here_as_in_its_library(world, tmp_path, settings: str) -> None:
     """What candidates are judged by: every weight of the base model arrives, those with several names too."""
     adapted = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)

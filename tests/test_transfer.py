@@ -43,7 +43,7 @@ def test_a_bert_lora_moves_to_every_family(world, tmp_path, family: str, shape) 
 
 @needs_adapters
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "distilbert", "electra"])
-@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora"])
+@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3"])
 def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path, family: str, settings: str) -> None:
     from adapters import AutoAdapterModel
 
@@ -59,7 +59,7 @@ def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path,
     assert info["missing_keys"] == info["unexpected_keys"] == []
     assert model.heads["skill"].config["label2id"] == {label: i for i, label in enumerate(tiny.LABELS)}
     width = graft.checkpoint.modules[min(graft.checkpoint.modules)].width
-    assert width == (8 if settings == "lora" else 32 // (16 if settings != "par_bn" else 2))
+    assert width == {"lora": 8, "ia3": 1, "par_bn": 16}.get(settings, 2)
 
 
 def test_the_published_shortcut_differs_only_in_the_output_rows(world, tmp_path) -> None:

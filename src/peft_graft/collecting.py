@@ -36,8 +36,6 @@ _CHUNK = 512  # samples sorted by length together, so that a batch is padded lit
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
 _SAVE_EVERY = 60.0  # seconds
-#: Batches: each leaves holes of some megabytes, and to close them takes a hundredth of its time.
-_TRIM_EVERY = 12
 _STATE = "pass"
 
 
@@ -263,7 +261,7 @@ def collect_totals(
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
-            if on_processor and number % _TRIM_EVERY == 0:
+            if on_processor:
                 give_back_memory()
             if progress:
                 progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)

@@ -162,7 +162,7 @@ def _part(raw: RawCheckpoint, value: Tensor, site: Site, path: str, name: str, a
         return value
     if raw.format == "adapterhub":
         raise CheckpointError(
-            "AdapterHub's LoRA on a fused layer holds some of its projections only, which cannot be moved yet",
+            "AdapterHub's module on a fused layer holds some of its projections only, which cannot be moved yet",
             where=path,
             fix="train the module with peft",
         )

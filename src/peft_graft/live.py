@@ -137,7 +137,7 @@ class LiveModule:
         if self.raw.format == "peft":
             found = self._tuned.get_submodule(path)
         else:
-            found = self.model.get_submodule(path if self.raw.kind == "lora" else f"{path}.{self.raw.name}")
+            found = self.model.get_submodule(f"{path}.{self.raw.name}" if self.raw.kind == "bottleneck" else path)
         assert isinstance(found, nn.Module)
         return found
 

@@ -1,4 +1,4 @@
-"""AdapterHub's checkpoints (library ``adapters``): bottleneck adapters and LoRA, with prediction heads."""
+"""AdapterHub's checkpoints (library ``adapters``): bottleneck adapters, LoRA and IA3, with prediction heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "vera_b": (None,),
     "stochastic_depth": (0, 0.0, None),
 }
-_UNSUPPORTED_LORA: Mapping[str, tuple[Any, ...]] = {"composition_mode": ("add",), "use_gating": (False, None)}
+_UNSUPPORTED_LORA: Mapping[str, tuple[Any, ...]] = {"composition_mode": ("add", "scale"), "use_gating": (False, None)}
+_NEEDED: Mapping[str, set[str]] = {
+    "bottleneck": {"down.weight", "down.bias", "up.weight", "up.bias"},
+    "lora": {"A", "B"},
+    "ia3": {"output"},
+}
 
 
 def detect(folder: Path) -> bool:
@@ -63,7 +68,7 @@ def module_config(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, A
 
 
 def read(folder: Path) -> RawCheckpoint:
-    """Read a bottleneck or LoRA checkpoint and the head beside it.
+    """Read a bottleneck, LoRA or IA3 checkpoint and the head beside it.
 
     Raises:
         CheckpointError: another kind of module, a setting that is not supported, missing or damaged weights.
@@ -80,6 +85,8 @@ def read(folder: Path) -> RawCheckpoint:
         tensors, settings = compacter.written_out(tensors, settings, name, str(weights))
         config = {**config, "config": settings}
     entries = _entries(tensors, kind, name, bool(settings.get("ln_before")), str(weights))
+    if kind == "ia3":  # y *= alpha * lora_B
+        entries = {path: {"output": values["output"].flatten() * settings["alpha"]} for path, values in entries.items()}
     head_weights, _ = _find(folder, _HEAD_WEIGHTS)
     head_config = read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else None
     return RawCheckpoint(
@@ -109,6 +116,8 @@ def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
     tensors: dict[str, Tensor] = {}
     for path, values in raw.entries.items():
         for name, tensor in values.items():
+            if raw.kind == "ia3":
+                tensor = tensor[:, None] / module_config(raw.config)["alpha"]
             tensors.update(dict.fromkeys(_keys(raw, path, name), tensor))
     write_tensors(folder / _WEIGHTS[raw.weights_suffix], tensors)
     if raw.head and raw.head_config:
@@ -132,10 +141,12 @@ def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
         raise CheckpointError(
             f"AdapterHub modules of architecture {architecture!r} are not supported yet",
             where=str(folder),
-            expected="a bottleneck adapter or LoRA",
+            expected="a bottleneck adapter, LoRA or IA3",
         )
-    kind: Kind = "lora" if architecture == "lora" else "bottleneck"
-    for option, harmless in {**_UNSUPPORTED, **(_UNSUPPORTED_LORA if kind == "lora" else {})}.items():
+    kind: Kind = "bottleneck"
+    if architecture == "lora":
+        kind = "ia3" if settings.get("composition_mode") == "scale" else "lora"
+    for option, harmless in {**_UNSUPPORTED, **({} if kind == "bottleneck" else _UNSUPPORTED_LORA)}.items():
         if option in settings and settings[option] not in harmless:
             raise CheckpointError(
                 f"{kind} modules with {option}={settings[option]!r} are not supported yet", where=str(folder)
@@ -153,7 +164,7 @@ def _find(folder: Path, names: Mapping[str, str]) -> tuple[Path | None, str]:
 def _entries(
     tensors: Mapping[str, Tensor], kind: Kind, adapter: str, ln_before: bool, where: str
 ) -> dict[str, dict[str, Tensor]]:
-    container = "loras" if kind == "lora" else "adapters"
+    container = "adapters" if kind == "bottleneck" else "loras"
     entries: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"(.+)\.{container}\.{re.escape(adapter)}\.(.+)", key)
@@ -163,12 +174,12 @@ def _entries(
                 where=where,
                 fix="modules made of several parts are not supported yet",
             )
-        path = match[1] if kind == "lora" else f"{match[1]}.adapters"
+        path = f"{match[1]}.adapters" if kind == "bottleneck" else match[1]
         name = _parameter(match[2], kind, ln_before)
         if name is None:
             raise CheckpointError(f"tensor {key} is not a known part of a {kind} module", where=where)
         entries.setdefault(path, {})[name] = tensor
-    needed = {"A", "B"} if kind == "lora" else {"down.weight", "down.bias", "up.weight", "up.bias"}
+    needed = _NEEDED[kind]
     if not entries:
         raise CheckpointError(f"the file holds no {kind} weights", where=where)
     for path, values in entries.items():
@@ -180,6 +191,8 @@ def _entries(
 def _parameter(name: str, kind: Kind, ln_before: bool) -> str | None:
     if kind == "lora":
         return {"lora_A": "A", "lora_B": "B"}.get(name)
+    if kind == "ia3":
+        return {"lora_B": "output"}.get(name)
     # With ln_before the norm is also the first member of the sequence adapter_down; the linear layer comes second.
     down = "adapter_down.1" if ln_before else "adapter_down.0"
     known = {f"{down}.weight": "down.weight", f"{down}.bias": "down.bias"}
@@ -198,6 +211,8 @@ def _parameter(name: str, kind: Kind, ln_before: bool) -> str | None:
 def _keys(raw: RawCheckpoint, path: str, name: str) -> list[str]:
     if raw.kind == "lora":
         return [f"{path}.loras.{raw.name}.lora_{name}"]
+    if raw.kind == "ia3":
+        return [f"{path}.loras.{raw.name}.lora_B"]
     ln_before = bool(module_config(raw.config).get("ln_before"))
     start = f"{path}.{raw.name}."
     part = name.rpartition(".")[2]
@@ -241,6 +256,8 @@ def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     settings = module_config(raw.config)
     layers = {path: student.position(path) for path in raw.entries}
     settings["leave_out"] = sorted(set(range(student.num_layers)) - set(layers.values()))
+    if raw.kind == "ia3":
+        return settings
     if raw.kind == "lora":
         ranks = {values["A"].shape[0] for values in raw.entries.values()}
         scalings = set(raw.scalings.values())
