@@ -17,7 +17,7 @@ LEVELS = (
     ("errors", "options"),
     ("modules",),
     ("roles", "norms", "pipelining", "placement", "statistics", "text", "token_pairing", "weights"),
-    ("rows",),
+    ("rows", "couplings"),
     ("stacked_families",),
     ("families", "task_models"),
     ("architectures", "maps", "formats.raw"),

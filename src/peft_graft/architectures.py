@@ -20,6 +20,7 @@ from peft_graft.norms import global_norm_paths, norm_paths
 from peft_graft.roles import (
     EMBED_ROLE,
     GATE_UP,
+    INVERTIBLE_ROLE,
     LM_HEAD_ROLE,
     PREFIX_ROLE,
     SPACES_OF_ROLE,
@@ -147,7 +148,9 @@ class Architecture:
 
     @property
     def _outside_layers(self) -> dict[str, str]:
-        return {**self.norms, **self.vocabulary}
+        # Of a model with one stack; the library's name for it.
+        invertible = {INVERTIBLE_ROLE: "invertible_adapters"} if self.row.adapters and len(self.row.stacks) == 1 else {}
+        return {**self.norms, **self.vocabulary, **invertible}
 
     def _places(self) -> dict[str, str]:
         """Role -> path inside the layer, for all roles of all stacks."""

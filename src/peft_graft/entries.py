@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.architectures import Architecture
+from peft_graft.couplings import coupling
 from peft_graft.errors import CheckpointError, ModelError, PlanError
 from peft_graft.formats import adapterhub
 from peft_graft.formats.peft_prompts import PREFIX, PROMPT
@@ -32,7 +33,7 @@ from peft_graft.modules import (
     settled,
 )
 from peft_graft.norms import SPACE_OF_NORM
-from peft_graft.roles import EMBED_ROLE, LM_HEAD_ROLE, PREFIX_ROLE, PROMPT_ROLE, VOCABULARY_ROLES
+from peft_graft.roles import EMBED_ROLE, INVERTIBLE_ROLE, LM_HEAD_ROLE, PREFIX_ROLE, PROMPT_ROLE, VOCABULARY_ROLES
 from peft_graft.vocabulary import RowsModule, rows_module, settled_rows
 
 
@@ -73,6 +74,8 @@ def modules_of(
         return [_at_linear(raw, site, path, values, architecture, base) for site in sites], prefix
     if raw.kind == "norms":
         return [_norm(site, values, architecture, base) for site in sites], prefix
+    if sites[0].role == INVERTIBLE_ROLE:
+        return [coupling(sites[0], values, architecture.size(Space(-1, EMBEDDED)))], prefix
     return [_bottleneck(raw, site, values, architecture) for site in sites], prefix
 
 

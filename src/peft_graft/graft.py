@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from peft_graft.alignment import Alignment, Pair
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint, to_raw, write_checkpoint
+from peft_graft.couplings import check_copied
 from peft_graft.formats.raw import RawCheckpoint, StudentNames
 from peft_graft.heads import head_form
 from peft_graft.maps import SpaceMap
@@ -125,6 +126,7 @@ def graft_modules(
         maps: dict[Pair, Diagnostics] = {}
         for source in site.teacher:
             module = checkpoint.modules[source]
+            check_copied(module, method.name)
             names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
             used = {
                 axis: (space_at(source.layer, name), site.space(source, name))

@@ -9,6 +9,7 @@ from peft_graft.alignment import Pair
 from peft_graft.architectures import Architecture
 from peft_graft.checkpoints import PeftCheckpoint
 from peft_graft.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
+from peft_graft.couplings import check_embeddings
 from peft_graft.errors import PlanError
 from peft_graft.heads import head_form
 from peft_graft.layer_maps import LayerMap, layer_map, layer_maps
@@ -113,6 +114,8 @@ def plan_transfer(
     """
     stacks = corresponding_stacks(teacher, student)
     _check_roles(checkpoint, stacks, student)
+    for module in checkpoint.modules.values():
+        check_embeddings(module, *(model.sizes.get(Space(-1, EMBEDDED), 0) for model in (teacher, student)))
     specs, mappings = layer_maps(layers, stacks), dict[str, LayerMap]()
     sites: list[SitePlan] = []
     notes: list[str] = []

@@ -226,6 +226,8 @@ PROMPT_ROLE, PREFIX_ROLE = "prompt", "attn.prefix"
 #: Word embeddings, and the output layer of a language model.
 EMBED_ROLE, LM_HEAD_ROLE = "embed", "lm_head"
 VOCABULARY_ROLES = (EMBED_ROLE, LM_HEAD_ROLE)
+#: Behind the embeddings: the invertible part of an adapter.
+INVERTIBLE_ROLE = "embed.invertible"
 #: Roles of a linear layer in a stack, in the order in which tables list them.
 LINEAR_ROLES = tuple(SPACES_OF_ROLE)
 

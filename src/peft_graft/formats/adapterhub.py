@@ -22,13 +22,15 @@ _HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_mode
 
 #: Settings of bottleneck adapters and LoRA under which the weights mean something else.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "inv_adapter": (None,),
+    "inv_adapter": (None, "nice"),  # the library's "glow" cannot be run on text
     "use_dora": (False, None),
     "vera_d": (None,),
     "vera_b": (None,),
     "stochastic_depth": (0, 0.0, None),
 }
 _UNSUPPORTED_LORA: Mapping[str, tuple[Any, ...]] = {"composition_mode": ("add", "scale"), "use_gating": (False, None)}
+#: Where the library keeps the part that works on the embeddings.
+_INVERTIBLE = "invertible_adapters"
 _NEEDED: Mapping[str, set[str]] = {
     "bottleneck": {"down.weight", "down.bias", "up.weight", "up.bias"},
     "lora": {"A", "B"},
@@ -167,6 +169,10 @@ def _entries(
     container = "adapters" if kind == "bottleneck" else "loras"
     entries: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        inner = re.fullmatch(rf"((?:.+\.)?{_INVERTIBLE})\.{re.escape(adapter)}\.(.+)", key)
+        if inner is not None:
+            entries.setdefault(inner[1], {})[inner[2]] = tensor
+            continue
         match = re.fullmatch(rf"(.+)\.{container}\.{re.escape(adapter)}\.(.+)", key)
         if match is None:
             raise CheckpointError(
@@ -183,9 +189,13 @@ def _entries(
     if not entries:
         raise CheckpointError(f"the file holds no {kind} weights", where=where)
     for path, values in entries.items():
-        if not needed <= values.keys():
+        if not _is_invertible(path) and not needed <= values.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(needed - values.keys()))}", where=where)
     return entries
+
+
+def _is_invertible(path: str) -> bool:
+    return path.rpartition(".")[2] == _INVERTIBLE
 
 
 def _parameter(name: str, kind: Kind, ln_before: bool) -> str | None:
@@ -213,6 +223,8 @@ def _keys(raw: RawCheckpoint, path: str, name: str) -> list[str]:
         return [f"{path}.loras.{raw.name}.lora_{name}"]
     if raw.kind == "ia3":
         return [f"{path}.loras.{raw.name}.lora_B"]
+    if _is_invertible(path):
+        return [f"{path}.{raw.name}.{name}"]
     ln_before = bool(module_config(raw.config).get("ln_before"))
     start = f"{path}.{raw.name}."
     part = name.rpartition(".")[2]
@@ -254,7 +266,9 @@ def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
 
 def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     settings = module_config(raw.config)
-    layers = {path: student.position(path) for path in raw.entries}
+    layers = {path: student.position(path) for path in raw.entries if not _is_invertible(path)}
+    if len(layers) == len(raw.entries) and settings.get("inv_adapter"):
+        settings.update(inv_adapter=None, inv_adapter_reduction_factor=None)
     settings["leave_out"] = sorted(set(range(student.num_layers)) - set(layers.values()))
     if raw.kind == "ia3":
         return settings
@@ -271,7 +285,7 @@ def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
         alpha = scaling * rank
         settings.update(r=rank, alpha=int(alpha) if float(alpha).is_integer() else alpha)
         return settings
-    shapes = {layers[path]: values["down.weight"].shape for path, values in raw.entries.items()}
+    shapes = {layer: raw.entries[path]["down.weight"].shape for path, layer in layers.items()}
     factors = {layer: reduction_factor(hidden, width) for layer, (width, hidden) in shapes.items()}
     default = Counter(factors.values()).most_common(1)[0][0]
     others = {str(layer): factor for layer, factor in factors.items() if factor != default}
