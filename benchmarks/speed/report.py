@@ -105,6 +105,21 @@ def processes(records):
     return table(["command", "wall, s", "process time, s", "beyond imports, s", "runs"], rows)
 
 
+def assignments(records):
+    """Seconds of every solver, and whether all found the same sum of correlations."""
+    records = sorted(records, key=lambda record: (not record["related"], record["units"]))
+    names = sorted({name for record in records for name in record["seconds"]})
+    return table(
+        ["units", "correlations with", *(f"{name}, s" for name in names), "sums"],
+        [
+            [f"{r['units']:,}", "a noisy copy" if r["related"] else "another model",
+             *(f"{r['seconds'][name]:.2f}" if name in r["seconds"] else "" for name in names),
+             "same" if max(r["sums"].values()) - min(r["sums"].values()) < 1e-6 * r["units"] else "DIFFERENT"]
+            for r in records
+        ],
+    )  # fmt: skip
+
+
 def needed_tokens(records):
     """Correlation on other text by tokens, and of which kind of space the least is kept of what most tokens give."""
     records = sorted(records, key=lambda record: (record["dtype"] != "float32", record["tokens"]))
@@ -121,6 +136,7 @@ def needed_tokens(records):
 PARTS = (
     ("limit", "Alignment over its limit", limits),
     ("stage", "Statistics and assignment", stages),
+    ("assignment", "Solvers of the assignment", assignments),
     ("memory", "Peak memory", memories),
     ("growth", "Growth", growths),
     ("tokens", "Tokens that an assignment needs", needed_tokens),

@@ -7,7 +7,8 @@ in OUT, with the machine, the versions and the command; those that exist are not
 on. ``report.py`` makes the tables from those files alone.
 
 Parts: ``limit`` (wall time of ``align`` over bare forward passes and the needed products), ``stage`` (statistics and
-assignment over one correlation a unit), ``memory`` (peak over tokens), ``growth`` (tokens, width, depth, sites),
+assignment over one correlation a unit), ``assignment`` (solvers, up to 8192 units; lapx where it is installed),
+``memory`` (peak over tokens), ``growth`` (tokens, width, depth, sites),
 ``tokens`` (how good assignments are on other text, over the tokens they are from and in bfloat16), ``process`` (whole
 commands), ``gpu`` (the limit on CUDA, where there is one).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -51,7 +53,7 @@ L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-sma
 QUERY_VALUE = ("attn.query", "attn.value")
 LINEAR = ("attn.query", "attn.key", "attn.value", "attn.output", "ffn.up", "ffn.down")
 SITES = {"query, value": QUERY_VALUE, "all linear": LINEAR}
-PARTS = ("limit", "stage", "memory", "growth", "tokens", "process", "gpu")
+PARTS = ("limit", "stage", "assignment", "memory", "growth", "tokens", "process", "gpu")
 OTHER_TEXT = 1500  # sentences that assignments are judged on
 
 
@@ -125,6 +127,12 @@ class Bench:
 
     def stage(self):
         self.once("stage", lambda: stage(768, 1024, 20_000))
+
+    def assignment(self):
+        for units in (512, 1024, 2048, 4096, 8192):
+            for related in (True, False):
+                name = f"assignment {units} {'copy' if related else 'others'}"
+                self.once(name, lambda units=units, related=related: assigned(units, related))
 
     # ---- (c) memory --------------------------------------------------------------------------------------------------
 
@@ -365,6 +373,36 @@ def stage(student_units, teacher_units, tokens):
         "student_units": student_units, "teacher_units": teacher_units, "tokens": tokens, "ours": ours, "plain": plain,
         "plain_way": how, "speedup": plain / ours, "same_indices": bool((found.indices.numpy() == expected).all()),
     }  # fmt: skip
+
+
+def assigned(units, related):
+    """Seconds of the solvers for correlations with a noisy copy in another order, or with another model."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    tokens = 2 * units
+    if related:
+        teacher = normal(tokens, units)
+        student = teacher[:, torch.randperm(units, generator=generator)] + normal(tokens, units)
+    else:
+        shared = normal(tokens, 256)
+        teacher, student = (shared @ normal(256, units) / 16 + normal(tokens, units) for _ in range(2))
+    teacher, student = ((x - x.mean(0)) / x.std(0) for x in (teacher, student))
+    correlation = (student.T @ teacher / tokens).double().numpy()
+    solvers = {"scipy": lambda: linear_sum_assignment(correlation, maximize=True)[1]}
+    if importlib.util.find_spec("lap"):
+        import lap
+
+        solvers["lapx"] = lambda: lap.lapjv(-correlation, return_cost=False)[0]
+    seconds, sums = {}, {}
+    for name, solve in solvers.items():
+        start = time.perf_counter()
+        columns = solve()
+        seconds[name] = time.perf_counter() - start
+        sums[name] = float(correlation[np.arange(units), columns].sum())
+    return {"units": units, "related": related, "seconds": seconds, "sums": sums}
 
 
 def by_unit(x, y):

@@ -26,8 +26,8 @@ from peft_graft.gathering import Gather, RowMemory, rows_of
 from peft_graft.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, is_precise, probe
 from peft_graft.models import ModelHandle
 from peft_graft.options import MAX_TOKENS, Progress
-from peft_graft.pipelining import Each, ahead, give_back_memory, in_order, shares, side_by_side
-from peft_graft.statistics import Moment, PairedStatistics, Products
+from peft_graft.pipelining import Workers, ahead, give_back_memory
+from peft_graft.statistics import Doubles, Moment, PairedStatistics, Products
 from peft_graft.text import Sample
 from peft_graft.token_pairing import Block, PairingCounts, pair_tokens
 from peft_graft.weights import read_json, read_tensors, write_json, write_tensors, written_aside
@@ -111,25 +111,28 @@ class Totals:
         self.group = _groups(sizes, products)
         groups = sorted(set(self.group.values()))
         check_memory(layout.values(wanted, hold_out=hold_out), device)
+        doubles = Doubles()
         self.products = {
             (held_out, group): Products(
                 {name: size for name, size in sizes.items() if self.group[name] == group},
                 [pair for pair in products if self.group[pair[0]] == group],
                 precise=precise,
                 device=device,
+                doubles=doubles,
             )
             for held_out in ((False, True) if hold_out else (False,))
             for group in groups
         }
         self.nonfinite = 0
 
-    def update(self, rows: Mapping[str, Tensor], each: Each, *, held_out: bool) -> None:
-        """Take in the rows of one batch by their tensors' names, with ``pipelining.Each``; they are overwritten."""
+    def update(self, rows: Mapping[str, Tensor], workers: Workers, *, held_out: bool) -> None:
+        """Take in the rows of one batch by their tensors' names; they are overwritten."""
         members: dict[str, dict[str, Tensor]] = {}
         for node, value in rows.items():
             members.setdefault(self.group[node], {})[node] = value
         # Groups have no total in common, so they need no order.
-        self.nonfinite += max(each(lambda group: self.products[held_out, group].update(members[group]), members))
+        left_out = workers.each(lambda group: self.products[held_out, group].update(members[group]), members)
+        self.nonfinite += max(left_out)
 
     def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
         """What methods see, by pair; pairs that are the same tensors share one object."""
@@ -224,11 +227,12 @@ def collect_totals(
     settings = settings or CollectionSettings()
     counts = PairingCounts()
     layout, device = Layout.of(teacher, student, wanted), teacher.device
+    on_processor = all(model.device.type == "cpu" for model in (teacher, student))
     with (
         torch.inference_mode(),
         Capture(teacher, layout.spaces[0], stop=True) as of_teacher,
         Capture(student, layout.spaces[1], stop=True) as of_student,
-        side_by_side(*shares(on_processor=device.type == "cpu")) as each,
+        Workers(on_processor=on_processor) as workers,
     ):
         for capture in (of_teacher, of_student):  # which learns where it can stop
             probe(capture)
@@ -253,10 +257,9 @@ def collect_totals(
             return rows, memory
 
         stream = ahead((number, batch, counts.pairs) for number, batch in batches)
-        on_processor = all(model.device.type == "cpu" for model in (teacher, student))
-        for (number, batch, pairs), seen in in_order(stream, held, on_processor=on_processor):
+        for (number, batch, pairs), seen in workers.in_order(stream, held):
             if batch is not None and seen is not None:
-                totals.update(seen[0], each, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+                totals.update(seen[0], workers, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
                 free.append(seen[1])
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)

@@ -6,36 +6,69 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
 import torch
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-#: (work, items) -> what it makes of every item, in their order.
-Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 #: Items in work at once on a processor: each holds its activations.
 _MOST = 4
 
 
-def shares(*, on_processor: bool) -> tuple[int, int]:
-    """How many items are worked on at once, and with how many of torch's threads each."""
-    workers = min(torch.get_num_threads(), _MOST) if on_processor else 1
-    return workers, torch.get_num_threads() // workers
+class Workers:
+    """Threads among which a processor is shared out; no more than the caller's own elsewhere. A context manager.
 
+    Two forward passes with one thread each take less time than one after the other with two threads each, which spend
+    a part of it waiting for one another. So on a processor torch's threads are shared out among several items in work
+    at once, and whatever is computed meanwhile goes through the same threads, for more of them than cores take each
+    other's caches away. Inside, torch's number of threads is that of one item's share, and as it was afterwards.
 
-@contextmanager
-def side_by_side(workers: int, share: int) -> Iterator[Each]:
-    """Something that works on items ``workers`` at a time, in inference mode, with ``share`` of torch's threads each.
-
-    Its threads stay, and with them the memory that matrix products set up in each.
+    Args:
+        on_processor: whether the work is done there, and not on an accelerator, whose own queue keeps it busy.
     """
-    if workers == 1:
-        yield lambda work, items: [work(item) for item in items]
-        return
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        yield lambda work, items: list(pool.map(_inferring(work), items))
+
+    def __init__(self, *, on_processor: bool) -> None:
+        self._threads = torch.get_num_threads()
+        self.count = min(self._threads, _MOST) if on_processor else 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self.count > 1:
+            share = self._threads // self.count
+            # The threads stay, and with them the memory that matrix products set up in each.
+            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(share,))
+            torch.set_num_threads(share)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
+
+    def each(self, work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+        """What ``work`` makes of every item, in their order, several at a time and in inference mode."""
+        if self._pool is None:
+            return [work(item) for item in items]
+        return list(self._pool.map(_inferring(work), items))
+
+    def in_order(self, items: Iterable[_T], work: Callable[[_T], _R]) -> Iterator[tuple[_T, _R]]:
+        """Every item with what ``work`` makes of it in inference mode, in the order of the items, some ahead."""
+        if self._pool is None:
+            for item in items:
+                yield item, work(item)
+            return
+        quietly = _inferring(work)
+        waiting: deque[tuple[_T, Future[_R]]] = deque()
+        for item in items:
+            waiting.append((item, self._pool.submit(quietly, item)))
+            if len(waiting) > self.count:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
 
 
 def _inferring(work: Callable[[_T], _R]) -> Callable[[_T], _R]:
@@ -56,44 +89,6 @@ def ahead(items: Iterator[_T]) -> Iterator[_T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
-
-
-def in_order(items: Iterator[_T], work: Callable[[_T], _R], *, on_processor: bool) -> Iterator[tuple[_T, _R]]:
-    """Every item with what ``work`` makes of it, in the order of the items.
-
-    Two forward passes with one thread each take less time than one after the other with two threads each, which spend
-    a part of it waiting for one another. So on a processor its threads are shared out among several items; torch's
-    number of threads is another while this runs, and as it was afterwards.
-
-    Args:
-        work: called in inference mode, on a processor from several threads. on_processor: whether it computes there,
-            and not on an accelerator, whose own queue keeps it busy.
-    """
-    threads = torch.get_num_threads()
-    workers, share = shares(on_processor=on_processor)
-    if workers == 1:
-        for item in items:
-            yield item, work(item)
-        return
-
-    quietly = _inferring(work)
-    waiting: deque[tuple[_T, Future[_R]]] = deque()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            try:
-                torch.set_num_threads(share)
-                for item in items:
-                    waiting.append((item, pool.submit(quietly, item)))
-                    if len(waiting) > workers:
-                        first, result = waiting.popleft()
-                        yield first, result.result()
-                while waiting:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def give_back_memory() -> None:

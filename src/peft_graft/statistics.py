@@ -11,6 +11,7 @@ the first batch before their products are taken, so a large offset does not canc
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -140,12 +141,29 @@ class PairedStatistics:
 
 
 #: Products of wide tensors with themselves are taken by blocks of at least this many columns, the upper ones only.
-_LEAST_BLOCK, _MOST_BLOCKS = 256, 4
+_LEAST_BLOCK, _MOST_BLOCKS = 192, 4
 #: Rows of a tensor, or of a product's factors, that are squared or made float64 at a time: a passing copy of all of
 #: them costs more than the arithmetic.
 _ROWS, _ROWS_OF_FACTORS = 256, 1024
 #: Rows whose float32 products are summed in float32: adding every batch's to float64 totals costs a tenth of a pass.
 _ROWS_OF_PARTIALS = 8192
+
+
+class Doubles(threading.local):
+    """Float64 copies of rows, in room that every thread keeps: to be given fresh pages takes longer than to copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def __call__(self, place: str, rows: Tensor) -> Tensor:
+        """The rows themselves where they are float64, else a copy that lasts until the next one in this place."""
+        if rows.dtype == torch.float64:
+            return rows
+        key = (place, rows.shape[1], rows.device)
+        if key not in self._held or len(self._held[key]) < len(rows):
+            self._held[key] = torch.empty(max(len(rows), _ROWS_OF_FACTORS), rows.shape[1], dtype=torch.float64,
+                                          device=rows.device)  # fmt: skip
+        return self._held[key][: len(rows)].copy_(rows)
 
 
 class Products:
@@ -158,6 +176,7 @@ class Products:
         wanted: the pairs of names whose products are kept; a name with itself for a tensor's own second moment.
         precise: take products in float64 and not in the precision of the rows, for methods that invert moments.
         device: of the totals, all float64.
+        doubles: room for copies, which several may share.
     """
 
     def __init__(
@@ -167,8 +186,10 @@ class Products:
         *,
         precise: bool = False,
         device: torch.device | str = "cpu",
+        doubles: Doubles | None = None,
     ) -> None:
         self.count = 0
+        self._doubles = doubles or Doubles()
         self.precise = precise
         self._centred = False
 
@@ -235,8 +256,8 @@ class Products:
             _add(self._partial[a, b], rows[a], rows[b], symmetric=a == b)
             return
         for left, right in zip(*(torch.split(rows[name], _ROWS_OF_FACTORS) for name in (a, b)), strict=True):
-            left = left.double()
-            _add(total, left, left if a == b else right.double(), symmetric=a == b)
+            left = self._doubles("left", left)
+            _add(total, left, left if a == b else self._doubles("right", right), symmetric=a == b)
 
     def _add_partials(self) -> None:
         """Bring the totals up to date; of symmetric ones only what is on and above the diagonal is."""
