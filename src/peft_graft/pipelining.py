@@ -22,8 +22,8 @@ class Workers:
 
     Two forward passes with one thread each take less time than one after the other with two threads each, which spend
     a part of it waiting for one another. So on a processor torch's threads are shared out among several items in work
-    at once, and whatever is computed meanwhile goes through the same threads, for more of them than cores take each
-    other's caches away. Inside, torch's number of threads is that of one item's share, and as it was afterwards.
+    at once, and whatever is computed meanwhile goes through the same threads, so that no more compute than there are
+    cores. Inside, torch's number of threads is that of one item's share, and as it was afterwards.
 
     Args:
         on_processor: whether the work is done there, and not on an accelerator, whose own queue keeps it busy.
