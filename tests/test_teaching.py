@@ -23,8 +23,8 @@ from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.live import attach_raw
 from peft_graft.models import load_model
 from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Head, head_tensors
+from peft_graft.options import UNFINISHED
 from peft_graft.predictions import Predictions, answers, batches, distillation_loss
-from peft_graft.settings import UNFINISHED
 from peft_graft.text import Sample
 
 

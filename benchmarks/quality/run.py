@@ -28,9 +28,10 @@ from peft_graft.experiments.comparison import load_module, new_module, save_modu
 from peft_graft.experiments.training import TrainingSettings, Watch, fine_tune, score, taught
 from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.models import load_model
+from peft_graft.options import POLISH
 from peft_graft.polishing import PolishSettings
 from peft_graft.report import hardware, versions
-from peft_graft.settings import POLISH, Clock
+from peft_graft.settings import Clock
 from peft_graft.teaching import FIT, Candidate, Outcome, open_classroom, polished
 from peft_graft.weights import read_json, write_json, written_aside
 
