@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,20 @@ def test_the_command_is_there_at_once() -> None:
     """Help and mistakes on the command line wait for no library that takes a second to import."""
     script = "import sys, peft_graft.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_benchmarks_import_what_there_is() -> None:
+    """Nothing else runs them in tests."""
+    for path in (Path(__file__).parent.parent / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "peft_graft":
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    found = (
+                        hasattr(module, alias.name)
+                        or f"{node.module}.{alias.name}".removeprefix("peft_graft.") in LEVEL
+                    )
+                    assert found, f"{path.name}: {node.module} has no {alias.name}"
 
 
 def test_the_public_names() -> None:
