@@ -61,6 +61,11 @@ def test_to_a_shallower_student_with_the_same_embeddings(language, world, tmp_pa
     )
     assert INVERTIBLE not in bare.checkpoint.modules
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["config"]["inv_adapter"] is None
+    alone = peft_graft.transfer(
+        language, student=world / "shallow", method="copy", sites=["embed.*"], out=tmp_path / "a"
+    )
+    assert list(alone.checkpoint.modules) == [INVERTIBLE]
+    assert alone.report.verification.done
     assert not torch.allclose(hidden(world / "shallow", tmp_path / "g"), hidden(world / "shallow", tmp_path / "b"))
 
 

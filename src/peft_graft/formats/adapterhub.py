@@ -270,7 +270,7 @@ def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     if len(layers) == len(raw.entries) and settings.get("inv_adapter"):
         settings.update(inv_adapter=None, inv_adapter_reduction_factor=None)
     settings["leave_out"] = sorted(set(range(student.num_layers)) - set(layers.values()))
-    if raw.kind == "ia3":
+    if raw.kind == "ia3" or not layers:  # of which nothing depends on the model
         return settings
     if raw.kind == "lora":
         ranks = {values["A"].shape[0] for values in raw.entries.values()}
