@@ -185,3 +185,13 @@ def test_unpaired_batches_are_refused() -> None:
         PairedStatistics.of(torch.zeros(3, 5), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="lengths"):
         streamed(torch.zeros(3, 5), torch.zeros(2, 4), [0, 3])
+
+
+def test_a_stream_may_begin_in_inference_mode_and_go_on_outside() -> None:
+    teacher, student = batch(60, dtype=torch.float32)
+    products = Products({"t": 5, "s": 4}, [("s", "t"), ("t", "t"), ("s", "s")], precise=True)
+    with torch.inference_mode():
+        products.update({"t": teacher[:40].clone(), "s": student[:40].clone()})
+    products.update({"t": teacher[40:].clone(), "s": student[40:].clone()})
+    whole = streamed(teacher, student, [0, 40, 60], precise=True)
+    assert_same(products.statistics("t", "s", ALL), whole.statistics("t", "s", ALL))

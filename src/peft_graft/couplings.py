@@ -58,6 +58,7 @@ def coupling(site: Site, values: Mapping[str, Tensor], size: int) -> CouplingMod
             where=str(site),
             expected=", ".join(_PARAMETERS),
             found=", ".join(values),
+            fix="save the adapter again with the library adapters",
         )
     found = values["F.0.weight"].shape[1] + values["F.2.weight"].shape[0]
     if found != size:

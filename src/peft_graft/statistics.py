@@ -161,8 +161,9 @@ class Doubles(threading.local):
             return rows
         key = (place, rows.shape[1], rows.device)
         if key not in self._held or len(self._held[key]) < len(rows):
-            self._held[key] = torch.empty(max(len(rows), _ROWS_OF_FACTORS), rows.shape[1], dtype=torch.float64,
-                                          device=rows.device)  # fmt: skip
+            size = max(len(rows), _ROWS_OF_FACTORS), rows.shape[1]
+            with torch.inference_mode(False):  # written to inside the mode and outside, as totals are
+                self._held[key] = torch.empty(size, dtype=torch.float64, device=rows.device)
         return self._held[key][: len(rows)].copy_(rows)
 
 

@@ -115,11 +115,13 @@ def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
         CheckpointError: the library cannot express the module, such as LoRA with ranks that differ by layer.
     """
     write_json(folder / CONFIG, {**raw.config, **_model_fields(raw, student), "config": _settings(raw, student)})
+    entries = raw.entries
+    if raw.kind == "ia3":
+        alpha = module_config(raw.config)["alpha"]
+        entries = {path: {"output": values["output"][:, None] / alpha} for path, values in entries.items()}
     tensors: dict[str, Tensor] = {}
-    for path, values in raw.entries.items():
+    for path, values in entries.items():
         for name, tensor in values.items():
-            if raw.kind == "ia3":
-                tensor = tensor[:, None] / module_config(raw.config)["alpha"]
             tensors.update(dict.fromkeys(_keys(raw, path, name), tensor))
     write_tensors(folder / _WEIGHTS[raw.weights_suffix], tensors)
     if raw.head and raw.head_config:
