@@ -8,10 +8,11 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# torch first and by exact version: elsewhere the default build would bring gigabytes of CUDA.
+# torch first and by exact version: elsewhere the default build would bring gigabytes of CUDA. setuptools-scm because
+# seqeval, a source distribution, else has setuptools fetch the newest one, pinned or not, without what that needs.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools setuptools-scm wheel
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,adapters,dev]"
 	touch $@
