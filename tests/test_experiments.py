@@ -132,3 +132,35 @@ def test_distilling_without_a_label_teaches_the_teachers_answers(world, kind: st
     settings = TrainingSettings(learning_rate=3e-3, epochs=6, batch_size=8, distillation=1.0)
     fine_tune(student, rows, tokenizer, settings)
     assert distance() < before / 2
+
+
+def test_training_in_bfloat16_on_a_processor_takes_no_fused_attention(world) -> None:
+    """Its gradients take longer there than all the rest of a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from peft_graft.experiments.training import TrainingSettings, fine_tune, score
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+        def fused(self) -> bool:
+            return any("flash_attention" in name for name in self.names)
+
+    task = pair_task("nli", PAIRS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    rows = task.encode(PAIRS, tokenizer)
+    for bf16 in (True, False):
+        student = tiny.task_model(world / "shallow", task.kind, task.labels)
+        with Seen() as seen:
+            fine_tune(student, rows, tokenizer, TrainingSettings(epochs=1, bf16=bf16))
+        assert seen.names
+        assert seen.fused() is not bf16
+    with Seen() as seen:
+        score(student, rows, tokenizer, task)
+    assert seen.fused()

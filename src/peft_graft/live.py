@@ -21,7 +21,7 @@ from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.formats import adapterhub, peft_format
 from peft_graft.formats.raw import VIRTUAL, RawCheckpoint, StudentNames
 from peft_graft.models import ModelHandle
-from peft_graft.placement import device_of, is_quantised
+from peft_graft.placement import device_of, is_quantised, trainable_attention
 from peft_graft.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.weights import read_tensors
 
@@ -126,7 +126,8 @@ class LiveModule:
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
         """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch."""
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with nullcontext(self.model) if module else self._without() as model, mixed:
+        attention = trainable_attention(self.device, bf16=self.bf16)
+        with nullcontext(self.model) if module else self._without() as model, mixed, attention:
             output = model(**inputs, output_hidden_states=True)
         state, logits = _last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0

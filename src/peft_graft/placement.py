@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peft_graft.errors import DeviceError
 
@@ -47,6 +49,17 @@ def device_of(model: PreTrainedModel) -> torch.device:
         if place is not None:
             return torch.device(place)
     return torch.device(model.device)
+
+
+def trainable_attention(device: torch.device, *, bf16: bool) -> AbstractContextManager[Any]:
+    """The attention to compute forward passes with whose gradients may be asked for.
+
+    On processors, the gradients of torch's fused attention in bfloat16 take longer than all the rest of a training
+    step: its parts one by one are several times as fast there. Elsewhere, and without gradients, nothing changes.
+    """
+    if bf16 and device.type == "cpu" and torch.is_grad_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from peft_graft.experiments.ner import IGNORED
 from peft_graft.experiments.tasks import Task
+from peft_graft.placement import trainable_attention
 from peft_graft.task_models import quiet_libraries
 
 #: A module that has been fitted and polished is trained on with this share of the learning rate that suits a fresh one.
@@ -253,6 +255,13 @@ class _DistillingTrainer(transformers.Trainer):  # type: ignore[misc]
     """A Trainer whose loss mixes in the cross entropy with the teacher's answers where rows have them."""
 
     distillation = 0.0
+
+    def compute_loss_context_manager(self) -> Any:
+        """The Trainer's mixed precision, and an attention whose gradients are cheap."""
+        stack = ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        stack.enter_context(trainable_attention(self.args.device, bf16=self.args.bf16))
+        return stack
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         """The Trainer's loss, or (1 - a) labels + a teacher."""
