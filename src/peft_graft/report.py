@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from pydantic import BaseModel, ConfigDict
 
 from peft_graft.agreement import Agreement, Verdict
@@ -159,9 +160,14 @@ def hardware(device: str) -> dict[str, str | int]:
 
 def write_model_card(folder: Path, report: GraftReport, task: str, labels: tuple[str, ...]) -> None:
     """Write README.md: what the checkpoint is, how it was made and how to load it."""
+    card = _template("model_card.md.jinja").render(report=report, task=task, labels=labels)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@cache
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("peft_graft", "templates"), undefined=StrictUndefined, keep_trailing_newline=True,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    card = environment.get_template("model_card.md.jinja").render(report=report, task=task, labels=labels)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    return environment.get_template(name)
