@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import peft_graft
 from peft_graft.display import escaped, show_alignment, show_graft, show_inspection
 from peft_graft.errors import GraftError
-from peft_graft.options import MAX_TOKENS, METHOD_SUMMARIES, POLISH, UNFINISHED
+from peft_graft.options import MAX_TOKENS, METHOD_SUMMARIES, POLISH, UNFINISHED, HeadChoice
 from peft_graft.options import Progress as ProgressCall
 
 if TYPE_CHECKING:
@@ -33,15 +32,6 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 _METHOD_HELP = "; ".join(f"{name}: {summary}" for name, summary in METHOD_SUMMARIES.items())
-
-
-class Head(StrEnum):
-    """What to do with the classification head saved with a module."""
-
-    auto = "auto"
-    carry = "carry"
-    fit = "fit"
-    drop = "drop"
 
 
 Layers = Annotated[
@@ -107,12 +97,12 @@ def transfer(
     max_tokens: MaxTokens = MAX_TOKENS,
     alignment: Annotated[Path | None, typer.Option(help="A folder made by `peft-graft align`.")] = None,
     head: Annotated[
-        Head,
+        HeadChoice,
         typer.Option(
             help="The saved classification head: carry it through the maps, fit it to the teacher's predictions on the "
             "text, drop it, or auto: carry or fit, whichever agrees better with the teacher."
         ),
-    ] = Head.auto,
+    ] = "auto",
     polish: Annotated[
         int | None,
         typer.Option(
@@ -150,7 +140,7 @@ def transfer(
             columns=_split(columns),
             max_tokens=max_tokens,
             alignment=alignment,
-            head=head.value,
+            head=head,
             polish=polish,
             sites=_split(sites),
             library=library,
