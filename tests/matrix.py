@@ -145,7 +145,13 @@ PEFT_KINDS: Mapping[str, Make] = {
     "LoHa": partial(_weights, peft.LoHaConfig, r=2),
     "VeRA": partial(_weights, peft.VeraConfig, r=4),
 }
-HUB_KINDS = {"Pfeiffer": "seq_bn", "parallel": "par_bn", "AdapterHub LoRA": "lora", "AdapterHub IA3": "ia3"}
+HUB_KINDS = {
+    "Pfeiffer": "seq_bn",
+    "parallel": "par_bn",
+    "AdapterHub LoRA": "lora",
+    "AdapterHub IA3": "ia3",
+    "AdapterHub prefix": "prefix_tuning_flat",
+}
 HAS_ADAPTERS = importlib.util.find_spec("adapters") is not None
 KINDS = (*PEFT_KINDS, *HUB_KINDS)
 

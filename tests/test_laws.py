@@ -69,7 +69,7 @@ def test_a_permuted_student_computes_what_the_teacher_does(tmp_path, family: str
 
 
 @needs_adapters
-@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3"])
+@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "prefix_tuning"])
 @pytest.mark.parametrize("head", ["tagging", "classification"])
 def test_a_permuted_student_with_adapterhub_modules(tmp_path, settings: str, head: str) -> None:
     from adapters import AutoAdapterModel

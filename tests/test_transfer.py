@@ -17,6 +17,7 @@ import test_families
 import tiny
 from conftest import needs_adapters
 from peft_graft.checkpoints import read_checkpoint, resolve
+from peft_graft.errors import CheckpointError
 from peft_graft.models import describe_config, load_config
 from peft_graft.modules import LoraModule, Site
 from peft_graft.report import GraftReport
@@ -43,7 +44,7 @@ def test_a_bert_lora_moves_to_every_family(world, tmp_path, family: str, shape) 
 
 @needs_adapters
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "distilbert", "electra"])
-@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3"])
+@pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "prefix_tuning"])
 def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path, family: str, settings: str) -> None:
     from adapters import AutoAdapterModel
 
@@ -59,7 +60,7 @@ def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path,
     assert info["missing_keys"] == info["unexpected_keys"] == []
     assert model.heads["skill"].config["label2id"] == {label: i for i, label in enumerate(tiny.LABELS)}
     width = graft.checkpoint.modules[min(graft.checkpoint.modules)].width
-    assert width == {"lora": 8, "ia3": 1, "par_bn": 16}.get(settings, 2)
+    assert width == {"lora": 8, "ia3": 1, "par_bn": 16, "prefix_tuning": 30}.get(settings, 2)
 
 
 def test_the_published_shortcut_differs_only_in_the_output_rows(world, tmp_path) -> None:
@@ -385,6 +386,49 @@ def test_a_compacter_becomes_the_bottleneck_that_computes_the_same(world, tmp_pa
     with torch.inference_mode():
         expected = teacher(**batch).logits
         torch.testing.assert_close(student.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
+@needs_adapters
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_prefix_that_some_layers_lack(world, tmp_path, flat: bool) -> None:
+    """On its own model the same, as vectors instead of a network; on a shallower one in the layers that it comes to."""
+    import adapters
+
+    settings = adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=8, flat=flat, leave_out=[1])
+    teacher = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
+    graft = peft_graft.transfer(tmp_path / "m", student=world / "teacher", method="copy", out=tmp_path / "g")
+    assert [site.layer for site in graft.checkpoint.modules] == [0, 2, 3]
+    student = adapters.AutoAdapterModel.from_pretrained(world / "teacher")
+    student.set_active_adapters(student.load_adapter(str(tmp_path / "g")))
+    batch = transformers.AutoTokenizer.from_pretrained(world / "teacher")(tiny.sentences(4), return_tensors="pt",
+                                                                          padding=True)  # fmt: skip
+    with torch.inference_mode():
+        expected = teacher(**batch).logits
+        torch.testing.assert_close(student.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
+        student.set_active_adapters(None)
+        assert (student(**batch, head="skill").logits - expected).abs().max() > 0.01
+    graft = peft_graft.transfer(tmp_path / "m", student=world / "shallow", layers="1,2", out=tmp_path / "s")
+    assert [site.layer for site in graft.checkpoint.modules] == [1]
+    config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())["config"]
+    assert (config["flat"], config["prefix_length"], config["leave_out"]) == (True, 4, [0])
+
+
+@needs_adapters
+def test_a_prefix_that_cannot_be_read_says_why(world, tmp_path) -> None:
+    import adapters
+
+    folder = tmp_path / "m"
+    settings = adapters.PrefixTuningConfig(prefix_length=4, flat=True)
+    tiny.adapterhub_module(folder, world / "teacher", settings, head=None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["prefix_length"] = 5
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="another size.*expected 5 keys and values for each of 4 layers"):
+        read_checkpoint(folder)
+    tensors = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    torch.save({f"{key}.part": value for key, value in tensors.items()}, folder / "pytorch_adapter.bin")
+    with pytest.raises(CheckpointError, match="the prefix lacks control_trans"):
+        read_checkpoint(folder)
 
 
 def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:

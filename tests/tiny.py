@@ -239,7 +239,8 @@ def adapterhub_module(
     elif head == "classification":
         model.add_classification_head("skill", num_labels=3)
     model.set_active_adapters("skill")
-    randomise(model, seed, ("adapters.skill", "loras.skill", "heads.skill", "shared_parameters.skill"))
+    parts = ("adapters.skill", "loras.skill", "heads.skill", "shared_parameters.skill", "prefix_tunings.skill")
+    randomise(model, seed, parts)
     model.save_adapter(str(folder), "skill", with_head=head is not None, **save)
     return model.eval()
 

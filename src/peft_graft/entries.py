@@ -12,8 +12,7 @@ from peft_graft.architectures import Architecture
 from peft_graft.couplings import coupling
 from peft_graft.errors import CheckpointError, ModelError, PlanError
 from peft_graft.formats import adapterhub
-from peft_graft.formats.peft_prompts import PREFIX, PROMPT
-from peft_graft.formats.raw import VIRTUAL, RawCheckpoint, has_rows
+from peft_graft.formats.raw import PREFIX, PROMPT, VIRTUAL, RawCheckpoint, has_rows
 from peft_graft.modules import (
     EMBEDDED,
     TOKENS_OUT,

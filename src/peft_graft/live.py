@@ -98,17 +98,17 @@ class LiveModule:
     @contextmanager
     def _without(self) -> Iterator[Any]:
         """The model with the module switched off."""
-        if self.raw.kind in VIRTUAL:  # peft cannot switch these off in models that do not generate
-            yield self.model.base_model
-        elif self.raw.format == "peft":
-            with _quiet(), self.model.disable_adapter(), self._with_own_biases():
-                yield self.model
-        else:
+        if self.raw.format == "adapterhub":
             self.model.set_active_adapters(None)
             try:
                 yield self.model
             finally:
                 self.model.set_active_adapters(self.name)
+        elif self.raw.kind in VIRTUAL:  # peft cannot switch these off in models that do not generate
+            yield self.model.base_model
+        else:
+            with _quiet(), self.model.disable_adapter(), self._with_own_biases():
+                yield self.model
 
     @contextmanager
     def _with_own_biases(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_graft.architectures import Architecture, describe, heads_of
 from peft_graft.errors import ModelError
 from peft_graft.formats.raw import StudentNames, task_of_class
+from peft_graft.modules import Site
 from peft_graft.placement import (
     AUTO_DEVICE,
     BaseTensors,
@@ -128,7 +129,16 @@ def student_names(name: str, config: PretrainedConfig, task: str, architecture: 
         transposed=frozenset(path for path, module in task_model.named_modules() if type(module).__name__ == "Conv1D"),
         num_heads=heads,
         num_kv_heads=kv_heads,
+        attentions=_attentions(architecture),
     )
+
+
+def _attentions(architecture: Architecture) -> tuple[str, ...]:
+    """The path of every layer's attention, of a model with one stack."""
+    if len(architecture.row.stacks) > 1 or "attn.query" not in architecture.row.linears:
+        return ()
+    queries = (architecture.path(Site(layer, "attn.query")) for layer in range(architecture.num_layers))
+    return tuple(path.rpartition(".")[0] for path in queries)
 
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:

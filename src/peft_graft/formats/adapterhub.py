@@ -1,4 +1,4 @@
-"""AdapterHub's checkpoints (library ``adapters``): bottleneck adapters, LoRA and IA3, with prediction heads."""
+"""AdapterHub's checkpoints (library ``adapters``): bottleneck adapters, LoRA, IA3 and prefixes, with heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError, DependencyError
-from peft_graft.formats import compacter
+from peft_graft.formats import adapterhub_prefix, compacter
 from peft_graft.formats.raw import Kind, RawCheckpoint, StudentNames, task_of_class
 from peft_graft.weights import file_hashes, read_json, read_tensors, write_json, write_tensors
 
@@ -28,7 +28,11 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "vera_b": (None,),
     "stochastic_depth": (0, 0.0, None),
 }
-_UNSUPPORTED_LORA: Mapping[str, tuple[Any, ...]] = {"composition_mode": ("add", "scale"), "use_gating": (False, None)}
+#: Of bottleneck adapters a gate is a part that is moved.
+_UNSUPPORTED_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
+    "composition_mode": ("add", "scale"),
+    "use_gating": (False, None),
+}
 #: Where the library keeps the part that works on the embeddings.
 _INVERTIBLE = "invertible_adapters"
 _NEEDED: Mapping[str, set[str]] = {
@@ -70,7 +74,7 @@ def module_config(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, A
 
 
 def read(folder: Path) -> RawCheckpoint:
-    """Read a bottleneck, LoRA or IA3 checkpoint and the head beside it.
+    """Read a bottleneck, LoRA, IA3 or prefix checkpoint and the head beside it.
 
     Raises:
         CheckpointError: another kind of module, a setting that is not supported, missing or damaged weights.
@@ -86,7 +90,10 @@ def read(folder: Path) -> RawCheckpoint:
     if settings.get("phm_layer"):
         tensors, settings = compacter.written_out(tensors, settings, name, str(weights))
         config = {**config, "config": settings}
-    entries = _entries(tensors, kind, name, bool(settings.get("ln_before")), str(weights))
+    if kind == "prefix":
+        entries = adapterhub_prefix.entries(tensors, settings, name, int(config.get("hidden_size") or 0), str(weights))
+    else:
+        entries = _entries(tensors, kind, name, bool(settings.get("ln_before")), str(weights))
     if kind == "ia3":  # y *= alpha * lora_B
         entries = {path: {"output": values["output"].flatten() * settings["alpha"]} for path, values in entries.items()}
     head_weights, _ = _find(folder, _HEAD_WEIGHTS)
@@ -115,15 +122,7 @@ def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
         CheckpointError: the library cannot express the module, such as LoRA with ranks that differ by layer.
     """
     write_json(folder / CONFIG, {**raw.config, **_model_fields(raw, student), "config": _settings(raw, student)})
-    entries = raw.entries
-    if raw.kind == "ia3":
-        alpha = module_config(raw.config)["alpha"]
-        entries = {path: {"output": values["output"][:, None] / alpha} for path, values in entries.items()}
-    tensors: dict[str, Tensor] = {}
-    for path, values in entries.items():
-        for name, tensor in values.items():
-            tensors.update(dict.fromkeys(_keys(raw, path, name), tensor))
-    write_tensors(folder / _WEIGHTS[raw.weights_suffix], tensors)
+    write_tensors(folder / _WEIGHTS[raw.weights_suffix], _tensors(raw, student))
     if raw.head and raw.head_config:
         head_name = raw.head_config.get("name")
         write_json(folder / HEAD_CONFIG, {**raw.head_config, **_model_fields(raw, student)})
@@ -131,6 +130,22 @@ def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
             folder / _HEAD_WEIGHTS[raw.weights_suffix],
             {re.sub(r"^layers\.", f"heads.{head_name}.", key): tensor for key, tensor in raw.head.items()},
         )
+
+
+def _tensors(raw: RawCheckpoint, student: StudentNames) -> dict[str, Tensor]:
+    """The module's tensors by their keys in the file."""
+    if raw.kind == "prefix":
+        return adapterhub_prefix.tensors(raw, student)
+    entries = raw.entries
+    if raw.kind == "ia3":
+        alpha = module_config(raw.config)["alpha"]
+        entries = {path: {"output": values["output"][:, None] / alpha} for path, values in entries.items()}
+    return {
+        key: tensor
+        for path, values in entries.items()
+        for name, tensor in values.items()
+        for key in _keys(raw, path, name)
+    }
 
 
 def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
@@ -141,16 +156,16 @@ def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
 
 def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
     architecture = settings.get("architecture")
-    if architecture not in (None, "lora"):
+    if architecture not in (None, "lora", "prefix_tuning"):
         raise CheckpointError(
             f"AdapterHub modules of architecture {architecture!r} are not supported yet",
             where=str(folder),
-            expected="a bottleneck adapter, LoRA or IA3",
+            expected="a bottleneck adapter, LoRA, IA3 or a prefix",
         )
-    kind: Kind = "bottleneck"
+    kind: Kind = "bottleneck" if architecture is None else "prefix"
     if architecture == "lora":
         kind = "ia3" if settings.get("composition_mode") == "scale" else "lora"
-    for option, harmless in {**_UNSUPPORTED, **({} if kind == "bottleneck" else _UNSUPPORTED_LORA)}.items():
+    for option, harmless in {**_UNSUPPORTED, **({} if kind == "bottleneck" else _UNSUPPORTED_ELSEWHERE)}.items():
         if option in settings and settings[option] not in harmless:
             raise CheckpointError(
                 f"{kind} modules with {option}={settings[option]!r} are not supported yet", where=str(folder)
@@ -268,6 +283,8 @@ def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
 
 def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     settings = module_config(raw.config)
+    if raw.kind == "prefix":
+        return adapterhub_prefix.settings_of(raw, settings, student)
     layers = {path: student.position(path) for path in raw.entries if not _is_invertible(path)}
     if len(layers) == len(raw.entries) and settings.get("inv_adapter"):
         settings.update(inv_adapter=None, inv_adapter_reduction_factor=None)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError
-from peft_graft.formats.raw import Kind, RawCheckpoint, StudentNames
+from peft_graft.formats.raw import PREFIX, PROMPT, Kind, RawCheckpoint, StudentNames
 
 KEY = "prompt_embeddings"
-#: Paths of our entries.
-PROMPT, PREFIX = "prompt", "prefix."
 
 
 def check(

@@ -49,6 +49,8 @@ def has_rows(values: Mapping[str, Tensor]) -> bool:
     return "rows" in values or "token_rows" in values
 
 
+#: Paths of the entries of virtual tokens: of a prompt, and of a prefix before the layer's number.
+PROMPT, PREFIX = "prompt", "prefix."
 #: Kinds that put vectors before the text, or among what attention reads; nothing in the model is changed.
 VIRTUAL: tuple[Kind, ...] = ("prompt", "prefix")
 
@@ -128,6 +130,7 @@ class StudentNames:
         num_layers, num_heads, num_kv_heads: of the student.
         transposed: paths of linear layers that keep their weight as [in, out] (``Conv1D``).
         stacks: path and number of layers of every stack, in the order in which they compute.
+        attentions: of a model with one stack, the path of every layer's attention in the bare model.
     """
 
     name: str
@@ -142,6 +145,7 @@ class StudentNames:
     num_heads: int = 0
     num_kv_heads: int = 0
     stacks: tuple[tuple[str, int], ...] = ()
+    attentions: tuple[str, ...] = ()
 
     def position(self, path: str) -> int:
         """The layer that a path leads into, layers counted through all stacks."""
