@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 
 import tiny
 from conftest import needs_adapters
 from peft_graft.errors import StudyError
 from peft_graft.studies.cells import cells_of, start_name
-from peft_graft.studies.command import PAPER
+from peft_graft.studies.command import PAPER, show_tables
 from peft_graft.studies.runner import Here, _claimed, estimate, run_study
 from peft_graft.studies.spec import FRESH, paper_study, read_study
 from peft_graft.studies.tables import MEAN, finished, grid_of, latex, markdown, result_tables, write_tables
@@ -403,6 +405,25 @@ def test_tables_hold_means_spreads_differences_and_shares() -> None:
     assert header == ["", "de", "en", "mean", "Δ fresh", "share of the gain", "p"]
     assert lines[2][:6] == ["copy/skip", "60.0 ± 0.0", "65.0 ± 0.0", "62.5 ± 0.0", "+12.5", "+42%"]
     assert r"62.5 $\pm$ 0.0 & +12.5 & +42\%" in latex([hundred])
+
+
+def test_tables_are_turned_where_the_terminal_is_too_narrow() -> None:
+    languages = [f"l{number:02}" for number in range(15)]
+    records = [record("teacher", None, language, None, 0.8) for language in languages]
+    for start, score in ((FRESH, 0.4), ("copy/skip", 0.6)):
+        records += [record("student", start, language, 0, score) for language in languages]
+    tables = result_tables(records)[1:]
+    shown = {}
+    for width in (80, 200):
+        console = Console(file=io.StringIO(), width=width)
+        show_tables(tables, console)
+        shown[width] = console.file.getvalue()
+        assert "…" not in shown[width]
+        assert all(language in shown[width] for language in languages)
+    narrow, wide = ([line.split("│")[1:-1] for line in shown[width].splitlines() if "│" in line] for width in (80, 200))
+    assert [cell.strip() for cell in narrow[0]] == ["l00", "80.0", "40.0", "60.0"]
+    assert [cell.strip() for cell in wide[0]][:3] == ["teacher", "80.0", "80.0"]
+    assert len(narrow) == len(languages) + 4  # mean, difference, share and p
 
 
 def test_the_test_is_paired_by_language_and_seed() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from peft_graft.errors import StudyError
@@ -49,7 +50,7 @@ def study(
     executor = OnRay(folder, ray, cpus, gpus) if ray else Here(folder, progress)
     outcome = run_study(declared, folder, executor, only=only, progress=progress)
     tables = write_tables(finished(cells_of(declared).values(), folder), folder / "tables")
-    _show_tables(tables, console)
+    show_tables(tables, console)
     _show_outcome(outcome, declared, folder, console)
     return len(outcome.failed) + len(outcome.blocked)
 
@@ -71,13 +72,22 @@ def _show_plan(cells: Mapping[str, Cell], out: Path, console: Console) -> None:
         console.print(f"about {seconds / 3600:.1f} hours, one cell after another")
 
 
-def _show_tables(tables: Sequence[ResultTable], console: Console) -> None:
+def show_tables(tables: Sequence[ResultTable], console: Console) -> None:
+    """Print tables, a column for every language, or a row where the terminal is too narrow for that."""
     for found in tables:
         header, lines = grid_of(found)
-        table = Table(*header, title=found.title)
-        for line in lines:
-            table.add_row(*line)
+        grid = [header, *lines]
+        table = _table(found.title, grid)
+        if console.measure(table, options=console.options.update_width(10_000)).maximum > console.width:
+            table = _table(found.title, list(zip(*grid, strict=True)))
         console.print(table)
+
+
+def _table(title: str, grid: Sequence[Sequence[str]]) -> Table:
+    table = Table(*map(escape, grid[0]), title=escape(title))
+    for line in grid[1:]:
+        table.add_row(*map(escape, line))
+    return table
 
 
 def _show_outcome(outcome: Outcome, declared: Study, out: Path, console: Console) -> None:
