@@ -407,6 +407,8 @@ def test_a_prefix_that_some_layers_lack(world, tmp_path, flat: bool) -> None:
         torch.testing.assert_close(student.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
         student.set_active_adapters(None)
         assert (student(**batch, head="skill").logits - expected).abs().max() > 0.01
+    written, original = ((tmp_path / name / "pytorch_adapter.bin").stat().st_size for name in ("g", "m"))
+    assert written < 1.5 * original, "one tensor, whatever the number of its names"
     graft = peft_graft.transfer(tmp_path / "m", student=world / "shallow", layers="1,2", out=tmp_path / "s")
     assert [site.layer for site in graft.checkpoint.modules] == [1]
     config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())["config"]
@@ -425,10 +427,21 @@ def test_a_prefix_that_cannot_be_read_says_why(world, tmp_path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="another size.*expected 5 keys and values for each of 4 layers"):
         read_checkpoint(folder)
+    del config["config"]["prefix_length"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="another size.*expected 0 keys"):
+        read_checkpoint(folder)
     tensors = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
     torch.save({f"{key}.part": value for key, value in tensors.items()}, folder / "pytorch_adapter.bin")
     with pytest.raises(CheckpointError, match="the prefix lacks control_trans"):
         read_checkpoint(folder)
+    tiny.adapterhub_module(
+        tmp_path / "n", world / "teacher", adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=8), head=None
+    )
+    path = tmp_path / "n" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"tanh"', '"wave"'))
+    with pytest.raises(CheckpointError, match="activation is unknown.*found wave"):
+        read_checkpoint(tmp_path / "n")
 
 
 def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:

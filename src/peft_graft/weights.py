@@ -53,20 +53,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as .safetensors, or as .bin for readers that know nothing else; shared ones are written anew."""
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        plain[name] = value.clone() if value.data_ptr() in seen else value
-        seen.add(plain[name].data_ptr())
+    """Write tensors as .safetensors, or as .bin for readers that know nothing else.
+
+    What has several names is written once in a .bin, and under each of them where the format allows no sharing.
+    """
     try:
         if path.suffix == ".safetensors":
+            plain: dict[str, Tensor] = {}
+            seen: set[int] = set()
+            for name, tensor in tensors.items():
+                value = tensor.detach().cpu().contiguous()
+                plain[name] = value.clone() if value.data_ptr() in seen else value
+                seen.add(plain[name].data_ptr())
             save_file(plain, path, metadata={"format": "pt"})
-        else:
-            torch.save({name: tensor.clone() for name, tensor in plain.items()}, path)
+        else:  # copies, for of a view torch would write all that it looks into
+            copies = {id(tensor): tensor.detach().cpu().contiguous().clone() for tensor in tensors.values()}
+            torch.save({name: copies[id(tensor)] for name, tensor in tensors.items()}, path)
     except (SafetensorError, RuntimeError) as error:  # both libraries hide the operating system's error in their own
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         full = shutil.disk_usage(path.parent).free < needed
         reason = os.strerror(errno.ENOSPC) if full else (str(error).splitlines() or ["write failed"])[0]
         raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(path)) from error

@@ -49,10 +49,11 @@ def entries(
             where=where, found=", ".join(sorted(parts)) or None, fix="move a LoRA" if parts else None,
         )  # fmt: skip
     left_out = set(settings.get("leave_out") or ())
-    length = int(settings["prefix_length"])
+    length = int(settings.get("prefix_length") or 0)
     whole = _written_out(next(iter(parts.values())), settings, where)
-    layers = len(pools) - 1 - len(left_out) if len(pools) > 1 else whole.numel() // (2 * length * max(hidden_size, 1))
-    if layers < 1 or whole.numel() % (2 * length * layers):
+    in_a_layer = max(2 * length * hidden_size, 1)
+    layers = len(pools) - 1 - len(left_out) if len(pools) > 1 else whole.numel() // in_a_layer
+    if min(length, layers) < 1 or whole.numel() % (2 * length * layers):
         raise CheckpointError(
             "the prefix has another size than its configuration says",
             where=where,
@@ -81,7 +82,11 @@ def _written_out(parts: Mapping[str, Tensor], settings: Mapping[str, Any], where
 
     words, first, first_bias, second, second_bias = (parts[name].float() for name in names)
     name = str(settings.get("non_linearity", "tanh")).lower()
-    inner = get_activation(_ACTIVATIONS.get(name, name))(torch.nn.functional.linear(words, first, first_bias))
+    try:
+        activation = get_activation(_ACTIVATIONS.get(name, name))
+    except KeyError as error:
+        raise CheckpointError("the prefix's activation is unknown", where=where, found=name) from error
+    inner = activation(torch.nn.functional.linear(words, first, first_bias))
     return torch.nn.functional.linear(inner, second, second_bias).to(parts["wte.weight"].dtype).flatten()
 
 
