@@ -407,6 +407,14 @@ def test_tables_hold_means_spreads_differences_and_shares() -> None:
     assert r"62.5 $\pm$ 0.0 & +12.5 & +42\%" in latex([hundred])
 
 
+def test_there_is_no_share_of_a_gain_that_the_teacher_does_not_have() -> None:
+    for teacher, share in ((0.511, "+200%"), (0.509, ""), (0.4, "")):
+        records = [record("teacher", None, "de", None, teacher), record("student", FRESH, "de", 0, 0.5),
+                   record("student", "copy/skip", "de", 0, 0.522)]  # fmt: skip
+        _, lines = grid_of(result_tables(records)[1])
+        assert lines[2][2:4] == ["+2.2", share]
+
+
 def test_tables_are_turned_where_the_terminal_is_too_narrow() -> None:
     languages = [f"l{number:02}" for number in range(15)]
     records = [record("teacher", None, language, None, 0.8) for language in languages]

@@ -20,6 +20,8 @@ from peft_graft.task_models import quiet_libraries
 
 Library = Literal["peft", "adapterhub"]
 ModuleConfig = dict[str, Any] | str | None
+#: A teacher that is ahead of a fresh module by less, a point of a hundred, has no gain of which there could be a share.
+SMALLEST_GAIN = 0.01
 
 
 class _Record(BaseModel):
@@ -48,8 +50,8 @@ class Row(_Record):
 
 
 def share_of_gain(grafted: float, baseline: float, teacher: float) -> float | None:
-    """(grafted - baseline) / (teacher - baseline); None where the teacher is no better than the baseline."""
-    return (grafted - baseline) / (teacher - baseline) if teacher - baseline > 1e-9 else None
+    """(grafted - baseline) / (teacher - baseline); None where the teacher is not ahead by ``SMALLEST_GAIN``."""
+    return (grafted - baseline) / (teacher - baseline) if teacher - baseline >= SMALLEST_GAIN else None
 
 
 def summarise(runs: Sequence[Run], teacher_score: float, baseline: str = "fresh") -> list[Row]:
