@@ -379,13 +379,20 @@ def test_a_compacter_becomes_the_bottleneck_that_computes_the_same(world, tmp_pa
     teacher = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
     graft = peft_graft.transfer(tmp_path / "m", student=world / "teacher", method="copy", out=tmp_path / "g")
     assert graft.report.verification.done
-    student = adapters.AutoAdapterModel.from_pretrained(world / "teacher")
-    student.set_active_adapters(student.load_adapter(str(tmp_path / "g")))
-    batch = transformers.AutoTokenizer.from_pretrained(world / "teacher")(tiny.sentences(4), return_tensors="pt",
-                                                                          padding=True)  # fmt: skip
+    assert_same_logits(teacher, world / "teacher", tmp_path / "g")
+
+
+def assert_same_logits(teacher, base: Path, folder: Path):
+    """An AdapterHub module on ``base`` computes what ``teacher`` does; the model with it, a batch and its logits."""
+    from adapters import AutoAdapterModel
+
+    student = AutoAdapterModel.from_pretrained(base)
+    student.set_active_adapters(student.load_adapter(str(folder)))
+    batch = transformers.AutoTokenizer.from_pretrained(base)(tiny.sentences(4), return_tensors="pt", padding=True)
     with torch.inference_mode():
         expected = teacher(**batch).logits
         torch.testing.assert_close(student.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
+    return student, batch, expected
 
 
 @needs_adapters
@@ -398,14 +405,9 @@ def test_a_prefix_that_some_layers_lack(world, tmp_path, flat: bool) -> None:
     teacher = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
     graft = peft_graft.transfer(tmp_path / "m", student=world / "teacher", method="copy", out=tmp_path / "g")
     assert [site.layer for site in graft.checkpoint.modules] == [0, 2, 3]
-    student = adapters.AutoAdapterModel.from_pretrained(world / "teacher")
-    student.set_active_adapters(student.load_adapter(str(tmp_path / "g")))
-    batch = transformers.AutoTokenizer.from_pretrained(world / "teacher")(tiny.sentences(4), return_tensors="pt",
-                                                                          padding=True)  # fmt: skip
+    student, batch, expected = assert_same_logits(teacher, world / "teacher", tmp_path / "g")
+    student.set_active_adapters(None)
     with torch.inference_mode():
-        expected = teacher(**batch).logits
-        torch.testing.assert_close(student.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
-        student.set_active_adapters(None)
         assert (student(**batch, head="skill").logits - expected).abs().max() > 0.01
     written, original = ((tmp_path / name / "pytorch_adapter.bin").stat().st_size for name in ("g", "m"))
     assert written < 1.5 * original, "one tensor, whatever the number of its names"

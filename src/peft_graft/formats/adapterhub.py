@@ -20,7 +20,9 @@ HEAD_CONFIG = "head_config.json"
 _WEIGHTS = {".safetensors": "adapter.safetensors", ".bin": "pytorch_adapter.bin"}
 _HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_model_head.bin"}
 
-#: Settings of bottleneck adapters and LoRA under which the weights mean something else.
+#: Kinds by what the settings call the architecture; a LoRA that scales is an IA3.
+_KINDS: Mapping[str | None, Kind] = {None: "bottleneck", "lora": "lora", "prefix_tuning": "prefix"}
+#: Settings of all kinds under which the weights mean something else.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "inv_adapter": (None, "nice"),  # the library's "glow" cannot be run on text
     "use_dora": (False, None),
@@ -156,15 +158,15 @@ def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
 
 def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
     architecture = settings.get("architecture")
-    if architecture not in (None, "lora", "prefix_tuning"):
+    if architecture not in _KINDS:
         raise CheckpointError(
             f"AdapterHub modules of architecture {architecture!r} are not supported yet",
             where=str(folder),
             expected="a bottleneck adapter, LoRA, IA3 or a prefix",
         )
-    kind: Kind = "bottleneck" if architecture is None else "prefix"
-    if architecture == "lora":
-        kind = "ia3" if settings.get("composition_mode") == "scale" else "lora"
+    kind = _KINDS[architecture]
+    if kind == "lora" and settings.get("composition_mode") == "scale":
+        kind = "ia3"
     for option, harmless in {**_UNSUPPORTED, **({} if kind == "bottleneck" else _UNSUPPORTED_ELSEWHERE)}.items():
         if option in settings and settings[option] not in harmless:
             raise CheckpointError(
@@ -283,14 +285,14 @@ def _model_fields(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
 
 def _settings(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     settings = module_config(raw.config)
-    if raw.kind == "prefix":
-        return adapterhub_prefix.settings_of(raw, settings, student)
     layers = {path: student.position(path) for path in raw.entries if not _is_invertible(path)}
     if len(layers) == len(raw.entries) and settings.get("inv_adapter"):
         settings.update(inv_adapter=None, inv_adapter_reduction_factor=None)
     settings["leave_out"] = sorted(set(range(student.num_layers)) - set(layers.values()))
     if raw.kind == "ia3" or not layers:  # of which nothing depends on the model
         return settings
+    if raw.kind == "prefix":
+        return adapterhub_prefix.settings_of(raw, settings)
     if raw.kind == "lora":
         ranks = {values["A"].shape[0] for values in raw.entries.values()}
         scalings = set(raw.scalings.values())

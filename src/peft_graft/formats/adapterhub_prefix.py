@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError
-from peft_graft.formats.raw import PREFIX, RawCheckpoint, StudentNames
+from peft_graft.formats.raw import RawCheckpoint, StudentNames, prefix_entries, prefix_pairs
 
 #: The library's name for the only stack's prefixes, by ``model_type``.
 _LOCATIONS = {"distilbert": "self"}
+_FIX = "save it again with the library's save_adapter"
 #: Activations that the library calls otherwise than transformers.
 _ACTIVATIONS = {"gelu_orig": "gelu", "leakyrelu": "leaky_relu"}
 
@@ -40,7 +41,7 @@ def entries(
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"(.*?)prefix_tuning\.(?:pool\.)?prefix_tunings\.{re.escape(adapter)}\.(\w+)\.(.+)", key)
         if match is None:
-            raise CheckpointError(f"tensor {key} belongs to no prefix named {adapter!r}", where=where)
+            raise CheckpointError(f"tensor {key} belongs to no prefix named {adapter!r}", where=where, fix=_FIX)
         parts.setdefault(match[2], {})[match[3]] = tensor
         pools.add(match[1])
     if len(parts) != 1:
@@ -59,13 +60,10 @@ def entries(
             where=where,
             expected=f"{length} keys and values for each of {max(layers, 0)} layers",
             found=whole.numel(),
+            fix=_FIX,
         )
-    pairs = whole.view(length, layers, 2, -1)
     numbers = islice((layer for layer in count() if layer not in left_out), layers)
-    return {
-        f"{PREFIX}{layer}": {"key": pairs[:, index, 0].contiguous(), "value": pairs[:, index, 1].contiguous()}
-        for index, layer in enumerate(numbers)
-    }
+    return prefix_entries(whole.view(length, layers, 2, -1), numbers)
 
 
 def _written_out(parts: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> Tensor:
@@ -75,7 +73,7 @@ def _written_out(parts: Mapping[str, Tensor], settings: Mapping[str, Any], where
     else:
         names = ("wte.weight", *(f"control_trans.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")))
     if missing := [name for name in names if name not in parts]:
-        raise CheckpointError(f"the prefix lacks {', '.join(missing)}", where=where)
+        raise CheckpointError(f"the prefix lacks {', '.join(missing)}", where=where, fix=_FIX)
     if settings.get("flat"):
         return parts["control_trans"].flatten()
     from transformers.activations import get_activation
@@ -85,30 +83,25 @@ def _written_out(parts: Mapping[str, Tensor], settings: Mapping[str, Any], where
     try:
         activation = get_activation(_ACTIVATIONS.get(name, name))
     except KeyError as error:
-        raise CheckpointError("the prefix's activation is unknown", where=where, found=name) from error
+        raise CheckpointError(
+            "the prefix's activation is unknown",
+            where=where,
+            found=name,
+            fix="make it flat with the library's eject_prefix_tuning and save it again",
+        ) from error
     inner = activation(torch.nn.functional.linear(words, first, first_bias))
     return torch.nn.functional.linear(inner, second, second_bias).to(parts["wte.weight"].dtype).flatten()
 
 
 def tensors(raw: RawCheckpoint, student: StudentNames) -> dict[str, Tensor]:
     """The tensors of the student's file: one, under the base model and under each layer's attention."""
-    pairs = [
-        part for layer in _layers(raw) for part in (raw.entries[f"{PREFIX}{layer}"][name] for name in ("key", "value"))
-    ]
-    whole = torch.stack(pairs, 1).flatten()
+    whole = prefix_pairs(raw.entries).flatten()
     start = "" if raw.task == "base" or not student.prefix else f"{student.prefix}."
     end = f"prefix_tunings.{raw.name}.{_LOCATIONS.get(student.model_type, 'self_prefix')}.control_trans"
     attentions = dict.fromkeys(f"{start}{path}.prefix_tuning.pool.{end}" for path in student.attentions)
     return {f"{start}prefix_tuning.{end}": whole, **dict.fromkeys(attentions, whole)}
 
 
-def settings_of(raw: RawCheckpoint, settings: Mapping[str, Any], student: StudentNames) -> dict[str, Any]:
-    """The settings of the student's module, which is kept as the vectors themselves."""
-    layers = _layers(raw)
-    length = len(raw.entries[f"{PREFIX}{layers[0]}"]["key"])
-    left_out = sorted(set(range(student.num_layers)) - set(layers))
-    return {**settings, "flat": True, "prefix_length": length, "leave_out": left_out}
-
-
-def _layers(raw: RawCheckpoint) -> list[int]:
-    return sorted(int(path.removeprefix(PREFIX)) for path in raw.entries)
+def settings_of(raw: RawCheckpoint, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a module that is kept as the vectors themselves."""
+    return {**settings, "flat": True, "prefix_length": len(next(iter(raw.entries.values()))["key"])}

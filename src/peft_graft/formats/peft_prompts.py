@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError
-from peft_graft.formats.raw import PREFIX, PROMPT, Kind, RawCheckpoint, StudentNames
+from peft_graft.formats.raw import PROMPT, Kind, RawCheckpoint, StudentNames, prefix_entries, prefix_pairs
 
 KEY = "prompt_embeddings"
 
@@ -40,19 +39,14 @@ def check(
         )
     if kind == "prompt":
         return {PROMPT: {"embeddings": found}}
-    pairs = found.view(number, layers, 2, width)
-    return {
-        f"{PREFIX}{layer}": {"key": pairs[:, layer, 0].contiguous(), "value": pairs[:, layer, 1].contiguous()}
-        for layer in range(layers)
-    }
+    return prefix_entries(found.view(number, layers, 2, width), range(layers))
 
 
 def tensors(raw: RawCheckpoint) -> dict[str, Tensor]:
     """The virtual tokens as the file has them."""
     if raw.kind == "prompt":
         return {KEY: raw.entries[PROMPT]["embeddings"]}
-    layers = [raw.entries[f"{PREFIX}{layer}"] for layer in range(len(raw.entries))]
-    return {KEY: torch.stack([part for layer in layers for part in (layer["key"], layer["value"])], 1).flatten(1)}
+    return {KEY: prefix_pairs(raw.entries).flatten(1)}
 
 
 def config_of(raw: RawCheckpoint, config: Mapping[str, Any], student: StudentNames) -> dict[str, Any]:

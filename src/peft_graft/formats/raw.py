@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Format = Literal["peft", "adapterhub"]
@@ -53,6 +54,20 @@ def has_rows(values: Mapping[str, Tensor]) -> bool:
 PROMPT, PREFIX = "prompt", "prefix."
 #: Kinds that put vectors before the text, or among what attention reads; nothing in the model is changed.
 VIRTUAL: tuple[Kind, ...] = ("prompt", "prefix")
+
+
+def prefix_entries(pairs: Tensor, layers: Iterable[int]) -> dict[str, dict[str, Tensor]]:
+    """``prefix.LAYER`` -> ``key``, ``value`` [n, d_kv], of these layers' pairs [n, layers, 2, d_kv]."""
+    return {
+        f"{PREFIX}{layer}": {"key": pairs[:, index, 0].contiguous(), "value": pairs[:, index, 1].contiguous()}
+        for index, layer in enumerate(layers)
+    }
+
+
+def prefix_pairs(entries: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """The reverse, layers in their order."""
+    ordered = sorted(entries, key=lambda path: int(path.removeprefix(PREFIX)))
+    return torch.stack([torch.stack([entries[path]["key"], entries[path]["value"]], 1) for path in ordered], 1)
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,8 @@ class StudentNames:
 
     def position(self, path: str) -> int:
         """The layer that a path leads into, layers counted through all stacks."""
+        if path.startswith(PREFIX):
+            return int(path.removeprefix(PREFIX))
         before = 0
         for layers, depth in self.stacks:
             if match := re.search(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.", path):
