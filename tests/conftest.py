@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import tiny
-from peft_graft import transferring
+from peft_graft import _transfer as transferring
 
 torch.set_num_threads(1)
 

@@ -24,15 +24,15 @@ from peft import PeftModel
 
 import peft_graft
 import tiny
-from peft_graft.activations import pad
-from peft_graft.architectures import Architecture
-from peft_graft.checkpoints import read_checkpoint
+from peft_graft.alignment.activations import pad
+from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.checkpoints.verify import probe
 from peft_graft.errors import GraftError
-from peft_graft.live import attach
-from peft_graft.models import describe_config, load_model
-from peft_graft.modules import Site
-from peft_graft.task_models import quiet_libraries
-from peft_graft.verification import probe
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.loading import describe_config, load_model
+from peft_graft.models.spaces import Site
+from peft_graft.models.task_models import quiet_libraries
 from permutation import permuted
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"

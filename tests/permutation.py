@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_graft.architectures import heads_of
-from peft_graft.models import handle
-from peft_graft.modules import Site, Space
+from peft_graft.models.architecture import heads_of
+from peft_graft.models.loading import handle
+from peft_graft.models.spaces import Site, Space
 
 #: Spaces whose units are the residual stream's.
 STREAM = ("attn.in", "ffn.in", "layer.out", "attn.output.out", "ffn.down.out", "cross.in", "cross.memory",

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft.alignment import Alignment, copy_alignment, solve_alignment
-from peft_graft.alignment_files import load_alignment, save_alignment
+from peft_graft.alignment.alignment import Alignment, copy_alignment, solve_alignment
+from peft_graft.alignment.maps import LinearMap, Selection
+from peft_graft.alignment.methods import METHODS, assign_by_correlation, regress
+from peft_graft.alignment.moments import PairedStatistics
+from peft_graft.alignment.storage import load_alignment, save_alignment
 from peft_graft.errors import AlignmentError, OutputError
-from peft_graft.maps import LinearMap, Selection
-from peft_graft.methods import METHODS, assign_by_correlation, regress
-from peft_graft.modules import TOKENS_OUT, Head, Space, head_tensors
+from peft_graft.models.spaces import TOKENS_OUT, Space
+from peft_graft.modules.base import Head, head_tensors
 from peft_graft.projection import project
-from peft_graft.statistics import PairedStatistics
 
 PAIR = (Space(0, "attn.in"), Space(0, "attn.in"))
 

@@ -9,13 +9,13 @@ from torch import nn
 
 import test_families
 import tiny
-from peft_graft.activations import Capture
-from peft_graft.architectures import describe, infer_row
+from peft_graft.alignment.activations import Capture
 from peft_graft.errors import ArchitectureError
-from peft_graft.families import ROWS
-from peft_graft.models import describe_config, handle
-from peft_graft.modules import Site, Space
-from peft_graft.roles import LINEAR_ROLES
+from peft_graft.models.architecture import describe, infer_row
+from peft_graft.models.families.table import ROWS
+from peft_graft.models.loading import describe_config, handle
+from peft_graft.models.spaces import Site, Space
+from peft_graft.models.spec import LINEAR_ROLES
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from peft_graft import cli
-from peft_graft.inspection import Inspection
+from peft_graft._inspect import Inspection
+from peft_graft.cli import main as cli
 from peft_graft.report import GraftReport
 
 COMMAND = [sys.executable, "-m", "peft_graft"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tiny
-from peft_graft import layout
-from peft_graft.activations import Capture, pad, tokenize
-from peft_graft.alignment import Pair
-from peft_graft.collecting import (
+from peft_graft.alignment import layout
+from peft_graft.alignment.activations import Capture, pad, tokenize
+from peft_graft.alignment.alignment import Pair
+from peft_graft.alignment.collect import (
     CollectionSettings,
     Shard,
     Unfinished,
@@ -21,13 +21,13 @@ from peft_graft.collecting import (
     collect_totals,
     empty_totals,
 )
+from peft_graft.alignment.layout import Layout
+from peft_graft.alignment.moments import PairedStatistics
+from peft_graft.alignment.text import Sample
+from peft_graft.alignment.tokens import pair_tokens
 from peft_graft.errors import AlignmentError
-from peft_graft.layout import Layout
-from peft_graft.models import load_model
-from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Space
-from peft_graft.statistics import PairedStatistics
-from peft_graft.text import Sample
-from peft_graft.token_pairing import pair_tokens
+from peft_graft.models.loading import load_model
+from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT, Space
 
 ALL = ("cross", "teacher", "student")
 SETTINGS = CollectionSettings(max_tokens=1500, batch_tokens=300)
@@ -167,7 +167,7 @@ def test_merged_parts_are_the_whole(models, count: int) -> None:
 
 
 def test_an_interrupted_pass_goes_on_where_it_was(models, tmp_path, monkeypatch) -> None:
-    import peft_graft.collecting as collecting
+    import peft_graft.alignment.collect as collecting
 
     monkeypatch.setattr(collecting, "_SAVE_EVERY", 0.0)
     pairs = dict.fromkeys(pairs_of(*models, NAMES), ALL)

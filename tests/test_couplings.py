@@ -11,12 +11,12 @@ import torch
 import peft_graft
 import tiny
 from conftest import needs_adapters
-from peft_graft.checkpoints import read_checkpoint
+from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.resolve import read_checkpoint
 from peft_graft.errors import AlignmentError, CheckpointError, PlanError
-from peft_graft.live import attach
-from peft_graft.models import load_model
-from peft_graft.modules import Site
-from peft_graft.weights import read_tensors, write_tensors
+from peft_graft.files import read_tensors, write_tensors
+from peft_graft.models.loading import load_model
+from peft_graft.models.spaces import Site
 
 pytestmark = needs_adapters
 INVERTIBLE = Site(-1, "embed.invertible")

@@ -15,7 +15,8 @@ import peft_graft
 import tiny
 from conftest import needs_adapters
 from peft_graft import errors
-from peft_graft.checkpoints import read_checkpoint
+from peft_graft.alignment.text import read_text
+from peft_graft.checkpoints.resolve import read_checkpoint
 from peft_graft.errors import (
     AlignmentError,
     ArchitectureError,
@@ -30,8 +31,7 @@ from peft_graft.errors import (
     TextError,
     VerificationError,
 )
-from peft_graft.text import read_text
-from peft_graft.weights import written_aside
+from peft_graft.files import written_aside
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def test_a_full_disk(tmp_path, monkeypatch) -> None:
     """The operating system's error, and the shape in which safetensors and torch pass it on."""
     from safetensors import SafetensorError
 
-    import peft_graft.weights as weights_module
+    import peft_graft.files as weights_module
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -13,9 +13,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 import tiny
 from peft_graft.errors import TextError
-from peft_graft.experiments.examples import read_examples
-from peft_graft.experiments.ner import IGNORED, TaggedSentence
-from peft_graft.experiments.tasks import LabelledPair, ner_task, pair_task, sample_of
+from peft_graft.study.examples import read_examples
+from peft_graft.study.ner import IGNORED, TaggedSentence
+from peft_graft.study.tasks import LabelledPair, ner_task, pair_task, sample_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("seqeval") is None,
@@ -86,7 +86,7 @@ def test_tags_are_read_with_names_or_numbers(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["words", "samples"])
 def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str) -> None:
-    from peft_graft.experiments.training import taught
+    from peft_graft.study.training import taught
 
     task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
     teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
@@ -112,7 +112,7 @@ def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str)
 
 @pytest.mark.parametrize("kind", ["words", "samples"])
 def test_distilling_without_a_label_teaches_the_teachers_answers(world, kind: str) -> None:
-    from peft_graft.experiments.training import TrainingSettings, fine_tune, taught
+    from peft_graft.study.training import TrainingSettings, fine_tune, taught
 
     task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
     teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
@@ -138,7 +138,7 @@ def test_training_in_bfloat16_on_a_processor_takes_no_fused_attention(world) -> 
     """Its gradients take longer there than all the rest of a step."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from peft_graft.experiments.training import TrainingSettings, fine_tune, score
+    from peft_graft.study.training import TrainingSettings, fine_tune, score
 
     class Seen(TorchDispatchMode):
         def __init__(self) -> None:

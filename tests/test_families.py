@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import peft_graft
 import tiny
-from peft_graft.activations import Capture
-from peft_graft.checkpoints import read_checkpoint, resolve, to_raw
+from peft_graft.alignment.activations import Capture
+from peft_graft.checkpoints.resolve import read_checkpoint, resolve, to_raw
 from peft_graft.errors import ModelError
-from peft_graft.models import describe_config, handle, load_model
-from peft_graft.modules import Site, Space
+from peft_graft.models.loading import describe_config, handle, load_model
+from peft_graft.models.spaces import Site, Space
 
 COMMON = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
           "bos_token_id": 2, "eos_token_id": 3}  # fmt: skip

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import peft_graft
 import tiny
-from peft_graft.checkpoints import read_checkpoint
+from peft_graft.checkpoints.resolve import read_checkpoint
 
 # peft's own, about layer norms and one-dimensional tensors of LoRA
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:Adapter 'default'")

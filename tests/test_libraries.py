@@ -13,10 +13,10 @@ from peft import PeftModel
 import peft_graft
 import tiny
 from conftest import needs_adapters
-from peft_graft.checkpoints import read_checkpoint
+from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.resolve import read_checkpoint
 from peft_graft.errors import PlanError
-from peft_graft.live import attach
-from peft_graft.models import load_model
+from peft_graft.models.loading import load_model
 
 WORDS = {"tagging": "token-classification", "classification": "sequence-classification"}
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from peft_graft.pipelining import Workers, ahead
+from peft_graft.alignment.threads import Workers, ahead
 
 
 @pytest.fixture

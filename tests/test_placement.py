@@ -11,9 +11,9 @@ import transformers
 
 import peft_graft
 import tiny
-from peft_graft.checkpoints import read_checkpoint
-from peft_graft.models import handle, load_model
-from peft_graft.task_models import with_task_head
+from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.models.loading import handle, load_model
+from peft_graft.models.task_models import with_task_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:MatMul8bitLt")
 QUANTISED = {

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 import tiny
 from conftest import needs_adapters
-from peft_graft.checkpoints import read_checkpoint, resolve
+from peft_graft.alignment.methods import METHODS
+from peft_graft.checkpoints.resolve import read_checkpoint, resolve
 from peft_graft.errors import ModelError, PlanError
-from peft_graft.layer_maps import layer_map
-from peft_graft.methods import METHODS
-from peft_graft.models import describe_config, load_config
-from peft_graft.modules import Site
-from peft_graft.planning import choose_method, plan_alignment, plan_transfer
+from peft_graft.models.loading import describe_config, load_config
+from peft_graft.models.spaces import Site
+from peft_graft.planning.layers import layer_map
+from peft_graft.planning.plan import choose_method, plan_alignment, plan_transfer
 
 
 def test_skip_is_every_kth_layer() -> None:

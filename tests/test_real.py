@@ -17,8 +17,8 @@ from peft import PeftModel
 
 import peft_graft
 import tiny
-from peft_graft.experiments import packaged_models
-from peft_graft.experiments.demo import DemoResult
+from peft_graft.study import packaged_models
+from peft_graft.study.demo import DemoResult
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.real

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import peft_graft
-from peft_graft import aligning, caching
-from peft_graft.alignment import Alignment
-from peft_graft.alignment_files import load_alignment
+from peft_graft import _align as aligning
+from peft_graft.alignment import cache as caching
+from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.maps import LinearMap
+from peft_graft.alignment.storage import load_alignment
 from peft_graft.errors import PlanError
-from peft_graft.maps import LinearMap
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 SITES = ("attn.query", "attn.value")
@@ -95,7 +96,7 @@ def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, a
 # A worker of Ray that is killed the first time it comes to its part.
 _FRAGILE = """
 import os, pathlib, sys
-import peft_graft.sharding as sharding
+import peft_graft.alignment.sharding as sharding
 whole = sharding._part
 
 def part(plan, wanted, settings, hold_out, shard, unfinished):
@@ -106,7 +107,7 @@ def part(plan, wanted, settings, hold_out, shard, unfinished):
     return whole(plan, wanted, settings, hold_out, shard, unfinished)
 
 if __name__ == "__main__":
-    from peft_graft.cli import app
+    from peft_graft.cli.main import app
     sharding._part = part
     app(sys.argv[1:])
 """
@@ -132,7 +133,7 @@ def test_shards_without_ray_are_refused(world) -> None:
 
 def _forwards(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every pass over the text from now on."""
-    from peft_graft import aligning
+    from peft_graft import _align as aligning
 
     passes: list[object] = []
     collect = aligning.collect_totals

@@ -10,7 +10,7 @@ import transformers
 import peft_graft
 import tiny
 from peft_graft.errors import PlanError
-from peft_graft.modules import Site
+from peft_graft.models.spaces import Site
 
 
 def moved(folder, student, *sites: str) -> dict[Site, dict[str, torch.Tensor]]:

@@ -14,15 +14,15 @@ from peft import PeftModel
 import peft_graft
 import tiny
 from conftest import needs_adapters, needs_transformers4
-from peft_graft.activations import Capture
-from peft_graft.checkpoints import read_checkpoint
+from peft_graft._inspect import inspect
+from peft_graft.alignment.activations import Capture
+from peft_graft.checkpoints.resolve import read_checkpoint
 from peft_graft.errors import GraftError, PlanError
-from peft_graft.inspection import inspect
-from peft_graft.models import describe_config, handle
-from peft_graft.modules import Site, Space
-from peft_graft.planning import plan_alignment
-from peft_graft.task_models import complete
-from peft_graft.weights import read_json
+from peft_graft.files import read_json
+from peft_graft.models.loading import describe_config, handle
+from peft_graft.models.spaces import Site, Space
+from peft_graft.models.task_models import complete
+from peft_graft.planning.plan import plan_alignment
 
 SPECIAL = {"vocab_size": 200, "pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3}
 T5 = {**SPECIAL, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_graft import statistics
-from peft_graft.statistics import PairedStatistics, Products
+from peft_graft.alignment import moments as statistics
+from peft_graft.alignment.moments import PairedStatistics, Products
 
 ALL = ("cross", "teacher", "student")
 

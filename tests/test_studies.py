@@ -20,11 +20,11 @@ from rich.console import Console
 import tiny
 from conftest import needs_adapters
 from peft_graft.errors import StudyError
-from peft_graft.studies.cells import cells_of, start_name
-from peft_graft.studies.command import PAPER, show_tables
-from peft_graft.studies.runner import Here, _claimed, estimate, run_study
-from peft_graft.studies.spec import FRESH, paper_study, read_study
-from peft_graft.studies.tables import MEAN, finished, grid_of, latex, markdown, result_tables, write_tables
+from peft_graft.study.cells import cells_of, start_name
+from peft_graft.study.command import PAPER, show_tables
+from peft_graft.study.runner import Here, _claimed, estimate, run_study
+from peft_graft.study.spec import FRESH, paper_study, read_study
+from peft_graft.study.tables import MEAN, finished, grid_of, latex, markdown, result_tables, write_tables
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("accelerate", "seqeval", "matplotlib", "psutil")),
@@ -328,8 +328,8 @@ def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) 
         "from pathlib import Path\n"
         "import ray\n"
         "from ray.cluster_utils import Cluster\n"
-        "from peft_graft.studies.runner import OnRay, run_study\n"
-        "from peft_graft.studies.spec import read_study\n"
+        "from peft_graft.study.runner import OnRay, run_study\n"
+        "from peft_graft.study.spec import read_study\n"
         "file, out = map(Path, sys.argv[1:])\n"
         "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
         "cluster.add_node(num_cpus=1)\n"

@@ -13,19 +13,20 @@ from peft import PeftModel
 import peft_graft
 import tiny
 from conftest import needs_adapters
-from peft_graft import polishing
-from peft_graft.activations import pad, tokenize
-from peft_graft.agreement import LEVELS, Agreement, compare, judge
-from peft_graft.directions import reading_the_gradient
+from peft_graft.alignment.activations import pad, tokenize
+from peft_graft.alignment.text import Sample
+from peft_graft.checkpoints.attach import attach_raw
+from peft_graft.distill import polish as polishing
+from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
+from peft_graft.distill.fit_head import fit_head
+from peft_graft.distill.gradient_start import reading_the_gradient
+from peft_graft.distill.targets import Predictions, answers, batches, distillation_loss
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
-from peft_graft.fitting import fit_head
 from peft_graft.graft import checkpoint_of_student, written_names
-from peft_graft.live import attach_raw
-from peft_graft.models import load_model
-from peft_graft.modules import FIRST_OUT, TOKENS_OUT, Head, head_tensors
+from peft_graft.models.loading import load_model
+from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT
+from peft_graft.modules.base import Head, head_tensors
 from peft_graft.options import UNFINISHED
-from peft_graft.predictions import Predictions, answers, batches, distillation_loss
-from peft_graft.text import Sample
 
 
 @pytest.fixture(scope="module")

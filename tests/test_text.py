@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from peft_graft.text import Sample, as_samples, read_text
+from peft_graft.alignment.text import Sample, as_samples, read_text
 
 ROWS = [{"premise": f"one {i}", "hypothesis": f"two {i}", "tokens": ["a", f"b{i}", "."], "n": i} for i in range(30)]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from peft_graft.token_pairing import MAX_BLOCK, Block, PairingCounts, Span, pair_tokens, trimmed_spans
+from peft_graft.alignment.tokens import MAX_BLOCK, Block, PairingCounts, Span, pair_tokens, trimmed_spans
 
 
 def spans(text: str, cuts: list[int], segment: int = 0) -> list[Span]:

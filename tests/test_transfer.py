@@ -16,12 +16,13 @@ import peft_graft
 import test_families
 import tiny
 from conftest import needs_adapters
-from peft_graft.checkpoints import read_checkpoint, resolve
+from peft_graft.alignment.text import read_text
+from peft_graft.checkpoints.resolve import read_checkpoint, resolve
 from peft_graft.errors import CheckpointError
-from peft_graft.models import describe_config, load_config
-from peft_graft.modules import LoraModule, Site
+from peft_graft.models.loading import describe_config, load_config
+from peft_graft.models.spaces import Site
+from peft_graft.modules.base import LoraModule
 from peft_graft.report import GraftReport
-from peft_graft.text import read_text
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

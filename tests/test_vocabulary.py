@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import peft_graft
 import permutation
 import tiny
-from peft_graft.checkpoints import read_checkpoint
-from peft_graft.cli import app
+from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.cli.main import app
 from peft_graft.errors import CheckpointError, PlanError
-from peft_graft.vocabulary import Vocabularies
+from peft_graft.modules.vocabulary import Vocabularies
 
 WORDS = ["[PAD]", "[UNK]", *tiny.WORDS]
 SIZE = len(WORDS)

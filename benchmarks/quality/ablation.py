@@ -23,29 +23,30 @@ import transformers
 from cells import PAIRS, TASKS, Data, teacher
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft.activations import Capture, pad, tokenize
-from peft_graft.agreement import measure
-from peft_graft.alignment import Alignment, copy_alignment
-from peft_graft.checkpoints import read_checkpoint, resolve
-from peft_graft.collecting import CollectionSettings, check_pairs, collect
-from peft_graft.experiments.training import score
-from peft_graft.fitting import features, fit_head
-from peft_graft.functional import fit_modules
+from peft_graft.alignment.activations import Capture, pad, tokenize
+from peft_graft.alignment.alignment import Alignment, copy_alignment
+from peft_graft.alignment.collect import CollectionSettings, check_pairs, collect
+from peft_graft.alignment.maps import LinearMap, Selection
+from peft_graft.alignment.methods import METHODS, Method, assign_by_correlation, map_axis, regress, rotate
+from peft_graft.alignment.moments import PairedStatistics
+from peft_graft.alignment.text import Sample
+from peft_graft.checkpoints.resolve import read_checkpoint, resolve
+from peft_graft.distill.agreement import measure
+from peft_graft.distill.choose import FIT, HELD_OUT, open_classroom
+from peft_graft.distill.fit_head import features, fit_head
+from peft_graft.distill.fit_layers import fit_modules
+from peft_graft.distill.polish import PolishSettings, polish
+from peft_graft.distill.targets import batches
+from peft_graft.environment import hardware, versions
+from peft_graft.files import read_json, write_json
 from peft_graft.graft import graft_head, graft_modules
-from peft_graft.maps import LinearMap, Selection
-from peft_graft.methods import METHODS, Method, assign_by_correlation, regress, rotate
-from peft_graft.models import load_model
-from peft_graft.modules import LoraModule, Space, average
-from peft_graft.planning import map_axis, plan_transfer
-from peft_graft.polishing import PolishSettings, polish
-from peft_graft.predictions import batches
+from peft_graft.models.loading import load_model
+from peft_graft.models.spaces import Space
+from peft_graft.modules.base import LoraModule, average
+from peft_graft.planning.plan import plan_transfer
 from peft_graft.projection import project
-from peft_graft.report import hardware, versions
 from peft_graft.settings import Clock
-from peft_graft.statistics import PairedStatistics
-from peft_graft.teaching import FIT, HELD_OUT, open_classroom
-from peft_graft.text import Sample
-from peft_graft.weights import read_json, write_json
+from peft_graft.study.training import score
 
 # ---- candidates that are no methods of the package -------------------------------------------------------------------
 

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import transformers
 
-from peft_graft.experiments.comparison import Library, new_module, save_module
-from peft_graft.experiments.examples import read_examples
-from peft_graft.experiments.tasks import ner_task, pair_task, sample_of
-from peft_graft.experiments.training import TrainingSettings, fine_tune, score
-from peft_graft.report import hardware, versions
-from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
-from peft_graft.weights import read_json, write_json, written_aside
+from peft_graft.environment import hardware, versions
+from peft_graft.files import read_json, write_json, written_aside
+from peft_graft.models.tasks import Task
+from peft_graft.study.comparison import Library, new_module, save_module
+from peft_graft.study.examples import read_examples
+from peft_graft.study.tasks import ner_task, pair_task, sample_of
+from peft_graft.study.training import TrainingSettings, fine_tune, score
 
 L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-small"
 E5_6L, MPNET = "multilingual-e5-small-6L", "all-mpnet-base-v2"
@@ -64,7 +64,7 @@ class Data:
 
     @cached_property
     def _rows(self):
-        kind = TOKEN_CLASSIFICATION if self.name == "ner" else SEQUENCE_CLASSIFICATION
+        kind = Task.TOKEN_CLASSIFICATION if self.name == "ner" else Task.SEQUENCE_CLASSIFICATION
         train, test = (read_examples(str(self.folder / f"{part}.parquet"), kind) for part in ("train", "test"))
         random.Random(0).shuffle(train)
         return train, test

@@ -20,7 +20,7 @@ from pathlib import Path
 from cells import PAIRS
 from scipy.stats import spearmanr
 
-from peft_graft.experiments.comparison import share_of_gain
+from peft_graft.study.comparison import share_of_gain
 
 ORDER = ("fresh", "copy", "prune-align", "fitted, no polish", "half polish", "polish from fresh", "default",
          "default, distilling")  # fmt: skip

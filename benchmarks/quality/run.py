@@ -22,18 +22,18 @@ import transformers
 from cells import PAIRS, TASKS, Data, teacher
 
 import peft_graft
-from peft_graft.agreement import judge
-from peft_graft.checkpoints import read_checkpoint, resolve, write_checkpoint
-from peft_graft.experiments.comparison import load_module, new_module, save_module
-from peft_graft.experiments.training import TrainingSettings, Watch, fine_tune, score, taught
+from peft_graft.checkpoints.resolve import read_checkpoint, resolve, write_checkpoint
+from peft_graft.distill.agreement import judge
+from peft_graft.distill.choose import FIT, Candidate, Outcome, open_classroom, polished
+from peft_graft.distill.polish import PolishSettings
+from peft_graft.environment import hardware, versions
+from peft_graft.files import read_json, write_json, written_aside
 from peft_graft.graft import checkpoint_of_student, written_names
-from peft_graft.models import load_model
+from peft_graft.models.loading import load_model
 from peft_graft.options import POLISH
-from peft_graft.polishing import PolishSettings
-from peft_graft.report import hardware, versions
 from peft_graft.settings import Clock
-from peft_graft.teaching import FIT, Candidate, Outcome, open_classroom, polished
-from peft_graft.weights import read_json, write_json, written_aside
+from peft_graft.study.comparison import load_module, new_module, save_module
+from peft_graft.study.training import TrainingSettings, Watch, fine_tune, score, taught
 
 #: budget -> epochs; None is all that there is.
 BUDGETS = {100: 20, 1000: 5, None: 3}

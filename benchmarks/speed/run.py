@@ -37,17 +37,17 @@ import torch
 import transformers
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft import collecting
-from peft_graft.aligning import align, directions_of_roles
-from peft_graft.layout import SAMPLE_SPACES
-from peft_graft.methods import METHODS, assign_by_correlation
-from peft_graft.models import load_model
-from peft_graft.modules import GLOBAL_SPACES, TOKENS_OUT
-from peft_graft.planning import plan_alignment
-from peft_graft.report import hardware, versions
-from peft_graft.statistics import Products
-from peft_graft.text import read_text
-from peft_graft.token_pairing import PairingCounts
+from peft_graft._align import align, directions_of_roles
+from peft_graft.alignment import collect as collecting
+from peft_graft.alignment.layout import SAMPLE_SPACES
+from peft_graft.alignment.methods import METHODS, assign_by_correlation
+from peft_graft.alignment.moments import Products
+from peft_graft.alignment.text import read_text
+from peft_graft.alignment.tokens import PairingCounts
+from peft_graft.environment import hardware, versions
+from peft_graft.models.loading import load_model
+from peft_graft.models.spaces import GLOBAL_SPACES, TOKENS_OUT
+from peft_graft.planning.plan import plan_alignment
 
 L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-small"
 QUERY_VALUE = ("attn.query", "attn.value")

@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_graft.aligning import align
-    from peft_graft.alignment import Alignment
-    from peft_graft.alignment_files import load_alignment, save_alignment
-    from peft_graft.checkpoints import PeftCheckpoint, read_checkpoint
+    from peft_graft._align import align
+    from peft_graft._inspect import inspect
+    from peft_graft._transfer import transfer, transfer_checkpoint
+    from peft_graft.alignment.alignment import Alignment
+    from peft_graft.alignment.methods import METHODS
+    from peft_graft.alignment.storage import load_alignment, save_alignment
+    from peft_graft.checkpoints.resolve import PeftCheckpoint, read_checkpoint
     from peft_graft.errors import GraftError
     from peft_graft.graft import Graft
-    from peft_graft.inspection import inspect
-    from peft_graft.methods import METHODS
     from peft_graft.report import GraftReport
-    from peft_graft.transferring import transfer, transfer_checkpoint
 
 __all__ = [
     "METHODS",
@@ -35,19 +35,19 @@ __all__ = [
 ]
 #: The module of every public name; none may have the name of a module, which would hide it.
 _HOME = {
-    "METHODS": "methods",
-    "Alignment": "alignment",
+    "METHODS": "alignment.methods",
+    "Alignment": "alignment.alignment",
     "Graft": "graft",
     "GraftError": "errors",
     "GraftReport": "report",
-    "PeftCheckpoint": "checkpoints",
-    "align": "aligning",
-    "inspect": "inspection",
-    "load_alignment": "alignment_files",
-    "read_checkpoint": "checkpoints",
-    "save_alignment": "alignment_files",
-    "transfer": "transferring",
-    "transfer_checkpoint": "transferring",
+    "PeftCheckpoint": "checkpoints.resolve",
+    "align": "_align",
+    "inspect": "_inspect",
+    "load_alignment": "alignment.storage",
+    "read_checkpoint": "checkpoints.resolve",
+    "save_alignment": "alignment.storage",
+    "transfer": "_transfer",
+    "transfer_checkpoint": "_transfer",
 }
 
 

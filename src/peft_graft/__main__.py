@@ -1,6 +1,6 @@
 """``python -m peft_graft``."""
 
-from peft_graft.cli import main
+from peft_graft.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -8,17 +8,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_graft.alignment import Alignment, Pair
-from peft_graft.architectures import Architecture
-from peft_graft.checkpoints import PeftCheckpoint, to_raw, write_checkpoint
-from peft_graft.couplings import check_copied
-from peft_graft.formats.raw import RawCheckpoint, StudentNames
-from peft_graft.heads import head_form
-from peft_graft.maps import SpaceMap
-from peft_graft.methods import Diagnostics, Method
-from peft_graft.models import ModelHandle, student_names
-from peft_graft.modules import VOCABULARY, Axis, Head, LabelledTensor, Module, Site, Space, average, space_at
-from peft_graft.planning import SitePlan, TransferPlan, map_axis
+from peft_graft.alignment.alignment import Alignment, Pair
+from peft_graft.alignment.maps import SpaceMap
+from peft_graft.alignment.methods import Diagnostics, Method, map_axis
+from peft_graft.alignment.tokens import PairingCounts
+from peft_graft.checkpoints.heads import head_form
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint, to_raw, write_checkpoint
+from peft_graft.checkpoints.student_names import StudentNames, student_names
+from peft_graft.checkpoints.verify import verify
+from peft_graft.files import write_json, written_aside
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.loading import ModelHandle
+from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
+from peft_graft.models.task_models import fresh_head, set_labels
+from peft_graft.models.tasks import Task
+from peft_graft.modules.base import Axis, Head, LabelledTensor, Module, average
+from peft_graft.modules.invertible import check_copied
+from peft_graft.modules.vocabulary import Vocabularies
+from peft_graft.planning.plan import SitePlan, TransferPlan
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
     GraftReport,
@@ -29,18 +37,12 @@ from peft_graft.report import (
     SiteRecord,
     write_model_card,
 )
-from peft_graft.rows import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
-from peft_graft.task_models import fresh_head, set_labels
-from peft_graft.token_pairing import PairingCounts
-from peft_graft.verification import verify
-from peft_graft.vocabulary import Vocabularies
-from peft_graft.weights import write_json, written_aside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 #: Tasks without whose head peft loads no checkpoint.
-_TASKS_WITH_HEAD = (TOKEN_CLASSIFICATION, SEQUENCE_CLASSIFICATION, "question-answering")
+_TASKS_WITH_HEAD = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
 
 
-def written_names(model: ModelHandle, task: str) -> StudentNames:
+def written_names(model: ModelHandle, task: Task) -> StudentNames:
     """What a checkpoint for this model says about it."""
     return student_names(model.name, model.base.config, task, model.architecture)
 

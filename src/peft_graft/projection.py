@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from peft_graft.maps import Selection, SpaceMap
-from peft_graft.modules import Axis, Head, LabelledTensor, Module
+from peft_graft.alignment.maps import Selection, SpaceMap
+from peft_graft.modules.base import Axis, Head, LabelledTensor, Module
 
 #: The map of a named space.
 Lookup = Callable[[Axis], SpaceMap]

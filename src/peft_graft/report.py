@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from functools import cache
 from pathlib import Path
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from pydantic import BaseModel, ConfigDict
 
-from peft_graft.agreement import Agreement, Verdict
-from peft_graft.polishing import CurvePoint, PolishSettings
+from peft_graft.checkpoints.verify import Verification
+from peft_graft.distill.agreement import Agreement, Verdict
+from peft_graft.distill.polish import CurvePoint, PolishSettings
+from peft_graft.models.tasks import Task
 from peft_graft.settings import TransferSettings
-from peft_graft.verification import Verification
-
-_PACKAGES = ("peft-graft", "torch", "transformers", "peft", "adapters", "safetensors", "numpy", "scipy", "datasets")
 
 
 class _Record(BaseModel):
@@ -64,7 +59,7 @@ class HeadRecord(_Record):
     ``how``: ``carried`` through the map, or ``fitted`` to the teacher's predictions; then ``fit`` says how well.
     """
 
-    task: str
+    task: Task
     reads: str
     labels: list[str]
     dropped_inner_units: int
@@ -133,32 +128,7 @@ class GraftReport(_Record):
     hardware: dict[str, str | int]
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware(device: str) -> dict[str, str | int]:
-    """The machine that a result was made on."""
-    found: dict[str, str | int] = {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
-    return found
-
-
-def write_model_card(folder: Path, report: GraftReport, task: str, labels: tuple[str, ...]) -> None:
+def write_model_card(folder: Path, report: GraftReport, task: Task, labels: tuple[str, ...]) -> None:
     """Write README.md: what the checkpoint is, how it was made and how to load it."""
     card = _template("model_card.md.jinja").render(report=report, task=task, labels=labels)
     (folder / "README.md").write_text(card, encoding="utf-8")

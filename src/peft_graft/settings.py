@@ -10,9 +10,9 @@ from typing import cast, get_args
 from pydantic import BaseModel, ConfigDict
 
 from peft_graft.errors import PlanError
-from peft_graft.models import DTYPES
+from peft_graft.models.devices import check_device
+from peft_graft.models.loading import DTYPES
 from peft_graft.options import MAX_TOKENS, METHOD_SUMMARIES, HeadChoice, Progress
-from peft_graft.placement import check_device
 
 
 class TransferSettings(BaseModel):

@@ -1,0 +1,1 @@
+"""How the activation spaces of two models relate: text, tokens, statistics, methods, maps."""

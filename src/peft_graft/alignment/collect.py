@@ -1,0 +1,388 @@
+"""Streaming two models over one text into paired statistics: one forward pass of each, one statistic a tensor.
+
+    samples -> chunks -> both tokenisations, paired -> batches of like length     in a thread, ahead of the models
+    batch   -> both models, up to the last layer that is needed -> rows of every distinct tensor -> products
+
+Spaces that are one tensor in the model (query, key and value read the same) are found by a probe and share their
+moments. Every process, or shard, goes over the same batches and runs its own part of them, so their merged statistics
+are those of one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peft_graft.alignment.activations import Capture, pad, tokenize
+from peft_graft.alignment.alignment import Pair
+from peft_graft.alignment.gather import Gather, RowMemory, rows_of
+from peft_graft.alignment.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, is_precise, probe
+from peft_graft.alignment.moments import Doubles, Moment, PairedStatistics, Products
+from peft_graft.alignment.text import Sample
+from peft_graft.alignment.threads import Workers, ahead, give_back_memory
+from peft_graft.alignment.tokens import Block, PairingCounts, pair_tokens
+from peft_graft.errors import PairingError
+from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
+from peft_graft.models.loading import ModelHandle
+from peft_graft.options import MAX_TOKENS, Progress
+
+_CHUNK = 512  # samples sorted by length together, so that a batch is padded little
+_BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
+_HELD_OUT_EVERY = 8
+_SAVE_EVERY = 60.0  # seconds
+_STATE = "pass"
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """How much text to stream and in what batches.
+
+    Attributes:
+        max_tokens: stop after this many paired tokens.
+        max_length: tokens of a sample at most, special tokens included; longer samples are cut.
+        batch_tokens: padded tokens of a batch at most, for the longer of the two tokenisations; when None few on a
+            processor, which touches less memory so, and more on an accelerator, which is kept busy by them.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    max_length: int = 128
+    batch_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of the batches: every ``count``-th, from ``index`` on."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Where the state of an interrupted pass is kept, and of which pass: the state of another is not used."""
+
+    folder: Path
+    key: str
+
+
+@dataclass
+class _Encoded:
+    """One sample in both tokenisations."""
+
+    teacher: dict[str, list[int]]
+    student: dict[str, list[int]]
+    blocks: list[Block]
+
+    @property
+    def length(self) -> int:
+        return max(len(self.teacher["input_ids"]), len(self.student["input_ids"]))
+
+
+@dataclass
+class _Batch:
+    """One batch, ready for both models."""
+
+    teacher: dict[str, Tensor]
+    student: dict[str, Tensor]
+    gather_teacher: Gather
+    gather_student: Gather
+
+
+class Totals:
+    """All products of one pass: those to fit and those held out.
+
+    Mergeable with those of other parts of the batches, and storable.
+    """
+
+    def __init__(self, layout: Layout, wanted: Wanted, device: torch.device, *, hold_out: bool) -> None:
+        self.wanted = wanted
+        self.nodes, sizes, products = layout.nodes, layout.sizes, layout.products(wanted)
+        precise = is_precise(wanted)
+        # Tensors that no product ties together go one group after another, so that few rows are held at a time.
+        self.group = _groups(sizes, products)
+        groups = sorted(set(self.group.values()))
+        check_memory(layout.values(wanted, hold_out=hold_out), device)
+        doubles = Doubles()
+        self.products = {
+            (held_out, group): Products(
+                {name: size for name, size in sizes.items() if self.group[name] == group},
+                [pair for pair in products if self.group[pair[0]] == group],
+                precise=precise,
+                device=device,
+                doubles=doubles,
+            )
+            for held_out in ((False, True) if hold_out else (False,))
+            for group in groups
+        }
+        self.nonfinite = 0
+
+    def update(self, rows: Mapping[str, Tensor], workers: Workers, *, held_out: bool) -> None:
+        """Take in the rows of one batch by their tensors' names; they are overwritten."""
+        members: dict[str, dict[str, Tensor]] = {}
+        for node, value in rows.items():
+            members.setdefault(self.group[node], {})[node] = value
+        # Groups have no total in common, so they need no order.
+        left_out = workers.each(lambda group: self.products[held_out, group].update(members[group]), members)
+        self.nonfinite += max(left_out)
+
+    def statistics(self) -> dict[Pair, tuple[PairedStatistics, PairedStatistics]]:
+        """What methods see, by pair; pairs that are the same tensors share one object."""
+        made: dict[tuple[str, str, frozenset[Moment]], tuple[PairedStatistics, PairedStatistics]] = {}
+        found = {}
+        for (first, second), moments in self.wanted.items():
+            key = (self.nodes[0][first], self.nodes[1][second], frozenset(moments))
+            if key not in made:
+                group = self.group[key[0]]
+                fit = self.products[False, group].statistics(*key)
+                other = self.products.get((True, group))
+                made[key] = fit, other.statistics(*key) if other else PairedStatistics.empty(
+                    fit.cross.shape[1], fit.cross.shape[0], device=str(fit.cross.device)
+                )  # fmt: skip
+            found[first, second] = made[key]
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state by key; ``load`` reverses it."""
+        found = {"nonfinite": torch.tensor(self.nonfinite)}
+        for (held_out, group), products in self.products.items():
+            found |= {f"{held_out:d} {group}: {key}": value for key, value in products.tensors().items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state of the same pass in place of this one."""
+        self.nonfinite = int(tensors["nonfinite"])
+        for (held_out, group), products in self.products.items():
+            mark = f"{held_out:d} {group}: "
+            products.load({key.removeprefix(mark): value for key, value in tensors.items() if key.startswith(mark)})
+
+    def merge(self, other: Totals) -> None:
+        """Take in what another part of the batches gave."""
+        self.nonfinite += other.nonfinite
+        for key, products in self.products.items():
+            products.merge(other.products[key])
+
+    def merge_processes(self) -> None:
+        """Take in what the other processes of torch's default group have seen, in all of them alike."""
+        import torch.distributed as processes
+
+        count = torch.tensor(self.nonfinite)
+        processes.all_reduce(count)
+        self.nonfinite = int(count)
+        for products in self.products.values():
+            products.merge_processes()
+
+
+def collect(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterable[Sample],
+    wanted: Wanted,
+    settings: CollectionSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    hold_out: bool = False,
+) -> tuple[dict[Pair, tuple[PairedStatistics, PairedStatistics]], PairingCounts]:
+    """Statistics of every pair of spaces over the samples, in one pass of both models.
+
+    Args:
+        teacher, student: with tokenizers. samples: streamed; memory does not depend on how many there are.
+        wanted: (teacher space, student space) -> what is needed of them beside the cross moment.
+        hold_out: keep every eighth batch apart, for methods that choose by held-out pairs.
+
+    Returns:
+        Statistics by pair, to fit and held out (empty unless asked for), and how the tokens paired. Pairs of tokens at
+        which an activation is not finite are left out and counted.
+    """
+    totals, counts = collect_totals(teacher, student, samples, wanted, settings, progress, hold_out=hold_out)
+    return totals.statistics(), counts
+
+
+def collect_totals(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterable[Sample],
+    wanted: Wanted,
+    settings: CollectionSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    hold_out: bool = False,
+    shard: Shard = WHOLE,
+    unfinished: Unfinished | None = None,
+) -> tuple[Totals, PairingCounts]:
+    """The same as ``collect`` for one part of the batches, to be merged.
+
+    Args:
+        shard: which part; the counts are those of all parts, but for what was not finite.
+        unfinished: a pass that finds its state there goes on from it, and leaves it every minute.
+    """
+    settings = settings or CollectionSettings()
+    counts = PairingCounts()
+    layout, device = Layout.of(teacher, student, wanted), teacher.device
+    on_processor = all(model.device.type == "cpu" for model in (teacher, student))
+    with (
+        torch.inference_mode(),
+        Capture(teacher, layout.spaces[0], stop=True) as of_teacher,
+        Capture(student, layout.spaces[1], stop=True) as of_student,
+        Workers(on_processor=on_processor) as workers,
+    ):
+        for capture in (of_teacher, of_student):  # which learns where it can stop
+            probe(capture)
+        totals = Totals(layout, wanted, device, hold_out=hold_out)
+        begin = _resume(totals, unfinished, shard)
+        saved = time.monotonic()
+        batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
+        free: list[RowMemory] = []
+
+        def held(item: tuple[int, _Batch | None, int]) -> tuple[dict[str, Tensor], RowMemory] | None:
+            batch = item[1]
+            if batch is None or not batch.gather_teacher.count:
+                return None
+            memory = free.pop() if free else RowMemory()
+            rows: dict[str, Tensor] = {}
+            for capture, nodes, inputs, gather in (
+                (of_teacher, layout.nodes[0], batch.teacher, batch.gather_teacher),
+                (of_student, layout.nodes[1], batch.student, batch.gather_student),
+            ):
+                found = capture.forward(inputs, rows_of(nodes, gather, memory, device))
+                rows |= {nodes[space]: value for space, value in found.items()}
+            return rows, memory
+
+        stream = ahead((number, batch, counts.pairs) for number, batch in batches)
+        for (number, batch, pairs), seen in workers.in_order(stream, held):
+            if batch is not None and seen is not None:
+                totals.update(seen[0], workers, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
+                free.append(seen[1])
+            if unfinished and time.monotonic() - saved > _SAVE_EVERY:
+                _save(totals, unfinished, shard, number + 1)
+                saved = time.monotonic()
+            if on_processor:
+                give_back_memory()
+            if progress:
+                progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
+    counts.nonfinite_pairs = totals.nonfinite
+    return totals, counts
+
+
+def empty_totals(teacher: ModelHandle, student: ModelHandle, wanted: Wanted, *, hold_out: bool) -> Totals:
+    """Totals that have seen nothing yet, to merge those of parts into."""
+    return Totals(Layout.of(teacher, student, wanted), wanted, teacher.device, hold_out=hold_out)
+
+
+def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatistics]]) -> None:
+    """Refuse statistics of too few pairs: an assignment of d units from fewer than d pairs is noise.
+
+    Raises:
+        PairingError: a pair of spaces has fewer pairs than its wider space has units.
+    """
+    for (teacher_space, student_space), (fit, held_out) in statistics.items():
+        needed, count = max(fit.cross.shape), fit.count + held_out.count
+        if count < needed:
+            per_sample = teacher_space.name in SAMPLE_SPACES
+            raise PairingError(
+                f"too few {'samples' if per_sample else 'paired tokens'} for the dimension",
+                where=f"teacher {teacher_space} -> student {student_space}",
+                expected=f"at least {needed}",
+                found=count,
+                fix="give more text or raise --max-tokens" + (", or use --head drop" if per_sample else ""),
+            )
+
+
+def _groups(names: Iterable[str], products: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The first name of those that products tie together, for every name."""
+    group = {name: name for name in names}
+    for a, b in products:
+        first, other = sorted((group[a], group[b]))
+        group.update({name: first for name, of in group.items() if of == other})
+    return group
+
+
+def _mine(
+    teacher: ModelHandle, student: ModelHandle, batches: Iterable[list[_Encoded]], shard: Shard, begin: int
+) -> Iterator[tuple[int, _Batch | None]]:
+    """The batches by number, prepared where they are this shard's and not done yet."""
+    for number, batch in enumerate(batches):
+        mine = number >= begin and number % shard.count == shard.index
+        yield number, _prepare(teacher, student, batch) if mine else None
+
+
+def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encoded]) -> _Batch:
+    inputs_t = pad(teacher, [sample.teacher for sample in batch], teacher.device)
+    inputs_s = pad(student, [sample.student for sample in batch], student.device)
+    ranges_t = [[(block.teacher_start, block.teacher_end) for block in sample.blocks] for sample in batch]
+    ranges_s = [[(block.student_start, block.student_end) for block in sample.blocks] for sample in batch]
+    return _Batch(
+        inputs_t,
+        inputs_s,
+        Gather(inputs_t["input_ids"].shape[1], ranges_t, teacher.device),
+        Gather(inputs_s["input_ids"].shape[1], ranges_s, student.device),
+    )
+
+
+def _batches(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    samples: Iterator[Sample],
+    settings: CollectionSettings,
+    counts: PairingCounts,
+) -> Iterator[list[_Encoded]]:
+    on_processor = teacher.device.type == student.device.type == "cpu"
+    most = settings.batch_tokens or (_BATCH_TOKENS if on_processor else _BATCH_TOKENS_OF_ACCELERATORS)
+    while chunk := list(islice(samples, _CHUNK)):
+        encoded = sorted(_encode(teacher, student, chunk, settings, counts), key=lambda sample: sample.length)
+        batch: list[_Encoded] = []
+        for sample in encoded:
+            if batch and sample.length * (len(batch) + 1) > most:
+                yield batch
+                batch = []
+            batch.append(sample)
+        if batch:
+            yield batch
+        if counts.pairs >= settings.max_tokens:
+            return
+
+
+def _encode(
+    teacher: ModelHandle,
+    student: ModelHandle,
+    chunk: Sequence[Sample],
+    settings: CollectionSettings,
+    counts: PairingCounts,
+) -> Iterator[_Encoded]:
+    (inputs_t, spans_t), (inputs_s, spans_s) = (
+        tokenize(model, chunk, settings.max_length) for model in (teacher, student)
+    )
+    for row in range(len(chunk)):
+        if counts.pairs >= settings.max_tokens:
+            return
+        blocks = pair_tokens(spans_t[row], spans_s[row])
+        counts.add(spans_t[row], spans_s[row], blocks)
+        yield _Encoded(inputs_t[row], inputs_s[row], blocks)
+
+
+def _save(totals: Totals, unfinished: Unfinished, shard: Shard, done: int) -> None:
+    with written_aside(unfinished.folder / f"{_STATE}-{shard.index}", force=True) as staging:
+        write_tensors(staging / f"{_STATE}.safetensors", totals.tensors())
+        write_json(staging / f"{_STATE}.json", {"key": unfinished.key, "shards": shard.count, "done": done})
+
+
+def _resume(totals: Totals, unfinished: Unfinished | None, shard: Shard) -> int:
+    """Take over a state of the same pass, if there is one; the number of batches that need not be looked at."""
+    if unfinished is None:
+        return 0
+    folder = unfinished.folder / f"{_STATE}-{shard.index}"
+    if not (folder / f"{_STATE}.json").is_file():
+        return 0
+    found = read_json(folder / f"{_STATE}.json")
+    if (found.get("key"), found.get("shards")) != (unfinished.key, shard.count):
+        return 0
+    totals.load(read_tensors(folder / f"{_STATE}.safetensors"))
+    return int(found["done"])

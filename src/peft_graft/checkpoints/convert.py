@@ -1,0 +1,145 @@
+"""Modules of any kind that changes weights, expressed as a LoRA: LoHa, LoKr, VeRA, AdaLoRA, OFT, FourierFT, ..."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_graft.checkpoints.formats import peft_format
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.errors import CheckpointError
+from peft_graft.files import read_json, read_tensors, write_json, write_tensors
+from peft_graft.models.architecture import linear_shape
+from peft_graft.models.devices import is_quantised
+from peft_graft.models.loading import ModelHandle
+from peft_graft.models.task_models import blank_model, quiet_libraries, with_task_head
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+#: Share of the squared singular values of every layer's update that the LoRA keeps.
+ENERGY = 1 - 1e-6
+_START = "base_model.model."
+
+
+def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
+    """The LoRA that changes the teacher's weights as a module of another kind does.
+
+    peft's own ``convert_to_lora`` where the kind supports it; otherwise the difference that merging the module makes to
+    every weight, by truncated singular value decomposition. Ranks differ by layer: the smallest that keep ``ENERGY``.
+
+    Args:
+        folder: the checkpoint. raw: as read, of kind ``weights``. teacher: not touched.
+
+    Raises:
+        CheckpointError: peft cannot load the module, or its change of weights cannot be had.
+    """
+    import peft
+
+    heads = _heads(folder, raw)
+    rows = list(heads.values())[-1].shape[0] if heads else None
+    model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
+    if not is_quantised(teacher.base):
+        model = model.float()
+    kind = raw.config["peft_type"]
+    with warnings.catch_warnings(), quiet_libraries():
+        warnings.simplefilter("ignore")
+        try:
+            adapted = peft.PeftModel.from_pretrained(model, folder)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=str(folder)) from error
+        if adapted.supports_lora_conversion():
+            config, tensors = peft.convert_to_lora(adapted, ENERGY)
+            options = {"r": config.r, "lora_alpha": config.lora_alpha, "rank_pattern": config.rank_pattern,
+                       "alpha_pattern": config.alpha_pattern}  # fmt: skip
+        else:
+            options, tensors = _by_merging(adapted, kind, folder)
+    with tempfile.TemporaryDirectory() as place:
+        lora = peft.LoraConfig(
+            task_type=raw.config.get("task_type"), base_model_name_or_path=raw.base_model,
+            target_modules=sorted(_paths(tensors)), modules_to_save=raw.config.get("modules_to_save"), **options,
+        )  # fmt: skip
+        lora.save_pretrained(place)
+        written = Path(place) / peft_format.CONFIG
+        write_json(written, {**read_json(written), "auto_mapping": raw.config.get("auto_mapping")})
+        write_tensors(
+            Path(place) / peft_format.WEIGHTS[0], {key: value.contiguous() for key, value in (tensors | heads).items()}
+        )
+        found = peft_format.read(Path(place))
+    return replace(found, labels=raw.labels, files=raw.files)
+
+
+def stand_in(folder: Path, raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
+    """A LoRA of rank 1 without values at the layers that the module changes, to plan with before weights are loaded."""
+    shapes = {path: linear_shape(module) for path, module in blank_model(teacher, raw.task).named_modules()}
+    heads = _heads(folder, raw)
+    entries = {}
+    for key in read_tensors(peft_format.weights_file(folder)).keys() - heads.keys():
+        path = key.removeprefix(_START)
+        while path and not shapes.get(path):
+            path = path.rpartition(".")[0]
+        if shape := shapes.get(path):
+            factors = {"A": (1, shape[0]), "B": (shape[1], 1)}
+            entries[path] = {name: torch.empty(size, device="meta") for name, size in factors.items()}
+    return replace(raw, kind="lora", entries=entries, scalings=dict.fromkeys(entries, 1.0))
+
+
+def _heads(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
+    """What was saved beside the module, as its file has it."""
+    saved = raw.config.get("modules_to_save") or []
+    tensors = read_tensors(peft_format.weights_file(folder))
+    return {key: value for key, value in tensors.items() if any(f".{name}." in f"{key}." for name in saved)}
+
+
+def _paths(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {key.removeprefix(_START).split(".lora_")[0] for key in tensors}
+
+
+def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """LoRA factors of what merging the module changes in every weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {
+        path.removeprefix(_START): layer
+        for path, layer in adapted.named_modules()
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear)
+    }
+    before = {path: layer.get_base_layer().weight.detach().clone() for path, layer in layers.items()}
+    biases = {path: layer.get_base_layer().bias for path, layer in layers.items()}
+    biases = {path: bias.detach().clone() for path, bias in biases.items() if bias is not None}
+    try:
+        for layer in layers.values():
+            layer.merge(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"{kind} modules cannot be merged, so their change of weights cannot be had", where=str(folder),
+            fix="train a LoRA in its place",
+        ) from error  # fmt: skip
+    ranks: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        merged = layer.get_base_layer()
+        if path in biases and not torch.equal(merged.bias, biases[path]):
+            raise CheckpointError(f"{kind} changes the bias of {path}, which no LoRA does", where=str(folder),
+                                  fix="train a LoRA in its place")  # fmt: skip
+        u, s, v = torch.linalg.svd((merged.weight.detach() - before[path]).double(), full_matrices=False)
+        energy = s.square().cumsum(0)
+        if not float(energy[-1]):
+            continue
+        rank = int((energy < ENERGY * energy[-1]).sum()) + 1
+        ranks[path] = rank
+        tensors[f"{_START}{path}.lora_A.weight"] = v[:rank].float()
+        tensors[f"{_START}{path}.lora_B.weight"] = (u[:, :rank] * s[:rank]).float()
+    if not ranks:
+        raise CheckpointError(f"the {kind} module changes no linear layer", where=str(folder),
+                              fix="check that it was trained at all")  # fmt: skip
+    most = max(ranks.values())
+    patterns = {path: rank for path, rank in ranks.items() if rank != most}
+    return {"r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns)}, tensors

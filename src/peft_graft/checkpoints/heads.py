@@ -1,0 +1,136 @@
+"""Classification heads: read from a checkpoint in the form of the teacher's task model, written in the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.errors import HeadError
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
+from peft_graft.models.spec import HeadForm
+from peft_graft.models.tasks import Task
+from peft_graft.modules.base import Head, head_tensors
+
+
+def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: Mapping[str, Tensor]) -> Head:
+    """The head that was saved with a module.
+
+    Args:
+        base_tensors: of the base model by path, for an inner layer that lives there (BERT's pooler).
+
+    Raises:
+        HeadError: its form is not known, or a part of it is missing.
+    """
+    if any(key.startswith("layers.") for key in raw.head):
+        return _prediction_head(raw)
+    form = architecture.row.heads.get(raw.task)
+    if form is None:
+        raise HeadError(
+            f"no head of {raw.task} is known for {architecture.model_type}; it saved {', '.join(raw.head)}",
+            where=raw.base_model or raw.name,
+            fix="leave the head behind with --head drop",
+        )
+    values = {f"out.{part}": raw.head[key] for part, key in _parts(form.out) if key in raw.head}
+    used = {key for _, key in _parts(form.out)}
+    if form.dense:
+        start = architecture.start(raw.task) if form.dense_in_base else ""
+        keys = {f"dense.{part}": start + key for part, key in _parts(form.dense)}
+        used |= set(keys.values())
+        for name, key in keys.items():
+            tensor = raw.head.get(key)
+            if tensor is None and form.dense_in_base:
+                tensor = base_tensors.get(key.removeprefix(start))
+            if tensor is None:
+                raise HeadError(
+                    f"the head needs {key}, which is neither in the checkpoint nor in the teacher's own weights",
+                    where=raw.base_model or raw.name,
+                    fix="leave the head behind with --head drop (the teacher's pooler was random when the module was "
+                    "trained, and was not saved)",
+                )
+            values[name] = tensor
+    if "out.weight" not in values or set(raw.head) - used:
+        raise HeadError(
+            f"the saved head does not have the form of a {architecture.model_type} {raw.task} model",
+            where=raw.base_model or raw.name,
+            expected=", ".join(sorted(used)),
+            found=", ".join(sorted(raw.head)),
+            fix="leave the head behind with --head drop",
+        )
+    return _labelled(Head(raw.task, head_tensors(values, form.reads), form.reads, (), form.activation), raw)
+
+
+def _prediction_head(raw: RawCheckpoint) -> Head:
+    """AdapterHub's prediction heads are sequences: dropout, linear, activation, dropout, linear."""
+    settings = dict((raw.head_config or {}).get("config") or {})
+    kind = settings.get("head_type")
+    numbers = sorted({int(key.split(".")[1]) for key in raw.head})
+    known = {"tagging": Task.TOKEN_CLASSIFICATION, "classification": Task.SEQUENCE_CLASSIFICATION}
+    if kind not in known or len(numbers) > 2:
+        raise HeadError(
+            f"prediction heads of type {kind!r} with {len(numbers)} layers are not supported yet",
+            where=raw.name,
+            expected="tagging or classification, of one or two layers",
+            fix="leave the head behind with --head drop",
+        )
+    names = dict(zip(numbers, ("dense", "out")[-len(numbers) :], strict=True))
+    values = {f"{names[int(key.split('.')[1])]}.{key.split('.')[2]}": tensor for key, tensor in raw.head.items()}
+    reads = TOKENS_OUT if kind == "tagging" else POOLED_OUT if settings.get("use_pooler") else FIRST_OUT
+    activation = settings.get("activation_function") if len(numbers) == 2 else None
+    return _labelled(Head(known[kind], head_tensors(values, reads), reads, (), activation), raw)
+
+
+def _labelled(head: Head, raw: RawCheckpoint) -> Head:
+    labels: Sequence[str] = raw.labels or ()
+    if labels and len(labels) != head.num_labels:
+        raise HeadError(
+            "the head's size and its label names disagree",
+            where=raw.name,
+            expected=f"{len(labels)} labels ({', '.join(labels)})",
+            found=f"{head.num_labels} rows",
+        )
+    return Head(head.task, head.tensors, head.reads, tuple(labels), head.activation)
+
+
+def _parts(path: str) -> list[tuple[str, str]]:
+    return [(part, f"{path}.{part}") for part in ("weight", "bias")]
+
+
+def head_form(head: Head, raw: RawCheckpoint, architecture: Architecture) -> HeadForm | None:
+    """How the student arranges this head; None for AdapterHub's prediction heads, which are alike in all models.
+
+    Raises:
+        HeadError: the student's task model has no such head, or one with another activation function.
+    """
+    if any(key.startswith("layers.") for key in raw.head):
+        return None
+    form = architecture.row.heads.get(raw.task)
+    same_shape = form is not None and bool(form.dense) == head.has_inner_layer and form.reads == head.reads
+    if form is None or not same_shape or form.activation != head.activation:
+        raise HeadError(
+            f"a {architecture.model_type} {raw.task} model has another form of head",
+            where=head.reads,
+            expected=f"inner layer: {head.has_inner_layer}, activation {head.activation}",
+            found="an unknown form"
+            if form is None
+            else f"inner layer: {bool(form.dense)}, activation {form.activation}",
+            fix="leave the head behind with --head drop",
+        )
+    return form
+
+
+def head_paths(head: Head, raw: RawCheckpoint, architecture: Architecture, start: str) -> dict[str, Tensor]:
+    """The head's tensors by their paths in the task model, or in AdapterHub's prediction head."""
+    form = head_form(head, raw, architecture)
+    if form is None:
+        numbers = sorted({int(key.split(".")[1]) for key in raw.head})
+        places = dict(zip(("dense", "out")[-len(numbers) :], (f"layers.{number}" for number in numbers), strict=True))
+    else:
+        places = {"out": form.out}
+        if form.dense:
+            places["dense"] = (start if form.dense_in_base else "") + form.dense
+    return {
+        f"{places[name.split('.')[0]]}.{name.split('.')[1]}": tensor.values for name, tensor in head.tensors.items()
+    }

@@ -1,0 +1,127 @@
+"""LoRA from one library to the other: PEFT's checkpoints as AdapterHub's and back, heads included."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft_graft.checkpoints.raw import Format, RawCheckpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.errors import DependencyError, PlanError
+from peft_graft.files import read_json
+from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
+from peft_graft.models.tasks import Task
+from peft_graft.modules.base import Head, LoraModule
+
+#: Names of the libraries -> the format that each writes.
+FORMATS: dict[str, Format] = {"peft": "peft", "adapters": "adapterhub"}
+#: What AdapterHub calls the places of a LoRA.
+_MATRICES = {"attn.query": "q", "attn.key": "k", "attn.value": "v"}
+_SWITCHES = {"ffn.up": "intermediate_lora", "ffn.down": "output_lora"}
+
+
+def in_library(checkpoint: PeftCheckpoint, library: str | None) -> PeftCheckpoint:
+    """The same LoRA as a checkpoint of the other library; unchanged where it is of this one already.
+
+    Args:
+        library: ``peft``, ``adapters``, or None for the module's own.
+
+    Raises:
+        PlanError: the module is no plain LoRA, or the library has no such sites or head.
+        DependencyError: ``adapters`` is asked for and not installed.
+    """
+    if library is None or FORMATS[library] == checkpoint.raw.format:
+        return checkpoint
+    for site, module in checkpoint.modules.items():
+        if not isinstance(module, LoraModule) or module.tensors.keys() != {"A", "B"}:
+            raise PlanError(
+                "only a plain LoRA means the same in both libraries",
+                where=f"--library {library}",
+                found=f"{checkpoint.raw.kind} at {site}",
+                fix="leave --library out",
+            )
+    return _as_peft(checkpoint) if library == "peft" else _as_adapterhub(checkpoint)
+
+
+def _as_peft(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
+    import peft
+
+    raw, head = checkpoint.raw, checkpoint.head
+    task = head.task if head else (Task.BASE if raw.task is Task.PREDICTION_HEADS else raw.task)
+    with tempfile.TemporaryDirectory() as folder:
+        peft.LoraConfig(task_type=task.peft_type).save_pretrained(folder)
+        config = read_json(Path(folder) / "adapter_config.json")
+    if task is Task.BASE:
+        config["auto_mapping"] = {"base_model_class": "", "parent_library": "transformers"}
+    settings = dict(raw.config["config"]) if isinstance(raw.config["config"], dict) else {}
+    config["lora_dropout"] = settings.get("dropout", 0.0)
+    return replace(checkpoint, raw=_converted(raw, "peft", task, config), wrapped=task is not Task.BASE)
+
+
+def _as_adapterhub(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
+    try:
+        from adapters import LoRAConfig
+    except ImportError as error:
+        raise DependencyError(
+            "the library adapters is not installed, and its configuration is its own",
+            where="--library adapters",
+            fix="pip install 'peft-graft[adapters]'",
+        ) from error
+    raw, head = checkpoint.raw, checkpoint.head
+    unknown = sorted(set(checkpoint.roles) - {*_MATRICES, *_SWITCHES})
+    if unknown:
+        raise PlanError(
+            "AdapterHub has no LoRA at these sites",
+            where="--library adapters",
+            expected=", ".join([*_MATRICES, *_SWITCHES]),
+            found=", ".join(unknown),
+            fix="choose some with --sites, or leave --library out",
+        )
+    settings = LoRAConfig(
+        selfattn_lora=any(role in _MATRICES for role in checkpoint.roles),
+        attn_matrices=[_MATRICES[role] for role in checkpoint.roles if role in _MATRICES],
+        dropout=raw.config.get("lora_dropout", 0.0),
+        **{switch: role in checkpoint.roles for role, switch in _SWITCHES.items()},
+    ).to_dict()
+    config: dict[str, Any] = {"config": settings, "name": raw.name, "version": "adapters"}
+    written = _converted(raw, "adapterhub", Task.PREDICTION_HEADS, config)
+    if head is not None:
+        written = replace(written, **_prediction_head(head, raw.name))
+    return replace(checkpoint, raw=written, wrapped=True)
+
+
+def _converted(raw: RawCheckpoint, to: Format, task: Task, config: dict[str, Any]) -> RawCheckpoint:
+    suffix = ".safetensors" if to == "peft" else ".bin"  # what each library's loader looks for by itself
+    return replace(raw, format=to, task=task, config=config, head={}, head_config=None, weights_suffix=suffix)
+
+
+def _prediction_head(head: Head, name: str) -> dict[str, Any]:
+    """AdapterHub's configuration of a head of this form, and which member of its sequence each layer is.
+
+    Raises:
+        PlanError: AdapterHub has no head that reads this.
+    """
+    places = {"out": "layers.4", "dense": "layers.1"} if head.has_inner_layer else {"out": "layers.1"}
+    kinds = {TOKENS_OUT: "tagging", FIRST_OUT: "classification", POOLED_OUT: "classification"}
+    if head.reads not in kinds:
+        raise PlanError("AdapterHub has no head that reads this", where="--library adapters", found=head.reads,
+                        fix="leave the head behind with --head drop")  # fmt: skip
+    labels = head.labels or tuple(f"LABEL_{index}" for index in range(head.num_labels))
+    settings = {
+        "head_type": kinds[head.reads],
+        "num_labels": head.num_labels,
+        "layers": len(places),
+        "activation_function": head.activation or "tanh",
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "dropout_prob": None,
+    }
+    if head.reads != TOKENS_OUT:
+        settings |= {"bias": True, "use_pooler": head.reads == POOLED_OUT}
+    return {
+        "head": {
+            f"{places[part.split('.')[0]]}.{part.split('.')[1]}": tensor.values for part, tensor in head.tensors.items()
+        },
+        "head_config": {"config": settings, "name": name, "version": "adapters"},
+    }

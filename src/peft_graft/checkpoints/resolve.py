@@ -1,0 +1,208 @@
+"""Checkpoints of trained modules: found, read, tied to the sites of a model, and written for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peft_graft.checkpoints.entries import entries_of, modules_of
+from peft_graft.checkpoints.formats import adapterhub, peft_format
+from peft_graft.checkpoints.heads import head_paths, resolve_head
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.errors import CheckpointError, ModelError
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.spaces import VOCABULARY, Site, space_at
+from peft_graft.models.tasks import Task
+from peft_graft.modules.base import Head, Module
+
+
+@dataclass(frozen=True)
+class PeftCheckpoint:
+    """A trained module tied to the sites of the model that it belongs to.
+
+    Attributes:
+        raw: what the files say (format, configuration, hashes); the written checkpoint starts from it.
+        modules: site -> module with labelled tensors.
+        head: the classification head saved with it, if any.
+        wrapped: whether the module's paths start at a task model (``bert.encoder...``) or at the bare model.
+    """
+
+    raw: RawCheckpoint
+    modules: Mapping[Site, Module]
+    head: Head | None = None
+    wrapped: bool = True
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that carry a module."""
+        return tuple(sorted({site.role for site in self.modules}))
+
+    @property
+    def roles_in_layers(self) -> tuple[str, ...]:
+        """Roles that carry a module, without those of the whole model."""
+        return tuple(sorted({site.role for site in self.modules if site.layer >= 0}))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that carry a module."""
+        return tuple(sorted({site.layer for site in self.modules if site.layer >= 0}))
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of values in the modules and the head."""
+        tensors = [tensor for module in self.modules.values() for tensor in module.tensors.values()]
+        tensors += list(self.head.tensors.values()) if self.head else []
+        return sum(tensor.values.numel() for tensor in tensors)
+
+
+def locate(module: str | Path) -> Path:
+    """The local folder of a module: a path, or a repository of the hub, which is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, nor a repository that can be reached.
+    """
+    path = Path(module).expanduser()
+    if path.is_dir():
+        return path
+    name = str(module)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            "no such folder", where=name, fix="give the folder that holds adapter_config.json, or a hub id owner/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "adapter*", "pytorch_*", "model_head*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"no such folder, and the hub has no such repository or cannot be reached ({type(error).__name__})",
+            where=name,
+            fix="check the name, or give a local folder",
+        ) from error
+
+
+def read_checkpoint(folder: Path) -> RawCheckpoint:
+    """Read a checkpoint in whichever format it is.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint of a known format, or one that is damaged or not supported.
+    """
+    if peft_format.detect(folder):
+        return peft_format.read(folder)
+    if adapterhub.detect(folder):
+        return adapterhub.read(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    inside = [path.parent.name for path in folder.glob(f"*/{peft_format.CONFIG}")]
+    raise CheckpointError(
+        "the folder holds no module checkpoint",
+        where=str(folder),
+        expected="adapter_config.json of peft or adapters",
+        found=", ".join(names[:8]) or "an empty folder",
+        fix=f"give one of its sub-folders: {', '.join(sorted(inside))}" if inside else None,
+    )
+
+
+def resolve(
+    raw: RawCheckpoint,
+    architecture: Architecture,
+    base_tensors: Mapping[str, Tensor] | None = None,
+    *,
+    with_head: bool = True,
+) -> PeftCheckpoint:
+    """Tie a checkpoint to the sites of its model and check every shape.
+
+    Args:
+        raw: as read from its files.
+        architecture: of the model that the module belongs to (the teacher, or the student for a written graft).
+        base_tensors: tensors of the base model by path, for a head whose inner layer lives there (BERT's pooler), and
+            for values that are relative to them (DoRA's magnitudes, trained norms, biases and rows of a vocabulary).
+        with_head: whether to read the head at all.
+
+    Raises:
+        CheckpointError: a path is no site of this architecture.
+        ModelError: a shape shows that the module was trained on another model.
+        HeadError: the head saved with the module has a form that is not known.
+    """
+    modules: dict[Site, Module] = {}
+    prefixes: set[str] = set()
+    base = base_tensors or {}
+    for path, values in raw.entries.items():
+        found, prefix = modules_of(raw, path, values, architecture, base)
+        prefixes.add(prefix)
+        for module in found:
+            _check_shapes(module, architecture)
+            modules[module.site] = module
+    _check_saved_parts(raw, architecture)
+    head = resolve_head(raw, architecture, base) if raw.head and with_head else None
+    wrapped = bool(prefixes - {""}) or (raw.task is not Task.BASE)
+    return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped)
+
+
+def write_checkpoint(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
+    """Write a checkpoint of the student in the format that ``raw`` names."""
+    (peft_format if raw.format == "peft" else adapterhub).write(folder, raw, student)
+
+
+def to_raw(
+    checkpoint: PeftCheckpoint, architecture: Architecture, base_tensors: Mapping[str, Tensor] | None = None
+) -> RawCheckpoint:
+    """The reverse of ``resolve``: paths and tensors as the student's files will have them.
+
+    An inner head layer that equals the one in ``base_tensors`` (the student's own pooler) is not written again.
+    """
+    start = architecture.start(checkpoint.raw.task) if checkpoint.wrapped else ""
+    entries, scalings = entries_of(checkpoint.modules, architecture, start, base_tensors or {})
+    raw = checkpoint.raw
+    head = head_paths(checkpoint.head, raw, architecture, start) if checkpoint.head else {}
+    base = base_tensors or {}
+    own = {start + path: base[path] for path in base if start + path in head}
+    if all(
+        key in own and torch.equal(own[key].to(head[key]), head[key])
+        for key in head
+        if key in own or ".pooler." in f".{key}"
+    ):
+        head = {key: tensor for key, tensor in head.items() if key not in own}
+    return RawCheckpoint(
+        **{
+            **raw.__dict__,
+            "entries": entries,
+            "scalings": scalings,
+            "head": head,
+            "head_config": raw.head_config if head else None,
+        }
+    )
+
+
+def _check_shapes(module: Module, architecture: Architecture) -> None:
+    for name, tensor in module.tensors.items():
+        for axis, label in enumerate(tensor.axes):
+            if label is None or label.space == VOCABULARY:  # a resized vocabulary is no sign of another model
+                continue
+            expected = architecture.size(space_at(module.site.layer, label.space))
+            if tensor.values.shape[axis] != expected:
+                raise ModelError(
+                    f"the teacher is not the base of this module: {name} has shape {list(tensor.values.shape)}",
+                    where=str(module.site),
+                    expected=f"{expected} on axis {axis} ({label.space} of {architecture.model_type})",
+                    found=tensor.values.shape[axis],
+                    fix="name the model that the module was trained on with --teacher",
+                )
+
+
+def _check_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> None:
+    """Refuse parts of the base model that were trained and saved beside the module; its pooler belongs to the head."""
+    start = architecture.start(raw.task)
+    own = (start,) if start else tuple(f"{stack.layers.partition('.')[0]}." for stack in architecture.row.stacks)
+    inside = [key for key in raw.head if key.startswith(own) and not key.startswith(f"{start}pooler.")]
+    if inside:
+        raise CheckpointError(
+            f"the module comes with a trained part of its base model, {inside[0]}, which cannot be moved yet",
+            where=raw.base_model or raw.name,
+            fix="train the module without this part in modules_to_save",
+        )

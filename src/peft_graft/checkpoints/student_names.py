@@ -1,0 +1,114 @@
+"""What the files of a checkpoint say about the model that it is for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft_graft.checkpoints.raw import PREFIX
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.loading import head_counts
+from peft_graft.models.spaces import Site
+from peft_graft.models.task_models import blank_model
+from peft_graft.models.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class StudentNames:
+    """What a written configuration says about the student.
+
+    Attributes:
+        name: model name or path. model_type: ``config.model_type``. hidden_size: of the student.
+        base_class, task_class: class names of the bare model and of the task model (equal for ``base``).
+        prefix: attribute of the base model in its task models, such as ``bert``.
+        modules: paths of all modules of the task model, to tell which short names are unambiguous.
+        num_layers, num_heads, num_kv_heads: of the student.
+        transposed: paths of linear layers that keep their weight as [in, out] (``Conv1D``).
+        stacks: path and number of layers of every stack, in the order in which they compute.
+        attentions: of a model with one stack, the path of every layer's attention in the bare model.
+    """
+
+    name: str
+    model_type: str
+    hidden_size: int
+    base_class: str
+    task_class: str
+    prefix: str
+    modules: frozenset[str]
+    num_layers: int
+    transposed: frozenset[str] = frozenset()
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    stacks: tuple[tuple[str, int], ...] = ()
+    attentions: tuple[str, ...] = ()
+
+    def position(self, path: str) -> int:
+        """The layer that a path leads into, layers counted through all stacks."""
+        if path.startswith(PREFIX):
+            return int(path.removeprefix(PREFIX))
+        before = 0
+        for layers, depth in self.stacks:
+            if match := re.search(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.", path):
+                return before + int(match[1])
+            before += depth
+        raise ValueError(f"{path} is in no layer")
+
+    def shortest_targets(self, paths: Collection[str]) -> list[str]:
+        """Target names as a person would write them: shortest suffixes that match these modules and no others.
+
+        Args:
+            paths: modules to be targeted.
+
+        Example:
+            ``enc.0.self.query`` and ``enc.1.self.query`` of a model that has no other ``query`` are ``["query"]``.
+        """
+        wanted, targets = set(paths), set()
+        remaining = set(paths)
+        while remaining:
+            path = min(remaining)
+            parts = path.split(".")
+            for length in range(1, len(parts) + 1):
+                suffix = ".".join(parts[-length:])
+                matched = {name for name in self.modules if name == suffix or name.endswith(f".{suffix}")} | {path}
+                if matched <= wanted:
+                    targets.add(suffix)
+                    remaining -= matched
+                    break
+            else:  # another module's path ends in all of this one; peft takes a whole path as one more name
+                targets.add(path)
+                remaining.discard(path)
+        return sorted(targets)
+
+
+def student_names(name: str, config: PretrainedConfig, task: Task, architecture: Architecture) -> StudentNames:
+    """What a checkpoint written for this student says about it."""
+    task_model = blank_model(config, task)
+    heads, kv_heads = head_counts(config)
+    return StudentNames(
+        name=name,
+        model_type=config.model_type,
+        hidden_size=int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0)),
+        base_class=type(blank_model(config, Task.BASE)).__name__,
+        task_class=type(task_model).__name__,
+        prefix=architecture.prefix,
+        modules=frozenset(path for path, _ in task_model.named_modules()),
+        num_layers=architecture.num_layers,
+        stacks=tuple((stack.layers, architecture.depths[stack.name]) for stack in architecture.row.stacks),
+        transposed=frozenset(path for path, module in task_model.named_modules() if type(module).__name__ == "Conv1D"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        attentions=_attentions(architecture),
+    )
+
+
+def _attentions(architecture: Architecture) -> tuple[str, ...]:
+    """The path of every layer's attention, of a model with one stack."""
+    if len(architecture.row.stacks) > 1 or "attn.query" not in architecture.row.linears:
+        return ()
+    queries = (architecture.path(Site(layer, "attn.query")) for layer in range(architecture.num_layers))
+    return tuple(path.rpartition(".")[0] for path in queries)

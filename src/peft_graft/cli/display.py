@@ -1,0 +1,176 @@
+"""Results on the terminal: tables of what was inspected, aligned and moved."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from peft_graft.options import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from peft_graft._inspect import Inspection
+    from peft_graft.alignment.alignment import Alignment
+    from peft_graft.report import GraftReport
+
+
+def escaped(text: str) -> str:
+    """Text as rich prints it unchanged."""
+    return text.replace("[", "\\[")
+
+
+def show_inspection(found: Inspection) -> None:
+    """What ``inspect`` found."""
+    console = Console()
+    console.print(f"[bold]{escaped(found.module)}[/]: {found.format} {found.kind}, {found.parameters:,} parameters")
+    console.print(f"base model   {escaped(found.base_model or 'not named')}")
+    console.print(f"task         {found.task}")
+    console.print(f"head         {escaped(found.head or 'none')}")
+    if found.labels:
+        console.print(f"labels       {escaped(', '.join(found.labels))}")
+    if found.sites:
+        table = Table("role", "layers", "rank or bottleneck", "scaling", "idle", title="where it attaches")
+        for site in found.sites:
+            table.add_row(
+                site.role,
+                _ranges(site.layers),
+                ", ".join(map(str, site.widths)),
+                ", ".join(f"{scaling:g}" for scaling in site.scalings) or "-",
+                _ranges(site.idle_layers) or "-",
+            )
+        console.print(table)
+    else:
+        for path in found.paths:
+            console.print(f"  {path}")
+    if found.teacher_problem:
+        console.print(f"[yellow]teacher:[/] {escaped(found.teacher_problem)}", soft_wrap=True)
+    student = found.student
+    if student is None:
+        return
+    console.print(f"\n[bold]onto {escaped(student.name)}[/] ({student.model_type}, {student.num_layers} layers)")
+    if student.problem:
+        console.print(f"[red]cannot:[/] {escaped(student.problem)}", soft_wrap=True)
+        return
+    console.print(f"layers       {_layers(student.layers)}")
+    console.print(f"modules      {student.modules}, head {'carried' if student.head else 'none'}")
+    console.print(f"method       {student.method}")
+    console.print(
+        f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics "
+        f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
+        f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
+        f"{student.forwards_per_token / 1e6:.1f} M"
+    )
+    if student.least_seconds:
+        console.print(
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {MAX_TOKENS:,} tokens take "
+            f"{student.least_seconds:,.0f} s on this processor at the least"
+        )
+    for note in student.notes:
+        console.print(f"note         {escaped(note)}")
+
+
+def show_graft(report: GraftReport, out: Path) -> None:
+    """What ``transfer`` did."""
+    console = Console()
+    console.print(f"[bold]method[/]  {report.method}: {escaped(report.method_reason)}", soft_wrap=True)
+    console.print(f"[bold]layers[/]  {_layers(report.layers)}")
+    if report.pairing:
+        console.print(
+            f"[bold]text[/]    {report.pairing.pairs:,} paired tokens of {report.pairing.samples:,} samples "
+            f"({report.pairing.student_share_paired:.0%} of the student's tokens)"
+        )
+    table = Table(
+        "site",
+        "from layer",
+        "share",
+        "norm kept",
+        "maps: mean correlation, or variance explained reading/writing",
+        title="modules",
+    )
+    for site in report.sites:
+        correlations = [
+            f"{record.space.split()[-1]} {record.diagnostics['mean_correlation']:.2f}"
+            for record in site.maps
+            if "mean_correlation" in record.diagnostics
+        ] + [
+            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%} explained"
+            for record in site.maps
+            if "read_explained" in record.diagnostics
+        ]
+        sources = " + ".join(source.split()[-2] for source in site.teacher_sites if " " in source)
+        table.add_row(
+            site.site, sources, f"{site.share:.0%}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space"
+        )
+    console.print(table)
+    if report.head:
+        labels = escaped(", ".join(report.head.labels))
+        console.print(f"[bold]head[/]    {report.head.task}, {report.head.how}: {labels}", soft_wrap=True)
+    for name, found in report.tried.items():
+        console.print(f"[bold]tried[/]   {name}: agreement {found.agreement:.2f}, {found.divergence:.3f} nats")
+    if report.polish:
+        curve = ", ".join(f"{point.step}: {point.agreement:.2f}" for point in report.polish.curve)
+        begun = f"from the {report.polish.start} modules, rate {report.polish.settings.learning_rate:g}"
+        console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}")
+    for note in report.notes:
+        console.print(f"[bold]note[/]    {escaped(note)}", soft_wrap=True)
+    measured = report.verdict.measured
+    on = f" (agreement {measured.agreement:.2f} over {measured.answers:,} held-out answers)" if measured else ""
+    console.print(f"[bold]verdict[/] {report.verdict.level or 'none'}: {report.verdict.text}{on}", soft_wrap=True)
+    check = report.verification
+    if check and check.done:
+        console.print(
+            f"[bold]loads[/]   in {check.library} {check.version}, {check.tensors_loaded} tensors, "
+            f"changes the output by {check.output_change:.1%} of its range"
+        )
+    console.print(f"[bold green]written[/] {escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
+
+
+def show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
+    """What ``align`` found."""
+    if as_json:
+        sys.stdout.write(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "method": found.method,
+                    "details": dict(found.details),
+                    "pairs": {f"{pair[0].key} -> {pair[1].key}": value for pair, value in found.diagnostics.items()},
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+        return
+    console = Console()
+    table = Table("teacher space", "student space", "units", "mean correlation of matched units")
+    for pair, space_map in found.maps.items():
+        correlation = found.diagnostics[pair].get("mean_correlation")
+        table.add_row(
+            str(pair[0]),
+            str(pair[1]),
+            f"{space_map.teacher_size} -> {space_map.student_size}",
+            f"{correlation:.2f}" if correlation is not None else "-",
+        )
+    console.print(table)
+    console.print(f"[bold green]written[/] {escaped(str(out))}; use it with `peft-graft transfer --alignment {out}`")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _layers(mapping: list[list[int]] | dict[str, list[list[int]]]) -> str:
+    if isinstance(mapping, dict):
+        return "; ".join(f"{stack}: {_layers(layers)}" for stack, layers in mapping.items())
+    return ", ".join(f"{'+'.join(map(str, sources))} → {layer}" for layer, sources in enumerate(mapping))

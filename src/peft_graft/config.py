@@ -1,0 +1,243 @@
+"""Every choice of a user: one model per verb, from which the command line, studies and records are made.
+
+Nothing here imports torch, so that ``peft-graft --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from peft_graft.errors import PlanError
+
+AUTO = "auto"
+#: Steps of the polish where nothing else is said.
+POLISH_STEPS = 1000
+#: Built-in methods in one line each, in the order of help pages; ``alignment.methods.register_method`` adds to them.
+METHOD_SUMMARIES: dict[str, str] = {
+    "copy": "leave the weights as they are; for a student that shares the teacher's spaces",
+    "prune-align": "correlate units over text, assign them one to one, reorder and prune the weights",
+    "procrustes": "rotate one space onto the other, with one scale",
+    "ridge": "regress one space on the other, one map for reading and one for writing",
+    "functional": "fit a LoRA layer by layer so that the student's layers move as the teacher's do",
+    "prune-align-published": "prune-align with LoRA's output rows pruned by the indices of its input, as in the "
+    "paper's code",
+}
+
+
+class Library(StrEnum):
+    """The library that a checkpoint is for."""
+
+    PEFT = "peft"
+    ADAPTERS = "adapters"
+
+
+HeadChoice = Literal["auto", "carry", "fit", "drop"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field appears on the command line.
+
+    Attributes:
+        panel: the part of the help page that it stands in.
+        decides: whether the result depends on it; what does not is left out of keys and records.
+    """
+
+    panel: str
+    decides: bool = True
+
+
+_WHAT, _HOW, _WHERE, _LOADING, _OUTPUT = "What moves", "How it moves", "Where it runs", "Loading", "Output"
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Validation errors as the one error that users of this package know."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            if first["type"] == "extra_forbidden":
+                raise PlanError("there is no such option", where=option_name(name),
+                                expected=", ".join(cls.model_fields)) from None  # fmt: skip
+            choices = first.get("ctx", {}).get("expected")
+            if choices:
+                message, expected = "unknown choice", str(choices).replace("'", "").replace(" or ", ", ")
+            else:
+                message, expected = str(first["msg"]).removeprefix("Value error, "), None
+            raise PlanError(message[0].lower() + message[1:], where=option_name(name), expected=expected,
+                            found=first["input"]) from None  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """What the result depends on, as JSON."""
+        return self.model_dump(mode="json", exclude=_undecided(type(self)))
+
+
+def option_name(field: str) -> str:
+    """A field as the command line calls it: ``max_tokens`` is ``--max-tokens``."""
+    return f"--{field.replace('_', '-')}"
+
+
+def option_of(config: type[BaseModel], field: str) -> Option:
+    """How a field of a config appears on the command line."""
+    return next(entry for entry in config.model_fields[field].metadata if isinstance(entry, Option))
+
+
+def _undecided(config: type[BaseModel]) -> set[str]:
+    return {name for name in config.model_fields if not option_of(config, name).decides}
+
+
+class _PairConfig(_Config):
+    """What every verb that runs a teacher and a student asks for."""
+
+    layers: Annotated[str, Option(_WHAT)] = Field(
+        "skip",
+        description="skip (every k-th layer), avg (the mean of every window), or one teacher layer for each student "
+        "layer: 0,2,4. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
+    )
+    columns: Annotated[tuple[str, ...] | None, Option(_HOW)] = Field(
+        None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
+    )
+    max_tokens: Annotated[int, Option(_HOW)] = Field(
+        50_000, ge=1, description="Paired tokens that the alignment sees at most."
+    )
+    seed: Annotated[int, Option(_HOW)] = Field(0, description="Of the order in which text is sampled, and of training.")
+    device: Annotated[str, Option(_WHERE)] = Field("cpu", description="Torch device of the forward passes.")
+    student_device: Annotated[str | None, Option(_WHERE)] = Field(
+        None, description="The student's device, if it differs."
+    )
+    device_map: Annotated[str | dict[str, Any] | None, Option(_WHERE)] = Field(
+        None,
+        description="auto spreads the layers of both models over what is there (accelerate), in place of --device.",
+    )
+    dtype: Annotated[Dtype, Option(_WHERE)] = Field("float32", description="Of the forward passes.")
+    quantization_config: Annotated[dict[str, Any] | None, Option(_WHERE)] = Field(
+        None,
+        description="Load both models quantised: transformers' quantization_config as JSON, such as "
+        '{"load_in_4bit": true}.',
+    )
+    teacher_revision: Annotated[str | None, Option(_LOADING)] = Field(None, description="Hub revision of the teacher.")
+    student_revision: Annotated[str | None, Option(_LOADING)] = Field(None, description="Hub revision of the student.")
+    token: Annotated[str | None, Option(_LOADING, decides=False)] = Field(
+        None, description="Hub token, for private repositories.", repr=False
+    )
+    trust_remote_code: Annotated[bool, Option(_LOADING)] = Field(
+        False, description="Run model code that comes with a repository."
+    )
+    cache: Annotated[bool | None, Option(_OUTPUT, decides=False)] = Field(
+        None,
+        description="Keep alignments for later modules of the same models and text, and use kept ones, in the cache of "
+        "huggingface_hub or where PEFT_GRAFT_CACHE says; on by default where that is set.",
+    )
+    force: Annotated[bool, Option(_OUTPUT, decides=False)] = Field(False, description="Replace --out if it exists.")
+
+
+class GraftConfig(_PairConfig):
+    """How ``transfer`` moves a module, and what ``inspect`` plans.
+
+    Attributes:
+        layers: ``skip``, ``avg`` or one teacher layer for each student layer (``planning.layers``).
+        method: a registered method; ``auto`` takes the one whose graft agrees best with the teacher on held-out text,
+            and without text ``copy`` where the models share their spaces.
+        polish: steps of label-free training; ``auto`` is ``POLISH_STEPS`` where the method is ``auto`` too and there
+            is text, else 0.
+    """
+
+    method: Annotated[str, Option(_HOW)] = Field(AUTO, description="")
+    head: Annotated[HeadChoice, Option(_WHAT)] = Field(
+        "auto",
+        description="The classification head saved with the module: carry it through the maps, fit it to the teacher's "
+        "predictions on the text, drop it, or auto: carry or fit, whichever agrees better with the teacher.",
+    )
+    polish: Annotated[int | Literal["auto"], Option(_HOW)] = Field(
+        AUTO,
+        description=f"Steps of label-free training on the teacher's predictions; auto is {POLISH_STEPS} if there is text "
+        "and no --method, else 0. An interrupted polish goes on when the same command is run again.",
+    )
+    sites: Annotated[tuple[str, ...] | None, Option(_WHAT)] = Field(
+        None,
+        description="Modules to move, by role (attn.value,ffn.*), layer (0/*) or head (attn.value@0+3); all by default.",
+    )
+    library: Annotated[Library | None, Option(_WHAT)] = Field(
+        None, description="Write a LoRA for peft or for adapters; for the module's own library by default."
+    )
+    revision: Annotated[str | None, Option(_LOADING)] = Field(None, description="Hub revision of the module.")
+    subfolder: Annotated[str | None, Option(_LOADING)] = Field(
+        None, description="Folder of the module in its repository."
+    )
+
+    @model_validator(mode="after")
+    def _choices_exist(self) -> Self:
+        _check_method(self.method, allow_auto=True)
+        if self.polish != AUTO and int(self.polish) < 0:
+            raise PlanError("must not be negative", where="--polish", found=self.polish)
+        return self
+
+    @property
+    def polish_steps(self) -> int:
+        """Steps of the polish where there is text."""
+        if self.polish == AUTO:
+            return POLISH_STEPS if self.method == AUTO else 0
+        return int(self.polish)
+
+
+class AlignConfig(_PairConfig):
+    """How ``align`` aligns two models.
+
+    Attributes:
+        sites: roles to cover, such as ``("attn.query", "attn.value")``, ``adapter`` for bottleneck adapters; all when
+            None.
+        ray: run the pass on Ray, by a cluster's address or ``local``, in ``shards`` parts, one for each CPU by default.
+    """
+
+    method: Annotated[str, Option(_HOW)] = Field("prune-align", description="The method whose maps to find.")
+    sites: Annotated[tuple[str, ...] | None, Option(_WHAT)] = Field(
+        None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default."
+    )
+    ray: Annotated[str | None, Option(_WHERE, decides=False)] = Field(
+        None, description="Run on Ray: local for this machine, or a cluster's address."
+    )
+    shards: Annotated[int | None, Option(_WHERE, decides=False)] = Field(
+        None, description="Parts of the text on Ray; one for each CPU by default."
+    )
+
+    @model_validator(mode="after")
+    def _choices_exist(self) -> Self:
+        _check_method(self.method, allow_auto=False)
+        return self
+
+
+class StudyConfig(_Config):
+    """How ``study`` runs the cells of a study file."""
+
+    ray: Annotated[str | None, Option(_WHERE)] = Field(
+        None, description="Run on Ray: local for this machine, or a cluster's address."
+    )
+    cpus: Annotated[float, Option(_WHERE)] = Field(1, description="CPUs that one cell takes on Ray.")
+    gpus: Annotated[float, Option(_WHERE)] = Field(0, description="GPUs that one cell takes on Ray.")
+    only: Annotated[str | None, Option(_WHAT)] = Field(
+        None, description="Only cells whose id matches this pattern, and what they need."
+    )
+
+
+def _check_method(name: str, *, allow_auto: bool) -> None:
+    """Refuse unknown methods; those that other packages register count once they are imported."""
+    known = [*([AUTO] if allow_auto else []), *METHOD_SUMMARIES]
+    if name not in known:
+        raise PlanError("unknown choice", where="--method", expected=", ".join(known), found=name)
+
+
+def method_help(summaries: Mapping[str, str] = METHOD_SUMMARIES) -> str:
+    """What the help page says about ``--method``."""
+    return "; ".join(f"{name}: {summary}" for name, summary in summaries.items())

@@ -1,0 +1,1 @@
+"""Learning from the teacher's answers on unlabelled text: heads, layers, polish, verdict."""

@@ -1,0 +1,98 @@
+"""How far a graft agrees with its teacher on text that nothing was fitted to: the label-free score, and the verdict."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from peft_graft.checkpoints.attach import LiveModule
+from peft_graft.distill.targets import Kind, Predictions, answers, batches
+from peft_graft.models.loading import ModelHandle
+
+Level = Literal["exact", "strong", "useful", "weak", "none"]
+
+#: Least agreement of each level, and what to expect of such a graft. Chance-corrected, so a graft that always gives the
+#: teacher's commonest class has 0; docs/results/quality.md shows how agreement ranks the measured gains.
+LEVELS: tuple[tuple[Level, float, str], ...] = (
+    ("exact", 0.995, "computes what the teacher does"),
+    ("strong", 0.8, "expected to keep most of the teacher's skill as it is"),
+    ("useful", 0.5, "expected to be well above a fresh module; some labelled examples will still help"),
+    ("weak", 0.15, "a better start than a fresh module, of little use without fine-tuning"),
+    ("none", -1.0, "expected to be no better than a fresh module"),
+)
+
+
+class Agreement(BaseModel):
+    """Agreement with the teacher on held-out text.
+
+    Attributes:
+        agreement: for classes Cohen's kappa of the student's and the teacher's decisions (1: always the same; 0: no
+            better than chance). For modules without a head the share of the teacher's mapped shift of the last hidden
+            state that the student's shift reproduces, 1 - squared error / squared shift.
+        divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
+            distribution, nats. Without a head 1 - agreement.
+        answers: words, samples or tokens compared.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    agreement: float
+    divergence: float
+    answers: int
+
+
+class Verdict(BaseModel):
+    """What to expect of a graft, from its agreement with the teacher alone.
+
+    Attributes:
+        level, text: the conclusion in a word and in a sentence.
+        measured: the agreement of the graft as written; None where no text was given to measure on.
+        moved: of the modules and head as moved by the maps, nothing fitted; None where not measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    level: Level | None
+    text: str
+    measured: Agreement | None = None
+    moved: Agreement | None = None
+
+
+def judge(measured: Agreement | None, moved: Agreement | None = None) -> Verdict:
+    """The verdict on a graft."""
+    if measured is None:
+        return Verdict(level=None, text="not measured: give --text to compare the graft with its teacher")
+    level, _, text = next(entry for entry in LEVELS if measured.agreement >= entry[1] or entry[0] == "none")
+    return Verdict(level=level, text=text, measured=measured, moved=moved)
+
+
+def compare(given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None) -> Agreement:
+    """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``hidden``: [n, d_s])."""
+    if kind == "hidden":
+        assert shift is not None
+        error = float((given - targets).double().square().sum() / shift.double().square().sum().clamp_min(1e-30))
+        return Agreement(agreement=1 - error, divergence=error, answers=len(targets))
+    student = given.double().log_softmax(-1)
+    teacher = targets.double()
+    divergence = float((teacher.exp() * (teacher - student)).sum(-1).mean())
+    chosen, wanted = student.argmax(-1), teacher.argmax(-1)
+    classes = targets.shape[1]
+    same = float((chosen == wanted).double().mean())
+    shares = [torch.bincount(side, minlength=classes).double() / len(targets) for side in (chosen, wanted)]
+    chance = float(shares[0] @ shares[1])
+    kappa = (same - chance) / (1 - chance) if chance < 1 else float(same == 1)
+    return Agreement(agreement=kappa, divergence=max(0.0, divergence), answers=len(targets))
+
+
+def measure(live: LiveModule, student: ModelHandle, held_out: Predictions) -> Agreement:
+    """Agreement of a live graft with the teacher on held-out text."""
+    given, order = [], []
+    live.model.eval()
+    with torch.inference_mode():
+        for rows in batches([len(row["input_ids"]) for row in held_out.inputs]):
+            given.append(answers(live, student, held_out, rows).float().cpu())
+            order.extend(rows)
+    targets = torch.cat([held_out.targets[row] for row in order])
+    shift = torch.cat([held_out.shift[row] for row in order]) if held_out.shift else None
+    return compare(torch.cat(given), targets, held_out.kind, shift)

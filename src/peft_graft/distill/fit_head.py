@@ -1,0 +1,136 @@
+"""Fitting a head to the teacher's predictions instead of its weights.
+
+A head mapped weight by weight inherits every error of the map and of the moved modules. Fitting it to what the teacher
+says about a text, through the student's own features, is a small convex problem (logistic regression on soft
+targets; with an inner layer it is convex no more, and starts from the mapped layer), and uses no label.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_graft.alignment.activations import pad
+from peft_graft.checkpoints.attach import LiveModule
+from peft_graft.distill.targets import Predictions, batches
+from peft_graft.models.loading import ModelHandle
+from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
+from peft_graft.modules.base import Head
+
+#: Weight penalties to choose from, on standardised features.
+PENALTIES = (1e-4, 1e-3, 1e-2)
+_STEPS = 60
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
+
+
+def features(live: LiveModule, student: ModelHandle, predictions: Predictions, reads: str) -> tuple[Tensor, Tensor]:
+    """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes]."""
+    read: list[Tensor] = []
+    targets: list[Tensor] = []
+    live.model.eval()
+    held: list[Tensor] = []
+    hook = _pooler(live).register_forward_hook(lambda *call: held.append(call[2])) if reads == POOLED_OUT else None
+    with torch.inference_mode():
+        for rows in batches([len(row["input_ids"]) for row in predictions.inputs]):
+            batch = pad(student, [predictions.inputs[row] for row in rows], live.device)
+            state = live.forward(batch)[1]
+            if reads == POOLED_OUT:
+                read.append(held.pop().float().cpu())
+            elif reads == FIRST_OUT:
+                read.append(state[:, 0].float().cpu())
+            elif reads == LAST_OUT:
+                last = batch["attention_mask"].sum(1) - 1
+                read.append(state[torch.arange(len(state), device=state.device), last].float().cpu())
+            else:
+                for index, row in enumerate(rows):
+                    columns = [start for start, _ in predictions.spans[row]]
+                    read.append(state[index, columns].float().cpu())
+            targets.extend(predictions.targets[row] for row in rows)
+    if hook:
+        hook.remove()
+    return torch.cat(read).clone(), torch.cat(targets)
+
+
+def _pooler(live: LiveModule) -> torch.nn.Module:
+    pooler = live.base.pooler
+    assert isinstance(pooler, torch.nn.Module)
+    return pooler
+
+
+def can_fit(head: Head) -> bool:
+    """Whether the head's form can be fitted: its activation is one of the known ones."""
+    return not head.has_inner_layer or head.activation in _ACTIVATIONS
+
+
+def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str, float]]:
+    """The head that gives the targets best from what it reads, by mean cross entropy.
+
+    The weight penalty is the one that suits the last fifth of the rows best when fitted to the others; the head is then
+    fitted to all. An inner layer is held near where it starts.
+
+    Args:
+        head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities.
+
+    Returns:
+        The head, and what to report: ``penalty``, and ``divergence`` (nats) on the last fifth.
+    """
+    mean, deviation = read.mean(0), read.std(0).clamp_min(1e-6)
+    known = (read - mean) / deviation
+    cut = max(1, len(read) * 4 // 5)
+    probabilities = targets.exp()
+    entropy = -float((probabilities[cut:] * targets[cut:]).sum(-1).mean())
+    scores = {}
+    for penalty in PENALTIES:
+        fitted = _solve(head, known[:cut], probabilities[:cut], mean, deviation, penalty)
+        scores[penalty] = _cross_entropy(_logits(fitted, known[cut:], head), probabilities[cut:]) - entropy
+    best = min(scores, key=scores.__getitem__)
+    fitted = {k: v.double() for k, v in _solve(head, known, probabilities, mean, deviation, best).items()}
+    # Back from standardised features: w (x - mean) / deviation + b.
+    first = "dense" if head.has_inner_layer else "out"
+    weight = fitted[f"{first}.weight"] / deviation.double()
+    fitted[f"{first}.bias"] = fitted[f"{first}.bias"] - weight @ mean.double()
+    fitted[f"{first}.weight"] = weight
+    values = {name: fitted[name].to(tensor.values.dtype) for name, tensor in head.tensors.items()}
+    return head.with_values(values), {"penalty": best, "divergence": float(scores[best])}
+
+
+def _solve(
+    head: Head, known: Tensor, probabilities: Tensor, mean: Tensor, deviation: Tensor, penalty: float
+) -> dict[str, Tensor]:
+    start = {name: tensor.values.detach().float().cpu() for name, tensor in head.tensors.items()}
+    for layer in ("dense", "out") if head.has_inner_layer else ("out",):
+        start.setdefault(f"{layer}.bias", torch.zeros(len(start[f"{layer}.weight"])))
+    if head.has_inner_layer:
+        start["dense.bias"] = start["dense.bias"] + start["dense.weight"] @ mean
+        start["dense.weight"] = start["dense.weight"] * deviation
+        origin = start["dense.weight"].clone()
+    start["out.weight"], start["out.bias"] = torch.zeros_like(start["out.weight"]), probabilities.mean(0).log()
+    values = {name: value.clone().requires_grad_() for name, value in start.items()}
+    optimizer = torch.optim.LBFGS(list(values.values()), max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = _cross_entropy_tensor(_logits(values, known, head), probabilities)
+        total = total + penalty * values["out.weight"].square().sum()
+        if head.has_inner_layer:
+            total = total + penalty * (values["dense.weight"] - origin).square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _logits(values: dict[str, Tensor], known: Tensor, head: Head) -> Tensor:
+    if head.has_inner_layer:
+        assert head.activation is not None
+        known = _ACTIVATIONS[head.activation](known @ values["dense.weight"].T + values["dense.bias"])
+    return known @ values["out.weight"].T + values["out.bias"]
+
+
+def _cross_entropy_tensor(logits: Tensor, probabilities: Tensor) -> Tensor:
+    return -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def _cross_entropy(logits: Tensor, probabilities: Tensor) -> float:
+    return float(_cross_entropy_tensor(logits, probabilities))

@@ -1,0 +1,192 @@
+"""Functional grafting: modules fitted so that the student's layers move as the teacher's do under its module.
+
+A map takes a weight from one space to another and hopes that its function follows. Here the function is what is fitted.
+For every site, over paired tokens of a text, with the module on (') and off:
+
+    target_i = W (y_t'(i) - y_t(i)) - (y_s'(i) - y_s(i))        W: ridge regression of y_s on y_t
+    B A      = argmin over rank r of sum |target_i - B A x_s'(i)|^2
+
+y is the site's output and x its input; the second term is what the layers below, grafted already, have moved at this
+site. An update has no constant part, so nothing is centred. The minimiser is the truncated singular value decomposition
+of the full ridge regression in the metric of the inputs (reduced-rank regression, Izenman 1975). Layers are fitted from
+the first to the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peft_graft.alignment.activations import Capture, pad, tokenize
+from peft_graft.alignment.methods import choose_penalty, ridge_solution
+from peft_graft.alignment.text import Sample
+from peft_graft.checkpoints.attach import LiveModule
+from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.distill.targets import Encoded, batches, word_places
+from peft_graft.errors import AlignmentError
+from peft_graft.models.loading import ModelHandle
+from peft_graft.models.spaces import Site, Space
+from peft_graft.models.spec import VOCABULARY_ROLES
+from peft_graft.modules.base import LoraModule, Module
+from peft_graft.options import Progress
+from peft_graft.planning.plan import SitePlan, TransferPlan
+
+#: Samples that the modules are fitted on.
+SAMPLES = 500
+#: Activations held at a time; layers are fitted in groups that stay below.
+_MOST_BYTES = 2 << 30
+
+Places = Sequence[Sequence[tuple[int, int]]]
+
+
+def fit_modules(
+    moved: PeftCheckpoint,
+    plan: TransferPlan,
+    teacher: ModelHandle,
+    adapted: LiveModule,
+    student: ModelHandle,
+    live: Callable[[PeftCheckpoint], LiveModule],
+    samples: Sequence[Sample],
+    progress: Progress | None = None,
+) -> dict[Site, Module]:
+    """The student's modules, fitted site by site.
+
+    Args:
+        moved: modules at the student's sites; their ranks and scalings are kept, their values are not used.
+        adapted: the teacher with its module inside. live: puts a checkpoint of the student into a copy of it.
+        samples: unlabelled text; the first ``SAMPLES`` are used.
+
+    Raises:
+        AlignmentError: a module is no LoRA at a linear layer, or the text pairs too few words for the widest space.
+    """
+    roles = student.architecture.row.linears
+    plan = replace(plan, sites=tuple(site for site in plan.sites if site.student.layer >= 0))
+    for place, module in moved.modules.items():
+        if place.role in VOCABULARY_ROLES:  # moved, and active while the others are fitted
+            continue
+        plain = isinstance(module, LoraModule) and module.tensors.keys() == {"A", "B"}
+        if not plain or place.role not in roles or roles[place.role].fused:
+            raise AlignmentError(
+                "functional grafting fits the updates of linear layers", where=str(place),
+                expected="a plain LoRA on a layer of its own",
+                fix="use another --method",
+            )  # fmt: skip
+    chosen = samples[:SAMPLES]
+    (inputs_t, spans_t), (inputs_s, spans_s) = (tokenize(model, chosen, 128) for model in (teacher, student))
+    places = [word_places(*entry) for entry in zip(chosen, spans_t, spans_s, strict=True)]
+    at_t, at_s = [first for first, _ in places], [second for _, second in places]
+    words = sum(map(len, at_t))
+    modules = {site: module if site.layer < 0 else module.idle() for site, module in moved.modules.items()}
+    position = student.architecture.position
+    for group in _groups(plan, teacher, student, words):
+        of_teacher = {_output(teacher, source) for site in group for source in site.teacher}
+        of_student = {_output(student, site.student) for site in group}
+        plain_t, plain_s = (
+            _gather(teacher, inputs_t, at_t, of_teacher),
+            _gather(student, inputs_s, at_s, of_student),
+        )
+        moved_t = _gather(replace(teacher, base=adapted.base), inputs_t, at_t, of_teacher)
+        for layer in sorted({position(site.student) for site in group}):
+            sites = [site for site in group if position(site.student) == layer]
+            spaces = {
+                space for site in sites for space in (_input(student, site.student), _output(student, site.student))
+            }
+            inside = replace(student, base=live(replace(moved, modules=modules)).base)
+            now = _gather(inside, inputs_s, at_s, spaces)
+            for site in sites:
+                writes, module = _output(student, site.student), modules[site.student]
+                assert isinstance(module, LoraModule)
+                shifts = []
+                for source in site.teacher:
+                    space = _output(teacher, source)
+                    mapping = _regression(_centred(plain_t[space]), _centred(plain_s[writes]))
+                    shifts.append((moved_t[space] - plain_t[space]).double() @ mapping.T)
+                target = torch.stack(shifts).mean(0) - (now[writes] - plain_s[writes]).double()
+                modules[site.student] = _fitted(module, now[_input(student, site.student)], target)
+            if progress:
+                progress("fitting layers", layer + 1, student.architecture.num_layers)
+    return modules
+
+
+def _groups(plan: TransferPlan, teacher: ModelHandle, student: ModelHandle, words: int) -> Iterator[list[SitePlan]]:
+    """Sites of consecutive layers whose activations can be held together.
+
+    Raises:
+        AlignmentError: there are fewer words than the widest space has units.
+    """
+    group: list[SitePlan] = []
+    held = 0
+    position = student.architecture.position
+    for layer in sorted({position(site.student) for site in plan.sites}):
+        sites = [site for site in plan.sites if position(site.student) == layer]
+        of_teacher = [teacher.architecture.size(_output(teacher, source)) for site in sites for source in site.teacher]
+        of_student = [
+            student.architecture.size(space(student, site.student)) for site in sites for space in (_input, _output)
+        ]
+        widest = max(of_teacher + of_student)
+        if words < widest:
+            raise AlignmentError(
+                "too few paired words for the dimension", where=f"layer {layer}", expected=f"at least {widest}",
+                found=words, fix="give more text",
+            )  # fmt: skip
+        needed = 4 * words * (2 * sum(of_teacher) + 2 * sum(of_student))
+        if group and held + needed > _MOST_BYTES:
+            yield group
+            group, held = [], 0
+        group, held = group + sites, held + needed
+    yield group
+
+
+def _input(model: ModelHandle, site: Site) -> Space:
+    return Space(site.layer, model.architecture.row.linears[site.role].reads)
+
+
+def _output(model: ModelHandle, site: Site) -> Space:
+    return Space(site.layer, model.architecture.row.linears[site.role].writes)
+
+
+def _gather(model: ModelHandle, inputs: Sequence[Encoded], places: Places, spaces: set[Space]) -> dict[Space, Tensor]:
+    """space -> activations at the places of all samples, [places, d] float32, in the order of the samples."""
+    found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
+    with torch.inference_mode(), Capture(model, spaces) as capture:
+        for rows in batches([len(row["input_ids"]) for row in inputs]):
+            held = capture.forward(pad(model, [inputs[row] for row in rows], model.device))
+            for space, value in held.items():
+                for index, row in enumerate(rows):
+                    found[space][row] = value[index, [start for start, _ in places[row]]].float().cpu()
+    return {space: torch.cat(values) for space, values in found.items()}
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x.double() - x.double().mean(0)
+
+
+def _regression(x: Tensor, y: Tensor) -> Tensor:
+    """The ridge regression of y [n, k] on x [n, d], [k, d], all float64; the last fifth of rows chooses the penalty."""
+    cut = len(x) * 4 // 5
+    moments, crosses = (
+        [part.T @ other / len(part) for part, other in ((x[:cut], z[:cut]), (x[cut:], z[cut:]))] for z in (x, y)
+    )
+    penalty, _ = choose_penalty(
+        moments[0], crosses[0].T, moments[1], crosses[1].T, float(y[cut:].square().sum() / (len(y) - cut))
+    )  # fmt: skip
+    return ridge_solution(x.T @ x, (x.T @ y).T, penalty)
+
+
+def _fitted(module: LoraModule, inputs: Tensor, target: Tensor) -> LoraModule:
+    """The rank-r update that takes the inputs [n, d_in] closest to the target [n, d_out]."""
+    x = inputs.double()
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    root = values.clamp_min(1e-9).sqrt()
+    u, s, v = torch.linalg.svd(_regression(x, target) @ vectors * root, full_matrices=False)
+    width = min(module.width, len(s))
+    a, b = (torch.zeros_like(module.tensors[name].values, dtype=torch.float64) for name in ("A", "B"))
+    a[:width] = s[:width].sqrt()[:, None] * v[:width] / root @ vectors.T
+    b[:, :width] = u[:, :width] * s[:width].sqrt() / module.scaling
+    dtype = module.tensors["A"].values.dtype
+    fitted = module.with_values({"A": a.to(dtype), "B": b.to(dtype)})
+    assert isinstance(fitted, LoraModule)
+    return fitted

@@ -1,0 +1,79 @@
+"""Where a polish should begin to read: the directions in which the student's own gradient wants its modules to act.
+
+A module that begins with B = 0 learns B alone at first, and through the directions that A reads. Taken at random, most
+of them are useless. The first right singular vectors of the gradient of the distillation loss with respect to the
+update B A are the best ones for the first step (LoRA-GA, Wang et al. 2024, arXiv 2407.05000, for labelled fine-tuning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_graft.checkpoints.attach import LiveModule
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.distill.targets import Predictions, answers, batches, distillation_loss
+from peft_graft.models.loading import ModelHandle
+
+_BATCHES = 16
+_OVERSAMPLING, _POWER_ITERATIONS = 8, 4
+
+
+def reading_the_gradient(live: LiveModule, student: ModelHandle, lessons: Predictions) -> RawCheckpoint:
+    """The live checkpoint with modules that read the directions that the gradient points out.
+
+    LoRA: A [r, d_in] has the first r right singular vectors of the gradient as rows. Bottleneck adapters: the same for
+    the down projection [b, d]. All else stays.
+
+    Args:
+        live: with trainable, idle modules; their gradient is taken without dropout.
+    """
+    sums: dict[str, Tensor] = {}
+    hooks = [live.module_at(path).register_forward_hook(_gather(sums, path)) for path in live.raw.entries]
+    live.model.eval()
+    try:
+        lengths = [len(row["input_ids"]) for row in lessons.inputs]
+        for number, rows in enumerate(batches(lengths, seed=0)):
+            if number == _BATCHES:
+                break
+            distillation_loss(answers(live, student, lessons, rows).float(), lessons, rows).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        live.model.zero_grad()
+    # Nothing is known of an expert that no token was sent to.
+    entries = {
+        path: _reading(values, sums[path]) if path in sums else values for path, values in live.raw.entries.items()
+    }
+    return replace(live.raw, entries=entries)
+
+
+def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    """A forward hook that adds up g x^T, [d_out, d_in], over the tokens, g the loss's gradient at the output."""
+
+    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        read = inputs[0].detach().flatten(0, -2).float()
+
+        def add(gradient: Tensor) -> None:
+            found = gradient.flatten(0, -2).float().T @ read
+            sums[path] = sums[path] + found if path in sums else found
+
+        (output[0] if isinstance(output, tuple) else output).register_hook(add)
+
+    return hook
+
+
+def _reading(values: Mapping[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+    name = "A" if "A" in values else "down.weight"
+    width = len(values[name])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wanted = min(*gradient.shape, width + _OVERSAMPLING)
+        directions = torch.svd_lowrank(gradient.cpu(), wanted, niter=_POWER_ITERATIONS)[2].T[:width]
+    found = torch.zeros_like(values[name])
+    found[: len(directions)] = directions.to(found.dtype)
+    return {**values, name: found}

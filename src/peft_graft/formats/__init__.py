@@ -1,1 +1,0 @@
-"""Checkpoint formats: one file each, reading to and writing from ``RawCheckpoint``."""

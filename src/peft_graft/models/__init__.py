@@ -1,0 +1,1 @@
+"""What a module attaches to: families of models, their architecture, and how they are loaded."""

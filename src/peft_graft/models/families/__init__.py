@@ -1,0 +1,1 @@
+"""The table of model families, a file for each group of relatives."""

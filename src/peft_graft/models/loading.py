@@ -1,0 +1,308 @@
+"""Teachers and students: loaded with transformers, described without loading their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from peft_graft.errors import ModelError
+from peft_graft.models.architecture import Architecture, describe, heads_of
+from peft_graft.models.devices import (
+    AUTO_DEVICE,
+    BaseTensors,
+    check_device,
+    device_of,
+    is_quantised,
+    is_spread,
+    keep_trainable,
+)
+from peft_graft.models.spec import LM_HEAD_ROLE
+from peft_graft.models.task_models import blank_model, prefix_of, quiet_libraries, take_parts
+from peft_graft.models.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass
+class ModelHandle:
+    """A base model ready for forward passes, with what is known about it.
+
+    Attributes:
+        name: as the user gave it. base: the bare model, in evaluation mode.
+        architecture: its layers, roles and sizes. tokenizer: a fast one, None when no text is needed.
+        missing: base tensors that the checkpoint lacked and that transformers initialised at random.
+        output: [V, d], the output layer's weight, where the model was given as a language model.
+    """
+
+    name: str
+    base: PreTrainedModel
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase | None = None
+    missing: frozenset[str] = field(default_factory=frozenset)
+    output: Tensor | None = field(default=None, repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See ``fingerprint``; taken once."""
+        return fingerprint(self.base)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where its inputs belong."""
+        return device_of(self.base)
+
+    def base_tensors(self, *, output: bool = False) -> Mapping[str, Tensor]:
+        """The base model's tensors by path, without those that were initialised at random.
+
+        Args:
+            output: also the output layer's weight, by its path in a language model; loaded when it is first asked for.
+
+        Raises:
+            ModelError: there is no language model of this name to take it from.
+        """
+        path = self.architecture.vocabulary.get(LM_HEAD_ROLE)
+        if output and path:
+            if self.output is None:
+                self.output = self._output_weight()
+            return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
+        return BaseTensors(self.base, self.missing, {})
+
+    def _output_weight(self) -> Tensor:
+        if getattr(self.base.config, "tie_word_embeddings", False):
+            weight = _word_embeddings(self.base)
+        else:
+            with _loading(self.name, "output layer of"):
+                model = transformers.AutoModelForCausalLM.from_pretrained(self.name, dtype=self.base.dtype)
+            weight = model.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """The model that a module was trained on, and the one that receives it."""
+
+    teacher: ModelHandle
+    student: ModelHandle
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the teacher and of the student."""
+        return self.teacher.fingerprint, self.student.fingerprint
+
+
+def load_config(name: str, role: str = "model") -> PretrainedConfig:
+    """A model's configuration, by folder or hub id.
+
+    Raises:
+        ModelError: nothing of that name can be reached.
+    """
+    with _loading(name, role):
+        return transformers.AutoConfig.from_pretrained(name)
+
+
+def describe_config(config: PretrainedConfig) -> Architecture:
+    """The architecture of a model from its configuration alone, no weights loaded."""
+    base = blank_model(config, Task.BASE)
+    return describe(base, config.model_type, prefix_of(base))
+
+
+def head_counts(config: PretrainedConfig) -> tuple[int, int]:
+    """Query heads and key-value heads, (0, 0) for a model whose configuration says neither."""
+    return heads_of(config)[:2] if getattr(config, "num_attention_heads", None) else (0, 0)
+
+
+def load_model(
+    name: str, *, device: str = "cpu", dtype: str = "float32", role: str = "model", tokenizer: bool = False
+) -> ModelHandle:
+    """Load a base model in evaluation mode.
+
+    Args:
+        name: folder or hub id. device: torch name, or ``auto`` for accelerate's choice for every layer.
+        dtype: of weights and forward passes, one of ``DTYPES``; of what is not quantised in a quantised model.
+        role: ``teacher`` or ``student``, for messages. tokenizer: whether to load its tokenizer too.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be reached or read.
+        DeviceError: no such device.
+        ArchitectureError: its architecture is unknown.
+    """
+    place = check_device(device)
+    with _loading(name, role):
+        base, missing = _load_base(name, DTYPES[dtype], place)
+    if not is_quantised(base) and not is_spread(base):
+        base = base.to(device_of(base) if place is None else place)
+    keep_trainable(base)
+    base = base.eval()
+    architecture = describe(base, base.config.model_type, prefix_of(base))
+    own = load_tokenizer(name, role) if tokenizer else None
+    return ModelHandle(name, base, architecture, own, missing)
+
+
+def _load_base(name: str, dtype: torch.dtype, place: torch.device | None) -> tuple[PreTrainedModel, frozenset[str]]:
+    """A bare model, and the names of its tensors that are not in the checkpoint.
+
+    Args:
+        place: where it goes, None for accelerate's choice.
+
+    Raises:
+        ModelError: most of them are not.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if place is None:
+        options["device_map"] = AUTO_DEVICE
+    elif hasattr(transformers.AutoConfig.from_pretrained(name), "quantization_config"):
+        options["device_map"] = {"": place}  # cannot be moved once it is loaded
+    base, info = transformers.AutoModel.from_pretrained(name, **options)
+    missing = frozenset(info["missing_keys"])
+    if 2 * len(missing) <= len(base.state_dict()):
+        return base, missing
+    # Some bare classes do not find themselves in a task model's file (Gemma 3 in transformers 4); its own class does.
+    for saved in base.config.architectures or ():
+        whole = getattr(transformers, saved, None)
+        if whole is None or whole is type(base):
+            continue
+        model, info = whole.from_pretrained(name, **options)
+        prefix = f"{prefix_of(model)}."
+        missing = frozenset(key.removeprefix(prefix) for key in info["missing_keys"] if key.startswith(prefix))
+        inside = getattr(model, prefix.rstrip("."), None)
+        if inside is not None and type(inside) is type(base) and 2 * len(missing) <= len(base.state_dict()):
+            return inside, missing
+    raise ModelError(
+        "most of the model's weights are not in its checkpoint",
+        where=name,
+        expected=f"tensors like {next(iter(sorted(base.state_dict())))}",
+        fix="save it with save_pretrained of a model class that holds it",
+    )
+
+
+def load_tokenizer(name: str, role: str = "model") -> PreTrainedTokenizerBase:
+    """A model's fast tokenizer (character offsets are what pairs tokens).
+
+    Raises:
+        ModelError: there is none.
+    """
+    with _loading(name, f"{role}'s tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+    return check_tokenizer(tokenizer, name, role)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, role: str) -> PreTrainedTokenizerBase:
+    """Refuse slow tokenizers.
+
+    Raises:
+        ModelError: the tokenizer gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "a slow tokenizer gives no character offsets, so tokens cannot be paired",
+            where=f"{role} {name}",
+            fix="save its fast version (tokenizer.json) beside the model",
+        )
+    return tokenizer
+
+
+def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> ModelHandle:
+    """Describe a live model: a bare model or a task model of transformers, without a module attached.
+
+    Raises:
+        ModelError: not a model of transformers, or one with a module inside.
+        ArchitectureError: its architecture is unknown.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ModelError(
+            "not a model of transformers",
+            found=type(model).__name__,
+            fix="give the base model itself; for a peft model that is model.unload()",
+        )
+    base = getattr(model, prefix_of(model), model)
+    if base is model and Task.of_class(type(model).__name__) is not Task.BASE:  # T5's hold the stacks themselves
+        base = blank_model(model.config, Task.BASE)
+        take_parts(base, model, [name for name, _ in base.named_children()])
+    if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
+        raise ModelError(
+            "the model has a module inside, which would be part of the statistics",
+            where=name or type(model).__name__,
+            fix="load the base model anew, without its module",
+        )
+    keep_trainable(base)
+    architecture = describe(base, base.config.model_type, prefix_of(base))
+    output = model.get_output_embeddings() if Task.of_class(type(model).__name__) is Task.CAUSAL_LM else None
+    return ModelHandle(
+        name or base.config.name_or_path or type(base).__name__, base.eval(), architecture, tokenizer,
+        output=output.weight.detach() if output is not None else None,
+    )  # fmt: skip
+
+
+def fingerprint(base: nn.Module) -> str:
+    """SHA-256 over the names, shapes and a strided sample of 256 values of every parameter, in float32.
+
+    It tells models apart in time independent of their size, and does not change with the file they came from.
+    """
+    digest = hashlib.sha256()
+    stored = BaseTensors(base, frozenset(), {})
+    for name, value in sorted(base.named_parameters()):
+        if name.startswith("pooler."):  # task models may lack it
+            continue
+        flat = (stored[name] if value.is_meta else value.detach()).flatten()
+        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 4096) -> float | None:
+    """Mean cosine between the two models' word embeddings, row by row; None where their shapes differ.
+
+    Near 1 for a model and one made from it (distilled, pruned, tuned further), near 0 for unrelated ones.
+    """
+    first, second = (_word_embeddings(model) for model in (teacher, student))
+    if first.shape != second.shape:
+        return None
+    step = max(1, len(first) // rows)
+    return float(
+        nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean()
+    )
+
+
+def _word_embeddings(model: nn.Module) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if not weight.is_meta:
+        return weight.detach()
+    name = next(name for name, value in model.named_parameters() if value is weight)
+    return BaseTensors(model, frozenset(), {})[name]
+
+
+@contextmanager
+def _loading(name: str, role: str) -> Iterator[None]:
+    try:
+        with quiet_libraries():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the {role} cannot be loaded ({reason})",
+            where=name,
+            fix=f"give a folder, or a hub id that can be reached from here{_near(name)}",
+        ) from error
+
+
+def _near(name: str) -> str:
+    return "" if Path(name).exists() else f"; there is no folder {name}"

@@ -1,0 +1,186 @@
+"""Task models of transformers: blank ones, and ones around a base model that is there already."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peft_graft.errors import ModelError
+from peft_graft.models.devices import device_of, is_quantised, is_spread
+from peft_graft.models.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def blank_model(config: PretrainedConfig, task: Task) -> PreTrainedModel:
+    """A model of this configuration without weights, on torch's meta device."""
+    # Transformers 5 fills no weights there; 4 goes through every one of them, which takes a third of a transfer between
+    # small models.
+    unfilled = getattr(transformers.modeling_utils, "no_init_weights", None)
+    with torch.device("meta"), warnings.catch_warnings(), unfilled() if unfilled else nullcontext():
+        warnings.simplefilter("ignore")
+        model: PreTrainedModel = _auto_class(task, config).from_config(config)
+    if unfilled:
+        model.tie_weights()  # which 4 does after filling them
+    return model
+
+
+def with_task_head(
+    base: PreTrainedModel, task: Task, labels: tuple[str, ...] = (), num_labels: int | None = None
+) -> PreTrainedModel:
+    """A task model around a copy of this base model, where that is, its head filled with zeros in float32.
+
+    It is what a checkpoint is loaded into to see whether it loads, or to be trained; the model itself is not touched.
+    The copy shares the values of the model's matrices, but for a float16 one, which becomes float32.
+    """
+    config = copy.deepcopy(base.config)
+    set_labels(config, labels, num_labels)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
+    device = device_of(base)
+    base = _copied(base)
+    if base.dtype == torch.float16 and not is_quantised(base) and not is_spread(base):
+        base = base.float()
+    model = blank_model(config, task)
+    if type(model) is type(base):
+        return base
+    prefix = prefix_of(model)
+    inside = getattr(model, prefix, model)
+    if getattr(inside, "pooler", None) is None and hasattr(base, "pooler"):
+        base.pooler = None  # task classes that need no pooler are built without
+    if isinstance(base, type(inside)):
+        setattr(model, prefix, base)
+    else:
+        take_parts(inside, base, [name for name, _ in base.named_children()])
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.zeros(parameter.shape, device=device)))
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(
+                name.rpartition(".")[2], torch.zeros(buffer.shape, device=device)
+            )
+    return model.eval()
+
+
+def take_parts(target: PreTrainedModel, source: PreTrainedModel, names: Iterable[str]) -> None:
+    """Put parts of one model, such as its stacks, in the place of another's of the same names.
+
+    Raises:
+        ModelError: one of the two lacks a part.
+    """
+    for name in names:
+        for model in (target, source):
+            if not hasattr(model, name):
+                raise ModelError(
+                    f"a {type(model).__name__} has no {name}, which belongs to the base model",
+                    where=model.config.model_type,
+                    fix="use a task model that holds the whole base model",
+                )
+        setattr(target, name, getattr(source, name))
+
+
+def _copied(base: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares the values of its matrices, which no module changes in place.
+
+    What libraries train of a base model's own they copy first, but for vectors (biases, norms); those are copied here.
+    """
+    shared: dict[int, Any] = {id(value): _twin(value) for value in base.parameters() if value.ndim > 1}
+    for module in base.modules():  # what accelerate has offloaded
+        stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        shared |= {id(stored): stored} if stored is not None else {}
+    return copy.deepcopy(base, shared)
+
+
+def _twin(value: nn.Parameter) -> nn.Parameter:
+    """Another parameter of the same values, with all else that one of bitsandbytes holds."""
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return value  # one of torchao is only a shell around its values, which nothing changes
+    twin = torch.Tensor._make_subclass(type(value), value.data, value.requires_grad and not value.is_inference())
+    twin.__dict__.update(value.__dict__)
+    return twin
+
+
+def complete(config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All inputs of a model that reads this text; an encoder-decoder's decoder reads the same text as its encoder.
+
+    Not shifted by a start token, so that one pairing of tokens serves both stacks.
+    """
+    found = dict(inputs)
+    if getattr(config, "is_encoder_decoder", False):
+        found |= {f"decoder_{name}": found[name] for name in ("input_ids", "attention_mask") if name in found}
+    return found
+
+
+def set_labels(config: PretrainedConfig, labels: tuple[str, ...] = (), num_labels: int | None = None) -> None:
+    """Write label names, or at least their number, into a configuration."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    elif num_labels is not None:
+        config.num_labels = num_labels
+
+
+def fresh_head(config: PretrainedConfig, task: Task, num_labels: int | None, seed: int = 0) -> dict[str, Tensor]:
+    """An untrained head of the task model, by path: normal with the model's own deviation, zero biases."""
+    config = copy.deepcopy(config)
+    set_labels(config, (), num_labels)
+    model = blank_model(config, task)
+    generator = torch.Generator().manual_seed(seed)
+    deviation = float(getattr(config, "initializer_range", 0.02))
+    return {
+        name: torch.zeros(parameter.shape)
+        if parameter.ndim == 1
+        else deviation * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(f"{prefix_of(model)}.")
+    }
+
+
+def own_labels(config: PretrainedConfig) -> tuple[str, ...]:
+    """Label names that a configuration declares itself, empty where it has transformers' placeholders only."""
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
+    return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
+
+
+def prefix_of(model: PreTrainedModel) -> str:
+    """The attribute under which task models of this kind keep their base model."""
+    declared = str(model.base_model_prefix)
+    # Gemma 3's text models declare another one, or none, for the sake of the model that also sees.
+    return declared if declared and (hasattr(model, declared) or not hasattr(model, "model")) else "model"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence what transformers and adapters say about heads that are random until a checkpoint fills them.
+
+    Also transformers 5's bars for loading weights, which would end up in logs; our own progress says as much.
+    """
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    other = logging.getLogger("adapters")
+    level = other.level
+    other.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        other.setLevel(level)
+
+
+def _auto_class(task: Task, config: PretrainedConfig) -> Any:
+    classes = [getattr(transformers, name) for name in task.auto_classes]
+    return next((auto for auto in classes if type(config) in auto._model_mapping), classes[0])

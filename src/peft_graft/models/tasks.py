@@ -1,0 +1,69 @@
+"""What a model is for: the tasks that modules are trained on, by every name that libraries have for them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Task(StrEnum):
+    """A task, as transformers names its pipelines.
+
+    ``BASE`` is the bare model, and ``PREDICTION_HEADS`` is the bare model under the heads of the library adapters.
+    """
+
+    BASE = "base"
+    PREDICTION_HEADS = "prediction-heads"
+    TOKEN_CLASSIFICATION = "token-classification"
+    SEQUENCE_CLASSIFICATION = "sequence-classification"
+    CAUSAL_LM = "causal-lm"
+    QUESTION_ANSWERING = "question-answering"
+    SEQ2SEQ_LM = "seq2seq-lm"
+    IMAGE_CLASSIFICATION = "image-classification"
+
+    @property
+    def auto_classes(self) -> tuple[str, ...]:
+        """Names of transformers' auto classes, in the order in which they are tried."""
+        return _AUTO_CLASSES[self]
+
+    @property
+    def peft_type(self) -> str | None:
+        """The ``task_type`` of peft's configurations, None where peft has none."""
+        return next((name for name, task in _PEFT_TYPES.items() if task is self), None)
+
+    @staticmethod
+    def of_peft(task_type: str | None) -> Task | None:
+        """The task of a ``task_type`` of peft, None for one that says nothing about the model's class."""
+        return _PEFT_TYPES.get(task_type or "")
+
+    @staticmethod
+    def of_class(name: str) -> Task:
+        """The task that a model class of transformers or adapters is for, ``BASE`` for a bare model."""
+        return next((task for ending, task in _CLASS_ENDINGS.items() if name.endswith(ending)), Task.BASE)
+
+
+_AUTO_CLASSES = {
+    Task.BASE: ("AutoModel",),
+    Task.PREDICTION_HEADS: ("AutoModel",),
+    Task.TOKEN_CLASSIFICATION: ("AutoModelForTokenClassification",),
+    Task.SEQUENCE_CLASSIFICATION: ("AutoModelForSequenceClassification",),
+    Task.CAUSAL_LM: ("AutoModelForCausalLM",),
+    Task.QUESTION_ANSWERING: ("AutoModelForQuestionAnswering",),
+    Task.SEQ2SEQ_LM: ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    Task.IMAGE_CLASSIFICATION: ("AutoModelForImageClassification",),
+}
+_PEFT_TYPES = {
+    "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
+    "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
+    "CAUSAL_LM": Task.CAUSAL_LM,
+    "QUESTION_ANS": Task.QUESTION_ANSWERING,
+    "SEQ_2_SEQ_LM": Task.SEQ2SEQ_LM,
+}
+_CLASS_ENDINGS = {
+    "ForTokenClassification": Task.TOKEN_CLASSIFICATION,
+    "ForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
+    "ForCausalLM": Task.CAUSAL_LM,
+    "ForQuestionAnswering": Task.QUESTION_ANSWERING,
+    "ForConditionalGeneration": Task.SEQ2SEQ_LM,
+    "ForImageClassification": Task.IMAGE_CLASSIFICATION,
+    "AdapterModel": Task.PREDICTION_HEADS,
+}

@@ -1,0 +1,1 @@
+"""What was trained: a file for each kind of module."""

@@ -1,0 +1,1 @@
+"""What goes where, decided and checked before any forward pass."""

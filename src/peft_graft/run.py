@@ -1,0 +1,63 @@
+"""One run of a verb: who watches it, how long its stages take, and where interrupted work leaves its state."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger("peft_graft")
+#: Interrupted work leaves its state beside the output, under the output's name with this ending.
+UNFINISHED = ".unfinished"
+
+
+class Callback:
+    """Watches a run; override what you need. Whatever a callback raises ends the run.
+
+    An exception of a callback, such as ``KeyboardInterrupt``, is a way to stop: work that can be resumed keeps its state.
+    """
+
+    def on_stage_begin(self, stage: str) -> None:
+        """A stage (``loading models``, ``polishing``, ...) begins; some begin several times."""
+
+    def on_progress(self, stage: str, done: int, total: int | None) -> None:
+        """So much of a stage is done; ``total`` is None while it is not known."""
+
+    def on_stage_end(self, stage: str, seconds: float) -> None:
+        """A stage ends after so many seconds."""
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        callbacks: told of every stage and its progress.
+        work: a folder for what an interrupted run can go on from; None keeps nothing.
+        seconds: time of every stage so far.
+    """
+
+    callbacks: Sequence[Callback] = ()
+    work: Path | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; one that is entered again adds to its time."""
+        for callback in self.callbacks:
+            callback.on_stage_begin(name)
+        start = time.perf_counter()
+        yield
+        taken = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
+        logger.info("%s took %.1f s", name, taken)
+        for callback in self.callbacks:
+            callback.on_stage_end(name, taken)
+
+    def progress(self, stage: str, done: int, total: int | None = None) -> None:
+        """Tell the callbacks how far a stage is."""
+        for callback in self.callbacks:
+            callback.on_progress(stage, done, total)

@@ -1,0 +1,1 @@
+"""Training and scoring around a transfer: studies, their tables, the demo."""

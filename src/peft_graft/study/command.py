@@ -1,0 +1,104 @@
+"""``peft-graft study``: from the file to the tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peft_graft.errors import StudyError
+from peft_graft.files import read_json
+from peft_graft.options import Progress
+from peft_graft.study.cells import Cell, cells_of
+from peft_graft.study.runner import Here, OnRay, Outcome, estimate, result_path, run_study
+from peft_graft.study.spec import Study, paper_study, read_study
+from peft_graft.study.tables import ResultTable, finished, grid_of, write_tables
+
+PAPER = ("matching", "incompatible")
+
+
+def study(
+    file: Path | None,
+    *,
+    paper: str | None = None,
+    out: Path | None = None,
+    changes: Sequence[str] = (),
+    ray: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    only: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    console: Console,
+) -> int:
+    """Run a study and print its tables; the number of cells that failed or could not be tried.
+
+    Raises:
+        StudyError: not exactly one of ``file`` and ``paper``, or a study that cannot be.
+    """
+    if (file is None) == (paper is None) or (paper is not None and paper not in PAPER):
+        raise StudyError("give a study file, or --paper matching or --paper incompatible", found=paper)
+    declared = read_study(file if file is not None else paper_study(str(paper)), changes)
+    folder = out or Path("out") / declared.name
+    cells = cells_of(declared, only)
+    if dry_run:
+        _show_plan(cells, folder, console)
+        return 0
+    executor = OnRay(folder, ray, cpus, gpus) if ray else Here(folder, progress)
+    outcome = run_study(declared, folder, executor, only=only, progress=progress)
+    tables = write_tables(finished(cells_of(declared).values(), folder), folder / "tables")
+    show_tables(tables, console)
+    _show_outcome(outcome, declared, folder, console)
+    return len(outcome.failed) + len(outcome.blocked)
+
+
+def _show_plan(cells: Mapping[str, Cell], out: Path, console: Console) -> None:
+    for name in cells:
+        console.print(
+            ("done    " if result_path(out, name).exists() else "to do   ") + name, soft_wrap=True, markup=False
+        )
+    left, seconds = estimate(cells, out)
+    console.print(f"{len(cells)} cells, {len(cells) - sum(left.values())} done")
+    for kind, count in left.items():
+        console.print(f"  {count:5} {kind}")
+    if not left:
+        return
+    if seconds is None:
+        console.print("no estimate yet: it goes by finished cells of every kind")
+    else:
+        console.print(f"about {seconds / 3600:.1f} hours, one cell after another")
+
+
+def show_tables(tables: Sequence[ResultTable], console: Console) -> None:
+    """Print tables, a column for every language, or a row where the terminal is too narrow for that."""
+    for found in tables:
+        header, lines = grid_of(found)
+        grid = [header, *lines]
+        table = _table(found.title, grid)
+        if console.measure(table, options=console.options.update_width(10_000)).maximum > console.width:
+            table = _table(found.title, list(zip(*grid, strict=True)))
+        console.print(table)
+
+
+def _table(title: str, grid: Sequence[Sequence[str]]) -> Table:
+    table = Table(*map(escape, grid[0]), title=escape(title))
+    for line in grid[1:]:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def _show_outcome(outcome: Outcome, declared: Study, out: Path, console: Console) -> None:
+    for name in outcome.failed:
+        error = read_json(out / "failures" / f"{name}.json")["error"]
+        console.print(f"[red]failed[/]  {name}: ", end="")
+        console.print(error, markup=False, soft_wrap=True)
+    for name in outcome.blocked:
+        console.print(f"[yellow]blocked[/] {name}: what it needs has failed", soft_wrap=True)
+    console.print(
+        f"{declared.name}: {len(outcome.done)} cells done, {len(outcome.failed)} failed, "
+        f"{len(outcome.blocked)} blocked; tables and curves in {out / 'tables'}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,245 @@
+"""What a study file says: models, tasks, modules and the grids that combine them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from peft_graft.alignment.methods import METHODS
+from peft_graft.errors import StudyError
+from peft_graft.models.tasks import Task
+from peft_graft.options import MAX_TOKENS, HeadChoice
+from peft_graft.study.comparison import Library
+from peft_graft.study.tasks import METRICS, Metric
+from peft_graft.study.training import TrainingSettings
+
+#: The student's own untrained module, the baseline of every comparison.
+FRESH = "fresh"
+Budget = int | Literal["all"]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskSpec(_Spec):
+    """A labelled task and where its examples are.
+
+    Attributes:
+        kind: ``token-classification``: columns ``tokens`` and ``ner_tags``, IOB2 tags by name or number;
+            ``sequence-classification``: one column of text or two, and ``label``.
+        train, validation, test: a file (parquet, jsonl, csv, tsv), beginning with ``.``, ``/`` or ``~``, relative to
+            the study file, or a data set of the hub, ``owner/name``, ``owner/name:config`` or
+            ``owner/name:config:split``; ``{language}`` stands for the language. Without ``validation`` its examples are
+            taken from the end of the shuffled training examples.
+        columns, label: names of the columns, where they are not the usual ones.
+        labels: names of numbered labels, where the data set has none.
+        languages: where the task is to be had.
+        train_examples, validation_examples, test_examples: how many to use at most; the first after shuffling, and of
+            the test set the first as they come.
+        metric: entity F1 of tokens; of sequences accuracy, unless ``macro F1`` is asked for.
+    """
+
+    kind: Literal[Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION]
+    train: str
+    validation: str | None = None
+    test: str
+    columns: tuple[str, ...] = ()
+    label: str | None = None
+    labels: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ("en",)
+    train_examples: int | None = None
+    validation_examples: int = 500
+    test_examples: int | None = None
+    metric: Metric
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_metric(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("kind") in METRICS:
+            value = {"metric": METRICS[value["kind"]][0], **value}
+        return value
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> TaskSpec:
+        if self.metric not in METRICS[self.kind]:
+            raise ValueError(f"{self.kind} is not scored by {self.metric}, but by {' or '.join(METRICS[self.kind])}")
+        return self
+
+
+class ModuleSpec(_Spec):
+    """A kind of module: the library that trains it and its configuration (``comparison.new_module``)."""
+
+    library: Library = "peft"
+    config: dict[str, Any] | str | None = None
+
+
+class Training(_Spec):
+    """How modules are trained: the teacher's, and every student's, whatever it starts from.
+
+    Attributes:
+        fitted_rate: a start that was polished takes this share of the student's learning rate.
+        distillation: weight of the teacher's answers in a start that goes on distilling.
+    """
+
+    teacher: TrainingSettings = TrainingSettings()
+    student: TrainingSettings = TrainingSettings()
+    fitted_rate: float = 0.1
+    distillation: float = 0.5
+
+
+class Grid(_Spec):
+    """Every combination of its lists is a comparison; ``Study.defaults`` fills in what a grid leaves out.
+
+    Attributes:
+        teacher, student: short names of models. modules, tasks: short names. languages: of the tasks, all when empty.
+        layers, methods, heads, polish, distil: what grafts are made of, see ``transfer``; method ``default`` is
+            ``transfer``'s own choice, and takes the layers and head that it would. ``distil``: whether the fine-tuning
+            goes on learning from the teacher too.
+        budgets: labelled training examples, or ``all``; students are scored before and after they learn from them.
+        seeds: of the labels drawn, of what is initialised and of the order of training.
+    """
+
+    teacher: str
+    student: str
+    modules: tuple[str, ...]
+    tasks: tuple[str, ...]
+    languages: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ("skip",)
+    methods: tuple[str, ...] = ("default",)
+    heads: tuple[HeadChoice, ...] = ("auto",)
+    polish: tuple[int | Literal["default"], ...] = ("default",)
+    distil: tuple[bool, ...] = (False,)
+    budgets: tuple[Budget, ...] = ("all",)
+    seeds: tuple[int, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> Grid:
+        unknown = [name for name in self.methods if name != "default" and name not in METHODS]
+        if unknown:
+            raise ValueError(f"unknown method {', '.join(unknown)}; known are default, {', '.join(METHODS)}")
+        return self
+
+
+class Study(_Spec):
+    """One study file.
+
+    Attributes:
+        name: of the study. models: short name -> folder (written like the files of tasks) or hub id.
+        tasks, modules: by short name.
+        device, dtype: of everything that is run. max_tokens: that alignments see.
+    """
+
+    name: str
+    models: dict[str, str]
+    tasks: dict[str, TaskSpec]
+    modules: dict[str, ModuleSpec]
+    training: Training = Training()
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    grid: tuple[Grid, ...]
+    max_tokens: int = MAX_TOKENS
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("grid"), list | tuple):
+            defaults = value.get("defaults", {})
+            value = {
+                **value,
+                "grid": [{**defaults, **grid} if isinstance(grid, dict) else grid for grid in value["grid"]],
+            }
+        return value
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Study:
+        for number, grid in enumerate(self.grid):
+            for what, names, known in (
+                ("model", (grid.teacher, grid.student), self.models),
+                ("module", grid.modules, self.modules),
+                ("task", grid.tasks, self.tasks),
+            ):
+                unknown = [name for name in names if name not in known]
+                if unknown:
+                    raise ValueError(
+                        f"grid {number}: unknown {what} {', '.join(unknown)}; named are {', '.join(known)}"
+                    )
+            for task in grid.tasks:
+                missing = set(grid.languages) - set(self.tasks[task].languages)
+                if missing == set(grid.languages) and missing:
+                    raise ValueError(f"grid {number}: {task} has none of the languages {', '.join(grid.languages)}")
+        return self
+
+
+def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
+    """A study file, its local paths made absolute.
+
+    Args:
+        changes: ``key=value`` with a dotted key, such as ``models.E5=~/models/e5`` or ``training.student.epochs=3``;
+            the value as TOML, or a plain string. So a study of hub models runs where there are only local copies.
+
+    Raises:
+        StudyError: the file cannot be read, or says something that a study cannot.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StudyError(f"the study file cannot be read ({error})", where=str(path)) from error
+    for change in changes:
+        _change(content, change)
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise StudyError(f"{place}: {first['msg']}", where=str(path), fix="see docs/studies.md") from error
+    folder = path.resolve().parent
+    tasks = {
+        name: task.model_copy(
+            update={
+                key: _located(value, folder) for key in ("train", "validation", "test") if (value := getattr(task, key))
+            }
+        )
+        for name, task in study.tasks.items()
+    }
+    models = {name: _located(value, folder) for name, value in study.models.items()}
+    return study.model_copy(update={"models": models, "tasks": tasks})
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    *tables, last = key.strip().split(".")
+    if not equals or not last:
+        raise StudyError("cannot be understood", where=f"--set {change}", expected="KEY=VALUE")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table: Any = content
+    for name in tables:
+        if isinstance(table, list):
+            index = int(name) if name.isdigit() else len(table)
+            table = table[index] if index < len(table) else None
+        else:
+            table = table.setdefault(name, {})
+        if not isinstance(table, dict | list):
+            raise StudyError("names no table of the study", where=f"--set {change}", found=name)
+    table[int(last) if isinstance(table, list) else last] = value
+
+
+def paper_study(name: str) -> Path:
+    """The file of one of the paper's two grids, ``matching`` or ``incompatible``."""
+    return Path(str(files("peft_graft.study") / "paper" / f"{name}.toml"))
+
+
+def _located(value: str, folder: Path) -> str:
+    """A local path made absolute; the name of a model or data set of the hub stays."""
+    if value.startswith((".", "/", "~")):
+        return str((folder / Path(value).expanduser()).resolve())
+    return value

@@ -1,0 +1,117 @@
+"""Labelled tasks: what an example is, how it becomes a model's input, and how predictions are scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from peft_graft.alignment.text import Sample
+from peft_graft.models.tasks import Task
+from peft_graft.study import ner
+from peft_graft.study.ner import TaggedSentence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 128
+Metric = Literal["entity F1", "accuracy", "macro F1"]
+#: How tasks of a kind can be scored; the first where nothing is said.
+METRICS: dict[str, tuple[Metric, ...]] = {
+    Task.TOKEN_CLASSIFICATION: ("entity F1",),
+    Task.SEQUENCE_CLASSIFICATION: ("accuracy", "macro F1"),
+}
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Two sentences and the label of what holds between them; or one sentence and its label."""
+
+    first: str
+    second: str | None
+    label: str
+
+
+Example = TaggedSentence | LabelledPair
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task with its label names.
+
+    Attributes:
+        name: as in files and tables. labels: class names, in the order of the model's outputs.
+        kind: ``token-classification`` or ``sequence-classification``.
+        metric: how it is scored, one of ``METRICS``.
+    """
+
+    name: str
+    kind: Task
+    labels: tuple[str, ...]
+    metric: Metric
+
+    @property
+    def peft_type(self) -> str:
+        """The task type of peft's configurations."""
+        return str(self.kind.peft_type)
+
+    def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """Model inputs with labels, not padded."""
+        if self.kind == Task.TOKEN_CLASSIFICATION:
+            tagged = [example for example in examples if isinstance(example, TaggedSentence)]
+            return ner.encode(tagged, tokenizer, self.labels, MAX_LENGTH)
+        rows = []
+        for example in examples:
+            assert isinstance(example, LabelledPair)
+            texts = (example.first,) if example.second is None else (example.first, example.second)
+            encoding = tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)
+            rows.append({**{key: encoding[key] for key in encoding}, "labels": self.labels.index(example.label)})
+        return rows
+
+    def score(self, logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
+        """Entity F1 of logits [n, length, labels]; accuracy, or mean F1 over the classes, of logits [n, labels]."""
+        if self.kind == Task.TOKEN_CLASSIFICATION:
+            return ner.entity_f1(logits, targets, self.labels)
+        if self.metric == "macro F1":
+            return _macro_f1(logits.argmax(-1), targets, len(self.labels))
+        return float((logits.argmax(-1) == targets).mean())
+
+    def majority_score(self, test: Sequence[Example]) -> float:
+        """The score of always giving the most frequent class: 0 for entities."""
+        if self.kind == Task.TOKEN_CLASSIFICATION:
+            return 0.0
+        targets = np.array([self.labels.index(example.label) for example in test if isinstance(example, LabelledPair)])
+        commonest = np.eye(len(self.labels))[[Counter(targets.tolist()).most_common(1)[0][0]] * len(targets)]
+        return self.score(commonest, targets)
+
+
+def _macro_f1(predicted: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], classes: int) -> float:
+    """The mean of the classes' F1; a class that is neither given nor right counts 0."""
+    scores = []
+    for index in range(classes):
+        right = int(((predicted == index) & (targets == index)).sum())
+        counted = int((predicted == index).sum() + (targets == index).sum())
+        scores.append(2 * right / counted if counted else 0.0)
+    return float(np.mean(scores))
+
+
+def sample_of(example: Example) -> Sample:
+    """The example's text without its label."""
+    if isinstance(example, TaggedSentence):
+        return Sample(" ".join(example.tokens))
+    return Sample(example.first, example.second)
+
+
+def ner_task(examples: Sequence[TaggedSentence]) -> StudyTask:
+    """The task of tagged sentences, its labels those in use."""
+    return StudyTask("ner", Task.TOKEN_CLASSIFICATION, ner.tag_names(examples), "entity F1")
+
+
+def pair_task(name: str, examples: Sequence[LabelledPair]) -> StudyTask:
+    """The task of labelled sentence pairs, its labels in alphabetical order."""
+    return StudyTask(
+        name, Task.SEQUENCE_CLASSIFICATION, tuple(sorted({example.label for example in examples})), "accuracy"
+    )
