@@ -18,7 +18,7 @@ from peft_graft.alignment.layout import Wanted
 from peft_graft.alignment.text import read_text
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.errors import DependencyError, GraftError, PlanError
-from peft_graft.models.loading import ModelHandle, load_model
+from peft_graft.models.loading import Loading, ModelHandle, load_model
 from peft_graft.options import Progress
 
 
@@ -158,7 +158,7 @@ def _part(
 ) -> tuple[dict[str, Tensor], PairingCounts]:
     """One part on a worker."""
     teacher, student = (
-        load_model(name, device=device, dtype=plan.dtype, role=role, tokenizer=True)
+        load_model(name, Loading(device=device, dtype=plan.dtype), role=role, tokenizer=True)
         for name, device, role in (
             (plan.teacher, plan.device, "teacher"),
             (plan.student, plan.student_device, "student"),

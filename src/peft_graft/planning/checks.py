@@ -30,7 +30,7 @@ def preflight(
     raw: RawCheckpoint, teacher: str, student: str, settings: TransferSettings, has_alignment: bool, has_text: bool
 ) -> None:
     """Plan on configurations alone, so that what cannot work fails before weights are loaded."""
-    config_t, config_s = load_config(teacher, "teacher"), load_config(student, "student")
+    config_t, config_s = load_config(teacher, role="teacher"), load_config(student, role="student")
     shape_t, shape_s = describe_config(config_t), describe_config(config_s)
     blank = dict(blank_model(config_t, Task.BASE).state_dict())
     raw = with_teacher_labels(raw, config_t)
