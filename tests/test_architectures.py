@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from peft_graft.models.families.table import ROWS
 from torch import nn
 
 import test_families
@@ -12,8 +13,7 @@ import tiny
 from peft_graft.alignment.activations import Capture
 from peft_graft.errors import ArchitectureError
 from peft_graft.models.architecture import describe, infer_row
-from peft_graft.models.families.table import ROWS
-from peft_graft.models.loading import describe_config, handle
+from peft_graft.models.loading import describe_config, wrap_model
 from peft_graft.models.spaces import Site, Space
 from peft_graft.models.spec import LINEAR_ROLES
 
@@ -34,7 +34,7 @@ def test_every_row_fits_its_models(family: str) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_spaces_are_the_tensors_they_claim_to_be(family: str) -> None:
     """layer.out of one layer is attn.in and layer.in of the next, and the last one the last hidden state."""
-    model = handle(tiny.lively(transformers.AutoModel.from_config(tiny.config(family, layers=3))))
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(tiny.config(family, layers=3))))
     spaces = [Space(layer, name) for layer in range(3) for name in
               ("attn.in", "layer.in", "layer.out", "ffn.in", "attn.stream", "ffn.mid")]  # fmt: skip
     ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def test_spaces_are_the_tensors_they_claim_to_be(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_the_stream_of_layers_that_norm_what_they_read(family: str) -> None:
-    model = handle(tiny.lively(transformers.AutoModel.from_config(test_families.CONFIGS[family])))
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(test_families.CONFIGS[family])))
     names = ("layer.in", "attn.output.out", "attn.stream", "ffn.down.out", "layer.out")
     ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), Capture(model, [Space(at, name) for at in range(2) for name in names]) as capture:
@@ -66,7 +66,7 @@ def test_the_stream_of_layers_that_norm_what_they_read(family: str) -> None:
 
 
 def test_hooks_are_removed_after_a_capture() -> None:
-    model = handle(transformers.AutoModel.from_config(tiny.config()))
+    model = wrap_model(transformers.AutoModel.from_config(tiny.config()))
     with Capture(model, [Space(0, "attn.in"), Space(1, "ffn.up.out")]):
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.base.modules())

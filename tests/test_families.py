@@ -16,7 +16,7 @@ import tiny
 from peft_graft.alignment.activations import Capture
 from peft_graft.checkpoints.resolve import read_checkpoint, resolve, to_raw
 from peft_graft.errors import ModelError
-from peft_graft.models.loading import describe_config, handle, load_model
+from peft_graft.models.loading import describe_config, load_model, wrap_model
 from peft_graft.models.spaces import Site, Space
 
 COMMON = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
@@ -130,7 +130,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_parts_of_projections_are_the_tensors_that_attention_uses(family: str) -> None:
     """Keys and values as they end up in the cache, before rotary embedding where there is one: values are exact."""
-    model = handle(tiny.lively(transformers.AutoModel.from_config(CONFIGS[family])))
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(CONFIGS[family])))
     assert not model.architecture.inferred
     spaces = [Space(0, f"attn.{part}.out") for part in ("query", "key", "value")] + [Space(1, "ffn.mid")]
     with torch.inference_mode(), Capture(model, spaces) as capture:

@@ -19,7 +19,7 @@ from peft_graft.alignment.activations import Capture
 from peft_graft.checkpoints.resolve import read_checkpoint
 from peft_graft.errors import GraftError, PlanError
 from peft_graft.files import read_json
-from peft_graft.models.loading import describe_config, handle
+from peft_graft.models.loading import describe_config, wrap_model
 from peft_graft.models.spaces import Site, Space
 from peft_graft.models.task_models import complete
 from peft_graft.planning.plan import plan_alignment
@@ -92,7 +92,7 @@ def options(text: Path, **changes) -> dict:
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_an_encoder_decoders_spaces_are_the_tensors_they_claim_to_be(family: str) -> None:
-    model = handle(tiny.lively(transformers.AutoModel.from_config(CONFIGS[family])))
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(CONFIGS[family])))
     architecture = model.architecture
     assert not architecture.inferred
     assert dict(architecture.depths) == {"encoder": 2, "decoder": 3}
@@ -544,7 +544,7 @@ def test_a_mixtures_module_returns_from_its_own_model_as_it_was(family: str, tmp
 
 @needs_transformers4
 def test_an_expert_is_seen_on_every_token() -> None:
-    model = handle(tiny.lively(transformers.AutoModel.from_config(MIXTURES["mixtral"])))
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(MIXTURES["mixtral"])))
     names = ("ffn.in", "ffn.router.out", "expert.3.ffn.up.out", "expert.3.ffn.mid", "expert.3.ffn.down.out")
     ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), Capture(model, [Space(1, name) for name in names]) as capture:

@@ -32,7 +32,7 @@ from peft_graft.environment import hardware, versions
 from peft_graft.errors import AlignmentError, PairingError, PlanError
 from peft_graft.files import check_output
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import ModelHandle, check_tokenizer, describe_config, load_config, load_model
+from peft_graft.models.loading import Loading, ModelHandle, check_tokenizer, describe_config, load_config, load_model
 from peft_graft.models.spaces import TOKENS_OUT
 from peft_graft.modules.base import Module
 from peft_graft.options import MAX_TOKENS, UNFINISHED, Progress
@@ -90,7 +90,8 @@ def align(
     if out is not None:
         check_output(Path(out), force=force)
     shapes = [
-        describe_config(load_config(str(name), role)) for name, role in ((teacher, "teacher"), (student, "student"))
+        describe_config(load_config(str(name), role=role))
+        for name, role in ((teacher, "teacher"), (student, "student"))
     ]
     pairs = plan_alignment(shapes[0], shapes[1], layers=layers, roles=sites)
     directions = directions_of_roles(shapes[0], sites)
@@ -101,8 +102,9 @@ def align(
     clock = Clock(progress)
     shard = this_process()
     with clock("loading models"):
-        first = load_model(str(teacher), device=device, dtype=dtype, role="teacher", tokenizer=True)
-        second = load_model(str(student), device=student_device or device, dtype=dtype, role="student", tokenizer=True)
+        first = load_model(str(teacher), Loading(device=device, dtype=dtype), role="teacher", tokenizer=True)
+        own = Loading(device=student_device or device, dtype=dtype)
+        second = load_model(str(student), own, role="student", tokenizer=True)
     if expert_pairs(shapes[0], shapes[1], layers):
         start = list(islice(samples, SAMPLES))
         experts = match_experts(first, second, start, layers)

@@ -158,7 +158,7 @@ def _resolved(
     try:
         if not teacher:
             return None, None, "the module's configuration names no base model; name it with --teacher"
-        config = load_config(teacher, "teacher")
+        config = load_config(teacher, role="teacher")
         base = _Blank.of(config)
         if raw.kind == "weights":
             raw = stand_in(folder, raw, config)
@@ -191,7 +191,7 @@ def _unknown(module: Module) -> bool:
 
 def _plan_for(checkpoint: PeftCheckpoint, teacher: _Blank, student: str, layers: str) -> StudentSummary:
     try:
-        own = _Blank.of(load_config(student, "student"))
+        own = _Blank.of(load_config(student, role="student"))
         architecture = own.architecture
         known = StudentSummary(name=student, model_type=architecture.model_type, num_layers=architecture.num_layers)
     except GraftError as error:

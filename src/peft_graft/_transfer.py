@@ -42,7 +42,15 @@ from peft_graft.environment import hardware, versions
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
 from peft_graft.files import check_output
 from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
-from peft_graft.models.loading import ModelHandle, embedding_similarity, handle, load_config, load_model, load_tokenizer
+from peft_graft.models.loading import (
+    Loading,
+    ModelHandle,
+    embedding_similarity,
+    load_config,
+    load_model,
+    load_tokenizer,
+    wrap_model,
+)
 from peft_graft.models.spaces import VOCABULARY, Space
 from peft_graft.models.spec import expert_of
 from peft_graft.modules.vocabulary import Vocabularies
@@ -136,7 +144,7 @@ def transfer(
         )
     given = load_alignment(Path(alignment)) if isinstance(alignment, str | Path) else alignment
     converting = raw.kind == "weights"
-    planned_raw = stand_in(folder, raw, load_config(teacher_name, "teacher")) if converting else raw
+    planned_raw = stand_in(folder, raw, load_config(teacher_name, role="teacher")) if converting else raw
     preflight(planned_raw, teacher_name, str(student), settings, given is not None, text is not None)
     samples = read_text(text, columns, seed) if text is not None else None
     if samples is not None:
@@ -144,9 +152,11 @@ def transfer(
     clock = Clock(progress)
     with clock("loading models"):
         needs_tokens = text is not None or raw.trains_tokens
-        teacher_model = load_model(teacher_name, device=device, dtype=dtype, role="teacher", tokenizer=needs_tokens)
+        teacher_model = load_model(
+            teacher_name, Loading(device=device, dtype=dtype), role="teacher", tokenizer=needs_tokens
+        )
         student_model = load_model(
-            str(student), device=student_device or device, dtype=dtype, role="student", tokenizer=needs_tokens
+            str(student), Loading(device=student_device or device, dtype=dtype), role="student", tokenizer=needs_tokens
         )
     if converting:
         with clock("converting to LoRA"):
@@ -165,7 +175,7 @@ def transfer(
         alignment_name=str(alignment) if isinstance(alignment, str | Path) else None,
         work=Path(f"{out}{UNFINISHED}") if out is not None else None,
         cache=AlignmentCache.of(cache_folder(cache), text, columns, seed),
-        tokens=load_tokenizer(str(folder), "module") if own_tokens else None,
+        tokens=load_tokenizer(str(folder), role="module") if own_tokens else None,
     )
     if out is None:
         return graft
@@ -212,8 +222,8 @@ def transfer_checkpoint(
     settings = checked_settings(layers, method, head, max_tokens, seed, device, dtype, polish, sites, library)
     return _transfer(
         checkpoint,
-        handle(teacher, teacher_tokenizer, ""),
-        handle(student, student_tokenizer, ""),
+        wrap_model(teacher, teacher_tokenizer),
+        wrap_model(student, student_tokenizer),
         settings,
         as_samples(text) if text is not None else None,
         alignment,

@@ -16,9 +16,9 @@ from peft_graft.checkpoints.formats import peft_format
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import CheckpointError
 from peft_graft.files import read_json, read_tensors, write_json, write_tensors
-from peft_graft.models.architecture import linear_shape
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.sizes import linear_shape
 from peft_graft.models.task_models import blank_model, quiet_libraries, with_task_head
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from peft_graft.checkpoints.raw import PREFIX
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import head_counts
+from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import blank_model
 from peft_graft.models.tasks import Task

@@ -1,11 +1,23 @@
-"""What rows of the table of families are written with."""
+"""Shorthand for rows of the table of families: linear layers, adapter points, the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
-from peft_graft.models.spec import LINEAR_ROLES, SPACES_OF_ROLE, AdapterPoint, Fused, LinearRole, Tap
+from peft_graft.models.spec import (
+    LINEAR_ROLES,
+    SPACES_OF_ROLE,
+    AdapterPoint,
+    ArchitectureRow,
+    Fused,
+    HeadForm,
+    LinearRole,
+    Stack,
+    Tap,
+)
+from peft_graft.models.tasks import Task
 
 
 def linears(*fused: tuple[str, Fused], **paths: str) -> dict[str, LinearRole]:
@@ -39,12 +51,34 @@ def pre_norm(first: str, second: str) -> dict[str, Tap]:
     return {"layer.in": Tap(first, "input"), "attn.stream": Tap(second, "input"), "layer.out": Tap("", "output")}
 
 
-#: The linear layers of BART's layers, and of many after it.
-BART_LAYER = linears(
-    attn_query="self_attn.q_proj",
-    attn_key="self_attn.k_proj",
-    attn_value="self_attn.v_proj",
-    attn_output="self_attn.out_proj",
-    ffn_up="fc1",
-    ffn_down="fc2",
-)
+def crossing(taps: Mapping[str, Tap], cross: Tap) -> dict[str, Tap]:
+    """The stream of decoder layers that also attend to an encoder, after which the feed-forward block sees it."""
+    return {**taps, "attn.stream": cross, "cross.stream": taps["attn.stream"]}
+
+
+def crossing_points(attention: str, cross: str, output: str) -> dict[str, AdapterPoint]:
+    """AdapterHub's bottleneck adapters in such layers."""
+    points = adapter_points(attention, output)
+    return {
+        **points,
+        "cross.adapter": AdapterPoint(cross, "cross.output.out", "cross.stream", "attn.stream"),
+        "ffn.adapter": replace(points["ffn.adapter"], parallel="cross.stream"),
+    }
+
+
+def decoder_row(
+    *model_types: str,
+    layers: str,
+    linears: Mapping[str, LinearRole],
+    heads: Mapping[Task, HeadForm] = MappingProxyType({}),
+    lm_head: str = "lm_head",
+    taps: Mapping[str, Tap] = MappingProxyType({}),
+    adapters: Mapping[str, AdapterPoint] = MappingProxyType({}),
+) -> ArchitectureRow:
+    """A row of one stack of decoder layers."""
+    stack = Stack(layers, dict(linears), taps=dict(taps), adapters=dict(adapters), kind="decoder")
+    return ArchitectureRow(model_types, (stack,), heads=dict(heads), lm_head=lm_head)
+
+
+#: Where AdapterHub puts bottleneck adapters in the layers of most models.
+LAYER_ADAPTERS = adapter_points("attention_adapters.adapters", "output_adapters.adapters")
