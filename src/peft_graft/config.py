@@ -73,6 +73,10 @@ class _Config(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise PlanError("there is no such option", where=option_name(name),
                                 expected=", ".join(cls.model_fields)) from None  # fmt: skip
+            if first["type"] == "greater_than_equal":
+                least = first["ctx"]["ge"]
+                raise PlanError("must be positive" if least else "must not be negative", where=option_name(name),
+                                found=first["input"]) from None  # fmt: skip
             choices = first.get("ctx", {}).get("expected")
             if choices:
                 message, expected = "unknown choice", str(choices).replace("'", "").replace(" or ", ", ")
@@ -156,7 +160,9 @@ class GraftConfig(PairConfig):
             is text, else 0.
     """
 
-    method: Annotated[str, Option(_HOW)] = Field(AUTO, description="")
+    method: Annotated[str, Option(_HOW)] = Field(
+        AUTO, description="auto takes whichever graft agrees best with the teacher."
+    )
     head: Annotated[HeadChoice, Option(_WHAT)] = Field(
         "auto",
         description="The classification head saved with the module: carry it through the maps, fit it to the teacher's "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -85,6 +86,18 @@ class Loading:
 DEFAULT_LOADING = Loading()
 
 
+class ModelRecord(BaseModel):
+    """What a report says about a teacher or student: name, family, depth, and fingerprint of its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    inferred_architecture: bool
+    fingerprint: str | None = None
+
+
 @dataclass
 class ModelHandle:
     """A base model ready for forward passes, with what is known about it.
@@ -130,6 +143,18 @@ class ModelHandle:
                 self.output = self._output_weight()
             return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
         return BaseTensors(self.base, self.missing, {})
+
+    @property
+    def record(self) -> ModelRecord:
+        """The model for a report."""
+        return ModelRecord(
+            name=self.name,
+            model_type=self.architecture.model_type,
+            num_layers=self.architecture.num_layers,
+            hidden_size=self.architecture.hidden_size,
+            inferred_architecture=self.architecture.inferred,
+            fingerprint=self.fingerprint,
+        )
 
     @property
     def is_blank(self) -> bool:
@@ -327,8 +352,8 @@ def wrap_model(
     architecture = describe(base, base.config.model_type, prefix_of(base))
     output = model.get_output_embeddings() if Task.of_class(type(model).__name__) is Task.CAUSAL_LM else None
     name = name or base.config.name_or_path or type(base).__name__
-    if tokenizer is None and find_tokenizer:
-        tokenizer = load_tokenizer(name, role=role)
+    if tokenizer is None and find_tokenizer and base.config.name_or_path:
+        tokenizer = load_tokenizer(base.config.name_or_path, role=role)
     found = ModelHandle(name, base.eval(), architecture, tokenizer)
     found.output = output.weight.detach() if output is not None else None
     return found

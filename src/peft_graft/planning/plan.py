@@ -76,14 +76,14 @@ class Plan:
 
         Args:
             raw: the module as its files say it; values are not looked at.
-            models: described from their configurations (``loading.describe_model``), without weights.
+            models: described from their configurations (``loading.blank_handle``), without weights.
             has_text: None leaves open whether there will be text (``inspect`` without ``--text``).
 
         Raises:
             GraftError: what ``transfer`` refuses: CheckpointError, ModelError, PlanError, HeadError, AlignmentError or
                 TextError, with the place, what was expected, what came, and the fix.
         """
-        module, moved = _resolved(raw, models, config, values=False)
+        module, moved = _resolved(raw, models, config)
         check_head_fit(moved, config)
         check_reading(models, config, has_text=bool(has_text))
         if asks_teacher(config) and has_text is False:
@@ -109,7 +109,7 @@ class Plan:
             GraftError: as for ``make``.
         """
         config, given = self.config, self.given
-        module, moved = _resolved(raw, models, config, values=True)
+        module, moved = _resolved(raw, models, config)
         check_reading(models, config, has_text=bool(self.has_text))
         sites = _sites(moved, models, config, method_of_spaces(config, given))
         similarity = embedding_similarity(models.teacher.base, models.student.base)
@@ -153,12 +153,12 @@ class Plan:
 
 
 def _resolved(
-    raw: RawCheckpoint, models: ModelPair, config: GraftConfig, *, values: bool
+    raw: RawCheckpoint, models: ModelPair, config: GraftConfig
 ) -> tuple[PeftCheckpoint, PeftCheckpoint]:
     """The whole module tied to the teacher's sites, and the part of it that moves."""
     teacher = models.teacher
     raw = with_teacher_labels(raw, teacher.base.config)
-    own = teacher.base_tensors(output=values and raw.trains_output)
+    own = teacher.base_tensors(output=raw.trains_output)
     module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.base.config)

@@ -12,7 +12,7 @@ import torch
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.errors import PlanError
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import head_counts
+from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.modules.base import LoraModule, Module, ScaleModule
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 import peft_graft
 from peft_graft import _align as aligning
 from peft_graft.alignment import cache as caching
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.maps import LinearMap
-from peft_graft.alignment.storage import load_alignment
 from peft_graft.errors import PlanError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -45,7 +45,7 @@ def assert_same(one: Alignment, other: Alignment) -> None:
 @pytest.fixture(scope="module")
 def alone(world) -> Alignment:
     """By the method that needs every kind of moment, and batches held out."""
-    return peft_graft.align(
+    return tiny.align(
         world / "teacher", world / "narrow", text=world / "text.txt", method="ridge", sites=SITES, max_tokens=2500
     )
 
@@ -63,7 +63,7 @@ def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["method"] == alone.method, "one process speaks"
-    assert_same(alone, load_alignment(tmp_path / "a"))
+    assert_same(alone, Alignment.from_pretrained(tmp_path / "a"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -74,7 +74,7 @@ def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, a
     monkeypatch.setattr(aligning, "collect_totals", lambda *a, **k: passes.append(len(a[3])) or whole(*a, **k))
 
     def again() -> Alignment:
-        return peft_graft.align(
+        return tiny.align(
             world / "teacher", world / "narrow", text=world / "text.txt", method=alone.method, sites=SITES,
             max_tokens=2500, out=tmp_path / "a",
         )  # fmt: skip
@@ -123,12 +123,12 @@ def test_parts_on_ray_give_what_one_process_gives_and_a_lost_one_is_done_again(w
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "lost-2").exists()
-    assert_same(alone, load_alignment(tmp_path / "a"))
+    assert_same(alone, Alignment.from_pretrained(tmp_path / "a"))
 
 
 def test_shards_without_ray_are_refused(world) -> None:
     with pytest.raises(PlanError, match="--ray local"):
-        peft_graft.align(world / "teacher", world / "narrow", text=world / "text.txt", shards=2)
+        tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", shards=2)
 
 
 def _forwards(monkeypatch: pytest.MonkeyPatch) -> list[object]:
@@ -151,16 +151,16 @@ def test_a_second_module_of_a_pair_needs_no_pass(world, tmp_path, monkeypatch, m
     monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
     passes = _forwards(monkeypatch)
     options = {"student": world / "narrow", "text": world / "text.txt", "method": method, "polish": 0, "head": "carry"}
-    first = peft_graft.transfer(world / "lora", **options)
-    second = peft_graft.transfer(world / "lora", **options)
+    first = tiny.transfer(world / "lora", **options)
+    second = tiny.transfer(world / "lora", **options)
     assert len(passes) == 1
     assert second.report.pairing == first.report.pairing
     assert second.report.verdict.measured.agreement == pytest.approx(first.report.verdict.measured.agreement, abs=1e-3)
-    peft_graft.transfer(world / "lora", **options, cache=False)
-    peft_graft.transfer(world / "lora", **options, seed=1)
-    peft_graft.transfer(world / "lora", **options, max_tokens=2000)
+    tiny.transfer(world / "lora", **options, cache=False)
+    tiny.transfer(world / "lora", **options, seed=1)
+    tiny.transfer(world / "lora", **options, max_tokens=2000)
     assert len(passes) == 4, "another order, or number of tokens, is another alignment"
-    peft_graft.align(world / "teacher", world / "narrow", text=world / "text.txt", method=method, sites=["attn.query"])
+    tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", method=method, sites=["attn.query"])
     assert len(passes) == 5, "an alignment does not leave out what judges a transfer"
 
 
@@ -169,7 +169,7 @@ def test_alignments_of_other_sites_are_put_together(world, tmp_path, monkeypatch
     passes = _forwards(monkeypatch)
 
     def align(*sites: str) -> Alignment:
-        return peft_graft.align(
+        return tiny.align(
             world / "teacher", world / "narrow", text=world / "text.txt", method="ridge", sites=sites, max_tokens=2000
         )
 
@@ -189,7 +189,7 @@ def test_the_cache_is_bounded_and_may_be_damaged(world, tmp_path, monkeypatch) -
     passes = _forwards(monkeypatch)
 
     def align(seed: int) -> Alignment:
-        return peft_graft.align(
+        return tiny.align(
             world / "teacher", world / "narrow", text=world / "text.txt", sites=SITES, max_tokens=1000, seed=seed
         )
 

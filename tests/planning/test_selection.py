@@ -14,7 +14,7 @@ from peft_graft.models.spaces import Site
 
 
 def moved(folder, student, *sites: str) -> dict[Site, dict[str, torch.Tensor]]:
-    graft = peft_graft.transfer(folder, student=student, method="copy", sites=sites or None)
+    graft = tiny.transfer(folder, student=student, method="copy", sites=sites or None)
     found = graft.checkpoint.modules.items()
     return {site: {name: tensor.values for name, tensor in module.tensors.items()} for site, module in found}
 

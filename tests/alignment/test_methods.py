@@ -12,7 +12,6 @@ from peft_graft.alignment.alignment import Alignment, copy_alignment, solve_alig
 from peft_graft.alignment.maps import LinearMap, Selection
 from peft_graft.alignment.methods import METHODS, assign_by_correlation, regress
 from peft_graft.alignment.moments import PairedStatistics
-from peft_graft.alignment.storage import load_alignment, save_alignment
 from peft_graft.errors import AlignmentError, OutputError
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.modules.base import Head, head_tensors
@@ -88,8 +87,8 @@ def test_an_alignment_survives_its_files(tmp_path) -> None:
         {PAIR: {"mean_correlation": 0.5}},
         {"text": "here"},
     )
-    save_alignment(alignment, tmp_path / "a")
-    loaded = load_alignment(tmp_path / "a")
+    alignment.save_pretrained(tmp_path / "a")
+    loaded = Alignment.from_pretrained(tmp_path / "a")
     assert (loaded.method, loaded.teacher, loaded.student) == ("prune-align", "teacher", "student")
     assert loaded.maps.keys() == alignment.maps.keys()
     for pair, space_map in alignment.maps.items():
@@ -98,7 +97,7 @@ def test_an_alignment_survives_its_files(tmp_path) -> None:
     assert loaded.diagnostics[PAIR] == {"mean_correlation": 0.5}
     assert loaded.details["text"] == "here"
     with pytest.raises(OutputError, match="exists already"):
-        save_alignment(alignment, tmp_path / "a")
+        alignment.save_pretrained(tmp_path / "a")
 
 
 def test_a_missing_pair_says_how_to_get_it() -> None:
@@ -108,7 +107,7 @@ def test_a_missing_pair_says_how_to_get_it() -> None:
 
 def test_a_folder_without_alignment(tmp_path) -> None:
     with pytest.raises(AlignmentError, match="holds no alignment"):
-        load_alignment(tmp_path)
+        Alignment.from_pretrained(tmp_path)
 
 
 def test_methods_are_named_as_their_keys() -> None:
@@ -177,8 +176,8 @@ def test_a_linear_map_survives_the_file_and_refuses_what_scales_single_units(tmp
     teacher, rotation = _rotated_pair()
     found, diagnostics = regress(*_both(teacher, teacher @ rotation.T))
     alignment = Alignment("ridge", "a", "b", {PAIR: found}, {PAIR: diagnostics})
-    save_alignment(alignment, tmp_path / "alignment")
-    again = load_alignment(tmp_path / "alignment").map(PAIR)
+    alignment.save_pretrained(tmp_path / "alignment")
+    again = Alignment.from_pretrained(tmp_path / "alignment").map(PAIR)
     assert isinstance(again, LinearMap)
     torch.testing.assert_close(again.reading.double(), found.reading, atol=1e-6, rtol=1e-5)
     with pytest.raises(AlignmentError, match="scale single units"):
@@ -194,8 +193,8 @@ def test_a_map_of_one_direction_survives_the_file_and_refuses_the_other(tmp_path
     found, diagnostics = regress(fit, held_out)
     assert found.reading is None
     assert "read_explained" not in diagnostics
-    save_alignment(Alignment("ridge", "a", "b", {PAIR: found}, {PAIR: diagnostics}), tmp_path / "alignment")
-    again = load_alignment(tmp_path / "alignment").map(PAIR)
+    Alignment("ridge", "a", "b", {PAIR: found}, {PAIR: diagnostics}).save_pretrained(tmp_path / "alignment")
+    again = Alignment.from_pretrained(tmp_path / "alignment").map(PAIR)
     assert (again.teacher_size, again.student_size) == (12, 12)
     whole, _ = regress(*_both(teacher, teacher @ rotation.T))
     weight = torch.eye(12, dtype=torch.float64)
@@ -224,6 +223,6 @@ def test_layers_solved_in_threads_give_what_they_give_one_by_one() -> None:
 def test_pairs_that_share_a_map_survive_the_file(tmp_path) -> None:
     shared = Selection(torch.tensor([1, 0]), 2)
     other = (Space(0, "layer.out"), Space(0, "layer.out"))
-    save_alignment(Alignment("prune-align", "a", "b", {PAIR: shared, other: shared}), tmp_path / "alignment")
-    loaded = load_alignment(tmp_path / "alignment")
+    Alignment("prune-align", "a", "b", {PAIR: shared, other: shared}).save_pretrained(tmp_path / "alignment")
+    loaded = Alignment.from_pretrained(tmp_path / "alignment")
     assert torch.equal(loaded.map(PAIR).indices, loaded.map(other).indices)
