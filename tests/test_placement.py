@@ -11,7 +11,7 @@ import transformers
 
 import peft_graft
 import tiny
-from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.models.loading import handle, load_model
 from peft_graft.models.task_models import with_task_head
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.alignment.methods import METHODS
     from peft_graft.alignment.storage import load_alignment, save_alignment
-    from peft_graft.checkpoints.resolve import PeftCheckpoint, read_checkpoint
+    from peft_graft.checkpoints.read import read_checkpoint
+    from peft_graft.checkpoints.resolve import PeftCheckpoint
     from peft_graft.errors import GraftError
     from peft_graft.graft import Graft
     from peft_graft.report import GraftReport
@@ -44,7 +45,7 @@ _HOME = {
     "align": "_align",
     "inspect": "_inspect",
     "load_alignment": "alignment.storage",
-    "read_checkpoint": "checkpoints.resolve",
+    "read_checkpoint": "checkpoints.read",
     "save_alignment": "alignment.storage",
     "transfer": "_transfer",
     "transfer_checkpoint": "_transfer",

@@ -15,13 +15,15 @@ from peft_graft.alignment.layout import room_of_a_pass
 from peft_graft.alignment.methods import AUTO, METHODS
 from peft_graft.checkpoints.convert import stand_in
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.checkpoints.resolve import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.errors import GraftError
 from peft_graft.models.architecture import Architecture, describe
 from peft_graft.models.loading import load_config
 from peft_graft.models.task_models import blank_model, prefix_of
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import LoraModule, Module
+from peft_graft.modules.base import Module
+from peft_graft.modules.lora import LoraModule
 from peft_graft.options import MAX_TOKENS
 from peft_graft.planning.plan import TransferPlan, plan_transfer
 
@@ -76,7 +78,7 @@ class Inspection(_Record):
     """What ``inspect`` found."""
 
     module: str
-    format: str
+    module_library: str
     kind: str
     task: str
     base_model: str | None
@@ -113,13 +115,13 @@ def inspect(
     checkpoint, base, problem = _resolved(folder, raw, str(teacher or raw.base_model or ""))
     found = Inspection(
         module=str(module),
-        format=raw.format,
+        module_library=raw.library,
         kind=raw.kind,
         task=raw.task,
         base_model=raw.base_model,
-        parameters=sum(value.numel() for values in raw.entries.values() for value in values.values()),
+        parameters=raw.num_parameters,
         sites=_summaries(checkpoint) if checkpoint else [],
-        paths=sorted(raw.entries),
+        paths=sorted(raw.parts),
         head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
         labels=list(raw.labels or (checkpoint.head.labels if checkpoint and checkpoint.head else ())),
         teacher_problem=problem,
@@ -178,7 +180,7 @@ def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
                 layers=[module.site.layer for module in modules],
                 widths=sorted(Counter(module.width for module in modules)),
                 scalings=sorted(Counter(scalings)),
-                idle_layers=[module.site.layer for module in modules if not _unknown(module) and not module.acts],
+                idle_layers=[module.site.layer for module in modules if not _unknown(module) and not module.is_active],
             )
         )
     return summaries

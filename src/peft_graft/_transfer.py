@@ -18,11 +18,13 @@ from peft_graft.alignment.cache import AlignmentCache, cache_folder
 from peft_graft.alignment.methods import AUTO, METHODS, Method
 from peft_graft.alignment.storage import load_alignment
 from peft_graft.alignment.text import Sample, as_samples, read_text
-from peft_graft.checkpoints.attach import library_of, library_version
+from peft_graft.alignment.vocabulary import Vocabularies
+from peft_graft.checkpoints.attach import library_version
 from peft_graft.checkpoints.convert import as_lora, stand_in
 from peft_graft.checkpoints.library import in_library
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.checkpoints.resolve import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.distill.agreement import judge
 from peft_graft.distill.choose import (
     EXACT,
@@ -45,7 +47,6 @@ from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pai
 from peft_graft.models.loading import ModelHandle, embedding_similarity, handle, load_config, load_model, load_tokenizer
 from peft_graft.models.spaces import VOCABULARY, Space
 from peft_graft.models.spec import expert_of
-from peft_graft.modules.vocabulary import Vocabularies
 from peft_graft.options import MAX_TOKENS, POLISH, UNFINISHED, HeadChoice, Progress
 from peft_graft.planning.checks import (
     check_labels,
@@ -322,7 +323,7 @@ def _transfer(
     report = GraftReport(
         module=module,
         module_files=dict(raw.files),
-        module_format=raw.format,
+        module_library=raw.library,
         module_kind=raw.kind,
         teacher=model_record(teacher),
         student=model_record(student),
@@ -376,7 +377,7 @@ def _can_learn(
         if needed:
             raise no_predictions(settings)
         return False, []
-    library = library_of(checkpoint.raw)
+    library = checkpoint.raw.library
     if library_version(library) is None:
         if needed:
             raise DependencyError(

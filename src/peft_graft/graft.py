@@ -12,20 +12,22 @@ from peft_graft.alignment.alignment import Alignment, Pair
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.methods import Diagnostics, Method, map_axis
 from peft_graft.alignment.tokens import PairingCounts
+from peft_graft.alignment.vocabulary import Vocabularies
+from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.heads import head_form
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.checkpoints.resolve import PeftCheckpoint, to_raw, write_checkpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint, to_raw
 from peft_graft.checkpoints.student_names import StudentNames, student_names
 from peft_graft.checkpoints.verify import verify
+from peft_graft.config import Library
 from peft_graft.files import write_json, written_aside
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
 from peft_graft.models.task_models import fresh_head, set_labels
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Axis, Head, LabelledTensor, Module, average
-from peft_graft.modules.invertible import check_copied
-from peft_graft.modules.vocabulary import Vocabularies
+from peft_graft.modules.base import Axis, LabelledTensor, Module, average
+from peft_graft.modules.head import Head
 from peft_graft.planning.plan import SitePlan, TransferPlan
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.report import (
@@ -82,7 +84,7 @@ class Graft:
         names = written_names(self.student, task)
         with written_aside(out, force=force) as staging:
             write_checkpoint(staging, raw, names)
-            if labels and raw.format == "peft":
+            if labels and raw.library == Library.PEFT:
                 _write_labels(staging, config, labels)
             verification = verify(staging, raw, self.student, labels)
             notes = list(self.report.notes)
@@ -103,7 +105,7 @@ def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed
     an untrained one of as many labels stands in.
     """
     raw = to_raw(checkpoint, student.architecture, student.base_tensors(output=checkpoint.raw.trains_output))
-    if raw.head or raw.format != "peft" or raw.task not in _TASKS_WITH_HEAD:
+    if raw.head or raw.library != Library.PEFT or raw.task not in _TASKS_WITH_HEAD:
         return raw
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
 
@@ -128,7 +130,7 @@ def graft_modules(
         maps: dict[Pair, Diagnostics] = {}
         for source in site.teacher:
             module = checkpoint.modules[source]
-            check_copied(module, method.name)
+            module.check_method(method.name)
             names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
             used = {
                 axis: (space_at(source.layer, name), site.space(source, name))

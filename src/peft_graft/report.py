@@ -105,7 +105,7 @@ class GraftReport(_Record):
     format_version: int = 1
     module: str
     module_files: dict[str, str]
-    module_format: str
+    module_library: str
     module_kind: str
     teacher: ModelRecord
     student: ModelRecord

@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from peft_graft.config import Library
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import check_device
 from peft_graft.models.loading import DTYPES
@@ -45,7 +46,7 @@ class TransferSettings(BaseModel):
     max_tokens: int = MAX_TOKENS
     seed: int = 0
     sites: tuple[str, ...] | None = None
-    library: str | None = None
+    library: Library | None = None
     device: str = "cpu"
     student_device: str | None = None
     dtype: str = "float32"
@@ -94,7 +95,7 @@ def checked_settings(
         max_tokens=max_tokens,
         seed=seed,
         sites=tuple(sites) if sites else None,
-        library=library,
+        library=Library(library) if library else None,
         device=device,
         student_device=student_device,
         dtype=dtype,

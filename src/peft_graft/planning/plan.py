@@ -15,7 +15,6 @@ from peft_graft.models.spaces import EMBEDDED, GLOBAL_SPACES, POOLED_OUT, VOCABU
 from peft_graft.models.spec import EMBED_ROLE, PROMPT_ROLE, Stack, expert_of, moved_space
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Axis, Module
-from peft_graft.modules.invertible import check_embeddings
 from peft_graft.options import HeadChoice
 from peft_graft.planning.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.planning.layers import LayerMap, layer_map, layer_maps
@@ -107,7 +106,7 @@ def plan_transfer(
     stacks = corresponding_stacks(teacher, student)
     _check_roles(checkpoint, stacks, student)
     for module in checkpoint.modules.values():
-        check_embeddings(module, *(model.sizes.get(Space(-1, EMBEDDED), 0) for model in (teacher, student)))
+        module.check_models(teacher, student)
     specs, mappings = layer_maps(layers, stacks), dict[str, LayerMap]()
     sites: list[SitePlan] = []
     notes: list[str] = []
