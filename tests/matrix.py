@@ -26,7 +26,7 @@ import peft_graft
 import tiny
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attach import attach
-from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.verify import probe
 from peft_graft.errors import GraftError
 from peft_graft.models.architecture import Architecture

@@ -16,7 +16,7 @@ import tiny
 from conftest import needs_adapters
 from peft_graft import errors
 from peft_graft.alignment.text import read_text
-from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.errors import (
     AlignmentError,
     ArchitectureError,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import peft_graft
 import tiny
 from peft_graft.alignment.activations import Capture
-from peft_graft.checkpoints.resolve import read_checkpoint, resolve, to_raw
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import resolve, to_raw
 from peft_graft.errors import ModelError
 from peft_graft.models.loading import describe_config, load_model, wrap_model
 from peft_graft.models.spaces import Site, Space
@@ -87,9 +88,7 @@ def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
     assert not describe_config(ENCODERS[family]).inferred
     same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
     assert same.report.verification.done
-    again = read_checkpoint(tmp_path / "same")
-    for path, values in raw.entries.items():
-        assert all(torch.equal(value, again.entries[path][name]) for name, value in values.items())
+    assert raw.parts == read_checkpoint(tmp_path / "same").parts
     options = {"text": text, "method": "prune-align", "max_tokens": 1000, "polish": 0}
     if family != "modernbert":  # BERT has no gate
         there = peft_graft.transfer(tmp_path / "module", student=bert, out=tmp_path / "there", **options)
@@ -151,12 +150,7 @@ def test_a_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Pa
     raw = read_checkpoint(tmp_path / "module")
     graft = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
-    again = read_checkpoint(tmp_path / "graft")
-    assert raw.entries.keys() == again.entries.keys()
-    for path, values in raw.entries.items():
-        for name, value in values.items():
-            assert torch.equal(value, again.entries[path][name]), f"{path} {name}"
-    assert raw.scalings == again.scalings
+    assert raw.parts == read_checkpoint(tmp_path / "graft").parts
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -195,15 +189,15 @@ def test_a_fused_update_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     architecture = describe_config(transformers.AutoConfig.from_pretrained(base))
     checkpoint = resolve(read_checkpoint(tmp_path / "module"), architecture)
     path = "gpt_neox.layers.0.attention.query_key_value"
-    assert to_raw(checkpoint, architecture).entries[path]["A"].shape == (4, 32)
+    assert to_raw(checkpoint, architecture).parts[path].A.shape == (4, 32)
     query = checkpoint.modules[Site(0, "attn.query")]
     changed = query.with_values({"A": query.tensors["A"].values.flip(0), "B": query.tensors["B"].values.flip(1)})
     joined = to_raw(
         type(checkpoint)(checkpoint.raw, {**checkpoint.modules, Site(0, "attn.query"): changed}), architecture
-    ).entries[path]  # fmt: skip
-    assert joined["A"].shape == (8, 32)
-    before = checkpoint.raw.entries[path]
-    torch.testing.assert_close(joined["B"] @ joined["A"], before["B"] @ before["A"], atol=1e-5, rtol=1e-5)
+    ).parts[path]  # fmt: skip
+    assert joined.A.shape == (8, 32)
+    before = checkpoint.raw.parts[path]
+    torch.testing.assert_close(joined.B @ joined.A, before.B @ before.A, atol=1e-5, rtol=1e-5)
 
 
 def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, text: Path) -> None:
@@ -218,9 +212,9 @@ def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, 
         tmp_path / "module", student=gpt2, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "graft"
     )
     raw = read_checkpoint(tmp_path / "graft")
-    factors = raw.entries["transformer.h.0.attn.c_attn"]
-    assert factors["A"].shape == (8, 32)
-    assert not factors["B"][32:64].any(), "nothing was trained on the keys"
+    factors = raw.parts["transformer.h.0.attn.c_attn"]
+    assert factors.A.shape == (8, 32)
+    assert not factors.B[32:64].any(), "nothing was trained on the keys"
     assert raw.config["fan_in_fan_out"] is True
     assert raw.config["r"] == 8
 

@@ -11,8 +11,8 @@ import transformers
 
 import peft_graft
 import tiny
-from peft_graft.checkpoints.resolve import read_checkpoint
-from peft_graft.models.loading import Loading, load_model, wrap_model
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.models.loading import handle, load_model
 from peft_graft.models.task_models import with_task_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:MatMul8bitLt")
@@ -114,8 +114,8 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
 
     models = [placed(role) for role in ("teacher", "student")]
     assert all(model.layers[0].mlp.up_proj.weight.is_meta for model in models)
-    plain = wrap_model(transformers.AutoModel.from_pretrained(shelf / "student")).base_tensors()
-    stored = wrap_model(models[1]).base_tensors()
+    plain = handle(transformers.AutoModel.from_pretrained(shelf / "student")).base_tensors()
+    stored = handle(models[1]).base_tensors()
     assert stored.keys() == plain.keys()
     assert all(torch.equal(stored[name], value) for name, value in plain.items())
     expected = moved([transformers.AutoModel.from_pretrained(shelf / role) for role in ("teacher", "student")])
@@ -136,7 +136,7 @@ def test_accelerate_may_choose_the_devices(shelf, tmp_path) -> None:
 
 
 def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_path) -> None:
-    student = load_model(str(shelf / "student"), Loading(dtype="bfloat16"), tokenizer=True)
+    student = load_model(str(shelf / "student"), dtype="bfloat16", tokenizer=True)
     model = with_task_head(student.base, "causal-lm")
     own = {value.data_ptr() for value in student.base.parameters() if value.ndim > 1}
     assert own <= {value.data_ptr() for value in model.parameters()}

@@ -30,7 +30,8 @@ from peft_graft.alignment.maps import LinearMap, Selection
 from peft_graft.alignment.methods import METHODS, Method, assign_by_correlation, map_axis, regress, rotate
 from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.alignment.text import Sample
-from peft_graft.checkpoints.resolve import read_checkpoint, resolve
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import resolve
 from peft_graft.distill.agreement import measure
 from peft_graft.distill.choose import FIT, HELD_OUT, open_classroom
 from peft_graft.distill.fit_head import features, fit_head
@@ -42,7 +43,8 @@ from peft_graft.files import read_json, write_json
 from peft_graft.graft import graft_head, graft_modules
 from peft_graft.models.loading import load_model
 from peft_graft.models.spaces import Space
-from peft_graft.modules.base import LoraModule, average
+from peft_graft.modules.base import average
+from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.plan import plan_transfer
 from peft_graft.projection import project
 from peft_graft.settings import Clock
@@ -266,8 +268,8 @@ def run(args, pair, task):
     heads = [model.base.config.num_attention_heads for model in (cell.first, cell.second)]
     assigned = cell.alignment(statistics, assign_by_correlation)
     base = cell.moved(assigned)
-    idle = {site: module.idle() for site, module in base.modules.items()}
-    cell.row("head fitted, nothing moved", replace(base, modules=idle))
+    neutral = {site: module.neutral() for site, module in base.modules.items()}
+    cell.row("head fitted, nothing moved", replace(base, modules=neutral))
     plan, room = cell.plan("skip", METHODS["functional"]), cell.room
     fitted = fit_modules(base, plan, cell.first, room.adapted, cell.second, room.live, room.samples)
     cell.row("functional", replace(base, modules=fitted))

@@ -22,7 +22,9 @@ import transformers
 from cells import PAIRS, TASKS, Data, teacher
 
 import peft_graft
-from peft_graft.checkpoints.resolve import read_checkpoint, resolve, write_checkpoint
+from peft_graft.checkpoints.formats.base import write_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import resolve
 from peft_graft.distill.agreement import judge
 from peft_graft.distill.choose import FIT, Candidate, Outcome, open_classroom, polished
 from peft_graft.distill.polish import PolishSettings

@@ -14,7 +14,7 @@ from peft_graft.alignment.methods import METHODS, assign_by_correlation, regress
 from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.errors import AlignmentError, OutputError
 from peft_graft.models.spaces import TOKENS_OUT, Space
-from peft_graft.modules.base import Head, head_tensors
+from peft_graft.modules.head import Head, head_tensors
 from peft_graft.projection import project
 
 PAIR = (Space(0, "attn.in"), Space(0, "attn.in"))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.methods import METHODS
-from peft_graft.checkpoints.resolve import read_checkpoint, resolve
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import resolve
 from peft_graft.errors import ModelError, PlanError
 from peft_graft.models.loading import describe_config, load_config
 from peft_graft.models.spaces import Site

@@ -14,7 +14,7 @@ from peft_graft.errors import PlanError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
-from peft_graft.modules.base import LoraModule, Module, ScaleModule
+from peft_graft.modules.base import Module
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,8 +79,7 @@ def _of_heads(module: Module, chosen: set[int], architecture: Architecture, head
     site = module.site
     role = (architecture.row.stack(site.role).local(site.role) or "").rpartition(".")[2]
     attention = role in _OF_QUERIES + _OF_PAIRS
-    plain = isinstance(module, LoraModule) and module.tensors.keys() <= {"A", "B", "bias"}
-    if not attention or not (plain or isinstance(module, ScaleModule)):
+    if not attention or not module.has_units_of_heads:
         raise PlanError(
             "heads can be chosen of a plain LoRA, or of IA3's factors, at an attention's projections",
             where=str(site),
@@ -94,7 +93,7 @@ def _of_heads(module: Module, chosen: set[int], architecture: Architecture, head
             expected=f"0 to {number - 1}" if number else None,
             found=", ".join(map(str, sorted(chosen))),
         )
-    idle = module.idle().tensors
+    neutral = module.neutral().tensors
     values = {}
     for name, tensor in module.tensors.items():
         inside = next((at for at, axis in enumerate(tensor.axes) if axis and _has_heads(axis.space)), None)
@@ -104,7 +103,9 @@ def _of_heads(module: Module, chosen: set[int], architecture: Architecture, head
         units = torch.arange(tensor.values.shape[inside]) * number // tensor.values.shape[inside]
         mine = torch.isin(units, torch.tensor(sorted(chosen)))
         shape = [-1 if at == inside else 1 for at in range(tensor.values.ndim)]
-        other = torch.zeros_like(tensor.values) if name == "A" else idle[name].values
+        axis = tensor.axes[inside]
+        reads = axis is not None and axis.direction == "read"
+        other = torch.zeros_like(tensor.values) if reads else neutral[name].values
         values[name] = torch.where(mine.view(shape), tensor.values, other)
     return module.with_values(values)
 

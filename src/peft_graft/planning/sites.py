@@ -12,11 +12,10 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.errors import PlanError
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.spaces import EMBEDDED, VOCABULARY, Site, Space, space_at
+from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
 from peft_graft.models.spec import Stack, expert_of, moved_space
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Axis, Module
-from peft_graft.modules.invertible import check_embeddings
 from peft_graft.planning.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.planning.layers import LayerMap, layer_map, layer_maps
 from peft_graft.planning.spaces import listed_roles
@@ -91,7 +90,7 @@ def plan_sites(
     stacks = corresponding_stacks(teacher, student)
     _check_roles(checkpoint, stacks, student)
     for module in checkpoint.modules.values():
-        check_embeddings(module, *(model.sizes.get(Space(-1, EMBEDDED), 0) for model in (teacher, student)))
+        module.check_models(teacher, student)
     mappings, sites, notes = _placed(sides, stacks, config.layers)
     notes += _expert_notes(checkpoint, sites)
     pairs: dict[Pair, tuple[int, int]] = {}

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import peft_graft
 import permutation
 import tiny
-from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.alignment.vocabulary import Vocabularies
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.cli.main import app
 from peft_graft.errors import CheckpointError, PlanError
-from peft_graft.modules.vocabulary import Vocabularies
 
 WORDS = ["[PAD]", "[UNK]", *tiny.WORDS]
 SIZE = len(WORDS)
@@ -136,11 +136,7 @@ def test_a_vocabulary_returns_from_its_own_model_bit_for_bit(what: str, tmp_path
     trained(tmp_path / "module", base, NAMES["llama"][2], **options_of(what, "llama"))
     peft_graft.transfer(tmp_path / "module", teacher=base, student=base, method="copy", out=tmp_path / "graft")
     before, after = (read_checkpoint(tmp_path / name) for name in ("module", "graft"))
-    assert before.entries.keys() == after.entries.keys()
-    assert before.scalings == after.scalings
-    for path, values in before.entries.items():
-        assert values.keys() == after.entries[path].keys()
-        assert all(torch.equal(value, after.entries[path][name]) for name, value in values.items()), path
+    assert before.parts == after.parts
     config, own = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("graft", "module"))
     assert set(config["target_modules"]) == set(own["target_modules"])
     assert sorted(config["modules_to_save"] or []) == sorted(own["modules_to_save"] or [])
@@ -180,7 +176,7 @@ def test_added_tokens_find_their_places_and_those_that_only_the_teacher_has_are_
     student = base_of(tmp_path / "student", words=["<two>", *WORDS], seed=0)
     graft = peft_graft.transfer(tmp_path / "module", teacher=base, student=student, method="copy")
     assert any("1 of" in note and "<one>" in note for note in graft.report.notes)
-    rows = graft.raw().entries["model.embed_tokens"]["rows"]
+    rows = graft.raw().parts["model.embed_tokens"].rows
     theirs = adapted.get_input_embeddings().weight.detach()
     assert rows.shape == (SIZE + 1, 32)
     assert torch.equal(rows[0], theirs[ids[1]])  # no base had it, so what the teacher learned is all there is
@@ -221,7 +217,7 @@ def test_the_default_moves_fits_and_polishes_a_module_with_a_trained_vocabulary(
     assert graft.report.verification.done
     assert graft.report.polish is not None
     assert "functional, as moved" in graft.report.tried
-    assert graft.raw().entries["model.embed_tokens"]["rows"].shape == (SIZE + 1, 24)
+    assert graft.raw().parts["model.embed_tokens"].rows.shape == (SIZE + 1, 24)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,24 +1,21 @@
-"""What modules train of a vocabulary, and which tokens of two vocabularies are the same.
+"""Which tokens of two vocabularies are the same: the map of the one space that no text says anything about.
 
-A vocabulary is a named space like any other: word embeddings take one of its units and write ``embeddings.out``, an
-output layer reads ``tokens.out`` and writes it. No text says which of its units correspond; the tokens themselves do.
+A vocabulary is a named space like any other, of which word embeddings take a unit and which an output layer writes
+(``modules.embeddings``). Which of its units correspond, the tokens themselves say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from peft_graft.alignment.maps import Selection
 from peft_graft.errors import PairingError, PlanError
-from peft_graft.models.spaces import EMBEDDED, TOKENS_OUT, VOCABULARY, Site
-from peft_graft.models.spec import EMBED_ROLE
-from peft_graft.modules.base import Axis, LabelledTensor, Module
+from peft_graft.models.spaces import VOCABULARY
+from peft_graft.modules.base import Module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,98 +23,6 @@ if TYPE_CHECKING:
 #: How a token of several letters says that it begins a word, or that it goes on with one.
 _BYTE_LEVEL, _SENTENCEPIECE, _WORDPIECE = "Ġ", "▁", "##"
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class RowsModule(Module):
-    """Trained rows of word embeddings or of an output layer.
-
-    Tensors: ``rows`` [V, d], all rows of the vocabulary, beside ``rows_was``, which are zero for tokens that the base
-    model does not have; ``chosen`` [V], 1 for the tokens that were trained, where they are named one by one.
-    """
-
-    #: What the model multiplies these rows by before it uses them (Gemma 3's word embeddings).
-    scale: float = 1.0
-
-    @property
-    def width(self) -> int:
-        """1: one vector a token."""
-        return 1
-
-    @property
-    def changed(self) -> Tensor:
-        """Ids of the tokens whose rows were trained, int64."""
-        tensors = self.tensors
-        if "chosen" in tensors:
-            return tensors["chosen"].values.nonzero().flatten()
-        return (tensors["rows"].values != tensors["rows_was"].values).any(1).nonzero().flatten()
-
-    @property
-    def acts(self) -> bool:
-        """Whether a row differs from the base model's."""
-        return not torch.equal(self.tensors["rows"].values, self.tensors["rows_was"].values)
-
-    @property
-    def strength(self) -> float:
-        """Norm of the change of the rows."""
-        return float((self.tensors["rows"].values.double() - self.tensors["rows_was"].values.double()).norm())
-
-
-def rows_module(site: Site, values: Mapping[str, Tensor], base: Tensor | None) -> RowsModule:
-    """The module of rows that were saved whole (``rows``), or one by one (``token_rows``, ``token_ids``).
-
-    Args:
-        base: [V, d], the rows of the base model; None or on the meta device where they are not known yet.
-    """
-    if "rows" in values:
-        rows, was = values["rows"], _resized(base, len(values["rows"]), values["rows"])
-        found = {"rows": rows, "rows_was": was}
-    else:
-        ids, new = values["token_ids"], values["token_rows"]
-        size = max(len(base) if base is not None else 0, int(ids.max()) + 1)
-        was = _resized(base, size, new)
-        chosen = torch.zeros(size, dtype=new.dtype)
-        chosen[ids] = 1
-        rows = was if was.is_meta else was.index_copy(0, ids, new)
-        found = {"rows": rows, "rows_was": was, "chosen": chosen}
-    return RowsModule(site, {name: LabelledTensor(value, _axes(site, name)) for name, value in found.items()})
-
-
-def _axes(site: Site, name: str) -> tuple[Axis, ...]:
-    token = Axis("write", VOCABULARY)
-    if name == "chosen":
-        return (token,)
-    return (token, Axis("write", EMBEDDED) if site.role == EMBED_ROLE else Axis("read", TOKENS_OUT))
-
-
-def _resized(base: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """[size, d]: the base's rows, in the device and dtype of ``like``; zero for tokens that it does not have."""
-    if base is None or base.is_meta:
-        return torch.empty(size, like.shape[1], dtype=like.dtype, device="meta")
-    kept = base.detach()[:size].to(like)
-    return torch.cat([kept, kept.new_zeros(size - len(kept), kept.shape[1])])
-
-
-def settled_rows(module: RowsModule, own: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-    """Moved rows as the student's file will have them, by the names of ``rows_module``'s values.
-
-    r_s = map(r_t) + (b_s - map(b_t)): where the two models' rows are equal, the values arrive bit for bit, and a token
-    that the teacher does not have keeps the student's row. A token that only the teacher's module added has no b_t, and
-    then b_s, which is as random as that was, does not count.
-
-    Args:
-        own: [V, d], the student's rows. scale: ``RowsModule.scale`` in the student.
-    """
-    rows, was = module.tensors["rows"].values, module.tensors["rows_was"].values
-    if scale != module.scale:
-        rows, was = rows * (module.scale / scale), was * (module.scale / scale)
-    added = ~was.any(1) & rows.any(1)
-    base = torch.where(added[:, None], 0, own.detach().to(was))
-    found = torch.where(base == was, rows, rows + (base - was))
-    if "chosen" not in module.tensors:
-        return {"rows": found}
-    ids = module.changed
-    return {"token_rows": found[ids].contiguous(), "token_ids": ids}
 
 
 @dataclass(frozen=True)
@@ -137,14 +42,7 @@ class Vocabularies:
 
     def map_for(self, module: Module) -> Selection:
         """The map of a module's vocabulary axis; its errors are those of ``selection``."""
-        return self.selection(
-            next(
-                tensor.values.shape[axis]
-                for tensor in module.tensors.values()
-                for axis, label in enumerate(tensor.axes)
-                if label is not None and label.space == VOCABULARY
-            )
-        )
+        return self.selection(_size(module))
 
     def selection(self, size: int) -> Selection:
         """The map of a vocabulary of ``size`` teacher tokens: for each of the student's its counterpart, or none.
@@ -193,11 +91,12 @@ class Vocabularies:
         Raises:
             PlanError: it has none of them.
         """
-        if not isinstance(module, RowsModule):
+        tokens = module.trained_tokens
+        if tokens is None:
             return None
         known = set(self.teacher.get_vocab().values()) if self.teacher else None
-        trained = [token for token in module.changed.tolist() if known is None or token in known]
-        kept = set(self.selection(len(module.tensors["rows"].values)).indices.tolist())
+        trained = [token for token in tokens.tolist() if known is None or token in known]
+        kept = set(self.selection(_size(module)).indices.tolist())
         lost = [token for token in trained if token not in kept]
         if not lost:
             return None
@@ -212,6 +111,16 @@ class Vocabularies:
                 "give that folder as --student",
             )
         return f"{module.site}: {len(lost)} of {len(trained)} trained tokens are unknown to the student ({names})"
+
+
+def _size(module: Module) -> int:
+    """Number of tokens of the vocabulary that a module's axes live in."""
+    return next(
+        tensor.values.shape[axis]
+        for tensor in module.tensors.values()
+        for axis, label in enumerate(tensor.axes)
+        if label is not None and label.space == VOCABULARY
+    )
 
 
 def _same_ids(first: int, second: int) -> list[tuple[int, int]]:
