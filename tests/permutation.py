@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_graft.models.architecture import heads_of
 from peft_graft.models.loading import wrap_model
+from peft_graft.models.sizes import heads_of
 from peft_graft.models.spaces import Site, Space
 
 #: Spaces whose units are the residual stream's.

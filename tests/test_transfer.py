@@ -13,9 +13,9 @@ from peft import AutoPeftModelForTokenClassification, PeftModel
 from safetensors.torch import load_file
 
 import peft_graft
-import test_families
 import tiny
 from conftest import needs_adapters
+from families import DECODERS, ENCODERS
 from peft_graft.alignment.text import read_text
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
@@ -349,7 +349,7 @@ def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
 def test_bottleneck_adapters_move_to_layers_of_another_make(world, tmp_path, family: str, settings: str) -> None:
     """What a BERT's adapter reads after a norm, one of a Llama reads before it: each in its own space."""
     tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings, head=None)
-    config = (test_families.CONFIGS | test_families.ENCODERS)[family]
+    config = (DECODERS | ENCODERS)[family]
     student = tiny.saved(tmp_path / "student", config)
     graft = tiny.transfer(
         tmp_path / "m", student=student, method="prune-align", text=world / "text.txt", out=tmp_path / "g"

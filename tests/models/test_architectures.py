@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peft_graft.models.families.table import ROWS
 from torch import nn
 
-import test_families
 import tiny
+from families import DECODERS
 from peft_graft.alignment.activations import Capture
 from peft_graft.errors import ArchitectureError
-from peft_graft.models.architecture import describe, infer_row
+from peft_graft.models.architecture import describe
+from peft_graft.models.families import all_rows
+from peft_graft.models.inference import infer_row
 from peft_graft.models.loading import describe_config, wrap_model
 from peft_graft.models.spaces import Site, Space
 from peft_graft.models.spec import LINEAR_ROLES
@@ -53,7 +54,7 @@ def test_spaces_are_the_tensors_they_claim_to_be(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_the_stream_of_layers_that_norm_what_they_read(family: str) -> None:
-    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(test_families.CONFIGS[family])))
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(DECODERS[family])))
     names = ("layer.in", "attn.output.out", "attn.stream", "ffn.down.out", "layer.out")
     ids = torch.randint(10, 100, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), Capture(model, [Space(at, name) for at in range(2) for name in names]) as capture:
@@ -73,11 +74,11 @@ def test_hooks_are_removed_after_a_capture() -> None:
 
 
 def test_rows_use_known_roles_and_name_each_make_of_a_model_type_once() -> None:
-    types = [(name, *(stack.layers for stack in row.stacks)) for row in ROWS for name in row.model_types]
+    types = [(name, *(stack.layers for stack in row.stacks)) for row in all_rows() for name in row.model_types]
     assert len(types) == len(set(types))
-    roles = {role.removeprefix("shared.") for row in ROWS for stack in row.stacks for role in stack.linears}
+    roles = {role.removeprefix("shared.") for row in all_rows() for stack in row.stacks for role in stack.linears}
     assert roles == set(LINEAR_ROLES)
-    assert all(len({stack.name for stack in row.stacks}) == len(row.stacks) for row in ROWS)
+    assert all(len({stack.name for stack in row.stacks}) == len(row.stacks) for row in all_rows())
 
 
 def test_an_unknown_architecture_is_inferred_from_its_module_tree() -> None:
@@ -111,7 +112,7 @@ class _Odd(nn.Module):
     ],
 )
 def test_what_cannot_be_inferred_is_refused_with_the_reason(model: nn.Module, reason: str) -> None:
-    with pytest.raises(ArchitectureError, match=f"odd: .*{reason}.*ROWS"):
+    with pytest.raises(ArchitectureError, match=f"odd: .*{reason}.*register_architecture"):
         infer_row(model, "odd")
 
 

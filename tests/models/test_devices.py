@@ -12,8 +12,9 @@ import transformers
 import peft_graft
 import tiny
 from peft_graft.checkpoints.read import read_checkpoint
-from peft_graft.models.loading import handle, load_model
+from peft_graft.models.loading import Loading, load_model, wrap_model
 from peft_graft.models.task_models import with_task_head
+from peft_graft.models.tasks import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:MatMul8bitLt")
 QUANTISED = {
@@ -127,17 +128,17 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
     assert found.save(tmp_path / "graft").report.verification.output_change > 0
 
 
-def test_accelerate_may_choose_the_devices(shelf, tmp_path) -> None:
-    graft = peft_graft.transfer(
-        shelf / "lora", student=shelf / "student", method="copy", device="auto", student_device="cpu",
-        out=tmp_path / "graft",
-    )  # fmt: skip
-    assert (graft.report.settings.device, graft.report.settings.student_device) == ("auto", "cpu")
+def test_accelerate_may_choose_the_devices(shelf) -> None:
+    plain, placed = (load_model(str(shelf / "student"), Loading(device_map=where)) for where in (None, "auto"))
+    expected, found = plain.base_tensors(), placed.base_tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].cpu(), value) for name, value in expected.items())
+    assert placed.fingerprint == plain.fingerprint
 
 
 def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_path) -> None:
-    student = load_model(str(shelf / "student"), dtype="bfloat16", tokenizer=True)
-    model = with_task_head(student.base, "causal-lm")
+    student = load_model(str(shelf / "student"), Loading(dtype="bfloat16"), tokenizer=True)
+    model = with_task_head(student.base, Task.CAUSAL_LM)
     own = {value.data_ptr() for value in student.base.parameters() if value.ndim > 1}
     assert own <= {value.data_ptr() for value in model.parameters()}
     graft = peft_graft.transfer(
