@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import peft
-import torch
 import transformers
 
 import tiny

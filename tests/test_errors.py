@@ -11,12 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 from peft_graft import errors
 from peft_graft.alignment.text import read_text
-from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.errors import (
     AlignmentError,
     ArchitectureError,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from peft_graft.options import UNFINISHED
 
 import peft_graft
 import tiny
@@ -26,7 +27,6 @@ from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.models.loading import load_model
 from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT
 from peft_graft.modules.head import Head, head_tensors
-from peft_graft.options import UNFINISHED
 
 
 @pytest.fixture(scope="module")

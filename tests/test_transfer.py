@@ -12,7 +12,6 @@ import transformers
 from peft import AutoPeftModelForTokenClassification, PeftModel
 from safetensors.torch import load_file
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 from families import DECODERS, ENCODERS

@@ -21,6 +21,7 @@ import ot
 import torch
 import transformers
 from cells import PAIRS, TASKS, Data, teacher
+from peft_graft.settings import Clock
 from scipy.optimize import linear_sum_assignment
 
 from peft_graft.alignment.activations import Capture, pad, tokenize
@@ -47,7 +48,6 @@ from peft_graft.modules.base import average
 from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.plan import plan_transfer
 from peft_graft.projection import project
-from peft_graft.settings import Clock
 from peft_graft.study.training import score
 
 # ---- candidates that are no methods of the package -------------------------------------------------------------------

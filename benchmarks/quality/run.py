@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import transformers
 from cells import PAIRS, TASKS, Data, teacher
+from peft_graft.options import POLISH
+from peft_graft.settings import Clock
 
 import peft_graft
 from peft_graft.checkpoints.formats.base import write_checkpoint
@@ -32,8 +34,6 @@ from peft_graft.environment import hardware, versions
 from peft_graft.files import read_json, write_json, written_aside
 from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.models.loading import load_model
-from peft_graft.options import POLISH
-from peft_graft.settings import Clock
 from peft_graft.study.comparison import load_module, new_module, save_module
 from peft_graft.study.training import TrainingSettings, Watch, fine_tune, score, taught
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import tiny
-import peft_graft
 from peft_graft import _align as aligning
 from peft_graft.alignment import cache as caching
 from peft_graft.alignment.alignment import Alignment

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 
-import peft_graft
 import tiny
 from peft_graft.errors import PlanError
 from peft_graft.models.spaces import Site

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-
 if TYPE_CHECKING:
     from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
