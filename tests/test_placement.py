@@ -14,6 +14,7 @@ import tiny
 from peft_graft.checkpoints.resolve import read_checkpoint
 from peft_graft.models.loading import handle, load_model
 from peft_graft.models.task_models import with_task_head
+from peft_graft.models.tasks import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:MatMul8bitLt")
 QUANTISED = {
@@ -137,7 +138,7 @@ def test_accelerate_may_choose_the_devices(shelf, tmp_path) -> None:
 
 def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_path) -> None:
     student = load_model(str(shelf / "student"), dtype="bfloat16", tokenizer=True)
-    model = with_task_head(student.base, "causal-lm")
+    model = with_task_head(student.base, Task.CAUSAL_LM)
     own = {value.data_ptr() for value in student.base.parameters() if value.ndim > 1}
     assert own <= {value.data_ptr() for value in model.parameters()}
     graft = peft_graft.transfer(

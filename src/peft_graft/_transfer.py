@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,26 +22,23 @@ from peft_graft.checkpoints.convert import as_lora, stand_in
 from peft_graft.checkpoints.library import in_library
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, locate, read_checkpoint, resolve
-from peft_graft.distill.agreement import judge
-from peft_graft.distill.choose import (
-    EXACT,
-    FIT,
-    LEAST_HELD_OUT,
-    TOKENS,
-    Candidate,
-    Outcome,
-    best_graft,
-    held_out_size,
-    open_classroom,
-    polished,
-)
-from peft_graft.distill.fit_layers import fit_modules
-from peft_graft.distill.polish import PolishSettings
+from peft_graft.distill.candidates import CandidateBuilder
+from peft_graft.distill.choose import choose
+from peft_graft.distill.polish import PolishSettings, polish
+from peft_graft.distill.teacher import FIT, LEAST_HELD_OUT, TOKENS, ask_teacher, held_out_size
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import AlignmentError, DependencyError, ModelError, TextError
 from peft_graft.files import check_output
-from peft_graft.graft import Graft, graft_head, graft_modules, model_record, pairing_record, refitted_records
-from peft_graft.models.loading import ModelHandle, embedding_similarity, handle, load_config, load_model, load_tokenizer
+from peft_graft.graft import Graft, model_record, pairing_record
+from peft_graft.models.loading import (
+    ModelHandle,
+    ModelPair,
+    embedding_similarity,
+    handle,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from peft_graft.models.spaces import VOCABULARY, Space
 from peft_graft.models.spec import expert_of
 from peft_graft.modules.vocabulary import Vocabularies
@@ -63,6 +59,7 @@ from peft_graft.planning.experts import SAMPLES, match_experts, matched_experts
 from peft_graft.planning.plan import choose_method
 from peft_graft.planning.sites import at_sites
 from peft_graft.report import GraftReport
+from peft_graft.run import Callback, Run
 from peft_graft.settings import Clock, TransferSettings, checked_settings
 
 if TYPE_CHECKING:
@@ -280,44 +277,32 @@ def _transfer(
         cache=cache.skipping(judging) if cache else None,
     )
 
-    def candidate(method: Method) -> Candidate:
-        alignment = aligner.alignment(maps_of[method.name])
-        with clock("projecting"):
-            modules, sites = graft_modules(checkpoint, plan, alignment, method, vocabularies)
-            head, head_record = graft_head(checkpoint, plan, alignment, student.architecture)
-        moved = replace(checkpoint, modules=modules, head=head)
-        if method.fits_shifts:
-            with clock("fitting layers"):
-                fitted = fit_modules(
-                    moved, plan, teacher, room.adapted, student, room.live, room.samples, clock.progress
-                )  # fmt: skip
-            moved = replace(moved, modules=fitted)
-            sites = refitted_records(sites, checkpoint, fitted)
-        return Candidate(method.name, alignment, moved, sites, head_record)
-
-    steps = 0
+    models = ModelPair(teacher, student)
+    run = Run([_Reported(clock.progress)] if clock.progress else [], work, clock.seconds)
+    builder = CandidateBuilder(
+        checkpoint, plan, models, vocabularies, lambda method: aligner.alignment(maps_of[method.name]), run
+    )
+    steps, polishing = 0, PolishSettings(steps=0)
     if asked:
         check_tokenizers(teacher, student)
         steps = settings.polish if settings.polish is not None else (0 if settings.method else POLISH)
         polishing = PolishSettings(steps=steps, seed=settings.seed)
-        room = open_classroom(
-            whole, teacher, student, pool,
-            lessons=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
-            write=None if checkpoint.head else aligner.alignment(_writer(maps_of)),
-            bf16=settings.dtype == "bfloat16", clock=clock,
+        distillation = ask_teacher(
+            whole, models, pool, run,
+            train=max(FIT if settings.head in ("auto", "fit") else 0, steps * polishing.batch_size),
+            shift_map=None if checkpoint.head else aligner.alignment(_writer(maps_of)).map((TOKENS, TOKENS)),
+            bf16=settings.dtype == "bfloat16",
         )  # fmt: skip
-        outcome = best_graft(room, [partial(candidate, method) for method in methods], settings.head, clock)
-        if len(methods) > 1:
-            reason = "its graft agrees best with the teacher on held-out text"
-        measured = outcome.verdict.measured
-        if steps and measured and measured.divergence > EXACT:
-            identity = f"{teacher.fingerprint}{student.fingerprint}{dict(raw.files)}{settings}{text}{len(pool)}"
-            outcome = polished(room, outcome, polishing, work=work, identity=identity, clock=clock)
-        elif steps:
-            notes.append("not polished: the graft computes what the teacher does")
-    else:
-        found = candidate(methods[0])
-        outcome = Outcome(found, "carried" if found.head else None, judge(None), {}, {})
+        builder = replace(builder, distillation=distillation)
+    outcome = choose(builder, methods, settings.head)
+    if asked and len(methods) > 1:
+        reason = "its graft agrees best with the teacher on held-out text"
+    identity = (
+        f"{teacher.fingerprint}{student.fingerprint}{dict(raw.files)}{settings}{text}{len(pool)}" if steps else ""
+    )
+    outcome, polished = polish(outcome, polishing, run, identity=identity)
+    if steps and polished is None:
+        notes.append("not polished: the graft computes what the teacher does")
     chosen = outcome.candidate
     report = GraftReport(
         module=module,
@@ -337,13 +322,26 @@ def _transfer(
         pairing=pairing_record(aligner.counts) if aligner.counts else None,
         verdict=outcome.verdict,
         tried=outcome.tried,
-        polish=outcome.polish,
+        polish=polished,
         notes=[*plan.notes, *notes],
         seconds=clock.seconds,
         versions=versions(),
         hardware=hardware(settings.device),
     )
     return Graft(chosen.checkpoint, report, chosen.alignment, student)
+
+
+class _Reported(Callback):
+    """Stages and their progress told to a function."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_stage_begin(self, stage: str) -> None:
+        self.progress(stage, 0, None)
+
+    def on_progress(self, stage: str, done: int, total: int | None) -> None:
+        self.progress(stage, done, total)
 
 
 def _vocabularies(teacher: ModelHandle, student: ModelHandle, tokens: PreTrainedTokenizerBase | None) -> Vocabularies:

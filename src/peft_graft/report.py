@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from peft_graft.checkpoints.verify import Verification
 from peft_graft.distill.agreement import Agreement, Verdict
-from peft_graft.distill.polish import CurvePoint, PolishSettings
+from peft_graft.distill.candidates import HeadRecord, SiteRecord
+from peft_graft.distill.polish import PolishRecord
 from peft_graft.models.tasks import Task
 from peft_graft.settings import TransferSettings
 
@@ -30,44 +31,6 @@ class ModelRecord(_Record):
     fingerprint: str | None = None
 
 
-class MapRecord(_Record):
-    """One space's map, as it served a site: what the method said about it (``pairs``, ``mean_correlation``, ...)."""
-
-    space: str
-    teacher_space: str
-    diagnostics: dict[str, float]
-
-
-class SiteRecord(_Record):
-    """One module of the student.
-
-    ``norm_kept``: Frobenius norm of the grafted update over the mean of the teacher's updates that it is made from
-    (LoRA: of B A; bottleneck adapter: of up times down). ``share``: how much of the teacher's whole module, by squared
-    norm, those updates are.
-    """
-
-    site: str
-    teacher_sites: list[str]
-    norm_kept: float
-    share: float
-    maps: list[MapRecord]
-
-
-class HeadRecord(_Record):
-    """The head: task, what it reads, label names, the map it came through, inner units dropped for lack of room.
-
-    ``how``: ``carried`` through the map, or ``fitted`` to the teacher's predictions; then ``fit`` says how well.
-    """
-
-    task: Task
-    reads: str
-    labels: list[str]
-    dropped_inner_units: int
-    diagnostics: dict[str, float]
-    how: str | None = None
-    fit: dict[str, float] = {}
-
-
 class PairingRecord(_Record):
     """How the text's tokens paired (``token_pairing.PairingCounts``), with shares of each model's tokens."""
 
@@ -79,20 +42,6 @@ class PairingRecord(_Record):
     teacher_share_paired: float
     student_share_paired: float
     nonfinite_pairs: int
-
-
-class PolishRecord(_Record):
-    """A label-free polish: its settings, the samples it learned from and the held-out curve.
-
-    ``start``: ``moved`` or ``gradient`` (``teaching.STARTS``). ``pilots``: what was tried first, as "start rate", and
-    how far it came.
-    """
-
-    settings: PolishSettings
-    start: str
-    pilots: dict[str, CurvePoint]
-    samples: int
-    curve: list[CurvePoint]
 
 
 class GraftReport(_Record):

@@ -1,9 +1,9 @@
-"""Models with a module inside, loaded by the library that the module is for: to be run, verified or trained further."""
+"""Models with a module inside, put there by the library that the module is for: to be run, trained and read back."""
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
-import importlib.util
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from peft_graft.checkpoints.formats import adapterhub, peft_format
+from peft_graft.checkpoints.formats.peft_prompts import KEY as PROMPT_KEY
 from peft_graft.checkpoints.raw import VIRTUAL, RawCheckpoint
 from peft_graft.checkpoints.resolve import read_checkpoint, write_checkpoint
-from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.errors import DependencyError, VerificationError
-from peft_graft.files import read_tensors
+from peft_graft.files import read_json
 from peft_graft.models.devices import device_of, is_quantised, trainable_attention
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.models.tasks import Task
 
 Library = Literal["peft", "adapters"]
+#: The adapter's name inside a ``PeftModel``.
+_NAME = "default"
 
 
 def library_of(raw: RawCheckpoint) -> Library:
@@ -44,37 +47,42 @@ def library_version(library: Library) -> str | None:
 
 
 @dataclass
-class LiveModule:
-    """A task model with a checkpoint loaded into it, a copy of its own.
+class AttachedModel:
+    """A task model with a module inside, a copy of its own.
+
+    The copy shares the values of the base model's matrices, which nothing here changes, unless those are float16, in
+    which nothing can be trained: then it is float32. What is trained is float32 in any case.
 
     Attributes:
-        model: takes what ``activations.pad`` gives, has ``logits`` where the checkpoint's task has a head.
-        raw: what was loaded. name: the module's name in its library.
-        written, loaded: the checkpoint's tensors by key, as in its file and as in the model.
-        bf16: forward passes in mixed precision; what is trained is float32 in any case.
+        model: a ``PeftModel`` or a model of ``adapters``. It takes what ``activations.pad`` gives and has ``logits``
+            where the checkpoint's task has a head.
+        checkpoint: what was put in last; ``raw`` has the values of now.
+        names: what a checkpoint for this model says of it. config: the configuration as its file has it.
+        name: the module's name in its library.
+        bf16: forward passes in mixed precision.
         own_biases: of layers whose bias the module replaces, by path, what it is without the module.
     """
 
     model: Any
-    raw: RawCheckpoint
-    name: str
-    written: Mapping[str, Tensor]
-    loaded: Mapping[str, Tensor]
+    checkpoint: RawCheckpoint
+    names: StudentNames
+    config: Mapping[str, Any] = field(repr=False)
+    name: str = _NAME
     bf16: bool = False
     own_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> Any:
         """The base model with the module inside."""
-        inside = self._tuned if self.raw.format == "peft" else self.model
+        inside = self._tuned if self._is_peft else self.model
         return getattr(inside, prefix_of(inside), inside)
 
     @property
-    def acts(self) -> bool:
-        """Whether the checkpoint as it was loaded changes anything: LoRA's B, or an up projection, is not zero."""
+    def is_active(self) -> bool:
+        """Whether the checkpoint that was put in changes anything: LoRA's B, or an up projection, is not zero."""
         outputs = [
             value
-            for values in self.raw.entries.values()
+            for values in self.checkpoint.entries.values()
             for name, value in values.items()
             if name in ("B", "embedding_B", "rows", "token_rows") or name.startswith("up.")
         ]
@@ -83,14 +91,19 @@ class LiveModule:
     @property
     def virtual_tokens(self) -> int:
         """How many vectors stand before the text in what the model gives back."""
-        if self.raw.kind != "prompt" or self._tuned.config.is_encoder_decoder:  # whose decoder sees none of them
+        # Of an encoder-decoder the decoder sees none of them.
+        if self.checkpoint.kind != "prompt" or self._tuned.config.is_encoder_decoder:
             return 0
-        return int(self.raw.config["num_virtual_tokens"])
+        return int(self.checkpoint.config["num_virtual_tokens"])
+
+    @property
+    def _is_peft(self) -> bool:
+        return self.checkpoint.format == "peft"
 
     @property
     def _tuned(self) -> Any:
         """The task model that the module is in."""
-        return self.model.base_model if self.raw.kind in VIRTUAL else self.model.base_model.model
+        return self.model.base_model if self.checkpoint.kind in VIRTUAL else self.model.base_model.model
 
     @cached_property
     def device(self) -> torch.device:
@@ -100,13 +113,13 @@ class LiveModule:
     @contextmanager
     def _without(self) -> Iterator[Any]:
         """The model with the module switched off."""
-        if self.raw.format == "adapterhub":
+        if not self._is_peft:
             self.model.set_active_adapters(None)
             try:
                 yield self.model
             finally:
                 self.model.set_active_adapters(self.name)
-        elif self.raw.kind in VIRTUAL:  # peft cannot switch these off in models that do not generate
+        elif self.checkpoint.kind in VIRTUAL:  # peft cannot switch these off in models that do not generate
             yield self.model.base_model
         else:
             with _quiet(), self.model.disable_adapter(), self._with_own_biases():
@@ -126,7 +139,11 @@ class LiveModule:
                 layer.bias.data = trained[path]
 
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
-        """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch."""
+        """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch.
+
+        Args:
+            module: whether the module is switched on.
+        """
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         attention = trainable_attention(self.device, bf16=self.bf16)
         with nullcontext(self.model) if module else self._without() as model, mixed, attention:
@@ -137,10 +154,11 @@ class LiveModule:
 
     def module_at(self, path: str) -> nn.Module:
         """The part of the model that one of the checkpoint's modules acts in, or is; it reads the same input."""
-        if self.raw.format == "peft":
+        if self._is_peft:
             found = self._tuned.get_submodule(path)
         else:
-            found = self.model.get_submodule(f"{path}.{self.raw.name}" if self.raw.kind == "bottleneck" else path)
+            inner = f"{path}.{self.checkpoint.name}" if self.checkpoint.kind == "bottleneck" else path
+            found = self.model.get_submodule(inner)
         assert isinstance(found, nn.Module)
         return found
 
@@ -148,107 +166,218 @@ class LiveModule:
         """The parameters of module and head, by name."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
-    def checkpoint(self) -> RawCheckpoint:
-        """The checkpoint with the values that the model has now."""
-        with tempfile.TemporaryDirectory() as folder, _quiet():
-            if self.raw.format == "peft":
-                self.model.save_pretrained(folder, save_embedding_layers=False)
-            else:
-                self.model.save_adapter(folder, self.name, with_head=bool(self.raw.head))
-            found = read_checkpoint(Path(folder))
+    def tensors(self) -> dict[str, Tensor]:
+        """What the model holds of the checkpoint, by the keys of its file; views of the model's own values."""
+        if self._is_peft:
+            from peft import get_peft_model_state_dict
+
+            found: dict[str, Tensor] = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            return found
+        keys = adapterhub.tensors_in_model(self.checkpoint, self.names)
+        return {key: value for key, value in self.model.state_dict().items() if key in keys}
+
+    def takes(self, raw: RawCheckpoint) -> bool:
+        """Whether ``load`` can put these values in: the same parts of the same shapes."""
+
+        def shapes(of: RawCheckpoint) -> dict[Any, Any]:
+            parts = {(path, name): value for path, values in of.entries.items() for name, value in values.items()}
+            return {key: value.shape for key, value in (parts | dict(of.head)).items()}
+
+        return shapes(raw) == shapes(self.checkpoint) and raw.scalings == self.checkpoint.scalings
+
+    def load(self, raw: RawCheckpoint) -> None:
+        """Put other values into the model, in place and in memory.
+
+        Args:
+            raw: parts and shapes as those of ``checkpoint`` (``takes``).
+
+        Raises:
+            VerificationError: the library found keys missing or unexpected.
+        """
+        if self._is_peft:
+            _fill_peft(self.model, raw, peft_format.build(raw, self.names)[1])
+        else:
+            missing = self.model.load_state_dict(adapterhub.tensors_in_model(raw, self.names), strict=False)
+            _check_keys([], missing.unexpected_keys, raw)
+        self.checkpoint = raw
+
+    def raw(self) -> RawCheckpoint:
+        """The checkpoint with the values that the model has now, on the CPU."""
+        if self._is_peft:
+            with _quiet():
+                found = peft_format.parse(self.config, self.tensors(), "the model in memory")
+        else:
+            with tempfile.TemporaryDirectory() as folder, _quiet():  # what it has no other way to say
+                self.model.save_adapter(folder, self.name, with_head=bool(self.checkpoint.head))
+                found = read_checkpoint(Path(folder))
         entries = {
-            path: {name: found.entries[path][name].to(value.dtype) for name, value in values.items()}
-            for path, values in self.raw.entries.items()
+            path: {name: _own(found.entries[path][name], value.dtype) for name, value in values.items()}
+            for path, values in self.checkpoint.entries.items()
         }
-        return replace(self.raw, entries=entries, head={key: found.head[key] for key in self.raw.head})
+        head = {key: _own(found.head[key], found.head[key].dtype) for key in self.checkpoint.head}
+        return replace(self.checkpoint, entries=entries, head=head)
 
 
 def attach(
-    folder: Path,
     raw: RawCheckpoint,
     handle: ModelHandle,
     labels: tuple[str, ...] = (),
     *,
     trainable: bool = False,
     bf16: bool = False,
-) -> LiveModule:
-    """Load a written checkpoint into a copy of its model, where that is, with the checkpoint's own library.
+) -> AttachedModel:
+    """Put a checkpoint into a copy of its model, where that is, with the checkpoint's own library.
 
-    The copy shares the model's matrices unless those are float16, in which nothing can be trained: then it is float32.
-    What is trained is float32 in any case.
+    For peft all of it happens in memory: no file is read or written.
 
     Args:
-        folder: the checkpoint. raw: what is in it. handle: its base model, not touched. labels: names of its classes.
+        raw: the checkpoint. handle: its base model, not touched. labels: names of its classes.
         trainable: whether module and head shall require gradients. bf16: compute in bfloat16 also where the weights
             are float32.
+
+    Raises:
+        VerificationError: the library does not take it, or found keys missing or unexpected.
+        DependencyError: the library is not installed.
+    """
+    _check_installed(raw, handle.name)
+    names = written_names(handle, raw.task)
+    with _quiet():
+        if raw.format == "peft":
+            attached = _attach_peft(raw, names, handle, labels, trainable=trainable)
+        else:
+            with tempfile.TemporaryDirectory() as folder:  # it loads from folders only
+                write_checkpoint(Path(folder), raw, names)
+                attached = _load_adapters(Path(folder), raw, names, handle, labels, trainable=trainable)
+    return _ready(attached, bf16=bf16)
+
+
+def attach_written(
+    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...] = ()
+) -> AttachedModel:
+    """The same from a written checkpoint, loaded by its library as its users will load it.
+
+    Args:
+        folder: the checkpoint. raw: what is in it. handle, labels: see ``attach``.
 
     Raises:
         VerificationError: the library cannot load it, or found keys missing or unexpected.
         DependencyError: the library is not installed.
     """
+    _check_installed(raw, str(folder))
+    load = _load_peft if raw.format == "peft" else _load_adapters
+    with _quiet():
+        return _ready(load(folder, raw, written_names(handle, raw.task), handle, labels), bf16=False)
+
+
+def _check_installed(raw: RawCheckpoint, where: str) -> None:
     if library_version(library_of(raw)) is None:
         raise DependencyError(
             f"{library_of(raw)} is not installed, so the module cannot be run",
-            where=str(folder),
+            where=where,
             fix="pip install 'peft-graft[adapters]'",
         )
-    with _quiet():
-        load = _attach_peft if raw.format == "peft" else _attach_adapterhub
-        live = load(folder, raw, handle, labels, trainable)
-    live.model.eval()
-    live.bf16 = bf16 or is_quantised(live.base) or live.base.dtype != torch.float32
-    for value in live.trainable().values():
+
+
+def _ready(attached: AttachedModel, *, bf16: bool) -> AttachedModel:
+    attached.model.eval()
+    attached.bf16 = bf16 or is_quantised(attached.base) or attached.base.dtype != torch.float32
+    for value in attached.trainable().values():
         value.data = value.data.float()
-    return live
+    return attached
 
 
-def attach_raw(
-    raw: RawCheckpoint,
-    names: StudentNames,
-    handle: ModelHandle,
-    labels: tuple[str, ...] = (),
-    *,
-    trainable: bool = False,
-    bf16: bool = False,
-) -> LiveModule:
-    """The same for a checkpoint that has not been written yet; ``names`` is what a written one says of the model."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), raw, names)
-        return attach(Path(folder), raw, handle, labels, trainable=trainable, bf16=bf16)
-
-
-def _attach_peft(
-    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
-) -> LiveModule:
-    from peft import PeftModel, get_peft_model_state_dict
-
+def _task_model(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...]) -> tuple[Any, dict[str, Tensor]]:
+    """The model that a peft checkpoint is put into, as large as its vocabulary, and biases that it replaces."""
     model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
     own = {path: model.get_submodule(path).bias.detach().clone() for path, v in raw.entries.items() if "base_bias" in v}
     needed = [len(v["rows"]) for v in raw.entries.values() if "rows" in v]
     needed += [int(v["token_ids"].max()) + 1 for v in raw.entries.values() if "token_ids" in v]
     if needed and max(needed) > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
         model.resize_token_embeddings(max(needed), mean_resizing=False)
+    return model, own
+
+
+def _attach_peft(
+    raw: RawCheckpoint, names: StudentNames, handle: ModelHandle, labels: tuple[str, ...], *, trainable: bool
+) -> AttachedModel:
+    """What ``PeftModel.from_pretrained`` does, without files."""
+    import peft
+
+    model, own = _task_model(raw, handle, labels)
+    settings, tensors = peft_format.build(raw, names)
+    known = list(model.parameters())
+    prompts = raw.kind in VIRTUAL  # peft takes these for inference only, and they train nevertheless
     try:
-        prompts = raw.kind in VIRTUAL  # peft loads these for inference only, and they train nevertheless
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable and not prompts)
-        if trainable and prompts:
-            for name, parameter in adapted.named_parameters():
-                parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
+        config = peft.PeftConfig.from_peft_type(**copy.deepcopy(settings))
+        config.inference_mode = not trainable or prompts
+        wrapper = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+        adapted = wrapper(model, config, _NAME)
+        _give_memory(adapted, known, handle.device)
+        _fill_peft(adapted, raw, tensors)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=handle.name) from error
+    if trainable and prompts:
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
+    return AttachedModel(adapted, raw, names, settings, own_biases=own)
+
+
+def _give_memory(adapted: Any, known: list[nn.Parameter], device: torch.device) -> None:
+    """Give memory to what peft put beside weights that are offloaded, and so, like them, has none."""
+    before = {id(value) for value in known}
+    for module in adapted.modules():
+        new = {leaf: value for leaf, value in module.named_parameters(recurse=False)
+               if value.is_meta and id(value) not in before}  # fmt: skip
+        if new and hasattr(module, "_hf_hook"):  # a trained copy of an offloaded layer is not fetched
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(module)
+        for leaf, value in new.items():
+            filled = torch.empty(value.shape, dtype=value.dtype, device=device)
+            module.register_parameter(leaf, nn.Parameter(filled, requires_grad=value.requires_grad))
+
+
+def _fill_peft(adapted: Any, raw: RawCheckpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Set the values of a module in place; ``tensors`` by their keys in the file."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    found = set_peft_model_state_dict(adapted, dict(tensors), _NAME)
+    # peft calls all of the base model missing, and a prompt, which it sets after all, unexpected.
+    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _check_keys(sorted(held.keys() - tensors.keys()), [key for key in found.unexpected_keys if key != PROMPT_KEY], raw)
+
+
+def _check_keys(missing: list[str], unexpected: list[str], raw: RawCheckpoint) -> None:
+    if missing or unexpected:
+        raise VerificationError(
+            "keys are missing or unexpected on loading",
+            where=raw.name,
+            found=f"missing {missing[:3]}, unexpected {unexpected[:3]}",
+        )
+
+
+def _load_peft(
+    folder: Path, raw: RawCheckpoint, names: StudentNames, handle: ModelHandle, labels: tuple[str, ...]
+) -> AttachedModel:
+    from peft import PeftModel
+
+    model, own = _task_model(raw, handle, labels)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, TypeError) as error:
         raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=str(folder)) from error
-    return LiveModule(
-        adapted,
-        raw,
-        "default",
-        read_tensors(peft_format.weights_file(folder)),
-        get_peft_model_state_dict(adapted, save_embedding_layers=False),
-        own_biases=own,
-    )
+    return AttachedModel(adapted, raw, names, read_json(folder / peft_format.CONFIG), own_biases=own)
 
 
-def _attach_adapterhub(
-    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
-) -> LiveModule:
+def _load_adapters(
+    folder: Path,
+    raw: RawCheckpoint,
+    names: StudentNames,
+    handle: ModelHandle,
+    labels: tuple[str, ...],
+    *,
+    trainable: bool = False,
+) -> AttachedModel:
     import adapters
     from transformers.modeling_utils import no_init_weights
 
@@ -289,9 +418,7 @@ def _attach_adapterhub(
         )
     if trainable:
         model.train_adapter(name)
-    written = adapterhub.written_tensors(folder, raw)
-    state = model.state_dict()
-    return LiveModule(model, raw, name, written, {key: value for key, value in state.items() if key in written})
+    return AttachedModel(model, raw, names, raw.config, name)
 
 
 def _last_state(output: Any) -> Tensor:
@@ -304,6 +431,10 @@ def _last_state(output: Any) -> Tensor:
         state = (output.get("decoder_hidden_states") or output.hidden_states)[-1]
     assert isinstance(state, Tensor)
     return state
+
+
+def _own(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to("cpu", dtype, copy=True)
 
 
 @contextmanager

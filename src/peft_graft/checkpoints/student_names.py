@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from peft_graft.checkpoints.raw import PREFIX
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import head_counts
+from peft_graft.models.loading import ModelHandle, head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import blank_model
 from peft_graft.models.tasks import Task
@@ -104,6 +104,11 @@ def student_names(name: str, config: PretrainedConfig, task: Task, architecture:
         num_kv_heads=kv_heads,
         attentions=_attentions(architecture),
     )
+
+
+def written_names(model: ModelHandle, task: Task) -> StudentNames:
+    """What a checkpoint for this model says about it."""
+    return student_names(model.name, model.base.config, task, model.architecture)
 
 
 def _attentions(architecture: Architecture) -> tuple[str, ...]:

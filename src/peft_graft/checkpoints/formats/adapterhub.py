@@ -128,12 +128,8 @@ def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
     write_json(folder / CONFIG, {**raw.config, **_model_fields(raw, student), "config": _settings(raw, student)})
     write_tensors(folder / _WEIGHTS[raw.weights_suffix], _tensors(raw, student))
     if raw.head and raw.head_config:
-        head_name = raw.head_config.get("name")
         write_json(folder / HEAD_CONFIG, {**raw.head_config, **_model_fields(raw, student)})
-        write_tensors(
-            folder / _HEAD_WEIGHTS[raw.weights_suffix],
-            {re.sub(r"^layers\.", f"heads.{head_name}.", key): tensor for key, tensor in raw.head.items()},
-        )
+        write_tensors(folder / _HEAD_WEIGHTS[raw.weights_suffix], _head_tensors(raw))
 
 
 def _tensors(raw: RawCheckpoint, student: StudentNames) -> dict[str, Tensor]:
@@ -152,10 +148,14 @@ def _tensors(raw: RawCheckpoint, student: StudentNames) -> dict[str, Tensor]:
     }
 
 
-def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
-    """All tensors of a written checkpoint, module and head, by their keys in the library's model."""
-    tensors = read_tensors(folder / _WEIGHTS[raw.weights_suffix])
-    return tensors | (read_tensors(folder / _HEAD_WEIGHTS[raw.weights_suffix]) if raw.head else {})
+def tensors_in_model(raw: RawCheckpoint, student: StudentNames) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, module and head, by their keys in its files, which are those of the model."""
+    return _tensors(raw, student) | (_head_tensors(raw) if raw.head_config else {})
+
+
+def _head_tensors(raw: RawCheckpoint) -> dict[str, Tensor]:
+    name = (raw.head_config or {}).get("name")
+    return {re.sub(r"^layers\.", f"heads.{name}.", key): tensor for key, tensor in raw.head.items()}
 
 
 def _kind(settings: Mapping[str, Any], folder: Path) -> Kind:
@@ -256,6 +256,12 @@ def _keys(raw: RawCheckpoint, path: str, name: str) -> list[str]:
     if name.startswith(("up.", "norm_after.")):
         return [f"{start}adapter_{name}"]
     return [f"{start}{name}"]
+
+
+def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
+    """All tensors of a written checkpoint, module and head, by their keys in the library's model."""
+    tensors = read_tensors(folder / _WEIGHTS[raw.weights_suffix])
+    return tensors | (read_tensors(folder / _HEAD_WEIGHTS[raw.weights_suffix]) if raw.head else {})
 
 
 def _head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

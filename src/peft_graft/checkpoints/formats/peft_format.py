@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,41 +59,51 @@ def read(folder: Path) -> RawCheckpoint:
             to no known part.
     """
     config = read_json(folder / CONFIG)
-    peft_type = str(config.get("peft_type"))
-    if peft_type in _NO_WEIGHTS or peft_type not in peft.PeftType.__members__:
-        raise CheckpointError(
-            f"PEFT modules of type {peft_type} cannot be moved",
-            where=str(folder),
-            expected=f"{', '.join(_KINDS)}, or a type that changes weights",
-            fix="train a LoRA in its place",
-        )
-    kind = _KINDS.get(peft_type, "weights")
+    kind = _kind(config, str(folder))
     weights = weights_file(folder)
     if kind == "lora":
         peft_lora.check(config, folder)
-    entries: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    if kind != "weights":
-        for key, tensor in read_tensors(weights).items():
-            path = key.removeprefix(_key_prefix(kind))
-            if kind == "lora" and peft_lora.is_copy(path):
-                continue
-            place = _entry(kind, path, tensor)
-            if place:
-                values = {place[1]: tensor.flatten() if kind == "ia3" else tensor}
-                entries.setdefault(place[0], {}).update(values)
-            else:
-                others[re.sub(r"\.modules_to_save\.[^.]+", "", path)] = tensor
-        _check_others(others, config, str(weights))
-        if kind == "lora":
-            peft_lora.check_entries(entries, config, str(weights))
-            peft_lora.with_token_ids(entries, config, str(weights))
-        elif kind in VIRTUAL:
-            entries = peft_prompts.check(kind, entries, config, str(weights))
-        elif not entries:
-            raise CheckpointError("the file holds no tensors of its kind", where=str(weights), expected=peft_type)
+    found = parse(config, read_tensors(weights) if kind != "weights" else {}, str(weights))
     labels_file = folder / "config.json"
     labels = read_json(labels_file).get("id2label") if labels_file.is_file() else None
+    return replace(
+        found,
+        labels=[labels[str(index)] for index in range(len(labels))] if labels else None,
+        files=file_hashes(folder),
+        weights_suffix=weights.suffix,
+    )
+
+
+def parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> RawCheckpoint:
+    """A checkpoint from its configuration and its tensors by their keys in the file.
+
+    Args:
+        where: what the tensors come from, for messages.
+
+    Raises:
+        CheckpointError: a kind that is not supported, or tensors that belong to no known part.
+    """
+    kind = _kind(config, where)
+    entries: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(_key_prefix(kind))
+        if kind == "lora" and peft_lora.is_copy(path):
+            continue
+        place = _entry(kind, path, tensor)
+        if place:
+            values = {place[1]: tensor.flatten() if kind == "ia3" else tensor}
+            entries.setdefault(place[0], {}).update(values)
+        else:
+            others[re.sub(r"\.modules_to_save\.[^.]+", "", path)] = tensor
+    _check_others(others, config, where)
+    if kind == "lora":
+        peft_lora.check_entries(entries, config, where)
+        peft_lora.with_token_ids(entries, config, where)
+    elif kind in VIRTUAL:
+        entries = peft_prompts.check(kind, entries, config, where)
+    elif kind != "weights" and not entries:
+        raise CheckpointError("the file holds no tensors of its kind", where=where, expected=str(config["peft_type"]))
     return RawCheckpoint(
         format="peft",
         kind=kind,
@@ -107,22 +118,25 @@ def read(folder: Path) -> RawCheckpoint:
             if (pair := peft_lora.factors_of(values))
         },
         head=others,
-        labels=[labels[str(index)] for index in range(len(labels))] if labels else None,
-        files=file_hashes(folder),
-        weights_suffix=weights.suffix,
     )
 
 
 def write(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
     """Write a checkpoint for the student: configuration corrected, everything else as it was."""
+    config, tensors = build(raw, student)
+    write_json(folder / CONFIG, config)
+    write_tensors(folder / WEIGHTS[0], tensors)
+
+
+def build(raw: RawCheckpoint, student: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration of a checkpoint for the student, and its tensors by their keys in the file."""
     writers = {"lora": peft_lora.tensors, "ia3": peft_vectors.scales, "norms": peft_vectors.norms}
     found = writers[raw.kind](raw) if raw.kind in writers else peft_prompts.tensors(raw)
     tensors = {
         (key if key == peft_prompts.KEY else f"{_key_prefix(raw.kind)}{key}"): tensor
         for key, tensor in {**found, **raw.head}.items()
     }
-    write_json(folder / CONFIG, student_config(raw, student))
-    write_tensors(folder / WEIGHTS[0], tensors)
+    return student_config(raw, student), tensors
 
 
 def student_config(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
@@ -142,6 +156,18 @@ def student_config(raw: RawCheckpoint, student: StudentNames) -> dict[str, Any]:
     config.update((peft_lora if raw.kind == "lora" else peft_vectors).config_of(raw, student))
     targets = [path for path, values in raw.entries.items() if not has_rows(values)]
     return {**config, "target_modules": student.shortest_targets(targets)}
+
+
+def _kind(config: Mapping[str, Any], where: str) -> Kind:
+    peft_type = str(config.get("peft_type"))
+    if peft_type in _NO_WEIGHTS or peft_type not in peft.PeftType.__members__:
+        raise CheckpointError(
+            f"PEFT modules of type {peft_type} cannot be moved",
+            where=where,
+            expected=f"{', '.join(_KINDS)}, or a type that changes weights",
+            fix="train a LoRA in its place",
+        )
+    return _KINDS.get(peft_type, "weights")
 
 
 def _whole(raw: RawCheckpoint) -> list[str]:
