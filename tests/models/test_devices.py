@@ -115,8 +115,8 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
 
     models = [placed(role) for role in ("teacher", "student")]
     assert all(model.layers[0].mlp.up_proj.weight.is_meta for model in models)
-    plain = handle(transformers.AutoModel.from_pretrained(shelf / "student")).base_tensors()
-    stored = handle(models[1]).base_tensors()
+    plain = wrap_model(transformers.AutoModel.from_pretrained(shelf / "student")).base_tensors()
+    stored = wrap_model(models[1]).base_tensors()
     assert stored.keys() == plain.keys()
     assert all(torch.equal(stored[name], value) for name, value in plain.items())
     expected = moved([transformers.AutoModel.from_pretrained(shelf / role) for role in ("teacher", "student")])
