@@ -12,7 +12,7 @@ import transformers
 import peft_graft
 import tiny
 from peft_graft.checkpoints.read import read_checkpoint
-from peft_graft.models.loading import Loading, load_model
+from peft_graft.models.loading import Loading, load_model, wrap_model
 from peft_graft.models.task_models import with_task_head
 from peft_graft.models.tasks import Task
 

@@ -78,7 +78,7 @@ def _fitted(candidate: Candidate, head: HeadChoice, tried: dict[str, Agreement],
         tried[f"{candidate.method}, as moved"] = moved
         own = candidate.checkpoint
         carried = Outcome(candidate, "carried" if own.head else None, judge(moved, moved), tried)
-        if not own.head or head not in ("auto", "fit") or not can_fit(own.head) or moved.divergence <= EXACT:
+        if not own.head or head not in ("auto", "fit") or not own.head.can_be_fitted or moved.divergence <= EXACT:
             return carried
         checkpoint, report = candidate.fit_head(own)
         candidate.put(checkpoint)
