@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -207,5 +208,5 @@ def test_the_cache_is_bounded_and_may_be_damaged(world, tmp_path, monkeypatch) -
     assert caching.cache_folder(False) is None
     monkeypatch.delenv(caching.VARIABLE)
     assert caching.cache_folder(None) is None
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert caching.cache_folder(True) == tmp_path / "peft-graft"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path))
+    assert caching.cache_folder(True) == tmp_path / "peft-graft" / "cache"

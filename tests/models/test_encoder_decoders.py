@@ -141,7 +141,8 @@ def test_live_seq2seq_models(tmp_path: Path) -> None:
     trained(tmp_path / "module", base, ["q", "v"])
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    graft = tiny.transfer_live(tmp_path / "module", model, model, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
+    graft = tiny.transfer_live(
+        tmp_path / "module", model, model, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
         text=tiny.sentences(100), method="prune-align", max_tokens=500,
     )  # fmt: skip
     assert graft.report.verdict.level == "exact"
