@@ -112,7 +112,7 @@ def inspect(
     """
     folder = locate(module)
     raw = read_checkpoint(folder)
-    checkpoint, base, problem = _resolved(folder, raw, str(teacher or raw.base_model or ""))
+    checkpoint, base, problem = _resolved(raw, str(teacher or raw.base_model or ""))
     found = Inspection(
         module=str(module),
         module_library=raw.library,
@@ -154,16 +154,14 @@ class _Blank(NamedTuple):
         return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
 
 
-def _resolved(
-    folder: Path, raw: RawCheckpoint, teacher: str
-) -> tuple[PeftCheckpoint | None, _Blank | None, str | None]:
+def _resolved(raw: RawCheckpoint, teacher: str) -> tuple[PeftCheckpoint | None, _Blank | None, str | None]:
     try:
         if not teacher:
             return None, None, "the module's configuration names no base model; name it with --teacher"
         config = load_config(teacher, "teacher")
         base = _Blank.of(config)
-        if raw.kind == "weights":
-            raw = stand_in(folder, raw, config)
+        if raw.needs_conversion:
+            raw = stand_in(raw, config)
         return resolve(raw, base.architecture, dict(base.model.state_dict())), base, None
     except GraftError as error:
         return None, None, str(error)

@@ -136,8 +136,8 @@ def transfer(
             "the module's configuration names no base model", where=str(module), fix="name it with --teacher"
         )
     given = load_alignment(Path(alignment)) if isinstance(alignment, str | Path) else alignment
-    converting = raw.kind == "weights"
-    planned_raw = stand_in(folder, raw, load_config(teacher_name, "teacher")) if converting else raw
+    converting = raw.needs_conversion
+    planned_raw = stand_in(raw, load_config(teacher_name, "teacher")) if converting else raw
     preflight(planned_raw, teacher_name, str(student), settings, given is not None, text is not None)
     samples = read_text(text, columns, seed) if text is not None else None
     if samples is not None:
@@ -151,7 +151,7 @@ def transfer(
         )
     if converting:
         with clock("converting to LoRA"):
-            raw = as_lora(folder, raw, teacher_model)
+            raw = as_lora(raw, teacher_model)
     own_tokens = raw.trains_tokens and (folder / "tokenizer_config.json").is_file()
     graft = _transfer(
         raw,
