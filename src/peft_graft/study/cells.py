@@ -32,7 +32,7 @@ from peft_graft.options import Progress
 from peft_graft.study.comparison import load_module, new_module, save_module
 from peft_graft.study.data import read_task, text_file
 from peft_graft.study.spec import FRESH, Grid, ModuleSpec, Study, TaskSpec
-from peft_graft.study.training import TrainingSettings, Watch, fine_tune, score, taught
+from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
 
 @dataclass(frozen=True)
@@ -221,20 +221,20 @@ def _settings(cell: Cell) -> TrainingSettings:
 
 
 def _do_teacher(cell: Cell, artifacts: Path, work: Path, progress: Progress | None) -> dict[str, Any]:
-    del work, progress
+    del progress
     task, train, validation, test = _task(cell)
     spec, settings = ModuleSpec.model_validate(cell.config["module"]), _settings(cell)
     tokenizer = transformers.AutoTokenizer.from_pretrained(cell.config["model"])
     model = new_module(cell.config["model"], spec.library, task, settings.seed, spec.config)
-    watch = Watch(task.encode(validation, tokenizer), task, tokenizer, patience=settings.patience)
-    seconds = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, watch)
+    scored = Validation(task.encode(validation, tokenizer), task, tokenizer)
+    tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=work / "training")
     found = score(model, task.encode(test, tokenizer), tokenizer, task)
     with written_aside(artifacts / cell.id, force=True) as staging:
         save_module(model, staging, spec.library, task)
     return {
-        "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": watch.curve,
+        "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": tuned.curve,
         "examples": len(train), "validation_examples": len(validation), "test_examples": len(test),
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(tuned.seconds, 1),
     }  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def _do_graft(cell: Cell, artifacts: Path, work: Path, progress: Progress | None
 
 
 def _do_student(cell: Cell, artifacts: Path, work: Path, progress: Progress | None) -> dict[str, Any]:
-    del work, progress
+    del progress
     config = cell.config
     task, train, validation, test = _task(cell)
     spec, settings = ModuleSpec.model_validate(config["module"]), _settings(cell)
@@ -288,10 +288,10 @@ def _do_student(cell: Cell, artifacts: Path, work: Path, progress: Progress | No
         examples = train if budget == len(train) else random.Random(config["seed"]).sample(train, budget)
         encoded = task.encode(examples, tokenizer)
         if settings.distillation:
-            encoded = taught(encoded, *_teacher_rows(cell, spec, task, examples, artifacts))
-        watch = Watch(task.encode(validation, tokenizer), task, tokenizer, patience=settings.patience)
-        seconds = fine_tune(model, encoded, tokenizer, settings, watch)
-        result |= {"curve": watch.curve, "training_seconds": round(seconds, 1)}
+            encoded = with_teacher_answers(encoded, *_teacher_rows(cell, spec, task, examples, artifacts))
+        scored = Validation(task.encode(validation, tokenizer), task, tokenizer)
+        tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=work / "training")
+        result |= {"curve": tuned.curve, "training_seconds": round(tuned.seconds, 1)}
     result["score"] = score(model, rows, tokenizer, task) if budget else result["before"]
     return {**result, "examples": budget, "test_examples": len(test)}
 

@@ -173,7 +173,7 @@ def run_student(
 ) -> Run:
     """Fine-tune one student on the examples given (none: only score it) and score it on the test examples."""
     model = make()
-    seconds = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings) if train else 0.0
+    seconds = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings).seconds if train else 0.0
     result = score(model, task.encode(test, tokenizer), tokenizer, task)
     return Run(start=start, budget=len(train), seed=settings.seed, score=result, seconds=round(seconds, 2))
 
