@@ -1,81 +1,21 @@
-"""Teacher, fresh student and grafted students on one task: the smallest comparison that says what a graft is worth."""
+"""Task models with a module inside, new or loaded, in the library that the module is for."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict
 
+from peft_graft.config import Library
 from peft_graft.errors import DependencyError
 from peft_graft.models.loading import describe_config
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
-from peft_graft.study.tasks import Example, StudyTask
-from peft_graft.study.training import TrainingSettings, fine_tune, score
+from peft_graft.study.tasks import StudyTask
 
-Library = Literal["peft", "adapterhub"]
 ModuleConfig = dict[str, Any] | str | None
-#: A teacher that is ahead of a fresh module by less, a point of a hundred, has no gain of which there could be a share.
-SMALLEST_GAIN = 0.01
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Run(_Record):
-    """One student, fine-tuned on ``budget`` labelled examples (0: not at all) and scored on the test examples."""
-
-    start: str
-    budget: int
-    seed: int
-    score: float
-    seconds: float
-
-
-class Row(_Record):
-    """Runs of one start and budget over seeds. ``share_of_gain``: (mean - fresh) / (teacher - fresh), same budget."""
-
-    start: str
-    budget: int
-    mean: float
-    spread: float
-    seeds: int
-    share_of_gain: float | None
-
-
-def share_of_gain(grafted: float, baseline: float, teacher: float) -> float | None:
-    """(grafted - baseline) / (teacher - baseline); None where the teacher is not ahead by ``SMALLEST_GAIN``."""
-    return (grafted - baseline) / (teacher - baseline) if teacher - baseline >= SMALLEST_GAIN else None
-
-
-def summarise(runs: Sequence[Run], teacher_score: float, baseline: str = "fresh") -> list[Row]:
-    """Mean and standard deviation over seeds, and the share of the gain recovered, per start and budget."""
-    groups: dict[tuple[int, str], list[float]] = {}
-    for run in runs:
-        groups.setdefault((run.budget, run.start), []).append(run.score)
-    rows = []
-    for (budget, start), scores in groups.items():
-        mean = statistics.fmean(scores)
-        fresh = groups.get((budget, baseline))
-        rows.append(
-            Row(
-                start=start,
-                budget=budget,
-                mean=mean,
-                spread=statistics.stdev(scores) if len(scores) > 1 else 0.0,
-                seeds=len(scores),
-                share_of_gain=share_of_gain(mean, statistics.fmean(fresh), teacher_score)
-                if fresh and start != baseline
-                else None,
-            )
-        )
-    return rows
 
 
 def new_module(base: Path | str, library: Library, task: StudyTask, seed: int, config: ModuleConfig = None) -> Any:
@@ -90,7 +30,7 @@ def new_module(base: Path | str, library: Library, task: StudyTask, seed: int, c
     """
     torch.manual_seed(seed)
     with quiet_libraries():
-        if library == "peft":
+        if library is Library.PEFT:
             import peft
 
             model = _task_model(base, task)
@@ -125,7 +65,7 @@ def _query_and_value(base: Any) -> list[str]:
 def load_module(base: Path | str, module: Path | str, library: Library, task: StudyTask) -> Any:
     """A student with a written module, ready to be scored or trained further."""
     with quiet_libraries():
-        if library == "peft":
+        if library is Library.PEFT:
             import peft
 
             return peft.PeftModel.from_pretrained(_task_model(base, task), module, is_trainable=True)
@@ -156,26 +96,10 @@ def _add_prediction_head(model: Any, task: StudyTask) -> None:
 
 def save_module(model: Any, folder: Path, library: Library, task: StudyTask) -> None:
     """Write a trained module the way its library does."""
-    if library == "peft":
+    if library is Library.PEFT:
         model.save_pretrained(folder)
     else:
         model.save_adapter(str(folder), task.name, with_head=True)
-
-
-def run_student(
-    make: Callable[[], Any],
-    start: str,
-    train: Sequence[Example],
-    test: Sequence[Example],
-    tokenizer: Any,
-    task: StudyTask,
-    settings: TrainingSettings,
-) -> Run:
-    """Fine-tune one student on the examples given (none: only score it) and score it on the test examples."""
-    model = make()
-    seconds = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings) if train else 0.0
-    result = score(model, task.encode(test, tokenizer), tokenizer, task)
-    return Run(start=start, budget=len(train), seed=settings.seed, score=result, seconds=round(seconds, 2))
 
 
 def _adapters() -> Any:

@@ -19,12 +19,14 @@ from rich.console import Console
 
 import tiny
 from conftest import needs_adapters
+from peft_graft.config import GraftConfig
 from peft_graft.errors import StudyError
-from peft_graft.study.cells import cells_of, start_name
 from peft_graft.study.command import PAPER, show_tables
-from peft_graft.study.runner import Here, _claimed, estimate, run_study
-from peft_graft.study.spec import FRESH, paper_study, read_study
-from peft_graft.study.tables import MEAN, finished, grid_of, latex, markdown, result_tables, write_tables
+from peft_graft.study.folder import StudyFolder
+from peft_graft.study.grids import Start, cells_of
+from peft_graft.study.runner import Here, estimate, run_study
+from peft_graft.study.spec import FRESH, Study, paper_study, read_study
+from peft_graft.study.tables import MEAN, ResultTable, grid_of, latex, markdown, result_tables, write_tables
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("accelerate", "seqeval", "matplotlib", "psutil")),
@@ -88,6 +90,10 @@ def run(file: Path, out: Path, **options):
     return study, run_study(study, out, Here(out), **options)
 
 
+def records(study: Study, out: Path) -> list[dict]:
+    return StudyFolder(out).records(cells_of(study))
+
+
 # ---- declared --------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +103,7 @@ def test_a_study_expands_into_cells_that_share_their_work(file: Path) -> None:
     # for each of two languages: one teacher, two grafts (skip, avg), and fresh, skip, avg students
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"teacher": 2, "graft": 4, "student": 6}
     order = list(cells)
-    assert all(order.index(need) < order.index(name) for name, cell in cells.items() for need in cell.needs)
+    assert all(order.index(need) < order.index(name) for name, cell in cells.items() for need in cell.needed)
     more = cells_of(read_study(file, ["defaults.seeds=[0, 1]", "defaults.budgets=[16, 'all']"]))
     kinds = [cell.kind for cell in more.values()]
     # grafts that are not polished do not depend on the seed
@@ -115,7 +121,7 @@ def test_one_alignment_serves_modules_of_every_size(file: Path) -> None:
     grafts = [cell for cell in cells.values() if cell.kind == "graft"]
     assert len(alignments) == 4  # two languages, two ways of choosing layers
     assert len(grafts) == 8
-    assert {cell.needs[1] for cell in grafts} == alignments
+    assert {cell.needs.alignment for cell in grafts} == alignments
 
 
 def test_only_takes_what_matches_and_what_that_needs(file: Path) -> None:
@@ -129,7 +135,7 @@ def test_only_takes_what_matches_and_what_that_needs(file: Path) -> None:
     ("change", "message"),
     [
         ("grid.0.teacher=huge", "unknown model huge; named are big, small"),
-        ("grid.0.methods=['magic']", "unknown method magic"),
+        ("grid.0.methods=['magic']", "grid.0.methods: unknown choice; expected auto, copy"),
         ("defaults.languages=['xx']", "ner has none of the languages xx"),
         ("grid.0.seed=[1]", "grid.0.seed: Extra inputs are not permitted"),
         ("training.student.epochs=many", "training.student.epochs: Input should be a valid number"),
@@ -148,10 +154,10 @@ def test_what_a_study_cannot_be_is_said(file: Path, change: str, message: str) -
 def test_the_papers_grids_cover_its_languages(name: str) -> None:
     study = read_study(paper_study(name))
     cells = cells_of(study).values()
-    languages = {task: {cell.names["language"] for cell in cells if cell.names["task"] == task} for task in study.tasks}
+    languages = {task: {cell.names.language for cell in cells if cell.names.task == task} for task in study.tasks}
     assert {task: len(found) for task, found in languages.items()} == {"ner": 9, "nli": 15, "paraphrase": 7}
     assert len(set.union(*languages.values())) == 21
-    assert {cell.names["module"] for cell in cells if cell.kind == "teacher"} == {"adapter", "lora"}
+    assert {cell.names.module for cell in cells if cell.kind == "teacher"} == {"adapter", "lora"}
     assert {task: spec.metric for task, spec in study.tasks.items()} == {
         "ner": "entity F1", "nli": "accuracy", "paraphrase": "accuracy"
     }  # fmt: skip
@@ -189,15 +195,17 @@ def test_the_papers_grids_run_on_local_stand_ins(name: str, world: Path, file: P
     errors = [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "failures").iterdir()]
     assert not errors
     assert not outcome.blocked
-    tables = result_tables(finished(cells_of(study).values(), tmp_path / "out"))
+    tables = result_tables(records(study, tmp_path / "out"))
     assert {(table.module, table.task) for table in tables} == {
         (module, task) for module in ("adapter", "lora") for task in ("ner", "nli", "paraphrase")
     }
 
 
 def test_starts_are_named_by_what_is_not_as_usual() -> None:
-    assert start_name("skip", "default", "auto", "default", False) == "default"
-    assert start_name("avg", "copy", "drop", 0, True) == "copy/avg, head drop, polish 0, distilling"
+    assert Start(GraftConfig()).name == "default"
+    copied = GraftConfig(layers="avg", method="copy", head="drop", polish=0)
+    assert Start(copied, distil=True).name == "copy/avg, head drop, polish 0, distilling"
+    assert Start(GraftConfig(polish=500), from_fresh=True).name == "polish from fresh, polish 500"
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ def test_a_study_runs_and_what_is_done_is_not_done_again(file: Path, tmp_path: P
     study, outcome = run(file, out)
     assert not outcome.failed
     assert len(outcome.done) == 12
-    tables = write_tables(finished(cells_of(study).values(), out), out / "tables")
+    tables = write_tables(records(study, out), out / "tables")
     assert [table.budget for table in tables] == [0, 16]
     last = tables[1]
     assert [row.start for row in last.rows] == ["teacher", FRESH, "copy/avg, polish 0", "copy/skip, polish 0"]
@@ -223,7 +231,7 @@ def test_a_study_runs_and_what_is_done_is_not_done_again(file: Path, tmp_path: P
     _, again = run(file, out)
     assert sorted(again.done) == sorted(outcome.done)
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
-    left, seconds = estimate(cells_of(read_study(file, ["defaults.seeds=[0, 1]"])), out)
+    left, seconds = estimate(cells_of(read_study(file, ["defaults.seeds=[0, 1]"])), StudyFolder(out))
     assert left == {"student": 6}
     assert seconds == pytest.approx(
         6 * sum(json.loads(p.read_text())["seconds"] for p in before if p.name.startswith("student")) / 6
@@ -235,18 +243,18 @@ def test_a_study_runs_and_what_is_done_is_not_done_again(file: Path, tmp_path: P
 
 
 def test_polished_and_distilling_starts(file: Path, tmp_path: Path) -> None:
-    changes = ["grid.0.methods=['default']", "defaults.polish=[6]", "defaults.distil=[false, true]",
+    changes = ["grid.0.methods=['auto']", "defaults.polish=[6]", "defaults.distil=[false, true]",
                "defaults.languages=['en']", "training.student.patience=1"]  # fmt: skip
     study = read_study(file, changes)
     outcome = run_study(study, tmp_path / "out", Here(tmp_path / "out"))
     assert not outcome.failed
-    records = {record["id"]: record for record in finished(cells_of(study).values(), tmp_path / "out")}
-    students = {record["names"]["start"]: record for record in records.values() if record["kind"] == "student"}
+    found = {record["id"]: record for record in records(study, tmp_path / "out")}
+    students = {record["names"]["start"]: record for record in found.values() if record["kind"] == "student"}
     assert set(students) == {FRESH, "default, polish 6", "default, polish 6, distilling"}
-    rates = {start: record["config"]["training"]["learning_rate"] for start, record in students.items()}
+    rates = {start: record["result"]["training"]["learning_rate"] for start, record in students.items()}
     assert rates["default, polish 6"] == pytest.approx(rates[FRESH] / 10)
     assert students["default, polish 6, distilling"]["config"]["training"]["distillation"] == 0.5
-    grafts = [record for record in records.values() if record["kind"] == "graft"]
+    grafts = [record for record in found.values() if record["kind"] == "graft"]
     assert len(grafts) == 1, "both learn from the same graft"
     assert grafts[0]["result"]["verdict"]["measured"]["answers"] > 0
 
@@ -272,7 +280,7 @@ def test_a_failed_cell_says_why_and_the_rest_goes_on(file: Path, tmp_path: Path)
 
 def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(file: Path, tmp_path: Path) -> None:
     study, _ = run(file, tmp_path / "whole")
-    wanted = markdown(result_tables(finished(cells_of(study).values(), tmp_path / "whole")))
+    wanted = markdown(result_tables(records(study, tmp_path / "whole")))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "peft_graft", "study", str(file), "--out", str(out)]
     kept: dict[Path, int] = {}
@@ -293,30 +301,53 @@ def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(file: Path, t
     _, outcome = run(file, out)
     assert len(outcome.done) == 12
     assert all(path.stat().st_mtime_ns == time_then for path, time_then in kept.items())
-    assert markdown(result_tables(finished(cells_of(study).values(), out))) == wanted
+    assert markdown(result_tables(records(study, out))) == wanted
 
 
 def test_a_lock_holds_while_its_owner_lives(tmp_path: Path) -> None:
-    lock = tmp_path / "cell.json"
-    with _claimed(lock) as first, _claimed(lock) as second:
+    (tmp_path / "locks").mkdir()
+    folder = StudyFolder(tmp_path)
+    with folder.claimed("cell") as first, folder.claimed("cell") as second:
         assert first
         assert not second
-    assert not lock.exists()
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    assert not list((tmp_path / "locks").iterdir())
+    script = (
+        "import sys, time; from pathlib import Path; from peft_graft.study.folder import StudyFolder\n"
+        "with StudyFolder(Path(sys.argv[1])).claimed('cell') as mine: print(mine, flush=True); time.sleep(600)"
     )
-    with _claimed(lock) as mine:
-        assert mine
-        left = json.loads(lock.read_text())
-    lock.write_text(json.dumps({**left, "pid": int(dead.stdout)}))
-    with _claimed(lock) as taken_over:
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "True\n"
+        with folder.claimed("cell") as of_another:
+            assert not of_another, "the other process lives"
+        owner.kill()
+        owner.wait()
+    with folder.claimed("cell") as taken_over:
         assert taken_over
-    lock.write_text(json.dumps({**left, "host": "elsewhere"}))
-    with _claimed(lock) as of_another:
-        assert not of_another, "another machine's is respected while it is fresh"
-    os.utime(lock, (0, 0))
-    with _claimed(lock) as silent:
-        assert silent
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_two_processes_never_do_a_cell_twice(tmp_path: Path) -> None:
+    """Both go through the same hundred cells; every one is done by one of them."""
+    StudyFolder(tmp_path).prepare({})
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from peft_graft.study.folder import StudyFolder\n"
+        "folder = StudyFolder(Path(sys.argv[1]))\n"
+        "done = []\n"
+        "for cell in map(str, range(100)):\n"
+        "    if not folder.is_done(cell):\n"
+        "        with folder.claimed(cell) as mine:\n"
+        "            if mine and not folder.is_done(cell):\n"
+        "                folder.keep({'id': cell, 'result': {}})\n"
+        "                done.append(cell)\n"
+        "print(len(done))\n"
+    )
+    workers = [subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+               for _ in range(2)]  # fmt: skip
+    assert sum(int(worker.communicate()[0]) for worker in workers) == 100
 
 
 @needs_ray
@@ -324,8 +355,9 @@ def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) 
     """A study on a local Ray cluster of two nodes; one of its workers is killed in the middle of a cell."""
     script = tmp_path / "cluster.py"
     script.write_text(
-        "import json, os, signal, sys, threading, time\n"
+        "import json, os, sys, threading, time\n"
         "from pathlib import Path\n"
+        "import psutil\n"
         "import ray\n"
         "from ray.cluster_utils import Cluster\n"
         "from peft_graft.study.runner import OnRay, run_study\n"
@@ -334,16 +366,19 @@ def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) 
         "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
         "cluster.add_node(num_cpus=1)\n"
         "killed = []\n"
+        "def ray_workers():\n"
+        "    return [one for one in psutil.process_iter(['name']) if (one.info['name'] or '').startswith('ray::')]\n"
         "def kill():\n"
         "    while not killed:\n"
-        "        for lock in (out / 'locks').glob('student-*.json'):\n"
+        "        for process in psutil.Process().children(recursive=True) + ray_workers():\n"
         "            try:\n"
-        "                pid = json.loads(lock.read_text())['pid']\n"
-        "                os.kill(pid, signal.SIGKILL)\n"
-        "                killed.append([pid, lock.stem])\n"
+        "                locks = [Path(file.path) for file in process.open_files() if '/locks/student-' in file.path]\n"
+        "            except psutil.Error:\n"
+        "                continue\n"
+        "            if locks:\n"
+        "                process.kill()\n"
+        "                killed.append([process.pid, locks[0].name])\n"
         "                return\n"
-        "            except (OSError, ValueError, KeyError):\n"
-        "                pass\n"
         "        time.sleep(0.05)\n"
         "threading.Thread(target=kill, daemon=True).start()\n"
         "outcome = run_study(read_study(file), out, OnRay(out, cluster.address, 1, 0))\n"
@@ -363,7 +398,7 @@ def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) 
     assert found["killed"], "no worker was killed"
     study, _ = run(file, tmp_path / "here")
     tables = [
-        result_tables(finished(cells_of(study).values(), folder)) for folder in (out, tmp_path / "here")
+        result_tables(records(study, folder)) for folder in (out, tmp_path / "here")
     ]  # fmt: skip
     assert markdown(tables[0]) == markdown(tables[1])
 
