@@ -26,7 +26,7 @@ from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import Start, cells_of
 from peft_graft.study.runner import Here, estimate, run_study
 from peft_graft.study.spec import FRESH, Study, paper_study, read_study
-from peft_graft.study.tables import MEAN, ResultTable, grid_of, latex, markdown, result_tables, write_tables
+from peft_graft.study.tables import MEAN, grid_of, latex, markdown, result_tables, write_tables
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("accelerate", "seqeval", "matplotlib", "psutil")),

@@ -30,10 +30,8 @@ from peft_graft.study.cells import (
     TransferConfig,
 )
 from peft_graft.study.plugins import Plugin
-from peft_graft.study.spec import FRESH, GRAFT_OPTIONS, Budget, Grid, ModuleSpec, Study
+from peft_graft.study.spec import DEFAULT, FRESH, GRAFT_OPTIONS, POLISHED_FRESH, Budget, Grid, ModuleSpec, Study
 
-#: What the method ``auto`` is called in tables, and a fresh module that was polished.
-DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
 _BUILT_IN = frozenset(METHOD_SUMMARIES)
 
 

@@ -19,6 +19,8 @@ from peft_graft.study.training import FITTED_RATE, TrainingSettings
 
 #: The student's own untrained module, the baseline of every comparison.
 FRESH = "fresh"
+#: What tables call a graft by the method ``auto``, and a fresh module that was polished on the teacher's answers.
+DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
 Budget = int | Literal["all"]
 #: Lists of a grid -> the options of ``transfer`` that their values are for.
 GRAFT_OPTIONS = {"layers": "layers", "methods": "method", "heads": "head", "polish": "polish"}
@@ -235,9 +237,8 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise StudyError(
-            f"{place}: {first['msg'].removeprefix('Value error, ')}", where=str(path), fix="see docs/studies.md"
-        ) from error
+        message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
     tasks = {
         name: task.model_copy(
             update={
