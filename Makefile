@@ -1,10 +1,12 @@
 # make install   .venv with peft-graft and all that demo and tests need
 # make demo      the main job on real pretrained weights
-# make test      lint, types and tests
+# make lint      style, types and the direction of imports
+# make test      lint and tests
+# make picture   docs/packages.svg, drawn from the imports in the code
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo lint test picture clean
 
 install: .venv/installed
 
@@ -24,9 +26,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+picture: install
+	$(BIN)/python docs/picture.py
 
 clean:
 	rm -rf .venv out

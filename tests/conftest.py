@@ -51,3 +51,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.adapterhub_module(root / "pfeiffer", teacher)
     (root / "text.txt").write_text("\n".join(tiny.sentences()) + "\n", encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of sentences that a test may write anew."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(tiny.sentences(200)))
+    return path

@@ -24,9 +24,10 @@ from peft import PeftModel
 
 import peft_graft
 import tiny
+from families import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, TOWERS
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attach import attach
-from peft_graft.checkpoints.resolve import read_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.verify import probe
 from peft_graft.errors import GraftError
 from peft_graft.models.architecture import Architecture
@@ -46,12 +47,8 @@ _TASK = {"task_type": "FEATURE_EXTRACTION"}
 
 def architectures() -> dict[str, Any]:
     """Name -> small configuration, of every family that the tests know."""
-    import test_families
-    import test_stacks
-
     found = {family: tiny.config(family, hidden=40 if family == "mpnet" else 32) for family in tiny.FAMILIES}
-    found |= test_families.ENCODERS | test_families.CONFIGS | test_stacks.CONFIGS
-    found |= test_stacks.MIXTURES | test_stacks.TOWERS
+    found |= ENCODERS | DECODERS | ENCODER_DECODERS | MIXTURES | TOWERS
     for name, config in found.items():
         if hasattr(config, "relative_attention_num_buckets") and name != "mpnet":  # 32 is the hidden size here
             changed = {**config.to_dict(), "relative_attention_num_buckets": 16}
@@ -286,7 +283,8 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         "# Architectures and kinds of modules",
         "",
-        "Written by `python tests/matrix.py`; `tests/test_matrix.py` finds every cell again. Tiny random models.",
+        "Written by `python tests/matrix.py`; `tests/models/test_matrix.py` finds every cell again.",
+        "Tiny random models.",
         "",
         "- **exact**: on a copy of the model whose hidden units, key-value groups, heads, units of values and FFN",
         "  units are in another order, aligned on text, the moved module computes what the original does (to 1e-3 of",

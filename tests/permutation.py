@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_graft.models.architecture import heads_of
-from peft_graft.models.loading import handle
+from peft_graft.models.loading import wrap_model
+from peft_graft.models.sizes import heads_of
 from peft_graft.models.spaces import Site, Space
 
 #: Spaces whose units are the residual stream's.
@@ -31,7 +31,7 @@ def permuted(model: Any, seed: int = 3) -> tuple[Any, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     other = copy.deepcopy(model)
-    architecture = handle(other).architecture
+    architecture = wrap_model(other).architecture
     hidden = architecture.hidden_size
     stream = torch.randperm(hidden, generator=generator)
     orders: dict[Space, Tensor] = {}

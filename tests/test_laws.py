@@ -12,7 +12,6 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 
@@ -35,7 +34,7 @@ def test_student_equal_to_teacher_gives_the_module_back_bit_for_bit(tmp_path, fa
     base = tiny.base_model(tmp_path / "base", family, layers=2)
     targets = {"distilbert": ["q_lin", "lin1"], "mpnet": ["q", "o"]}.get(family, ["query", "attention.output.dense"])
     tiny.peft_lora(tmp_path / "module", base, task=task, targets=targets)
-    graft = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
     assert graft.report.method == "copy"
     before = load_file(tmp_path / "module" / "adapter_model.safetensors")
     after = load_file(tmp_path / "graft" / "adapter_model.safetensors")
@@ -55,7 +54,7 @@ def test_a_permuted_student_computes_what_the_teacher_does(tmp_path, family: str
     bare = transformers.AutoModel.from_pretrained(base)
     assert not torch.allclose(bare(**batch).last_hidden_state, student(**batch).last_hidden_state, atol=0.1)
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt"
     )
     assert graft.report.method == "prune-align"
@@ -80,7 +79,7 @@ def test_a_permuted_student_with_adapterhub_modules(tmp_path, settings: str, hea
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    peft_graft.transfer(
+    tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt"
     )
     moved = AutoAdapterModel.from_pretrained(tmp_path / "student").eval()
@@ -109,7 +108,7 @@ def _ffn_case(tmp_path, model, student):
     tiny.tokenizer(tmp_path / "student")
     teacher = tiny.peft_lora(tmp_path / "module", tmp_path / "base", targets=[r"output.dense", "query"])
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    peft_graft.transfer(
+    tiny.transfer(
         tmp_path / "module",
         student=tmp_path / "student",
         out=tmp_path / "graft",
@@ -158,7 +157,7 @@ def test_a_pooled_head_brings_its_pooler_where_the_students_differs(tmp_path) ->
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    peft_graft.transfer(
+    tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt"
     )
     config = (tmp_path / "graft" / "adapter_config.json").read_text()
@@ -217,7 +216,7 @@ def test_a_rotated_student_computes_what_the_teacher_does(tmp_path) -> None:
     tiny.randomise(adapted, 1, ("lora_",))
     adapted.save_pretrained(tmp_path / "module")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(400)))
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt", polish=0
     )
     assert graft.report.method == "ridge"
@@ -230,7 +229,7 @@ def test_a_rotated_student_computes_what_the_teacher_does(tmp_path) -> None:
     error = (logits(moved, batch) - expected).abs() / expected.abs().max()
     assert error.mean() < 5e-4
     assert error.max() < 2e-2
-    assigned = peft_graft.transfer(
+    assigned = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", text=tmp_path / "text.txt", method="prune-align"
     )
     assert assigned.report.verdict.measured.agreement < 0.9

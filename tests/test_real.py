@@ -74,8 +74,7 @@ def test_a_permuted_minilm_computes_what_the_adapted_teacher_does(minilm, tmp_pa
             if "lora_B" in name:
                 parameter.mul_(0.1)
     teacher.save_pretrained(tmp_path / "module")
-    graft = peft_graft.transfer_checkpoint(
-        peft_graft.read_checkpoint(tmp_path / "module"),
+    graft = tiny.transfer_live(tmp_path / "module",
         transformers.AutoModel.from_pretrained(minilm),
         transformers.AutoModel.from_pretrained(tmp_path / "student"),
         teacher_tokenizer=tokenizer,
@@ -83,7 +82,7 @@ def test_a_permuted_minilm_computes_what_the_adapted_teacher_does(minilm, tmp_pa
         text=corpus(400),
         method="prune-align",
     )
-    graft.save(tmp_path / "graft")
+    graft.save_pretrained(tmp_path / "graft")
     moved = PeftModel.from_pretrained(tiny.task_model(tmp_path / "student"), tmp_path / "graft").eval()
     batch = tokenizer(corpus(8), padding=True, return_tensors="pt")
     bare = transformers.AutoModel.from_pretrained(minilm)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from peft_graft.options import UNFINISHED
 
 import peft_graft
 import tiny
@@ -25,8 +26,7 @@ from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.models.loading import load_model
 from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT
-from peft_graft.modules.base import Head, head_tensors
-from peft_graft.options import UNFINISHED
+from peft_graft.modules.head import Head, head_tensors
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_a_gradient_start_is_idle_and_reads_where_the_gradient_points(world, mod
     source = module if kind == "lora" else world / "pfeiffer"
     graft = transfer(world, source, method="copy", student=world / "shallow", head="carry")
     student = load_model(str(world / "shallow"), tokenizer=True)
-    modules = {site: module.idle() for site, module in graft.checkpoint.modules.items()}
+    modules = {site: module.neutral() for site, module in graft.checkpoint.modules.items()}
     raw = checkpoint_of_student(replace(graft.checkpoint, modules=modules), student)
     labels = graft.checkpoint.head.labels
     live = attach_raw(raw, written_names(student, raw.task), student, labels, trainable=True)
@@ -245,7 +245,7 @@ def test_a_gradient_start_is_idle_and_reads_where_the_gradient_points(world, mod
     idle = attach_raw(found, written_names(student, raw.task), student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
     torch.testing.assert_close(idle.forward(batch)[1], idle.forward(batch, module=False)[1], atol=1e-5, rtol=0)
-    path, values = next(iter(found.entries.items()))
+    path, values = next((path, part.tensors) for path, part in found.parts.items())
     if kind != "lora":
         assert values["down.weight"].abs().sum() > 0
         assert not values["up.weight"].any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
+
+import peft_graft
+from peft_graft import Callback
 
 WORDS = [
     "river",
@@ -288,3 +291,54 @@ def _permute_linear(linear: nn.Linear, columns: torch.Tensor, rows: torch.Tensor
 def _permute_norm(norm: nn.LayerNorm, order: torch.Tensor) -> None:
     norm.weight.copy_(norm.weight[order])
     norm.bias.copy_(norm.bias[order])
+
+
+# ---- the verbs, options by name --------------------------------------------------------------------------------------
+
+
+class OnProgress(Callback):
+    """Calls a function with every (stage, done, total)."""
+
+    def __init__(self, function: Callable[[str, int, int | None], object]) -> None:
+        self.function = function
+
+    def on_progress(self, stage: str, done: int, total: int | None) -> None:
+        self.function(stage, done, total)
+
+
+def _split(config: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A config of those options that are its fields, and the other arguments of the verb."""
+    chosen = {name: options.pop(name) for name in list(options) if name in config.model_fields}
+    lists = {name: tuple(chosen[name]) for name in ("sites", "columns") if chosen.get(name) is not None}
+    progress = options.pop("progress", None)
+    if progress:
+        options["callbacks"] = [OnProgress(progress)]
+    return config(**chosen | lists), options
+
+
+def transfer(adapter: Any, student: Any, **options: Any) -> Any:
+    """``peft_graft.transfer`` with the config's fields as arguments; a polish by default is a few steps long."""
+    if options.get("text") is not None and "method" not in options and "alignment" not in options:
+        options.setdefault("polish", 6)
+    config, others = _split(peft_graft.GraftConfig, options)
+    return peft_graft.transfer(adapter, student, config=config, **others)
+
+
+def transfer_live(
+    adapter: Any, teacher: Any, student: Any, *, teacher_tokenizer: Any = None, student_tokenizer: Any = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """``transfer`` between live models."""
+    return transfer(adapter, student, teacher=teacher, tokenizers=(teacher_tokenizer, student_tokenizer), **options)
+
+
+def align(teacher: Any, student: Any, **options: Any) -> Any:
+    """``peft_graft.align`` with the config's fields as arguments."""
+    config, others = _split(peft_graft.AlignConfig, options)
+    return peft_graft.align(teacher, student, config=config, **others)
+
+
+def inspect(adapter: Any, student: Any = None, **options: Any) -> Any:
+    """``peft_graft.inspect`` with the config's fields as arguments."""
+    config, others = _split(peft_graft.GraftConfig, options)
+    return peft_graft.inspect(adapter, student, config=config, **others)

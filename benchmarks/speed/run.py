@@ -45,7 +45,7 @@ from peft_graft.alignment.moments import Products
 from peft_graft.alignment.text import read_text
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.environment import hardware, versions
-from peft_graft.models.loading import load_model
+from peft_graft.models.loading import Loading, load_model
 from peft_graft.models.spaces import GLOBAL_SPACES, TOKENS_OUT
 from peft_graft.planning.plan import plan_alignment
 
@@ -100,7 +100,7 @@ class Bench:
 
     def over_limit(self, first, second, roles, method, device="cpu", dtype="float32", tokens=None):
         tokens = tokens or self.args.tokens
-        teacher, student = (load_model(self.model(name), device=device, dtype=dtype, tokenizer=True)
+        teacher, student = (load_model(self.model(name), Loading(device=device, dtype=dtype), tokenizer=True)
                             for name in (first, second))  # fmt: skip
         batches = list(prepared(teacher, student, self.args.text, tokens))
         # Half of the passes before and half after what they are compared with, for a machine's speed drifts.
@@ -230,7 +230,9 @@ class Bench:
         return self.moments(E5, L6, slice(OTHER_TEXT), 10**9, "float32")
 
     def moments(self, first, second, part, tokens, dtype):
-        teacher, student = (load_model(self.model(name), dtype=dtype, tokenizer=True) for name in (first, second))
+        teacher, student = (
+            load_model(self.model(name), Loading(dtype=dtype), tokenizer=True) for name in (first, second)
+        )
         planned = plan_alignment(teacher.architecture, student.architecture, roles=LINEAR)
         pairs = [pair for pair in planned if pair[1].name not in SAMPLE_SPACES]  # of which tokens say little
         samples = islice(read_text(self.args.text), part.start, part.stop)

@@ -1,6 +1,7 @@
 """Move trained parameter-efficient modules (LoRA, adapters) from one transformer to another.
 
-graft = peft_graft.transfer("my-lora", student="new-base", text="sentences.txt", out="my-lora-on-new-base")
+graft = peft_graft.transfer("my-lora", "new-base", text="sentences.txt")
+graft.save_pretrained("my-lora-on-new-base")
 """
 
 from importlib import import_module
@@ -9,50 +10,59 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_graft._align import align
     from peft_graft._inspect import inspect
-    from peft_graft._transfer import transfer, transfer_checkpoint
+    from peft_graft._transfer import transfer
     from peft_graft.alignment.alignment import Alignment
-    from peft_graft.alignment.methods import METHODS
-    from peft_graft.alignment.storage import load_alignment, save_alignment
-    from peft_graft.checkpoints.resolve import PeftCheckpoint, read_checkpoint
+    from peft_graft.alignment.methods import register_method
+    from peft_graft.checkpoints.formats import register_format
+    from peft_graft.config import AlignConfig, GraftConfig
     from peft_graft.errors import GraftError
     from peft_graft.graft import Graft
+    from peft_graft.models.families import register_architecture
+    from peft_graft.modules import register_module
     from peft_graft.report import GraftReport
+    from peft_graft.run import Callback
 
 __all__ = [
-    "METHODS",
+    "AlignConfig",
     "Alignment",
+    "Callback",
     "Graft",
+    "GraftConfig",
     "GraftError",
     "GraftReport",
-    "PeftCheckpoint",
     "align",
     "inspect",
-    "load_alignment",
-    "read_checkpoint",
-    "save_alignment",
+    "register_architecture",
+    "register_format",
+    "register_method",
+    "register_module",
     "transfer",
-    "transfer_checkpoint",
 ]
-#: The module of every public name; none may have the name of a module, which would hide it.
+#: The module of every public name.
 _HOME = {
-    "METHODS": "alignment.methods",
+    "AlignConfig": "config",
     "Alignment": "alignment.alignment",
+    "Callback": "run",
     "Graft": "graft",
+    "GraftConfig": "config",
     "GraftError": "errors",
     "GraftReport": "report",
-    "PeftCheckpoint": "checkpoints.resolve",
     "align": "_align",
     "inspect": "_inspect",
-    "load_alignment": "alignment.storage",
-    "read_checkpoint": "checkpoints.resolve",
-    "save_alignment": "alignment.storage",
+    "register_architecture": "models.families",
+    "register_format": "checkpoints.formats",
+    "register_method": "alignment.methods",
+    "register_module": "modules",
     "transfer": "_transfer",
-    "transfer_checkpoint": "_transfer",
 }
 
 
 def __getattr__(name: str) -> Any:
     """A public name when it is first used: torch, transformers and peft take seconds to import."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("peft-graft")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

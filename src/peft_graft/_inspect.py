@@ -1,32 +1,29 @@
-"""The preflight: what a module is, and what would become of it on a student, without loading any model's weights."""
+"""``inspect``: what a module is, and the plan of its transfer to a student, without loading any model's weights."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from peft_graft.alignment.layout import room_of_a_pass
-from peft_graft.alignment.methods import AUTO, METHODS
-from peft_graft.checkpoints.convert import stand_in
-from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.checkpoints.resolve import PeftCheckpoint, locate, read_checkpoint, resolve
+from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.layout import memory_of_a_pass
+from peft_graft.alignment.methods import Method
+from peft_graft.alignment.text import TextLike, TextSource
+from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
+from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.errors import GraftError
-from peft_graft.models.architecture import Architecture, describe
-from peft_graft.models.loading import load_config
-from peft_graft.models.task_models import blank_model, prefix_of
-from peft_graft.models.tasks import Task
-from peft_graft.modules.base import LoraModule, Module
-from peft_graft.options import MAX_TOKENS
-from peft_graft.planning.plan import TransferPlan, plan_transfer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+from peft_graft.models.loading import ModelHandle
+from peft_graft.modules.base import Module
+from peft_graft.modules.lora import LoraModule
+from peft_graft.planning.method_choice import same_sizes
+from peft_graft.planning.plan import Plan
+from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, given_alignment
 
 
 class _Record(BaseModel):
@@ -40,16 +37,17 @@ class SiteSummary(_Record):
     layers: list[int]
     widths: list[int]
     scalings: list[float]
-    idle_layers: list[int]
+    inactive_layers: list[int]
 
 
 class StudentSummary(_Record):
     """What a transfer to a student would do, or why it cannot.
 
-    ``statistics_mib``: memory of the statistics that the default gathers; ``passes``: over the text, so that they fit
-    in this machine's memory; ``products_per_token``: multiply-adds for them; ``forwards_per_token``: those of both
-    models' forward passes; ``weights_mib``: memory of both models in float32; ``least_seconds``: what the multiply-adds
-    of ``options.MAX_TOKENS`` tokens take at the rate of a matrix product here.
+    ``method``: the methods that would be tried. ``needs_text``: whether it cannot be done without text; None where that
+    depends on the models' weights. ``statistics_mib``: memory of the statistics that these methods gather; ``passes``:
+    over the text, so that they fit in this machine's memory; ``products_per_token``: multiply-adds for them;
+    ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in float32;
+    ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here.
     """
 
     name: str
@@ -61,6 +59,7 @@ class StudentSummary(_Record):
     same_sizes: bool | None = None
     method: str | None = None
     needs_text: bool | None = None
+    max_tokens: int = MAX_TOKENS
     statistics_mib: float = 0.0
     passes: int = 1
     products_per_token: int = 0
@@ -76,7 +75,7 @@ class Inspection(_Record):
     """What ``inspect`` found."""
 
     module: str
-    format: str
+    library: str
     kind: str
     task: str
     base_model: str | None
@@ -90,81 +89,62 @@ class Inspection(_Record):
 
 
 def inspect(
-    module: str | Path,
+    adapter: str | Path | nn.Module,
+    student: ModelLike | None = None,
     *,
-    student: str | Path | None = None,
-    teacher: str | Path | None = None,
-    layers: str = "skip",
+    teacher: ModelLike | None = None,
+    text: TextLike | None = None,
+    alignment: str | Path | Alignment | None = None,
+    config: GraftConfig | None = None,
 ) -> Inspection:
     """Look at a module, and plan its transfer to a student.
 
     Args:
-        module, student, teacher, layers: as for ``transfer.transfer``.
+        adapter, student, teacher, text, alignment, config: as for ``transfer``; without text it stays open whether there will be.
 
     Returns:
         The findings. A teacher that cannot be reached, or a student that cannot receive the module, is reported as a
-        problem and not raised.
+        problem, in the words in which ``transfer`` would refuse it, and not raised.
 
     Raises:
         CheckpointError: the module itself cannot be read.
     """
-    folder = locate(module)
-    raw = read_checkpoint(folder)
-    checkpoint, base, problem = _resolved(folder, raw, str(teacher or raw.base_model or ""))
+    config = config or GraftConfig()
+    module = ModuleSource.of(adapter, config)
+    given = given_alignment(alignment, config.token)
+    raw = module.raw
+    checkpoint, problem = _resolved(module, teacher, config)
     found = Inspection(
-        module=str(module),
-        format=raw.format,
+        module=module.name,
+        library=raw.library,
         kind=raw.kind,
         task=raw.task,
         base_model=raw.base_model,
-        parameters=sum(value.numel() for values in raw.entries.values() for value in values.values()),
+        parameters=sum(tensor.numel() for part in raw.parts.values() for tensor in part.tensors.values()),
         sites=_summaries(checkpoint) if checkpoint else [],
-        paths=sorted(raw.entries),
+        paths=sorted(raw.parts),
         head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
         labels=list(raw.labels or (checkpoint.head.labels if checkpoint and checkpoint.head else ())),
         teacher_problem=problem,
     )
     if student is None:
         return found
-    if checkpoint is None or base is None:
-        summary = StudentSummary(name=str(student), problem="the teacher has to be known first")
-    else:
-        summary = _plan_for(checkpoint, base, str(student), layers)
-    return found.model_copy(update={"student": summary})
-
-
-class _Blank(NamedTuple):
-    """A base model without weights, and what is known about it."""
-
-    model: PreTrainedModel
-    architecture: Architecture
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> _Blank:
-        model = blank_model(config, Task.BASE)
-        return cls(model, describe(model, config.model_type, prefix_of(model)))
-
-    @property
-    def costs(self) -> tuple[int, int]:
-        """Multiply-adds of a forward pass for each token, attention's own aside, and bytes of float32 weights."""
-        words = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        sizes = [(value.numel(), value.ndim > 1 and id(value) not in words) for value in self.model.parameters()]
-        return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
+    return found.model_copy(update={"student": _plan_for(module, (teacher, student), text, given, config)})
 
 
 def _resolved(
-    folder: Path, raw: RawCheckpoint, teacher: str
-) -> tuple[PeftCheckpoint | None, _Blank | None, str | None]:
+    module: ModuleSource, teacher: ModelLike | None, config: GraftConfig
+) -> tuple[PeftCheckpoint | None, str | None]:
+    """The module at the sites of its teacher, or why that cannot be said."""
     try:
-        if not teacher:
-            return None, None, "the module's configuration names no base model; name it with --teacher"
-        config = load_config(teacher, "teacher")
-        base = _Blank.of(config)
-        if raw.kind == "weights":
-            raw = stand_in(folder, raw, config)
-        return resolve(raw, base.architecture, dict(base.model.state_dict())), base, None
+        # A pair of the teacher with itself: nothing is planned for a student here.
+        base = teacher or module.base
+        sources = ModelSources.of(module, teacher, base if base is not None else "", config, None)
+        handle = sources.described().teacher
+        raw = module.shapes(handle.base.config)
+        return resolve(raw, handle.architecture, handle.base_tensors(output=raw.trains_output)), None
     except GraftError as error:
-        return None, None, str(error)
+        return None, str(error)
 
 
 def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
@@ -178,7 +158,9 @@ def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
                 layers=[module.site.layer for module in modules],
                 widths=sorted(Counter(module.width for module in modules)),
                 scalings=sorted(Counter(scalings)),
-                idle_layers=[module.site.layer for module in modules if not _unknown(module) and not module.acts],
+                inactive_layers=[
+                    module.site.layer for module in modules if not _unknown(module) and not module.is_active
+                ],
             )
         )
     return summaries
@@ -189,37 +171,84 @@ def _unknown(module: Module) -> bool:
     return any(tensor.values.is_meta for tensor in module.tensors.values())
 
 
-def _plan_for(checkpoint: PeftCheckpoint, teacher: _Blank, student: str, layers: str) -> StudentSummary:
+def _plan_for(
+    module: ModuleSource,
+    ends: tuple[ModelLike | None, ModelLike],
+    text: TextLike | None,
+    given: Alignment | None,
+    config: GraftConfig,
+) -> StudentSummary:
+    teacher, student = ends
+    name = str(student) if isinstance(student, str | Path) else type(student).__name__
+    known = StudentSummary(name=name, max_tokens=config.max_tokens)
     try:
-        own = _Blank.of(load_config(student, "student"))
-        architecture = own.architecture
-        known = StudentSummary(name=student, model_type=architecture.model_type, num_layers=architecture.num_layers)
-    except GraftError as error:
-        return StudentSummary(name=student, problem=str(error))
-    try:
-        plan = plan_transfer(
-            checkpoint, teacher.architecture, architecture, layers=layers, method=METHODS["prune-align"]
-        )
+        models = ModelSources.of(module, teacher, student, config, None).described()
+        architecture = models.student.architecture
+        known = known.model_copy(update={"model_type": architecture.model_type, "num_layers": architecture.num_layers})
+        raw = module.shapes(models.teacher.base.config)
+        plan = Plan.make(raw, models, config, has_text=True if text is not None else None, given=given)
+        if text is not None:
+            TextSource(text, config.columns, config.seed).samples()
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
-    outlook = _outlook(plan)
-    if not (teacher.architecture.row.reads_text and architecture.row.reads_text):
-        return known.model_copy(update=outlook | _WITHOUT_TEXT)
-    costs = teacher.costs, own.costs
+    return known.model_copy(update=_outlook(plan))
+
+
+def _outlook(plan: Plan) -> dict[str, object]:
+    """What the plan would do, and what it costs at least."""
+    found: dict[str, object] = {
+        "layers": plan.sites.recorded_layers,
+        "modules": len(plan.sites.sites),
+        "spaces": len(plan.sites.pairs),
+        "same_sizes": same_sizes(plan.sites),
+        "head": plan.sites.head,
+        "notes": list(plan.sites.notes),
+        "method": _methods(plan),
+        "needs_text": _needs_text(plan),
+    }
+    reads_text = all(model.architecture.row.reads_text for model in (plan.models.teacher, plan.models.student))
+    if not reads_text:
+        return found | {"method": "copy", "needs_text": False}
+    products = _products(plan, plan.methods)
+    costs = _costs(plan.models.teacher), _costs(plan.models.student)
     forwards = sum(operations for operations, _ in costs)
-    operations = MAX_TOKENS * (forwards + _plan_products(plan))
-    return known.model_copy(
-        update=outlook
-        | {
-            "forwards_per_token": forwards,
-            "weights_mib": round(sum(size for _, size in costs) / 2**20, 1),
-            "least_seconds": round(operations / _products_per_second(), 3),
-        }
-    )
+    operations = plan.config.max_tokens * (forwards + products)
+    return found | {
+        "statistics_mib": round(2 * products * 8 / 2**20, 1),
+        "passes": 1 + 2 * products // max(1, memory_of_a_pass(torch.device("cpu"))),
+        "products_per_token": products,
+        "forwards_per_token": forwards,
+        "weights_mib": round(sum(size for _, size in costs) / 2**20, 1),
+        "least_seconds": round(operations / _products_per_second(), 3),
+    }
 
 
-#: What is different where text is of no use.
-_WITHOUT_TEXT = {"method": "copy", "needs_text": False, "statistics_mib": 0.0, "products_per_token": 0}
+def _methods(plan: Plan) -> str:
+    names = ", ".join(method.name for method in plan.methods)
+    if plan.config.method != AUTO:
+        return names
+    without = "; else copy, if the student shares the teacher's word embeddings" if same_sizes(plan.sites) else ""
+    return f"the best of {names} by agreement with the teacher, given text{without}"
+
+
+def _needs_text(plan: Plan) -> bool | None:
+    if plan.config.method != AUTO:
+        return plan.methods[0].needs_text
+    return None if same_sizes(plan.sites) else True
+
+
+def _products(plan: Plan, methods: Iterable[Method]) -> int:
+    """Multiply-adds for each token of the moments that the methods need."""
+    moments = {moment for method in methods for moment in method.moments if method.needs_text}
+    sizes = {"cross": lambda t, s: t * s, "teacher": lambda t, s: t * t, "student": lambda t, s: s * s}
+    return sum(sizes[moment](*pair) for moment in moments for pair in plan.sites.pairs.values())
+
+
+def _costs(model: ModelHandle) -> tuple[int, int]:
+    """Multiply-adds of a forward pass for each token, attention's own aside, and bytes of float32 weights."""
+    words = {id(module.weight) for module in model.base.modules() if isinstance(module, nn.Embedding)}
+    sizes = [(value.numel(), value.ndim > 1 and id(value) not in words) for value in model.base.parameters()]
+    return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
 
 
 def _products_per_second() -> float:
@@ -232,29 +261,3 @@ def _products_per_second() -> float:
         first @ first
         count += 1
     return count * size**3 / (time.perf_counter() - begin)
-
-
-def _plan_products(plan: TransferPlan) -> int:
-    """Multiply-adds for each token of the moments that the default's methods need, those to fit and those held out."""
-    moments = {moment for name in AUTO for moment in METHODS[name].moments}
-    sizes = {"cross": lambda t, s: t * s, "teacher": lambda t, s: t * t, "student": lambda t, s: s * s}
-    return sum(sizes[moment](*pair) for moment in moments for pair in plan.pairs.values())
-
-
-def _outlook(plan: TransferPlan) -> dict[str, object]:
-    same = all(first == second for first, second in plan.pairs.values())
-    products = _plan_products(plan)
-    return {
-        "layers": plan.recorded_layers,
-        "modules": len(plan.sites),
-        "spaces": len(plan.pairs),
-        "same_sizes": same,
-        "method": f"the best of {', '.join(AUTO if same else AUTO[1:])} by agreement with the teacher, given text"
-        + ("; else copy, if the student shares the teacher's word embeddings" if same else ""),
-        "needs_text": None if same else True,
-        "statistics_mib": round(2 * products * 8 / 2**20, 1),
-        "passes": 1 + 2 * products // max(1, room_of_a_pass(torch.device("cpu"))),
-        "products_per_token": products,
-        "head": plan.head,
-        "notes": list(plan.notes),
-    }

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 from peft_graft.errors import PlanError
 
 AUTO = "auto"
+#: Paired tokens that an alignment sees at most, where nothing else is said.
+MAX_TOKENS = 50_000
 #: Steps of the polish where nothing else is said.
 POLISH_STEPS = 1000
 #: Built-in methods in one line each, in the order of help pages; ``alignment.methods.register_method`` adds to them.
@@ -71,6 +73,10 @@ class _Config(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise PlanError("there is no such option", where=option_name(name),
                                 expected=", ".join(cls.model_fields)) from None  # fmt: skip
+            if first["type"] == "greater_than_equal":
+                least = first["ctx"]["ge"]
+                raise PlanError("must be positive" if least else "must not be negative", where=option_name(name),
+                                found=first["input"]) from None  # fmt: skip
             choices = first.get("ctx", {}).get("expected")
             if choices:
                 message, expected = "unknown choice", str(choices).replace("'", "").replace(" or ", ", ")
@@ -98,7 +104,7 @@ def _undecided(config: type[BaseModel]) -> set[str]:
     return {name for name in config.model_fields if not option_of(config, name).decides}
 
 
-class _PairConfig(_Config):
+class PairConfig(_Config):
     """What every verb that runs a teacher and a student asks for."""
 
     layers: Annotated[str, Option(_WHAT)] = Field(
@@ -110,7 +116,7 @@ class _PairConfig(_Config):
         None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
     )
     max_tokens: Annotated[int, Option(_HOW)] = Field(
-        50_000, ge=1, description="Paired tokens that the alignment sees at most."
+        MAX_TOKENS, ge=1, description="Paired tokens that the alignment sees at most."
     )
     seed: Annotated[int, Option(_HOW)] = Field(0, description="Of the order in which text is sampled, and of training.")
     device: Annotated[str, Option(_WHERE)] = Field("cpu", description="Torch device of the forward passes.")
@@ -143,7 +149,7 @@ class _PairConfig(_Config):
     force: Annotated[bool, Option(_OUTPUT, decides=False)] = Field(False, description="Replace --out if it exists.")
 
 
-class GraftConfig(_PairConfig):
+class GraftConfig(PairConfig):
     """How ``transfer`` moves a module, and what ``inspect`` plans.
 
     Attributes:
@@ -154,20 +160,23 @@ class GraftConfig(_PairConfig):
             is text, else 0.
     """
 
-    method: Annotated[str, Option(_HOW)] = Field(AUTO, description="")
+    method: Annotated[str, Option(_HOW)] = Field(
+        AUTO, description="auto takes whichever graft agrees best with the teacher."
+    )
     head: Annotated[HeadChoice, Option(_WHAT)] = Field(
         "auto",
         description="The classification head saved with the module: carry it through the maps, fit it to the teacher's "
         "predictions on the text, drop it, or auto: carry or fit, whichever agrees better with the teacher.",
     )
     polish: Annotated[int | Literal["auto"], Option(_HOW)] = Field(
-        AUTO,
-        description=f"Steps of label-free training on the teacher's predictions; auto is {POLISH_STEPS} if there is text "
-        "and no --method, else 0. An interrupted polish goes on when the same command is run again.",
+        "auto",
+        description=f"Steps of label-free training on the teacher's predictions; auto is {POLISH_STEPS} if there is "
+        "text and no --method, else 0. An interrupted polish goes on when the same command is run again.",
     )
     sites: Annotated[tuple[str, ...] | None, Option(_WHAT)] = Field(
         None,
-        description="Modules to move, by role (attn.value,ffn.*), layer (0/*) or head (attn.value@0+3); all by default.",
+        description="Modules to move, by role (attn.value,ffn.*), layer (0/*) or head (attn.value@0+3); all by "
+        "default.",
     )
     library: Annotated[Library | None, Option(_WHAT)] = Field(
         None, description="Write a LoRA for peft or for adapters; for the module's own library by default."
@@ -192,7 +201,7 @@ class GraftConfig(_PairConfig):
         return int(self.polish)
 
 
-class AlignConfig(_PairConfig):
+class AlignConfig(PairConfig):
     """How ``align`` aligns two models.
 
     Attributes:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from peft_graft.alignment.maps import Selection, SpaceMap
-from peft_graft.modules.base import Axis, Head, LabelledTensor, Module
+from peft_graft.modules.base import Axis, LabelledTensor, Module
+from peft_graft.modules.head import Head
 
 #: The map of a named space.
 Lookup = Callable[[Axis], SpaceMap]

@@ -17,7 +17,8 @@ UNFINISHED = ".unfinished"
 class Callback:
     """Watches a run; override what you need. Whatever a callback raises ends the run.
 
-    An exception of a callback, such as ``KeyboardInterrupt``, is a way to stop: work that can be resumed keeps its state.
+    An exception of a callback, such as ``KeyboardInterrupt``, is a way to stop: work that can be resumed keeps its
+    state.
     """
 
     def on_stage_begin(self, stage: str) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from peft_graft.alignment.maps import Selection, SpaceMap
-from peft_graft.alignment.methods import Diagnostics, Method, Solver
+from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
+from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
-from peft_graft.errors import AlignmentError
+from peft_graft.errors import AlignmentError, CheckpointError
+from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
 from peft_graft.models.spaces import Space
 
 Pair = tuple[Space, Space]  # teacher space, student space
+CONFIG, MAPS = "alignment.json", "alignment.safetensors"
+_SEPARATOR = " -> "
+_MATRICES = ("reading", "writing", "shift")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,119 @@ class Alignment:
                 fix="run `peft-graft align` again with the same --layers (and all --sites), or leave --alignment out",
             )
         return self.maps[pair]
+
+
+    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the alignment to a folder: ``alignment.json``, and its maps as ``alignment.safetensors``.
+
+        Raises:
+            OutputError: the folder exists and ``force`` is not set, or cannot be written.
+        """
+        keys = {pair: f"{pair[0].key}{_SEPARATOR}{pair[1].key}" for pair in self.maps}
+        with written_aside(Path(folder), force=force) as staging:
+            write_json(
+                staging / CONFIG,
+                {
+                    "format_version": 1,
+                    "method": self.method,
+                    "teacher": self.teacher,
+                    "student": self.student,
+                    "details": dict(self.details),
+                    "pairs": {
+                        keys[pair]: {
+                            "teacher_size": space_map.teacher_size,
+                            "student_size": space_map.student_size,
+                            **self.diagnostics.get(pair, {}),
+                        }
+                        for pair, space_map in self.maps.items()
+                    },
+                },
+            )
+            write_tensors(
+                staging / MAPS,
+                {
+                    f"{keys[pair]}{suffix}": tensor
+                    for pair, space_map in self.maps.items()
+                    for suffix, tensor in _tensors(space_map).items()
+                },
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | None = None, subfolder: str | None = None
+    ) -> Alignment:
+        """Read an alignment from a folder or a repository of the hub.
+
+        Raises:
+            AlignmentError: there is none, or one of a method that this version does not know.
+            CheckpointError: its files are damaged.
+        """
+        return _read(_located(name, revision, token, subfolder))
+
+
+def _located(name: str | Path, revision: str | None, token: str | None, subfolder: str | None) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        start = f"{subfolder}/" if subfolder else ""
+        try:
+            folder = Path(snapshot_download(str(name), revision=revision, token=token,
+                                            allow_patterns=[f"{start}{CONFIG}", f"{start}{MAPS}"]))  # fmt: skip
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise AlignmentError(
+                f"no such folder, and the hub has no such repository or cannot be reached ({type(error).__name__})",
+                where=str(name),
+                fix="check the name, or give a local folder",
+            ) from error
+    return folder / subfolder if subfolder else folder
+
+
+def _read(folder: Path) -> Alignment:
+    if not (folder / CONFIG).is_file() or not (folder / MAPS).is_file():
+        raise AlignmentError(
+            "the folder holds no alignment",
+            where=str(folder),
+            expected=f"{CONFIG} and {MAPS}",
+            fix="make one with `peft-graft align TEACHER STUDENT --text SOURCE --out DIR`",
+        )
+    config = read_json(folder / CONFIG)
+    if config.get("method") not in METHODS or config.get("format_version") != 1:
+        raise AlignmentError(
+            "the alignment was written by another version",
+            where=str(folder),
+            found=f"method {config.get('method')!r}, format {config.get('format_version')!r}",
+            fix="make it again with `peft-graft align`",
+        )
+    tensors = read_tensors(folder / MAPS)
+    maps, diagnostics = {}, {}
+    try:
+        for key, entry in config["pairs"].items():
+            first, _, second = key.partition(_SEPARATOR)
+            pair = Space.from_key(first), Space.from_key(second)
+            maps[pair] = _map(tensors, key, entry["teacher_size"])
+            diagnostics[pair] = {k: v for k, v in entry.items() if k not in ("teacher_size", "student_size")}
+        teacher, student = config["teacher"], config["student"]
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{CONFIG} and {MAPS} do not fit each other ({error})", where=str(folder)) from error
+    return Alignment(config["method"], teacher, student, maps, diagnostics, config.get("details", {}))
+
+
+def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
+    """A map's tensors by the suffix of their key in the file."""
+    if isinstance(space_map, LinearMap):
+        parts = ((part, getattr(space_map, part)) for part in _MATRICES)
+        return {f" {part}": value.float() for part, value in parts if value is not None}
+    assert isinstance(space_map, Selection)
+    return {"": space_map.indices}
+
+
+def _map(tensors: Mapping[str, Tensor], key: str, teacher_size: int) -> SpaceMap:
+    if key in tensors:
+        return Selection(tensors[key], teacher_size)
+    reading, writing = (tensors.get(f"{key} {part}") for part in ("reading", "writing"))
+    return LinearMap(reading, writing, tensors[f"{key} shift"])
 
 
 def copy_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student: str) -> Alignment:

@@ -2,7 +2,7 @@
 
     CACHE/alignments/PASS/METHOD-N/    folders as ``peft-graft align`` writes them
 
-PASS is a hash of all that decides a map: both models' fingerprints, the text's content, order and beginning, tokens and
+PASS is a hash of what decides a map: both models' fingerprints, the text's content, order and beginning, tokens and
 precision. The cache is bounded, least recently used first to go; deleting it loses nothing but time.
 """
 
@@ -13,26 +13,27 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import cached_assets_path
 
 from peft_graft.alignment.alignment import Alignment, Pair
 from peft_graft.alignment.maps import LinearMap, SpaceMap
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
-from peft_graft.alignment.storage import load_alignment, save_alignment
+from peft_graft.config import PairConfig
 from peft_graft.errors import GraftError
 
 VARIABLE = "PEFT_GRAFT_CACHE"
 #: Bytes that the cache may take.
 MOST = 4 << 30
-_FORMAT = 1  # to be raised when the same inputs give other maps
+_FORMAT = 2  # to be raised when the same inputs give other maps
 
 
 def cache_folder(wanted: bool | None) -> Path | None:
-    """Where to keep alignments: the variable's folder, or the platform's cache; None where none shall be kept.
+    """Where alignments are kept: the variable's folder, or huggingface_hub's assets; None where none shall be.
 
     Args:
         wanted: None keeps them where the variable names a folder.
@@ -40,51 +41,48 @@ def cache_folder(wanted: bool | None) -> Path | None:
     named = os.environ.get(VARIABLE)
     if wanted is False or (wanted is None and not named):
         return None
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peft-graft"
+    return Path(named) if named else cached_assets_path("peft-graft", namespace="default")
 
 
 @dataclass(frozen=True)
 class AlignmentCache:
-    """The cached alignments of one text, read in one order, from one sample on."""
+    """The alignments on one text that are kept.
+
+    Attributes:
+        folder: of the cache. key: what the alignments depend on beside the models: text, tokens, precision.
+    """
 
     folder: Path
-    text: str
-    skipped: int = 0
+    key: str
 
     @staticmethod
-    def of(
-        folder: Path | None, text: str | Path | None, columns: Sequence[str] | None, seed: int
-    ) -> AlignmentCache | None:
-        """The cache for a text file; None without a folder, and for data sets of the hub, which may change."""
-        if folder is None or text is None or not Path(text).is_file():
+    def of(config: PairConfig, text: str | None) -> AlignmentCache | None:
+        """The cache for a text; None where nothing is kept.
+
+        Args:
+            text: what tells its samples and their order from others', None where that is not known.
+        """
+        folder = cache_folder(config.cache)
+        if folder is None or text is None:
             return None
-        with Path(text).open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        return AlignmentCache(folder / "alignments", json.dumps([content, columns, seed]))
+        return AlignmentCache(folder / "alignments", json.dumps([_FORMAT, text, config.max_tokens, config.dtype]))
 
-    def skipping(self, samples: int) -> AlignmentCache:
-        """The same text without its first samples."""
-        return replace(self, skipped=samples)
-
-    def _pass(self, teacher: str, student: str, settings: Mapping[str, Any]) -> Path:
-        parts = [_FORMAT, teacher, student, self.text, self.skipped, settings["max_tokens"], settings["dtype"]]
-        return self.folder / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    def _pass(self, models: tuple[str, str]) -> Path:
+        return self.folder / hashlib.sha256(json.dumps([*models, self.key]).encode()).hexdigest()[:32]
 
     def find(
-        self,
-        method: Method,
-        teacher: str,
-        student: str,
-        settings: Mapping[str, Any],
-        wanted: Mapping[Pair, Iterable[Moment]],
+        self, method: Method, models: tuple[str, str], wanted: Mapping[Pair, Iterable[Moment]]
     ) -> Alignment | None:
-        """An alignment by this method that has every wanted map, put together from those that are kept."""
+        """An alignment by this method that has every wanted map, put together from those that are kept.
+
+        Args:
+            models: fingerprints of teacher and student.
+        """
         maps: dict[Pair, SpaceMap] = {}
-        found: Alignment | None = None
         diagnostics = {}
-        for folder in sorted(self._pass(teacher, student, settings).glob(f"{method.name}-*")):
+        for folder in sorted(self._pass(models).glob(f"{method.name}-*")):
             try:
-                found = load_alignment(folder)
+                found = Alignment.from_pretrained(folder)
             except GraftError:  # damaged, or removed meanwhile
                 continue
             for pair in wanted.keys() & found.maps.keys():
@@ -96,10 +94,10 @@ class AlignmentCache:
                 return replace(found, maps=maps, diagnostics=diagnostics)
         return None
 
-    def keep(self, alignment: Alignment, settings: Mapping[str, Any]) -> None:
+    def keep(self, alignment: Alignment) -> None:
         """Keep an alignment, and drop those used least recently where there are too many."""
-        folder = self._pass(alignment.teacher, alignment.student, settings)
-        save_alignment(alignment, folder / f"{alignment.method}-{uuid.uuid4().hex[:12]}")
+        folder = self._pass((alignment.teacher, alignment.student))
+        alignment.save_pretrained(folder / f"{alignment.method}-{uuid.uuid4().hex[:12]}")
         kept = sorted(self.folder.glob("*/*/"), key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0
         for path in kept:

@@ -27,10 +27,11 @@ from peft_graft.alignment.moments import Doubles, Moment, PairedStatistics, Prod
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.threads import Workers, ahead, give_back_memory
 from peft_graft.alignment.tokens import Block, PairingCounts, pair_tokens
+from peft_graft.config import MAX_TOKENS
 from peft_graft.errors import PairingError
 from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
-from peft_graft.models.loading import ModelHandle
-from peft_graft.options import MAX_TOKENS, Progress
+from peft_graft.models.loading import ModelPair
+from peft_graft.run import Run
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
@@ -182,19 +183,18 @@ class Totals:
 
 
 def collect(
-    teacher: ModelHandle,
-    student: ModelHandle,
+    models: ModelPair,
     samples: Iterable[Sample],
     wanted: Wanted,
     settings: CollectionSettings | None = None,
-    progress: Progress | None = None,
+    run: Run | None = None,
     *,
     hold_out: bool = False,
 ) -> tuple[dict[Pair, tuple[PairedStatistics, PairedStatistics]], PairingCounts]:
     """Statistics of every pair of spaces over the samples, in one pass of both models.
 
     Args:
-        teacher, student: with tokenizers. samples: streamed; memory does not depend on how many there are.
+        models: with tokenizers. samples: streamed; memory does not depend on how many there are.
         wanted: (teacher space, student space) -> what is needed of them beside the cross moment.
         hold_out: keep every eighth batch apart, for methods that choose by held-out pairs.
 
@@ -202,79 +202,85 @@ def collect(
         Statistics by pair, to fit and held out (empty unless asked for), and how the tokens paired. Pairs of tokens at
         which an activation is not finite are left out and counted.
     """
-    totals, counts = collect_totals(teacher, student, samples, wanted, settings, progress, hold_out=hold_out)
+    totals, counts = collect_totals(models, samples, wanted, settings, run, hold_out=hold_out)
     return totals.statistics(), counts
 
 
 def collect_totals(
-    teacher: ModelHandle,
-    student: ModelHandle,
+    models: ModelPair,
     samples: Iterable[Sample],
     wanted: Wanted,
     settings: CollectionSettings | None = None,
-    progress: Progress | None = None,
+    run: Run | None = None,
     *,
     hold_out: bool = False,
     shard: Shard = WHOLE,
     unfinished: Unfinished | None = None,
 ) -> tuple[Totals, PairingCounts]:
-    """The same as ``collect`` for one part of the batches, to be merged.
+    """What ``collect`` sums up, for one part of the batches, to be merged.
 
     Args:
         shard: which part; the counts are those of all parts, but for what was not finite.
-        unfinished: a pass that finds its state there goes on from it, and leaves it every minute.
+        unfinished: a pass that finds its state there goes on from it, and saves it every minute.
     """
-    settings = settings or CollectionSettings()
+    settings, run = settings or CollectionSettings(), run or Run()
     counts = PairingCounts()
-    layout, device = Layout.of(teacher, student, wanted), teacher.device
-    on_processor = all(model.device.type == "cpu" for model in (teacher, student))
+    layout, device = Layout.of(models, wanted), models.teacher.device
     with (
         torch.inference_mode(),
-        Capture(teacher, layout.spaces[0], stop=True) as of_teacher,
-        Capture(student, layout.spaces[1], stop=True) as of_student,
-        Workers(on_processor=on_processor) as workers,
+        Capture(models.teacher, layout.spaces[0], stop=True) as of_teacher,
+        Capture(models.student, layout.spaces[1], stop=True) as of_student,
+        Workers(on_processor=_on_processor(models)) as workers,
     ):
         for capture in (of_teacher, of_student):  # which learns where it can stop
             probe(capture)
         totals = Totals(layout, wanted, device, hold_out=hold_out)
         begin = _resume(totals, unfinished, shard)
         saved = time.monotonic()
-        batches = _mine(teacher, student, _batches(teacher, student, iter(samples), settings, counts), shard, begin)
-        free: list[RowMemory] = []
-
-        def held(item: tuple[int, _Batch | None, int]) -> tuple[dict[str, Tensor], RowMemory] | None:
-            batch = item[1]
-            if batch is None or not batch.gather_teacher.count:
-                return None
-            memory = free.pop() if free else RowMemory()
-            rows: dict[str, Tensor] = {}
-            for capture, nodes, inputs, gather in (
-                (of_teacher, layout.nodes[0], batch.teacher, batch.gather_teacher),
-                (of_student, layout.nodes[1], batch.student, batch.gather_student),
-            ):
-                found = capture.forward(inputs, rows_of(nodes, gather, memory, device))
-                rows |= {nodes[space]: value for space, value in found.items()}
-            return rows, memory
-
+        batches = _mine(models, _batches(models, iter(samples), settings, counts), shard, begin)
+        forward = _Forward(layout, (of_teacher, of_student), device)
         stream = ahead((number, batch, counts.pairs) for number, batch in batches)
-        for (number, batch, pairs), seen in workers.in_order(stream, held):
+        for (number, batch, pairs), seen in workers.in_order(stream, forward):
             if batch is not None and seen is not None:
                 totals.update(seen[0], workers, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
-                free.append(seen[1])
+                forward.free.append(seen[1])
             if unfinished and time.monotonic() - saved > _SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
-            if on_processor:
+            if _on_processor(models):
                 give_back_memory()
-            if progress:
-                progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
+            run.progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
     counts.nonfinite_pairs = totals.nonfinite
     return totals, counts
 
 
-def empty_totals(teacher: ModelHandle, student: ModelHandle, wanted: Wanted, *, hold_out: bool) -> Totals:
+class _Forward:
+    """Runs both models over a batch and keeps the rows of its paired tokens, in memory that later batches use again."""
+
+    def __init__(self, layout: Layout, captures: tuple[Capture, Capture], device: torch.device) -> None:
+        self.layout, self.captures, self.device = layout, captures, device
+        self.free: list[RowMemory] = []
+
+    def __call__(self, item: tuple[int, _Batch | None, int]) -> tuple[dict[str, Tensor], RowMemory] | None:
+        batch = item[1]
+        if batch is None or not batch.gather_teacher.count:
+            return None
+        memory = self.free.pop() if self.free else RowMemory()
+        rows: dict[str, Tensor] = {}
+        inputs = (batch.teacher, batch.gather_teacher), (batch.student, batch.gather_student)
+        for capture, nodes, (texts, gather) in zip(self.captures, self.layout.nodes, inputs, strict=True):
+            found = capture.forward(texts, rows_of(nodes, gather, memory, self.device))
+            rows |= {nodes[space]: value for space, value in found.items()}
+        return rows, memory
+
+
+def _on_processor(models: ModelPair) -> bool:
+    return models.teacher.device.type == models.student.device.type == "cpu"
+
+
+def empty_totals(models: ModelPair, wanted: Wanted, *, hold_out: bool) -> Totals:
     """Totals that have seen nothing yet, to merge those of parts into."""
-    return Totals(Layout.of(teacher, student, wanted), wanted, teacher.device, hold_out=hold_out)
+    return Totals(Layout.of(models, wanted), wanted, models.teacher.device, hold_out=hold_out)
 
 
 def check_pairs(statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatistics]]) -> None:
@@ -306,15 +312,16 @@ def _groups(names: Iterable[str], products: Iterable[tuple[str, str]]) -> dict[s
 
 
 def _mine(
-    teacher: ModelHandle, student: ModelHandle, batches: Iterable[list[_Encoded]], shard: Shard, begin: int
+    models: ModelPair, batches: Iterable[list[_Encoded]], shard: Shard, begin: int
 ) -> Iterator[tuple[int, _Batch | None]]:
     """The batches by number, prepared where they are this shard's and not done yet."""
     for number, batch in enumerate(batches):
         mine = number >= begin and number % shard.count == shard.index
-        yield number, _prepare(teacher, student, batch) if mine else None
+        yield number, _prepare(models, batch) if mine else None
 
 
-def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encoded]) -> _Batch:
+def _prepare(models: ModelPair, batch: Sequence[_Encoded]) -> _Batch:
+    teacher, student = models.teacher, models.student
     inputs_t = pad(teacher, [sample.teacher for sample in batch], teacher.device)
     inputs_s = pad(student, [sample.student for sample in batch], student.device)
     ranges_t = [[(block.teacher_start, block.teacher_end) for block in sample.blocks] for sample in batch]
@@ -328,16 +335,12 @@ def _prepare(teacher: ModelHandle, student: ModelHandle, batch: Sequence[_Encode
 
 
 def _batches(
-    teacher: ModelHandle,
-    student: ModelHandle,
-    samples: Iterator[Sample],
-    settings: CollectionSettings,
-    counts: PairingCounts,
+    models: ModelPair, samples: Iterator[Sample], settings: CollectionSettings, counts: PairingCounts
 ) -> Iterator[list[_Encoded]]:
-    on_processor = teacher.device.type == student.device.type == "cpu"
-    most = settings.batch_tokens or (_BATCH_TOKENS if on_processor else _BATCH_TOKENS_OF_ACCELERATORS)
+    usual = _BATCH_TOKENS if _on_processor(models) else _BATCH_TOKENS_OF_ACCELERATORS
+    most = settings.batch_tokens or usual
     while chunk := list(islice(samples, _CHUNK)):
-        encoded = sorted(_encode(teacher, student, chunk, settings, counts), key=lambda sample: sample.length)
+        encoded = sorted(_encode(models, chunk, settings, counts), key=lambda sample: sample.length)
         batch: list[_Encoded] = []
         for sample in encoded:
             if batch and sample.length * (len(batch) + 1) > most:
@@ -351,14 +354,10 @@ def _batches(
 
 
 def _encode(
-    teacher: ModelHandle,
-    student: ModelHandle,
-    chunk: Sequence[Sample],
-    settings: CollectionSettings,
-    counts: PairingCounts,
+    models: ModelPair, chunk: Sequence[Sample], settings: CollectionSettings, counts: PairingCounts
 ) -> Iterator[_Encoded]:
     (inputs_t, spans_t), (inputs_s, spans_s) = (
-        tokenize(model, chunk, settings.max_length) for model in (teacher, student)
+        tokenize(model, chunk, settings.max_length) for model in (models.teacher, models.student)
     )
     for row in range(len(chunk)):
         if counts.pairs >= settings.max_tokens:

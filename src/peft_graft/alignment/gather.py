@@ -47,7 +47,7 @@ class Gather:
 
 
 class RowMemory:
-    """Room for the rows of one batch, by the names of their tensors.
+    """Memory for the rows of one batch by the names of their tensors, kept from batch to batch.
 
     Fresh pages cost a processor as much as the products of what is written to them.
     """
@@ -56,16 +56,16 @@ class RowMemory:
         self._held: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Callable[[int, Tensor], Tensor]:
-        """What gives room for so many rows like those of a tensor."""
+        """A function that returns memory for ``count`` rows of the dtype, device and width of another tensor."""
 
-        def room(count: int, like: Tensor) -> Tensor:
+        def rows(count: int, like: Tensor) -> Tensor:
             held = self._held.get(name)
             if held is None or len(held) < count:
-                # Batches differ a little in size; room for the largest is asked for at once.
+                # Batches differ a little in size; memory for the largest is taken at once.
                 held = self._held[name] = like.new_empty(1 << (len(like) - 1).bit_length(), like.shape[-1])
             return held[:count]
 
-        return room
+        return rows
 
 
 def rows_of(

@@ -14,7 +14,7 @@ from peft_graft.alignment.alignment import Pair
 from peft_graft.alignment.moments import Moment
 from peft_graft.alignment.text import Sample
 from peft_graft.errors import AlignmentError
-from peft_graft.models.loading import ModelHandle
+from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
 
 #: Spaces of which a sample has one vector, and not one for every token.
@@ -50,13 +50,13 @@ class Layout:
         return first, second
 
     @classmethod
-    def of(cls, teacher: ModelHandle, student: ModelHandle, pairs: Iterable[Pair]) -> Layout:
-        """The same from the models themselves."""
+    def of(cls, models: ModelPair, pairs: Iterable[Pair]) -> Layout:
+        """The layout of the spaces of these pairs, from a forward pass of a few words through each model."""
         pairs = list(pairs)
         with (
             torch.inference_mode(),
-            Capture(teacher, (pair[0] for pair in pairs)) as of_teacher,
-            Capture(student, (pair[1] for pair in pairs)) as of_student,
+            Capture(models.teacher, (pair[0] for pair in pairs)) as of_teacher,
+            Capture(models.student, (pair[1] for pair in pairs)) as of_student,
         ):
             return cls(of_teacher, of_student)
 
@@ -72,12 +72,12 @@ class Layout:
         return list(found)
 
     def values(self, wanted: Wanted, *, hold_out: bool) -> int:
-        """Room for the totals of a pass over what is wanted, in float64 values."""
+        """Memory for the totals of a pass over what is wanted, in float64 values."""
         totals = sum(self.sizes[a] * self.sizes[b] for a, b in self.products(wanted)) * (1 + hold_out)
         return totals if is_precise(wanted) else totals * 3 // 2  # with float32 products that they do not have yet
 
-    def parts(self, wanted: Wanted, room: int, *, hold_out: bool) -> list[Wanted]:
-        """What is wanted in parts of neighbouring layers, each of ``room`` values at most where that is possible.
+    def parts(self, wanted: Wanted, limit: int, *, hold_out: bool) -> list[Wanted]:
+        """What is wanted in parts of neighbouring layers, each of ``limit`` values at most where that is possible.
 
         One part where everything fits; a pair of spaces that does not is a part of its own.
         """
@@ -85,7 +85,7 @@ class Layout:
         # Pairs that are the same tensors follow one another, so that they share a part and its products.
         for pair in sorted(wanted, key=lambda pair: (pair[1].layer % (1 << 30), self.nodes[1][pair[1]], pair)):
             longer = {**parts[-1], pair: wanted[pair]}
-            if parts[-1] and self.values(longer, hold_out=hold_out) > room:
+            if parts[-1] and self.values(longer, hold_out=hold_out) > limit:
                 parts.append({pair: wanted[pair]})
             else:
                 parts[-1] = longer
@@ -104,7 +104,7 @@ def free_values(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // 8 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def room_of_a_pass(device: torch.device, sharers: int = 1) -> int:
+def memory_of_a_pass(device: torch.device, sharers: int = 1) -> int:
     """How many float64 values the totals of one pass should have at most, where ``sharers`` run side by side."""
     return int(free_values(device) * _SHARE) // sharers
 

@@ -7,72 +7,107 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from peft_graft.alignment.collect import CollectionSettings, Shard, Totals, Unfinished, collect_totals, empty_totals
+from peft_graft.alignment.collect import (
+    WHOLE,
+    CollectionSettings,
+    Shard,
+    Totals,
+    Unfinished,
+    collect_totals,
+    empty_totals,
+)
 from peft_graft.alignment.layout import Wanted
 from peft_graft.alignment.text import read_text
 from peft_graft.alignment.tokens import PairingCounts
+from peft_graft.config import AlignConfig
 from peft_graft.errors import DependencyError, GraftError, PlanError
-from peft_graft.models.loading import ModelHandle, load_model
-from peft_graft.options import Progress
+from peft_graft.models.loading import ModelPair, load_pair
+from peft_graft.run import Run
 
 
 @dataclass(frozen=True)
-class RayShards:
-    """A pass in parts on Ray.
+class RayPass:
+    """A pass over text in parts on Ray; every node loads the models by name.
 
     Attributes:
-        address: of the cluster, or ``local`` to use this machine. shards: number of parts.
-        teacher, student: names that every node can load.
-        text, columns, seed, device, student_device, dtype: as for ``align``.
+        teacher, student: folders or hub ids. text: file or hub data set.
+        config: where Ray is, the number of parts, and how models are loaded.
     """
 
-    address: str
-    shards: int
     teacher: str
     student: str
     text: str
-    columns: Sequence[str] | None
-    seed: int
-    device: str
-    student_device: str
-    dtype: str
+    config: AlignConfig
+
+    @property
+    def shards(self) -> int:
+        """Number of parts."""
+        return self.config.shards or os.cpu_count() or 1
 
 
-def this_process() -> Shard:
-    """The part of this process among those that torchrun or accelerate started; the whole where it is alone."""
+@dataclass(frozen=True)
+class Processes:
+    """How a pass is shared out: among the processes that torchrun or accelerate started, or on Ray.
+
+    Attributes:
+        shard: the part of the batches that is this process's. on_ray: run the pass there.
+    """
+
+    shard: Shard = WHOLE
+    on_ray: RayPass | None = None
+
+    @staticmethod
+    def started(on_ray: RayPass | None = None) -> Processes:
+        """As the environment says that this process was started."""
+        return Processes(_this_process(), on_ray)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process runs a part."""
+        return self.shard.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what all have found."""
+        return self.shard.index == 0
+
+    @property
+    def sharers(self) -> int:
+        """How many parts share a machine's memory at most."""
+        return self.on_ray.shards if self.on_ray else 1
+
+    def least(self, value: int) -> int:
+        """The least of what the processes have each."""
+        if self.alone:
+            return value
+        import torch
+        import torch.distributed as processes
+
+        least = torch.tensor(value)
+        processes.all_reduce(least, processes.ReduceOp.MIN)
+        return int(least)
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if not self.alone:
+            import torch.distributed as processes
+
+            processes.barrier()
+
+
+def _this_process() -> Shard:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-        return Shard()
+        return WHOLE
     import torch.distributed as processes
 
     if not processes.is_initialized():
         processes.init_process_group("gloo")
     return Shard(processes.get_rank(), processes.get_world_size())
-
-
-def least_of_all(value: int, shard: Shard) -> int:
-    """The least of what the processes have each."""
-    if shard.count == 1:
-        return value
-    import torch
-    import torch.distributed as processes
-
-    least = torch.tensor(value)
-    processes.all_reduce(least, processes.ReduceOp.MIN)
-    return int(least)
-
-
-def wait_for_others(shard: Shard) -> None:
-    """Return when all processes have come here."""
-    if shard.count > 1:
-        import torch.distributed as processes
-
-        processes.barrier()
 
 
 def start_ray(address: str) -> Any:
@@ -96,12 +131,11 @@ def start_ray(address: str) -> Any:
 
 
 def collect_on_ray(
-    plan: RayShards,
-    teacher: ModelHandle,
-    student: ModelHandle,
+    plan: RayPass,
+    models: ModelPair,
     wanted: Wanted,
     settings: CollectionSettings,
-    progress: Progress | None = None,
+    run: Run,
     *,
     hold_out: bool,
     unfinished: Unfinished | None = None,
@@ -109,21 +143,22 @@ def collect_on_ray(
     """``collect_totals`` in parts, a task each; the part of a worker that dies is done again elsewhere.
 
     Args:
-        teacher, student: the models here, for the shapes of what comes back.
+        models: the models here, for the shapes of what comes back.
         unfinished: a part that is done again goes on from its state there, where the nodes share that folder.
 
     Raises:
-        PlanError: no node has room for a part.
+        PlanError: no node is large enough for a part.
     """
-    ray = start_ray(plan.address)
-    gpus = len({place for place in (plan.device, plan.student_device) if place.startswith("cuda")})
-    room = ray.cluster_resources()
-    if room.get("CPU", 0) < 1 or room.get("GPU", 0) < gpus:
+    config = plan.config
+    ray = start_ray(str(config.ray))
+    gpus = len({place for place in (config.device, config.student_device) if place and place.startswith("cuda")})
+    offered = ray.cluster_resources()
+    if offered.get("CPU", 0) < 1 or offered.get("GPU", 0) < gpus:
         raise PlanError(
             "no node has room for a shard",
-            where=f"--ray {plan.address}",
+            where=f"--ray {config.ray}",
             expected=f"1 CPU and {gpus} GPUs",
-            found=f"{room.get('CPU', 0):g} CPUs and {room.get('GPU', 0):g} GPUs in all",
+            found=f"{offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs in all",
         )
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(_part)
     running = {
@@ -137,9 +172,8 @@ def collect_on_ray(
             parts[running.pop(ready[0])] = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, GraftError) else error) from None
-        if progress:
-            progress("pairing tokens", len(parts), plan.shards)
-    totals, one = (empty_totals(teacher, student, wanted, hold_out=hold_out) for _ in range(2))
+        run.progress("pairing tokens", len(parts), plan.shards)
+    totals, one = (empty_totals(models, wanted, hold_out=hold_out) for _ in range(2))
     for index in range(plan.shards):  # in order, whichever came first
         one.load(parts[index][0])
         totals.merge(one)
@@ -149,7 +183,7 @@ def collect_on_ray(
 
 
 def _part(
-    plan: RayShards,
+    plan: RayPass,
     wanted: Wanted,
     settings: CollectionSettings,
     hold_out: bool,
@@ -157,15 +191,9 @@ def _part(
     unfinished: Unfinished | None,
 ) -> tuple[dict[str, Tensor], PairingCounts]:
     """One part on a worker."""
-    teacher, student = (
-        load_model(name, device=device, dtype=plan.dtype, role=role, tokenizer=True)
-        for name, device, role in (
-            (plan.teacher, plan.device, "teacher"),
-            (plan.student, plan.student_device, "student"),
-        )
-    )
-    samples = read_text(plan.text, plan.columns, plan.seed)
+    models = load_pair(plan.teacher, plan.student, plan.config, tokenizers=True)
+    samples = read_text(plan.text, plan.config.columns, plan.config.seed)
     totals, counts = collect_totals(
-        teacher, student, samples, wanted, settings, hold_out=hold_out, shard=shard, unfinished=unfinished
+        models, samples, wanted, settings, hold_out=hold_out, shard=shard, unfinished=unfinished
     )
     return {key: value.cpu() for key, value in totals.tensors().items()}, counts

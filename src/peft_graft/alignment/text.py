@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +41,49 @@ class Sample:
     def texts(self) -> tuple[str, ...]:
         """The one or two texts."""
         return (self.first,) if self.second is None else (self.first, self.second)
+
+
+TextLike = str | Path | Iterable["str | tuple[str, str] | Sequence[str] | Sample"]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The unlabelled text of a run: a file, a data set of the hub, or Python objects.
+
+    Attributes:
+        text: what ``read_text`` takes, or strings, pairs of strings and lists of tokens.
+        columns, seed: as for ``read_text``.
+    """
+
+    text: TextLike
+    columns: tuple[str, ...] | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What records call it."""
+        return str(self.text) if isinstance(self.text, str | Path) else "given in memory"
+
+    @cached_property
+    def key(self) -> str | None:
+        """What tells its samples and their order from any other's; None for what may change: hub data, iterators."""
+        if not isinstance(self.text, str | Path) or not Path(self.text).is_file():
+            return None
+        with Path(self.text).open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return json.dumps([content, self.columns, self.seed])
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples; the first is read at once, so that a bad source fails here.
+
+        Raises:
+            TextError: see ``read_text``.
+        """
+        if isinstance(self.text, str | Path):
+            found = read_text(self.text, self.columns, self.seed)
+        else:
+            found = _not_empty(as_samples(self.text), self.name)
+        return chain([next(found)], found)
 
 
 def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: int = 0) -> Iterator[Sample]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pydantic import BaseModel, ConfigDict
+
 #: Blocks longer than this on either side say little about single tokens; they are left unpaired.
 MAX_BLOCK = 8
 
@@ -53,6 +55,20 @@ class PairingCounts:
     pairs: int = 0
     nonfinite_pairs: int = 0
 
+    @property
+    def record(self) -> PairingRecord:
+        """The counts for a report."""
+        return PairingRecord(
+            samples=self.samples,
+            pairs=self.pairs,
+            one_to_one=self.one_to_one,
+            teacher_tokens=self.teacher_tokens,
+            student_tokens=self.student_tokens,
+            teacher_share_paired=self.paired_teacher_tokens / max(1, self.teacher_tokens),
+            student_share_paired=self.paired_student_tokens / max(1, self.student_tokens),
+            nonfinite_pairs=self.nonfinite_pairs,
+        )
+
     def add(self, teacher: Sequence[Span | None], student: Sequence[Span | None], blocks: Sequence[Block]) -> None:
         """Count one sample."""
         self.samples += 1
@@ -62,6 +78,20 @@ class PairingCounts:
         self.paired_student_tokens += sum(block.student_end - block.student_start for block in blocks)
         self.one_to_one += sum(block.is_one_to_one for block in blocks)
         self.pairs += len(blocks)
+
+
+class PairingRecord(BaseModel):
+    """How the text's tokens paired, with shares of each model's tokens (``PairingCounts``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    samples: int
+    pairs: int
+    one_to_one: int
+    teacher_tokens: int
+    student_tokens: int
+    teacher_share_paired: float
+    student_share_paired: float
+    nonfinite_pairs: int
 
 
 def trimmed_spans(

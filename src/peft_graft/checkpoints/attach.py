@@ -11,15 +11,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_graft.checkpoints.formats import adapterhub, peft_format
-from peft_graft.checkpoints.raw import VIRTUAL, RawCheckpoint
-from peft_graft.checkpoints.resolve import read_checkpoint, write_checkpoint
+from peft_graft.checkpoints.formats.adapters.format import written_tensors
+from peft_graft.checkpoints.formats.base import write_checkpoint
+from peft_graft.checkpoints.formats.peft.format import weights_file
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.config import Library
 from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.files import read_tensors
 from peft_graft.models.devices import device_of, is_quantised, trainable_attention
@@ -27,15 +30,8 @@ from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.models.tasks import Task
 
-Library = Literal["peft", "adapters"]
 
-
-def library_of(raw: RawCheckpoint) -> Library:
-    """The library that a checkpoint is for."""
-    return "peft" if raw.format == "peft" else "adapters"
-
-
-def library_version(library: Library) -> str | None:
+def library_version(library: str) -> str | None:
     """Its version, None where it is not installed."""
     try:
         return importlib.metadata.version(library)
@@ -66,31 +62,25 @@ class LiveModule:
     @property
     def base(self) -> Any:
         """The base model with the module inside."""
-        inside = self._tuned if self.raw.format == "peft" else self.model
+        inside = self._tuned if self.raw.library == Library.PEFT else self.model
         return getattr(inside, prefix_of(inside), inside)
 
     @property
-    def acts(self) -> bool:
+    def is_active(self) -> bool:
         """Whether the checkpoint as it was loaded changes anything: LoRA's B, or an up projection, is not zero."""
-        outputs = [
-            value
-            for values in self.raw.entries.values()
-            for name, value in values.items()
-            if name in ("B", "embedding_B", "rows", "token_rows") or name.startswith("up.")
-        ]
-        return not outputs or any(bool(value.any()) for value in outputs)
+        return self.raw.is_active
 
     @property
     def virtual_tokens(self) -> int:
         """How many vectors stand before the text in what the model gives back."""
-        if self.raw.kind != "prompt" or self._tuned.config.is_encoder_decoder:  # whose decoder sees none of them
+        if not self.raw.virtual_tokens or self._tuned.config.is_encoder_decoder:  # whose decoder sees none of them
             return 0
-        return int(self.raw.config["num_virtual_tokens"])
+        return self.raw.virtual_tokens
 
     @property
     def _tuned(self) -> Any:
         """The task model that the module is in."""
-        return self.model.base_model if self.raw.kind in VIRTUAL else self.model.base_model.model
+        return self.model.base_model if self.raw.is_virtual else self.model.base_model.model
 
     @cached_property
     def device(self) -> torch.device:
@@ -100,13 +90,13 @@ class LiveModule:
     @contextmanager
     def _without(self) -> Iterator[Any]:
         """The model with the module switched off."""
-        if self.raw.format == "adapterhub":
+        if self.raw.library == Library.ADAPTERS:
             self.model.set_active_adapters(None)
             try:
                 yield self.model
             finally:
                 self.model.set_active_adapters(self.name)
-        elif self.raw.kind in VIRTUAL:  # peft cannot switch these off in models that do not generate
+        elif self.raw.is_virtual:  # peft cannot switch these off in models that do not generate
             yield self.model.base_model
         else:
             with _quiet(), self.model.disable_adapter(), self._with_own_biases():
@@ -137,10 +127,11 @@ class LiveModule:
 
     def module_at(self, path: str) -> nn.Module:
         """The part of the model that one of the checkpoint's modules acts in, or is; it reads the same input."""
-        if self.raw.format == "peft":
+        if self.raw.library == Library.PEFT:
             found = self._tuned.get_submodule(path)
         else:
-            found = self.model.get_submodule(f"{path}.{self.raw.name}" if self.raw.kind == "bottleneck" else path)
+            own = self.raw.parts[path].is_own_module
+            found = self.model.get_submodule(f"{path}.{self.raw.name}" if own else path)
         assert isinstance(found, nn.Module)
         return found
 
@@ -151,16 +142,18 @@ class LiveModule:
     def checkpoint(self) -> RawCheckpoint:
         """The checkpoint with the values that the model has now."""
         with tempfile.TemporaryDirectory() as folder, _quiet():
-            if self.raw.format == "peft":
+            if self.raw.library == Library.PEFT:
                 self.model.save_pretrained(folder, save_embedding_layers=False)
             else:
                 self.model.save_adapter(folder, self.name, with_head=bool(self.raw.head))
             found = read_checkpoint(Path(folder))
-        entries = {
-            path: {name: found.entries[path][name].to(value.dtype) for name, value in values.items()}
-            for path, values in self.raw.entries.items()
+        parts = {
+            path: part.with_tensors(
+                {name: found.parts[path].tensors[name].to(value.dtype) for name, value in part.tensors.items()}
+            )
+            for path, part in self.raw.parts.items()
         }
-        return replace(self.raw, entries=entries, head={key: found.head[key] for key in self.raw.head})
+        return replace(self.raw, parts=parts, head={key: found.head[key] for key in self.raw.head})
 
 
 def attach(
@@ -186,14 +179,14 @@ def attach(
         VerificationError: the library cannot load it, or found keys missing or unexpected.
         DependencyError: the library is not installed.
     """
-    if library_version(library_of(raw)) is None:
+    if library_version(raw.library) is None:
         raise DependencyError(
-            f"{library_of(raw)} is not installed, so the module cannot be run",
+            f"{raw.library} is not installed, so the module cannot be run",
             where=str(folder),
             fix="pip install 'peft-graft[adapters]'",
         )
     with _quiet():
-        load = _attach_peft if raw.format == "peft" else _attach_adapterhub
+        load = _attach_peft if raw.library == Library.PEFT else _attach_adapterhub
         live = load(folder, raw, handle, labels, trainable)
     live.model.eval()
     live.bf16 = bf16 or is_quantised(live.base) or live.base.dtype != torch.float32
@@ -223,13 +216,14 @@ def _attach_peft(
     from peft import PeftModel, get_peft_model_state_dict
 
     model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
-    own = {path: model.get_submodule(path).bias.detach().clone() for path, v in raw.entries.items() if "base_bias" in v}
-    needed = [len(v["rows"]) for v in raw.entries.values() if "rows" in v]
-    needed += [int(v["token_ids"].max()) + 1 for v in raw.entries.values() if "token_ids" in v]
-    if needed and max(needed) > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
-        model.resize_token_embeddings(max(needed), mean_resizing=False)
+    own = {
+        path: model.get_submodule(path).bias.detach().clone() for path, part in raw.parts.items() if part.replaces_bias
+    }
+    needed = raw.vocabulary_size
+    if needed and needed > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
+        model.resize_token_embeddings(needed, mean_resizing=False)
     try:
-        prompts = raw.kind in VIRTUAL  # peft loads these for inference only, and they train nevertheless
+        prompts = raw.is_virtual  # peft loads these for inference only, and they train nevertheless
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable and not prompts)
         if trainable and prompts:
             for name, parameter in adapted.named_parameters():
@@ -240,7 +234,7 @@ def _attach_peft(
         adapted,
         raw,
         "default",
-        read_tensors(peft_format.weights_file(folder)),
+        read_tensors(weights_file(folder)),
         get_peft_model_state_dict(adapted, save_embedding_layers=False),
         own_biases=own,
     )
@@ -289,7 +283,7 @@ def _attach_adapterhub(
         )
     if trainable:
         model.train_adapter(name)
-    written = adapterhub.written_tensors(folder, raw)
+    written = written_tensors(folder, raw)
     state = model.state_dict()
     return LiveModule(model, raw, name, written, {key: value for key, value in state.items() if key in written})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_graft.checkpoints.formats import peft_format
+from peft_graft.checkpoints.formats.base import format_of
+from peft_graft.checkpoints.formats.peft.format import config_dict, weights_file
 from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
-from peft_graft.files import read_json, read_tensors, write_json, write_tensors
-from peft_graft.models.architecture import linear_shape
+from peft_graft.files import read_tensors
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.sizes import linear_shape
 from peft_graft.models.task_models import blank_model, quiet_libraries, with_task_head
+from peft_graft.modules.base import Part
+from peft_graft.modules.lora import LoraPart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,18 +64,15 @@ def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckp
                        "alpha_pattern": config.alpha_pattern}  # fmt: skip
         else:
             options, tensors = _by_merging(adapted, kind, folder)
-    with tempfile.TemporaryDirectory() as place:
-        lora = peft.LoraConfig(
-            task_type=raw.config.get("task_type"), base_model_name_or_path=raw.base_model,
-            target_modules=sorted(_paths(tensors)), modules_to_save=raw.config.get("modules_to_save"), **options,
-        )  # fmt: skip
-        lora.save_pretrained(place)
-        written = Path(place) / peft_format.CONFIG
-        write_json(written, {**read_json(written), "auto_mapping": raw.config.get("auto_mapping")})
-        write_tensors(
-            Path(place) / peft_format.WEIGHTS[0], {key: value.contiguous() for key, value in (tensors | heads).items()}
-        )
-        found = peft_format.read(Path(place))
+    lora = peft.LoraConfig(
+        task_type=raw.config.get("task_type"),
+        base_model_name_or_path=raw.base_model,
+        target_modules=sorted(_paths(tensors)),
+        modules_to_save=raw.config.get("modules_to_save"),
+        **options,
+    )
+    written = {**config_dict(lora), "auto_mapping": raw.config.get("auto_mapping")}
+    found = format_of(Library.PEFT).parse(written, tensors | heads, where=str(folder))
     return replace(found, labels=raw.labels, files=raw.files)
 
 
@@ -80,21 +80,21 @@ def stand_in(folder: Path, raw: RawCheckpoint, teacher: PretrainedConfig) -> Raw
     """A LoRA of rank 1 without values at the layers that the module changes, to plan with before weights are loaded."""
     shapes = {path: linear_shape(module) for path, module in blank_model(teacher, raw.task).named_modules()}
     heads = _heads(folder, raw)
-    entries = {}
-    for key in read_tensors(peft_format.weights_file(folder)).keys() - heads.keys():
+    parts: dict[str, Part] = {}
+    for key in read_tensors(weights_file(folder)).keys() - heads.keys():
         path = key.removeprefix(_START)
         while path and not shapes.get(path):
             path = path.rpartition(".")[0]
         if shape := shapes.get(path):
-            factors = {"A": (1, shape[0]), "B": (shape[1], 1)}
-            entries[path] = {name: torch.empty(size, device="meta") for name, size in factors.items()}
-    return replace(raw, kind="lora", entries=entries, scalings=dict.fromkeys(entries, 1.0))
+            a, b = (torch.empty(size, device="meta") for size in ((1, shape[0]), (shape[1], 1)))
+            parts[path] = LoraPart(a, b, scaling=1.0)
+    return replace(raw, kind="lora", parts=parts)
 
 
 def _heads(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
     """What was saved beside the module, as its file has it."""
     saved = raw.config.get("modules_to_save") or []
-    tensors = read_tensors(peft_format.weights_file(folder))
+    tensors = read_tensors(weights_file(folder))
     return {key: value for key, value in tensors.items() if any(f".{name}." in f"{key}." for name in saved)}
 
 

@@ -12,7 +12,7 @@ from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
 from peft_graft.models.spec import HeadForm
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Head, head_tensors
+from peft_graft.modules.head import Head, head_tensors
 
 
 def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: Mapping[str, Tensor]) -> Head:

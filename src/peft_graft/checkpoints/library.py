@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from peft_graft.checkpoints.raw import Format, RawCheckpoint
+from peft_graft.checkpoints.formats.peft.format import config_dict
+from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.config import Library
 from peft_graft.errors import DependencyError, PlanError
-from peft_graft.files import read_json
 from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Head, LoraModule
+from peft_graft.modules.head import Head
+from peft_graft.modules.lora import LoraModule
 
-#: Names of the libraries -> the format that each writes.
-FORMATS: dict[str, Format] = {"peft": "peft", "adapters": "adapterhub"}
 #: What AdapterHub calls the places of a LoRA.
 _MATRICES = {"attn.query": "q", "attn.key": "k", "attn.value": "v"}
 _SWITCHES = {"ffn.up": "intermediate_lora", "ffn.down": "output_lora"}
 
 
-def in_library(checkpoint: PeftCheckpoint, library: str | None) -> PeftCheckpoint:
+def in_library(checkpoint: PeftCheckpoint, library: Library | None) -> PeftCheckpoint:
     """The same LoRA as a checkpoint of the other library; unchanged where it is of this one already.
 
     Args:
-        library: ``peft``, ``adapters``, or None for the module's own.
+        library: None for the module's own.
 
     Raises:
         PlanError: the module is no plain LoRA, or the library has no such sites or head.
         DependencyError: ``adapters`` is asked for and not installed.
     """
-    if library is None or FORMATS[library] == checkpoint.raw.format:
+    if library is None or library == checkpoint.raw.library:
         return checkpoint
     for site, module in checkpoint.modules.items():
-        if not isinstance(module, LoraModule) or module.tensors.keys() != {"A", "B"}:
+        if not isinstance(module, LoraModule) or not module.is_plain:
             raise PlanError(
                 "only a plain LoRA means the same in both libraries",
                 where=f"--library {library}",
                 found=f"{checkpoint.raw.kind} at {site}",
                 fix="leave --library out",
             )
-    return _as_peft(checkpoint) if library == "peft" else _as_adapterhub(checkpoint)
+    return _as_peft(checkpoint) if library == Library.PEFT else _as_adapters(checkpoint)
 
 
 def _as_peft(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
@@ -50,17 +48,15 @@ def _as_peft(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
 
     raw, head = checkpoint.raw, checkpoint.head
     task = head.task if head else (Task.BASE if raw.task is Task.PREDICTION_HEADS else raw.task)
-    with tempfile.TemporaryDirectory() as folder:
-        peft.LoraConfig(task_type=task.peft_type).save_pretrained(folder)
-        config = read_json(Path(folder) / "adapter_config.json")
+    config = config_dict(peft.LoraConfig(task_type=task.peft_type))
     if task is Task.BASE:
         config["auto_mapping"] = {"base_model_class": "", "parent_library": "transformers"}
     settings = dict(raw.config["config"]) if isinstance(raw.config["config"], dict) else {}
     config["lora_dropout"] = settings.get("dropout", 0.0)
-    return replace(checkpoint, raw=_converted(raw, "peft", task, config), wrapped=task is not Task.BASE)
+    return replace(checkpoint, raw=_converted(raw, Library.PEFT, task, config), wrapped=task is not Task.BASE)
 
 
-def _as_adapterhub(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
+def _as_adapters(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
     try:
         from adapters import LoRAConfig
     except ImportError as error:
@@ -86,15 +82,15 @@ def _as_adapterhub(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
         **{switch: role in checkpoint.roles for role, switch in _SWITCHES.items()},
     ).to_dict()
     config: dict[str, Any] = {"config": settings, "name": raw.name, "version": "adapters"}
-    written = _converted(raw, "adapterhub", Task.PREDICTION_HEADS, config)
+    written = _converted(raw, Library.ADAPTERS, Task.PREDICTION_HEADS, config)
     if head is not None:
         written = replace(written, **_prediction_head(head, raw.name))
     return replace(checkpoint, raw=written, wrapped=True)
 
 
-def _converted(raw: RawCheckpoint, to: Format, task: Task, config: dict[str, Any]) -> RawCheckpoint:
-    suffix = ".safetensors" if to == "peft" else ".bin"  # what each library's loader looks for by itself
-    return replace(raw, format=to, task=task, config=config, head={}, head_config=None, weights_suffix=suffix)
+def _converted(raw: RawCheckpoint, to: Library, task: Task, config: dict[str, Any]) -> RawCheckpoint:
+    suffix = ".safetensors" if to == Library.PEFT else ".bin"  # what each library's loader looks for by itself
+    return replace(raw, library=to, task=task, config=config, head={}, head_config=None, weights_suffix=suffix)
 
 
 def _prediction_head(head: Head, name: str) -> dict[str, Any]:

@@ -1,24 +1,22 @@
-"""Checkpoints of trained modules: found, read, tied to the sites of a model, and written for another one."""
+"""From a checkpoint's parts to modules at the sites of a model, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from peft_graft.checkpoints.entries import entries_of, modules_of
-from peft_graft.checkpoints.formats import adapterhub, peft_format
+from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.heads import head_paths, resolve_head
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError, ModelError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import VOCABULARY, Site, space_at
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Head, Module
+from peft_graft.modules.base import Base, Module, Part, module_of
+from peft_graft.modules.head import Head
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class PeftCheckpoint:
     """A trained module tied to the sites of the model that it belongs to.
 
     Attributes:
-        raw: what the files say (format, configuration, hashes); the written checkpoint starts from it.
+        raw: what the files say (library, configuration, hashes); the written checkpoint starts from it.
         modules: site -> module with labelled tensors.
         head: the classification head saved with it, if any.
         wrapped: whether the module's paths start at a task model (``bert.encoder...``) or at the bare model.
@@ -60,54 +58,6 @@ class PeftCheckpoint:
         return sum(tensor.values.numel() for tensor in tensors)
 
 
-def locate(module: str | Path) -> Path:
-    """The local folder of a module: a path, or a repository of the hub, which is downloaded.
-
-    Raises:
-        CheckpointError: no such folder, nor a repository that can be reached.
-    """
-    path = Path(module).expanduser()
-    if path.is_dir():
-        return path
-    name = str(module)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            "no such folder", where=name, fix="give the folder that holds adapter_config.json, or a hub id owner/name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "adapter*", "pytorch_*", "model_head*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"no such folder, and the hub has no such repository or cannot be reached ({type(error).__name__})",
-            where=name,
-            fix="check the name, or give a local folder",
-        ) from error
-
-
-def read_checkpoint(folder: Path) -> RawCheckpoint:
-    """Read a checkpoint in whichever format it is.
-
-    Raises:
-        CheckpointError: the folder holds no checkpoint of a known format, or one that is damaged or not supported.
-    """
-    if peft_format.detect(folder):
-        return peft_format.read(folder)
-    if adapterhub.detect(folder):
-        return adapterhub.read(folder)
-    names = sorted(path.name for path in folder.iterdir())
-    inside = [path.parent.name for path in folder.glob(f"*/{peft_format.CONFIG}")]
-    raise CheckpointError(
-        "the folder holds no module checkpoint",
-        where=str(folder),
-        expected="adapter_config.json of peft or adapters",
-        found=", ".join(names[:8]) or "an empty folder",
-        fix=f"give one of its sub-folders: {', '.join(sorted(inside))}" if inside else None,
-    )
-
-
 def resolve(
     raw: RawCheckpoint,
     architecture: Architecture,
@@ -131,22 +81,17 @@ def resolve(
     """
     modules: dict[Site, Module] = {}
     prefixes: set[str] = set()
-    base = base_tensors or {}
-    for path, values in raw.entries.items():
-        found, prefix = modules_of(raw, path, values, architecture, base)
+    base = Base(architecture, base_tensors or {})
+    for path, part in raw.parts.items():
+        sites, prefix = ([], "") if part.is_virtual else _sites(path, raw, architecture)
         prefixes.add(prefix)
-        for module in found:
+        for module in module_of(part).from_part(part, path, sites, base):
             _check_shapes(module, architecture)
             modules[module.site] = module
     _check_saved_parts(raw, architecture)
-    head = resolve_head(raw, architecture, base) if raw.head and with_head else None
+    head = resolve_head(raw, architecture, base.tensors) if raw.head and with_head else None
     wrapped = bool(prefixes - {""}) or (raw.task is not Task.BASE)
     return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped)
-
-
-def write_checkpoint(folder: Path, raw: RawCheckpoint, student: StudentNames) -> None:
-    """Write a checkpoint of the student in the format that ``raw`` names."""
-    (peft_format if raw.format == "peft" else adapterhub).write(folder, raw, student)
 
 
 def to_raw(
@@ -157,26 +102,46 @@ def to_raw(
     An inner head layer that equals the one in ``base_tensors`` (the student's own pooler) is not written again.
     """
     start = architecture.start(checkpoint.raw.task) if checkpoint.wrapped else ""
-    entries, scalings = entries_of(checkpoint.modules, architecture, start, base_tensors or {})
+    own = Base(architecture, base_tensors or {}, start)
+    kinds: dict[type[Module], list[Module]] = {}
+    for module in checkpoint.modules.values():
+        kinds.setdefault(type(module), []).append(module)
+    parts: dict[str, Part] = {}
+    for kind, modules in kinds.items():
+        parts |= kind.to_parts(modules, own)
     raw = checkpoint.raw
     head = head_paths(checkpoint.head, raw, architecture, start) if checkpoint.head else {}
-    base = base_tensors or {}
-    own = {start + path: base[path] for path in base if start + path in head}
+    inner = {start + path: tensor for path, tensor in own.tensors.items() if start + path in head}
     if all(
-        key in own and torch.equal(own[key].to(head[key]), head[key])
+        key in inner and torch.equal(inner[key].to(head[key]), head[key])
         for key in head
-        if key in own or ".pooler." in f".{key}"
+        if key in inner or ".pooler." in f".{key}"
     ):
-        head = {key: tensor for key, tensor in head.items() if key not in own}
-    return RawCheckpoint(
-        **{
-            **raw.__dict__,
-            "entries": entries,
-            "scalings": scalings,
-            "head": head,
-            "head_config": raw.head_config if head else None,
-        }
-    )
+        head = {key: tensor for key, tensor in head.items() if key not in inner}
+    return replace(raw, parts=parts, head=head, head_config=raw.head_config if head else None)
+
+
+def _sites(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[list[Site], str]:
+    """The sites of a part's path, several for a fused layer, and what stands before the base model's path in it."""
+    place = architecture.sites(path)
+    if place is None:
+        raise CheckpointError(
+            f"{path} is no site of a {architecture.model_type} model",
+            where=raw.base_model or raw.name,
+            expected=f"a layer inside {' or '.join(stack.layers for stack in architecture.row.stacks)}",
+            fix="give the module's true base with --teacher; layers outside the stack are not supported yet",
+        )
+    sites, prefix = place
+    if sites[0].layer >= 0 and sites[0].layer >= architecture.depth(sites[0].role):
+        raise ModelError(
+            "the teacher is not the base of this module: it has no such layer",
+            where=str(sites[0]),
+            expected=f"a layer below {architecture.depth(sites[0].role)}",
+            found=sites[0].layer,
+            fix="name the model that the module was trained on with --teacher",
+        )
+    format_of(raw.library).check_site(path, sites, architecture)
+    return sites, prefix
 
 
 def _check_shapes(module: Module, architecture: Architecture) -> None:

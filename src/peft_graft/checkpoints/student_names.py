@@ -7,9 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_graft.checkpoints.raw import PREFIX
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import head_counts
+from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import blank_model
 from peft_graft.models.tasks import Task
@@ -49,8 +48,6 @@ class StudentNames:
 
     def position(self, path: str) -> int:
         """The layer that a path leads into, layers counted through all stacks."""
-        if path.startswith(PREFIX):
-            return int(path.removeprefix(PREFIX))
         before = 0
         for layers, depth in self.stacks:
             if match := re.search(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.", path):

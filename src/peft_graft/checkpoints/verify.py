@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import attach, library_of, library_version
+from peft_graft.checkpoints.attach import attach, library_version
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import VerificationError
 from peft_graft.models.loading import ModelHandle
@@ -46,7 +46,7 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
         VerificationError: a key is missing or unexpected, a value arrived changed, the output is not finite, or it is
             the same as without the module.
     """
-    library = library_of(raw)
+    library = raw.library
     version = library_version(library)
     if version is None:
         return Verification(library=library, version=None)

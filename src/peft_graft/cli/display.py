@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from peft_graft.options import MAX_TOKENS
-
 if TYPE_CHECKING:
     from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
@@ -26,21 +24,21 @@ def escaped(text: str) -> str:
 def show_inspection(found: Inspection) -> None:
     """What ``inspect`` found."""
     console = Console()
-    console.print(f"[bold]{escaped(found.module)}[/]: {found.format} {found.kind}, {found.parameters:,} parameters")
+    console.print(f"[bold]{escaped(found.module)}[/]: {found.library} {found.kind}, {found.parameters:,} parameters")
     console.print(f"base model   {escaped(found.base_model or 'not named')}")
     console.print(f"task         {found.task}")
     console.print(f"head         {escaped(found.head or 'none')}")
     if found.labels:
         console.print(f"labels       {escaped(', '.join(found.labels))}")
     if found.sites:
-        table = Table("role", "layers", "rank or bottleneck", "scaling", "idle", title="where it attaches")
+        table = Table("role", "layers", "rank or bottleneck", "scaling", "inactive", title="where it attaches")
         for site in found.sites:
             table.add_row(
                 site.role,
                 _ranges(site.layers),
                 ", ".join(map(str, site.widths)),
                 ", ".join(f"{scaling:g}" for scaling in site.scalings) or "-",
-                _ranges(site.idle_layers) or "-",
+                _ranges(site.inactive_layers) or "-",
             )
         console.print(table)
     else:
@@ -66,7 +64,7 @@ def show_inspection(found: Inspection) -> None:
     )
     if student.least_seconds:
         console.print(
-            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {MAX_TOKENS:,} tokens take "
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {student.max_tokens:,} tokens take "
             f"{student.least_seconds:,.0f} s on this processor at the least"
         )
     for note in student.notes:

@@ -20,7 +20,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.distill.agreement import Agreement, Verdict, judge, measure
 from peft_graft.distill.fit_head import can_fit, features, fit_head
-from peft_graft.distill.gradient_start import reading_the_gradient
+from peft_graft.distill.gradient_start import reading_the_gradient, reads_the_gradient
 from peft_graft.distill.polish import CurvePoint, PolishSettings, polish
 from peft_graft.distill.targets import Kind, Predictions, kind_of, predict
 from peft_graft.errors import AlignmentError
@@ -222,7 +222,7 @@ def polished(
         starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read hidden states: LoRA and bottleneck
             adapters inside the layers.
     """
-    if room.adapted.raw.kind not in ("lora", "bottleneck") or room.adapted.raw.trains_tokens:
+    if not reads_the_gradient(room.adapted.raw):
         starts = [start for start in starts if start != "gradient"]
     pilot = settings.steps // PILOT
     arms = (len(starts) + len(RATES) - 2) if pilot else 0
@@ -271,13 +271,13 @@ def polished(
 
 
 def _gradient_start(room: Classroom, outcome: Outcome) -> PeftCheckpoint:
-    """Idle modules that read where the gradient points, below a head of their own where the outcome's is fitted."""
+    """Neutral modules that read where the gradient points, below a head of their own where the outcome's is fitted."""
     before = outcome.candidate.checkpoint
-    idle = replace(before, modules={site: module.idle() for site, module in before.modules.items()})
+    neutral = replace(before, modules={site: module.neutral() for site, module in before.modules.items()})
     if outcome.head == "fitted":
-        idle, _ = room.with_fitted_head(idle)
+        neutral, _ = room.with_fitted_head(neutral)
     return room.read_back(
-        reading_the_gradient(room.live(idle, trainable=True), room.student, room.lessons), outcome
+        reading_the_gradient(room.live(neutral, trainable=True), room.student, room.lessons), outcome
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from peft_graft.checkpoints.attach import LiveModule
 from peft_graft.distill.targets import Predictions, batches
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
-from peft_graft.modules.base import Head
+from peft_graft.modules.head import Head
 
 #: Weight penalties to choose from, on standardised features.
 PENALTIES = (1e-4, 1e-3, 1e-2)

@@ -30,7 +30,8 @@ from peft_graft.errors import AlignmentError
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import Site, Space
 from peft_graft.models.spec import VOCABULARY_ROLES
-from peft_graft.modules.base import LoraModule, Module
+from peft_graft.modules.base import Module
+from peft_graft.modules.lora import LoraModule
 from peft_graft.options import Progress
 from peft_graft.planning.plan import SitePlan, TransferPlan
 
@@ -67,7 +68,7 @@ def fit_modules(
     for place, module in moved.modules.items():
         if place.role in VOCABULARY_ROLES:  # moved, and active while the others are fitted
             continue
-        plain = isinstance(module, LoraModule) and module.tensors.keys() == {"A", "B"}
+        plain = isinstance(module, LoraModule) and module.is_plain
         if not plain or place.role not in roles or roles[place.role].fused:
             raise AlignmentError(
                 "functional grafting fits the updates of linear layers", where=str(place),
@@ -79,7 +80,7 @@ def fit_modules(
     places = [word_places(*entry) for entry in zip(chosen, spans_t, spans_s, strict=True)]
     at_t, at_s = [first for first, _ in places], [second for _, second in places]
     words = sum(map(len, at_t))
-    modules = {site: module if site.layer < 0 else module.idle() for site, module in moved.modules.items()}
+    modules = {site: module if site.layer < 0 else module.neutral() for site, module in moved.modules.items()}
     position = student.architecture.position
     for group in _groups(plan, teacher, student, words):
         of_teacher = {_output(teacher, source) for site in group for source in site.teacher}

@@ -7,7 +7,7 @@ update B A are the best ones for the first step (LoRA-GA, Wang et al. 2024, arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft_graft.checkpoints.attach import LiveModule
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.distill.targets import Predictions, answers, batches, distillation_loss
 from peft_graft.models.loading import ModelHandle
+from peft_graft.modules.base import Part
 
 _BATCHES = 16
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 4
@@ -30,10 +31,10 @@ def reading_the_gradient(live: LiveModule, student: ModelHandle, lessons: Predic
     the down projection [b, d]. All else stays.
 
     Args:
-        live: with trainable, idle modules; their gradient is taken without dropout.
+        live: with trainable, neutral modules; their gradient is taken without dropout.
     """
     sums: dict[str, Tensor] = {}
-    hooks = [live.module_at(path).register_forward_hook(_gather(sums, path)) for path in live.raw.entries]
+    hooks = [live.module_at(path).register_forward_hook(_gather(sums, path)) for path in live.raw.parts]
     live.model.eval()
     try:
         lengths = [len(row["input_ids"]) for row in lessons.inputs]
@@ -46,10 +47,13 @@ def reading_the_gradient(live: LiveModule, student: ModelHandle, lessons: Predic
             hook.remove()
         live.model.zero_grad()
     # Nothing is known of an expert that no token was sent to.
-    entries = {
-        path: _reading(values, sums[path]) if path in sums else values for path, values in live.raw.entries.items()
-    }
-    return replace(live.raw, entries=entries)
+    parts = {path: _reading(part, sums[path]) if path in sums else part for path, part in live.raw.parts.items()}
+    return replace(live.raw, parts=parts)
+
+
+def reads_the_gradient(raw: RawCheckpoint) -> bool:
+    """Whether there is anything in a checkpoint that can be turned to the gradient's directions."""
+    return not raw.trains_tokens and any(part.reading_matrix for part in raw.parts.values())
 
 
 def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
@@ -67,13 +71,15 @@ def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...
     return hook
 
 
-def _reading(values: Mapping[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-    name = "A" if "A" in values else "down.weight"
-    width = len(values[name])
+def _reading(part: Part, gradient: Tensor) -> Part:
+    if part.reading_matrix is None:
+        return part
+    matrix = part.tensors[part.reading_matrix]
+    width = len(matrix)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wanted = min(*gradient.shape, width + _OVERSAMPLING)
         directions = torch.svd_lowrank(gradient.cpu(), wanted, niter=_POWER_ITERATIONS)[2].T[:width]
-    found = torch.zeros_like(values[name])
+    found = torch.zeros_like(matrix)
     found[: len(directions)] = directions.to(found.dtype)
-    return {**values, name: found}
+    return part.with_tensors({part.reading_matrix: found})

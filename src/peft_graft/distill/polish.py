@@ -94,7 +94,7 @@ def polish(
     last = settings.steps if until is None else min(until, settings.steps)
     if not state.curve:
         start = _add_point(state, measure(live, student, held_out))
-        if live.acts:  # idle modules may begin a polish, but are no result of one
+        if live.is_active:  # neutral modules may begin a polish, but are no result of one
             best.offer(start, parameters)
     try:
         for rows in _schedule(lessons, settings, state.step, last):

@@ -19,7 +19,7 @@ from peft_graft.alignment.tokens import Span, pair_tokens
 from peft_graft.checkpoints.attach import LiveModule
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Head
+from peft_graft.modules.head import Head
 from peft_graft.options import Progress
 
 #: ``words``: class logits at the first token of every word; ``samples``: class logits of a whole sample;

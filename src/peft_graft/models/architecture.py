@@ -1,6 +1,7 @@
-"""A model's layers, roles and spaces: from the table of families, or inferred from its module tree, or refused.
+"""What peft-graft knows of one model: its layers, the roles at which modules attach, the sizes of its spaces.
 
-Whoever is refused is told the reason and what a row of the table would have to say (docs/architectures.md).
+A model is described by the row of its family (``families``), or inferred from its module tree (``inference``), or
+refused with the reason and what a row would have to say (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -8,22 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_graft.errors import ArchitectureError
-from peft_graft.models.families.table import ROWS_OF_TYPE
+from peft_graft.models.families import rows_of
+from peft_graft.models.inference import infer_row
 from peft_graft.models.norms import global_norm_paths, norm_paths
-from peft_graft.models.spaces import EMBEDDED, FIRST_OUT, GLOBAL_SPACES, LAST_OUT, POOLED_OUT, VOCABULARY, Site, Space
+from peft_graft.models.sizes import fused_units, global_sizes, layer_sizes, submodule
+from peft_graft.models.spaces import EMBEDDED, VOCABULARY, Site, Space
 from peft_graft.models.spec import (
     EMBED_ROLE,
-    GATE_UP,
     INVERTIBLE_ROLE,
     LM_HEAD_ROLE,
     PREFIX_ROLE,
-    SPACES_OF_ROLE,
     ArchitectureRow,
     LinearRole,
     Stack,
@@ -194,63 +193,76 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         ArchitectureError: the model type is not in the table and its roles cannot be inferred, or a row's path is
             missing in this model.
     """
-    rows = ROWS_OF_TYPE.get(model_type, [])
-    inferred = not rows
+    rows = rows_of(model_type)
     row = next((row for row in rows if _fits(row, base)), rows[0]) if rows else infer_row(base, model_type)
-    stacks: list[Stack] = []
-    depths: dict[str, int] = {}
+    layers = [_layers(stack, base, model_type) for stack in row.stacks]
+    row = replace(row, stacks=tuple(map(_concrete, row.stacks, layers)))
+    depths = {stack.name: len(own) for stack, own in zip(row.stacks, layers, strict=True)}
     sizes: dict[Space, int] = {}
     units: dict[str, Tensor] = {}
     absent: set[Site] = set()
-    for stack in row.stacks:
-        layers = _submodule(base, stack.layers)
-        if not isinstance(layers, nn.ModuleList):
-            raise ArchitectureError(
-                "the model has no list of layers where its architecture's row says",
-                where=f"{model_type} {stack.layers}",
-                fix="load the base model with AutoModel, or correct the row in peft_graft/families.py",
-            )
-        stack = _concrete(stack, layers)
-        stacks.append(stack)
-        depths[stack.name] = len(layers)
-        own = _units(stack, model_type, layers[0], getattr(base, "config", None))
-        units.update({stack.full(role): places for role, places in own.items()})
-        for index, layer in enumerate(layers):
-            found, missing = _sizes(stack, model_type, index, layer, own)
+    for stack, own in zip(row.stacks, layers, strict=True):
+        fused = fused_units(stack, model_type, own[0], getattr(base, "config", None))
+        units.update({stack.full(role): places for role, places in fused.items()})
+        for index, layer in enumerate(own):
+            found, missing = layer_sizes(stack, model_type, index, layer, fused)
             sizes.update(found)
             absent |= missing
-    row = replace(row, stacks=tuple(stacks))
-    sizes.update(_global_sizes(row, depths, sizes, base))
-    vocabulary: dict[str, str] = {}
-    words, embed_scale = _input_embeddings(base), 1.0
-    if isinstance(words, nn.Embedding) and row.reads_text:  # the stacks of an encoder-decoder share them
+    sizes.update(global_sizes(row, depths, sizes, base))
+    words, alone = _input_embeddings(base), len(row.stacks) == 1
+    if words is not None and row.reads_text:  # the stacks of an encoder-decoder share them
         sizes[Space(-1, EMBEDDED)] = words.embedding_dim
-    if isinstance(words, nn.Embedding) and len(stacks) == 1:
+    if words is not None and alone:
         sizes[Space(-1, VOCABULARY)] = words.num_embeddings
-        vocabulary[EMBED_ROLE] = next(path for path, module in base.named_modules() if module is words)
-        if stacks[0].kind == "decoder":
-            vocabulary[LM_HEAD_ROLE] = row.lm_head
-        factor = getattr(words, "embed_scale", 1.0)  # Gemma 3 multiplies inside its class
-        embed_scale = 1.0 if isinstance(factor, Tensor) and factor.is_meta else float(factor)
-    norms = global_norm_paths(base) if len(stacks) == 1 else {}
-    transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())
     return Architecture(
-        model_type, row, prefix, depths, sizes, inferred, units, frozenset(absent), norms, transposed, vocabulary,
-        embed_scale,
-    )  # fmt: skip
+        model_type=model_type,
+        row=row,
+        prefix=prefix,
+        depths=depths,
+        sizes=sizes,
+        inferred=not rows,
+        units=units,
+        absent=frozenset(absent),
+        norms=global_norm_paths(base) if alone else {},
+        transposed=any(type(module).__name__ == "Conv1D" for module in base.modules()),
+        vocabulary=_vocabulary(row, base, words) if words is not None and alone else {},
+        embed_scale=_embed_scale(words) if words is not None and alone else 1.0,
+    )
+
+
+def _layers(stack: Stack, base: nn.Module, model_type: str) -> nn.ModuleList:
+    layers = submodule(base, stack.layers)
+    if isinstance(layers, nn.ModuleList):
+        return layers
+    raise ArchitectureError(
+        "the model has no list of layers where its architecture's row says",
+        where=f"{model_type} {stack.layers}",
+        fix="load the base model with AutoModel, or correct the row in peft_graft/models/families",
+    )
+
+
+def _vocabulary(row: ArchitectureRow, base: nn.Module, words: nn.Embedding) -> dict[str, str]:
+    """Role -> path of the word embeddings, and of a decoder's output layer."""
+    paths = {EMBED_ROLE: next(path for path, module in base.named_modules() if module is words)}
+    return paths | ({LM_HEAD_ROLE: row.lm_head} if row.stacks[0].kind == "decoder" else {})
+
+
+def _embed_scale(words: nn.Embedding) -> float:
+    factor = getattr(words, "embed_scale", 1.0)  # Gemma 3 multiplies inside its class
+    return 1.0 if isinstance(factor, Tensor) and factor.is_meta else float(factor)
 
 
 def _fits(row: ArchitectureRow, base: nn.Module) -> bool:
     """Whether the model has its layers where the row says."""
-    return all(isinstance(_submodule(base, stack.layers), nn.ModuleList) for stack in row.stacks)
+    return all(isinstance(submodule(base, stack.layers), nn.ModuleList) for stack in row.stacks)
 
 
-def _input_embeddings(base: nn.Module) -> nn.Module | None:
+def _input_embeddings(base: nn.Module) -> nn.Embedding | None:
     try:
         found = base.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def _concrete(stack: Stack, layers: nn.ModuleList) -> Stack:
@@ -258,7 +270,7 @@ def _concrete(stack: Stack, layers: nn.ModuleList) -> Stack:
     linears: dict[str, LinearRole] = {}
 
     def present(path: str) -> bool:
-        return any(_submodule(layer, path) is not None for layer in layers)
+        return any(submodule(layer, path) is not None for layer in layers)
 
     for role, linear in stack.linears.items():
         if linear.elsewhere and not present(linear.path):
@@ -266,7 +278,7 @@ def _concrete(stack: Stack, layers: nn.ModuleList) -> Stack:
         if not linear.optional or present(linear.path):
             linears[role] = linear
     if stack.experts:
-        lists = [_submodule(layer, stack.experts.path) for layer in layers]
+        lists = [submodule(layer, stack.experts.path) for layer in layers]
         numbers = max((len(experts) for experts in lists if isinstance(experts, nn.ModuleList)), default=0)
         for number in range(numbers):
             inside = of_expert(f"expert.{number}", stack.experts.linears, f"{stack.experts.path}.{number}")
@@ -274,173 +286,3 @@ def _concrete(stack: Stack, layers: nn.ModuleList) -> Stack:
     # One name means different norms in the encoder of BART and in OPT: where there are several stacks, rows say it.
     norms = stack.norms if stack.name else norm_paths(layers[0])
     return replace(stack, linears=linears, norms=norms)
-
-
-def _sizes(
-    stack: Stack, model_type: str, index: int, layer: nn.Module, units: Mapping[str, Tensor]
-) -> tuple[dict[Space, int], set[Site]]:
-    """The sizes of one layer's spaces, and its absent places.
-
-    Raises:
-        ArchitectureError: a role of the row has no linear layer there.
-    """
-    sizes: dict[Space, int] = {}
-    absent: set[Site] = set()
-    for role, linear in stack.linears.items():
-        module = _submodule(layer, linear.path)
-        shape = linear_shape(module)
-        if shape is None and linear.optional:
-            absent.add(Site(index, stack.full(role)))
-            continue
-        if shape is None:
-            raise ArchitectureError(
-                "the layer has no plain linear module there",
-                where=f"{model_type} layer {index} {stack.full(role)}",
-                expected=f"torch.nn.Linear at {linear.path}",
-                found=type(module).__name__ if module is not None else "nothing",
-            )
-        sizes[Space(index, stack.full(linear.reads))] = shape[0]
-        sizes[Space(index, stack.full(linear.writes))] = len(units[role]) if linear.fused else shape[1]
-    for name in stack.taps:  # all of the residual stream
-        sizes[Space(index, stack.full(name))] = sizes[Space(index, stack.full("ffn.down.out"))]
-    return sizes, absent
-
-
-def _global_sizes(
-    row: ArchitectureRow, depths: Mapping[str, int], sizes: Mapping[Space, int], base: nn.Module
-) -> dict[Space, int]:
-    """The sizes of what the whole model gives; nothing for two towers that give a state each."""
-    last = row.stacks[-1]
-    if len(row.stacks) > 1 and last.kind != "decoder":
-        return {}
-    written = [Space(depths[last.name] - 1, last.full(name)) for name in ("ffn.down.out", "attn.output.out")]
-    hidden = next((sizes[space] for space in written if space in sizes), None)
-    hidden = hidden or getattr(getattr(base, "config", None), "hidden_size", None)
-    if hidden is None:
-        return {}
-    found = {Space(-1, name): int(hidden) for name in GLOBAL_SPACES}
-    read = {form.reads for form in row.heads.values()}
-    if getattr(base, "pooler", None) is None:
-        found.pop(Space(-1, POOLED_OUT))
-    if LAST_OUT not in read:
-        found.pop(Space(-1, LAST_OUT))
-    if FIRST_OUT not in read and len(row.stacks) > 1:
-        found.pop(Space(-1, FIRST_OUT))
-    return found
-
-
-def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer, transformers' transposed ``Conv1D`` included; None for anything else."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D":
-        weight = module.weight  # type: ignore[union-attr]
-        assert isinstance(weight, Tensor)
-        return weight.shape[0], weight.shape[1]
-    return None
-
-
-def _units(stack: Stack, model_type: str, layer: nn.Module, config: Any) -> dict[str, Tensor]:
-    """For every role in a fused linear layer its places in the output, in the order of heads and units in heads.
-
-    Raises:
-        ArchitectureError: the configuration's heads do not account for the layer's outputs.
-    """
-    found: dict[str, Tensor] = {}
-    for role, linear in stack.linears.items():
-        if linear.fused is None or role in found:
-            continue
-        shape = linear_shape(_submodule(layer, linear.path))
-        if shape is None:
-            continue  # refused by name where sizes are taken
-        if linear.fused.roles == GATE_UP:
-            halves = torch.arange(shape[1]).chunk(2)
-            found.update(zip(linear.fused.roles, halves, strict=True))
-            continue
-        queries, pairs, width = heads_of(config)
-        if (queries + 2 * pairs) * width != shape[1]:
-            raise ArchitectureError(
-                "the heads of the configuration do not account for the fused projection",
-                where=f"{model_type} {linear.path}",
-                expected=f"{(queries + 2 * pairs) * width} outputs ({queries} + 2 x {pairs} heads of {width})",
-                found=shape[1],
-            )
-        if linear.fused.layout == "stacked":
-            parts = torch.split(torch.arange(shape[1]), [queries * width, pairs * width, pairs * width])
-        else:
-            groups = torch.arange(shape[1]).view(pairs, queries // pairs + 2, width)
-            parts = (groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten())
-        found.update(zip(linear.fused.roles, parts, strict=True))
-    return found
-
-
-def heads_of(config: Any) -> tuple[int, int, int]:
-    """Query heads, key-value heads, and the size of a head."""
-    queries = int(config.num_attention_heads)
-    pairs = int(getattr(config, "num_key_value_heads", None) or queries)
-    if config.model_type == "falcon":  # one key-value head for all, or as many as it says, or as many as query heads
-        pairs = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else queries
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return queries, int(pairs), int(width)
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-# Names that model authors give to the linear layers of a transformer block; matched against the path in the layer.
-_ROLE_PATTERNS = {
-    "attn.query": r"(.*\.)?(query|q|q_proj|q_lin|query_proj|wq|to_q|linear_q)",
-    "attn.key": r"(.*\.)?(key|k|k_proj|k_lin|key_proj|wk|to_k|linear_k)",
-    "attn.value": r"(.*\.)?(value|v|v_proj|v_lin|value_proj|wv|to_v|linear_v)",
-    "attn.output": r".*att.*\.(o|o_proj|out_proj|out_lin|wo|to_out|output\.dense|dense|linear_out)",
-    "ffn.gate": r"(.*\.)?(gate_proj|w1_gate)",
-    "ffn.up": r"(.*\.)?(up_proj|fc1|lin1|fc_in|linear1|intermediate\.dense|dense_h_to_4h)",
-    "ffn.down": r"(?!.*att)(.*\.)?(down_proj|fc2|lin2|fc_out|linear2|output\.dense|dense_4h_to_h)",
-}
-
-
-def infer_row(base: nn.Module, model_type: str) -> ArchitectureRow:
-    """Infer a row from a module tree: the one stack of like layers, and its linear layers by their usual names.
-
-    Raises:
-        ArchitectureError: no such stack, several of them, or names that fit no role or several.
-    """
-
-    def refuse(reason: str) -> ArchitectureError:
-        return ArchitectureError(
-            f"this architecture is not in the table and cannot be inferred: {reason}",
-            where=model_type,
-            fix="add a row with its layers and role paths to ROWS in peft_graft/families.py "
-            "(docs/architectures.md shows how)",
-        )
-
-    stacks = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and len({type(child) for child in module}) == 1
-        and sum(isinstance(inner, nn.Linear) for inner in module[0].modules()) >= 2
-    ]
-    stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
-    if len(stacks) != 1:
-        raise refuse(f"found {len(stacks)} stacks of layers ({', '.join(stacks) or 'none'}), expected one")
-    layer = base.get_submodule(f"{stacks[0]}.0")
-    linears: dict[str, LinearRole] = {}
-    for path, module in layer.named_modules():
-        if linear_shape(module) is None:
-            continue
-        roles = [role for role, pattern in _ROLE_PATTERNS.items() if re.fullmatch(pattern, path)]
-        if len(roles) > 1 or (roles and roles[0] in linears):
-            raise refuse(f"{path} could be {' or '.join(roles)}, which is taken")
-        if roles:
-            linears[roles[0]] = LinearRole(path, *SPACES_OF_ROLE[roles[0]])
-    if not {"attn.query", "attn.value"} <= linears.keys():
-        raise refuse(f"no query and value projections in {stacks[0]}.0; found roles: {', '.join(linears) or 'none'}")
-    # An encoder or a decoder: it matters beside models that have both.
-    causal = any(getattr(module, "is_causal", False) for module in layer.modules())
-    return ArchitectureRow((model_type,), (Stack(stacks[0], linears, kind="decoder" if causal else "encoder"),))

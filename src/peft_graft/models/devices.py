@@ -15,23 +15,18 @@ from peft_graft.errors import DeviceError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: A choice of device that leaves it to accelerate where every layer goes.
-AUTO_DEVICE = "auto"
 
-
-def check_device(device: str, option: str = "--device") -> torch.device | None:
-    """The device by its torch name (``cpu``, ``cuda``, ``cuda:1``, ``mps``); None for ``auto``.
+def check_device(device: str, option: str = "--device") -> torch.device:
+    """The device by its torch name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
     Raises:
         DeviceError: no such device on this machine.
     """
-    if device == AUTO_DEVICE:
-        return None
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = ["auto", "cpu"]
+        available = ["cpu"]
         if torch.cuda.is_available():
             available += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():
@@ -60,6 +55,11 @@ def trainable_attention(device: torch.device, *, bf16: bool) -> AbstractContextM
     if bf16 and device.type == "cpu" and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
+
+
+def is_blank(model: PreTrainedModel) -> bool:
+    """Whether the model has shapes only, no values here or offloaded."""
+    return all(value.is_meta for value in model.parameters()) and not getattr(model, "hf_device_map", None)
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
-"""Teachers and students: loaded with transformers, described without loading their weights."""
+"""Teachers and students: loaded with transformers, or described from their configurations alone."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
-from peft_graft.models.architecture import Architecture, describe, heads_of
+from peft_graft.models.architecture import Architecture, describe
 from peft_graft.models.devices import (
-    AUTO_DEVICE,
     BaseTensors,
     check_device,
     device_of,
+    is_blank,
     is_quantised,
-    is_spread,
     keep_trainable,
 )
 from peft_graft.models.spec import LM_HEAD_ROLE
@@ -40,6 +41,63 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: Hugging Face's own arguments under their own names.
+
+    Attributes:
+        revision: branch, tag or commit on the hub. subfolder: where the model is in its repository.
+        token: for private repositories. trust_remote_code: whether to run model code that a repository brings.
+        quantization_config: transformers' object, or the same as a dictionary.
+        device_map: accelerate's choice for every layer (``auto``, a dictionary, ...), in place of ``device``.
+        device: torch name. dtype: of weights and forward passes, one of ``DTYPES``; in a quantised model of what is not
+            quantised.
+    """
+
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+    quantization_config: Any = None
+    device_map: str | Mapping[str, Any] | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of every ``from_pretrained``.
+
+        ``trust_remote_code`` is always among them: without it transformers asks on the terminal, and waits.
+        """
+        found = {"revision": self.revision, "subfolder": self.subfolder, "token": self.token}
+        given = {name: value for name, value in found.items() if value is not None}
+        return {**given, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Further arguments for a model, but for the device."""
+        quantised = self.quantization_config
+        found = (
+            {} if quantised is None else {"quantization_config": copy.deepcopy(quantised)}
+        )  # transformers writes to it
+        return {"dtype": DTYPES[self.dtype], **found}
+
+
+DEFAULT_LOADING = Loading()
+
+
+class ModelRecord(BaseModel):
+    """What a report says about a teacher or student: name, family, depth, and fingerprint of its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    inferred_architecture: bool
+    fingerprint: str | None = None
+
+
 @dataclass
 class ModelHandle:
     """A base model ready for forward passes, with what is known about it.
@@ -49,6 +107,7 @@ class ModelHandle:
         architecture: its layers, roles and sizes. tokenizer: a fast one, None when no text is needed.
         missing: base tensors that the checkpoint lacked and that transformers initialised at random.
         output: [V, d], the output layer's weight, where the model was given as a language model.
+        loading: how it was loaded by its name.
     """
 
     name: str
@@ -57,6 +116,7 @@ class ModelHandle:
     tokenizer: PreTrainedTokenizerBase | None = None
     missing: frozenset[str] = field(default_factory=frozenset)
     output: Tensor | None = field(default=None, repr=False)
+    loading: Loading = DEFAULT_LOADING
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,13 +144,33 @@ class ModelHandle:
             return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
         return BaseTensors(self.base, self.missing, {})
 
+    @property
+    def record(self) -> ModelRecord:
+        """The model for a report."""
+        return ModelRecord(
+            name=self.name,
+            model_type=self.architecture.model_type,
+            num_layers=self.architecture.num_layers,
+            hidden_size=self.architecture.hidden_size,
+            inferred_architecture=self.architecture.inferred,
+            fingerprint=self.fingerprint,
+        )
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it was made from a configuration alone: shapes without values (``blank_handle``)."""
+        return is_blank(self.base)
+
     def _output_weight(self) -> Tensor:
         if getattr(self.base.config, "tie_word_embeddings", False):
             weight = _word_embeddings(self.base)
+        elif self.is_blank:
+            weight = blank_model(self.base.config, Task.CAUSAL_LM).get_output_embeddings().weight
         else:
-            with _loading(self.name, "output layer of"):
-                model = transformers.AutoModelForCausalLM.from_pretrained(self.name, dtype=self.base.dtype)
-            weight = model.get_output_embeddings().weight
+            options = {**self.loading.source, **self.loading.weights, "dtype": self.base.dtype}
+            with _explained(self.name, "output layer"):
+                weight = transformers.AutoModelForCausalLM.from_pretrained(self.name, **options)
+            weight = weight.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight.detach()
 
@@ -108,68 +188,81 @@ class ModelPair:
         return self.teacher.fingerprint, self.student.fingerprint
 
 
-def load_config(name: str, role: str = "model") -> PretrainedConfig:
+def load_config(name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "model") -> PretrainedConfig:
     """A model's configuration, by folder or hub id.
 
+    Args:
+        name: folder or hub id. loading: where it is on the hub. role: ``teacher`` or ``student``, for messages.
+
     Raises:
-        ModelError: nothing of that name can be reached.
+        ModelError: nothing of that name can be reached, or it needs code that comes with its repository.
     """
-    with _loading(name, role):
-        return transformers.AutoConfig.from_pretrained(name)
+    with _explained(name, role):
+        return transformers.AutoConfig.from_pretrained(name, **loading.source)
 
 
 def describe_config(config: PretrainedConfig) -> Architecture:
     """The architecture of a model from its configuration alone, no weights loaded."""
-    base = blank_model(config, Task.BASE)
-    return describe(base, config.model_type, prefix_of(base))
+    return blank_handle(config).architecture
 
 
-def head_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """Query heads and key-value heads, (0, 0) for a model whose configuration says neither."""
-    return heads_of(config)[:2] if getattr(config, "num_attention_heads", None) else (0, 0)
+def blank_handle(config: PretrainedConfig, name: str = "") -> ModelHandle:
+    """A model without values, made from a configuration alone.
+
+    It is on torch's meta device and its ``base_tensors`` are meta tensors: code that needs shapes only works on it as
+    on a loaded model. It has no fingerprint.
+
+    Raises:
+        ArchitectureError: its architecture is unknown.
+    """
+    base = blank_model(config, Task.BASE).eval()
+    architecture = describe(base, config.model_type, prefix_of(base))
+    return ModelHandle(name or config.name_or_path or config.model_type, base, architecture)
 
 
 def load_model(
-    name: str, *, device: str = "cpu", dtype: str = "float32", role: str = "model", tokenizer: bool = False
+    name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "model", tokenizer: bool = False
 ) -> ModelHandle:
     """Load a base model in evaluation mode.
 
     Args:
-        name: folder or hub id. device: torch name, or ``auto`` for accelerate's choice for every layer.
-        dtype: of weights and forward passes, one of ``DTYPES``; of what is not quantised in a quantised model.
+        name: folder or hub id. loading: from where, and to which device and dtype.
         role: ``teacher`` or ``student``, for messages. tokenizer: whether to load its tokenizer too.
 
     Raises:
-        ModelError: the model or its tokenizer cannot be reached or read.
+        ModelError: the model or its tokenizer cannot be reached or read, or needs code that comes with it.
         DeviceError: no such device.
         ArchitectureError: its architecture is unknown.
     """
-    place = check_device(device)
-    with _loading(name, role):
-        base, missing = _load_base(name, DTYPES[dtype], place)
-    if not is_quantised(base) and not is_spread(base):
-        base = base.to(device_of(base) if place is None else place)
+    place = check_device(loading.device)
+    config = load_config(name, loading, role=role)
+    with _explained(name, role):
+        base, missing = _load_base(name, _options(config, loading, place))
+    if loading.device_map is None and not is_quantised(base):
+        base = base.to(place)
     keep_trainable(base)
     base = base.eval()
     architecture = describe(base, base.config.model_type, prefix_of(base))
-    own = load_tokenizer(name, role) if tokenizer else None
-    return ModelHandle(name, base, architecture, own, missing)
+    own = load_tokenizer(name, loading, role=role) if tokenizer else None
+    return ModelHandle(name, base, architecture, own, missing, loading=loading)
 
 
-def _load_base(name: str, dtype: torch.dtype, place: torch.device | None) -> tuple[PreTrainedModel, frozenset[str]]:
+def _options(config: PretrainedConfig, loading: Loading, place: torch.device) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``."""
+    options = {**loading.source, **loading.weights, "output_loading_info": True}
+    if loading.device_map is not None:
+        options["device_map"] = loading.device_map
+    elif hasattr(config, "quantization_config") or loading.quantization_config is not None:
+        options["device_map"] = {"": place}  # cannot be moved once it is loaded
+    return options
+
+
+def _load_base(name: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, frozenset[str]]:
     """A bare model, and the names of its tensors that are not in the checkpoint.
-
-    Args:
-        place: where it goes, None for accelerate's choice.
 
     Raises:
         ModelError: most of them are not.
     """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if place is None:
-        options["device_map"] = AUTO_DEVICE
-    elif hasattr(transformers.AutoConfig.from_pretrained(name), "quantization_config"):
-        options["device_map"] = {"": place}  # cannot be moved once it is loaded
     base, info = transformers.AutoModel.from_pretrained(name, **options)
     missing = frozenset(info["missing_keys"])
     if 2 * len(missing) <= len(base.state_dict()):
@@ -193,14 +286,14 @@ def _load_base(name: str, dtype: torch.dtype, place: torch.device | None) -> tup
     )
 
 
-def load_tokenizer(name: str, role: str = "model") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "model") -> PreTrainedTokenizerBase:
     """A model's fast tokenizer (character offsets are what pairs tokens).
 
     Raises:
         ModelError: there is none.
     """
-    with _loading(name, f"{role}'s tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+    with _explained(name, f"{role}'s tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name, **loading.source)
     return check_tokenizer(tokenizer, name, role)
 
 
@@ -219,11 +312,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, role: str) ->
     return tokenizer
 
 
-def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> ModelHandle:
-    """Describe a live model: a bare model or a task model of transformers, without a module attached.
+def wrap_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str = "",
+    *,
+    find_tokenizer: bool = False,
+    role: str = "model",
+) -> ModelHandle:
+    """Describe a model that is in memory: a bare model or a task model of transformers, without a module attached.
+
+    Args:
+        model: stays where it is, in the dtype that it has; it is put in evaluation mode.
+        tokenizer: a fast one. name: for messages; by default the one that it was loaded by.
+        find_tokenizer: whether to load the tokenizer of that name where none is given.
+        role: ``teacher`` or ``student``, for messages.
 
     Raises:
-        ModelError: not a model of transformers, or one with a module inside.
+        ModelError: not a model of transformers, one with a module inside, or no tokenizer where one is asked for.
         ArchitectureError: its architecture is unknown.
     """
     if not isinstance(model, transformers.PreTrainedModel):
@@ -245,10 +351,12 @@ def handle(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, n
     keep_trainable(base)
     architecture = describe(base, base.config.model_type, prefix_of(base))
     output = model.get_output_embeddings() if Task.of_class(type(model).__name__) is Task.CAUSAL_LM else None
-    return ModelHandle(
-        name or base.config.name_or_path or type(base).__name__, base.eval(), architecture, tokenizer,
-        output=output.weight.detach() if output is not None else None,
-    )  # fmt: skip
+    name = name or base.config.name_or_path or type(base).__name__
+    if tokenizer is None and find_tokenizer and base.config.name_or_path:
+        tokenizer = load_tokenizer(base.config.name_or_path, role=role)
+    found = ModelHandle(name, base.eval(), architecture, tokenizer)
+    found.output = output.weight.detach() if output is not None else None
+    return found
 
 
 def fingerprint(base: nn.Module) -> str:
@@ -291,11 +399,18 @@ def _word_embeddings(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _loading(name: str, role: str) -> Iterator[None]:
+def _explained(name: str, role: str) -> Iterator[None]:
+    """What libraries raise while they load something, in one line that says what to do."""
     try:
         with quiet_libraries():
             yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise ModelError(
+                f"the {role} needs model code that comes with its repository",
+                where=name,
+                fix="read that code; if you trust it, --trust-remote-code (trust_remote_code=True) runs it",
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the {role} cannot be loaded ({reason})",

@@ -43,6 +43,7 @@ from typing import Literal
 from torch import Tensor
 
 from peft_graft.models.spaces import MODEL_WIDE
+from peft_graft.models.tasks import Task
 
 #: What a stack does and reads; stacks of different families correspond by it. The first two read text.
 Kind = Literal["encoder", "decoder", "vision", "audio"]
@@ -166,8 +167,8 @@ class ArchitectureRow:
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
-    heads: Mapping[str, HeadForm] = field(default_factory=dict)
-    flat_tasks: frozenset[str] = frozenset()
+    heads: Mapping[Task, HeadForm] = field(default_factory=dict)
+    flat_tasks: frozenset[Task] = frozenset()
     lm_head: str = "lm_head"
 
     @cached_property

@@ -47,7 +47,7 @@ def with_task_head(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
     device = device_of(base)
-    base = _copied(base)
+    base = shared_copy(base)
     if base.dtype == torch.float16 and not is_quantised(base) and not is_spread(base):
         base = base.float()
     model = blank_model(config, task)
@@ -90,7 +90,7 @@ def take_parts(target: PreTrainedModel, source: PreTrainedModel, names: Iterable
         setattr(target, name, getattr(source, name))
 
 
-def _copied(base: PreTrainedModel) -> PreTrainedModel:
+def shared_copy(base: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model that shares the values of its matrices, which no module changes in place.
 
     What libraries train of a base model's own they copy first, but for vectors (biases, norms); those are copied here.

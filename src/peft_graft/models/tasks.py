@@ -30,6 +30,17 @@ class Task(StrEnum):
         """The ``task_type`` of peft's configurations, None where peft has none."""
         return next((name for name, task in _PEFT_TYPES.items() if task is self), None)
 
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The hub's name for pipelines of this task, None for bare models."""
+        if self in (Task.BASE, Task.PREDICTION_HEADS):
+            return None
+        return {Task.CAUSAL_LM: "text-generation", Task.SEQ2SEQ_LM: "text2text-generation"}.get(self, str(self))
+
+    def auto_class_of(self, model_type: str) -> str:
+        """The auto class that users load a model of this type with."""
+        return self.auto_classes[-1 if model_type == "whisper" else 0]
+
     @staticmethod
     def of_peft(task_type: str | None) -> Task | None:
         """The task of a ``task_type`` of peft, None for one that says nothing about the model's class."""

@@ -3,21 +3,25 @@
 The idea follows git-re-basin's ``PermutationSpec``: once each axis says which space it belongs to and
 whether it reads from or writes to it, moving a module to another model is one loop over axes, and every
 method (copy, assignment, regression) is only another supplier of maps.
+
+A kind of module is one file of this package. It defines a ``Part``, which is what a checkpoint's file holds of it at
+one path, and a ``Module``, which is the same at a site of a model, and ties them by ``register_module``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from peft_graft.errors import PlanError
+from peft_graft.errors import CheckpointError, ModelError, PlanError
+from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import Site
-from peft_graft.models.tasks import Task
+from peft_graft.models.spec import LM_HEAD_ROLE, LinearRole
 
 Direction = Literal["read", "write", "scale"]
 
@@ -46,317 +50,308 @@ class LabelledTensor:
             raise ValueError(f"{self.values.ndim} axes but {len(self.axes)} labels")
 
 
-#: Values that replace a part of the base model, or are relative to one -> the tensor beside them that holds that part.
-BASE_OF: Mapping[str, str] = {
-    "magnitude": "row_norm",
-    "base_bias": "base_bias_was",
-    "norm.weight": "norm.weight_was",
-    "norm.bias": "norm.bias_was",
-    "rows": "rows_was",
-}
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a checkpoint holds of one kind of module at one path, before the model is known.
+
+    A subclass is a frozen dataclass (``eq=False``) whose tensors are fields; two parts are equal if their types and
+    fields are, tensors bit for bit.
+    """
+
+    #: Whether it is virtual tokens, which are at no path of the model and change nothing in it.
+    is_virtual: ClassVar[bool] = False
+    #: Whether the library keeps it as a module of its own at ``PATH.NAME``, and not inside the layer at ``PATH``.
+    is_own_module: ClassVar[bool] = False
+    #: The matrix [width, d_in] by which it reads its input, by name, where it has one.
+    reading_matrix: ClassVar[str | None] = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, values: Mapping[str, Tensor]) -> Self:
+        """A copy with other values for these of its ``tensors``."""
+        return replace(self, **values)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the part as it is stored can change anything."""
+        return True
+
+    @property
+    def replaces_bias(self) -> bool:
+        """Whether it replaces the bias of the layer at its path."""
+        return False
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many vectors it puts before the text in what the model computes."""
+        return 0
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """How many tokens the model must have at least to take it, None where it does not matter."""
+        return None
+
+    def trains_tokens(self, path: str) -> bool:
+        """Whether it changes what tokens are embedded as, or how they are predicted, at this path."""
+        return False
+
+    def trains_output(self, path: str) -> bool:
+        """Whether it replaces rows of a language model's output layer, which is no part of the bare model."""
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other) or not isinstance(other, Part):
+            return False
+        mine, theirs = self.tensors, other.tensors
+        plain = [
+            field.name for field in fields(self) if isinstance(getattr(self, field.name), str | float | int | tuple)
+        ]
+        return (
+            mine.keys() == theirs.keys()
+            and all(getattr(self, name) == getattr(other, name) for name in plain)
+            and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
-class Module:
-    """What every module kind has: where it attaches and its labelled tensors."""
+class Base:
+    """The model that a module belongs to, as far as kinds of modules ask about it.
+
+    Attributes:
+        tensors: the base model's tensors by path; on the meta device where only shapes are known yet.
+        start: what stands before the base model's paths in the checkpoint (``bert.``).
+    """
+
+    architecture: Architecture
+    tensors: Mapping[str, Tensor]
+    start: str = ""
+
+    def path(self, site: Site) -> str:
+        """The path of a site as the checkpoint has it."""
+        own = self.architecture.path(site)
+        return own if site.role == LM_HEAD_ROLE else self.start + own
+
+    def tensor(self, site: Site, name: str) -> Tensor | None:
+        """The model's own ``weight`` or ``bias`` at a site, None where it has none or none was given."""
+        return self.tensors.get(f"{self.architecture.path(site)}.{name}")
+
+    def linear(self, site: Site, path: str) -> LinearRole:
+        """The linear layer at a site.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        linear = self.architecture.row.linears.get(site.role)
+        if linear is None:
+            raise CheckpointError(f"{path} is no linear layer", where=str(site))
+        return linear
+
+    def rows_of(self, value: Tensor, site: Site, path: str, name: str) -> Tensor:
+        """The rows of a linear layer's tensor that belong to the site's role, where the layer holds several.
+
+        Raises:
+            CheckpointError: there is no linear layer.
+            ModelError: the tensor has another number of rows than the layer.
+        """
+        if not self.linear(site, path).fused:
+            return value
+        if len(value) != self.architecture.fused_size(site.role):
+            raise ModelError(
+                f"the teacher is not the base of this module: {name} has shape {list(value.shape)}",
+                where=path,
+                expected=f"{self.architecture.fused_size(site.role)} rows",
+                found=len(value),
+                fix="name the model that the module was trained on with --teacher",
+            )
+        return value[self.architecture.units[site.role]]
+
+    def is_fused(self, site: Site) -> bool:
+        """Whether the linear layer at a site holds several roles."""
+        linear = self.architecture.row.linears.get(site.role)
+        return bool(linear and linear.fused)
+
+
+def like(own: Tensor, value: Tensor) -> Tensor:
+    """A part of the base in the device and dtype of what replaces it; empty where only its shape is known."""
+    return torch.empty_like(own, dtype=value.dtype) if own.is_meta else own.to(value)
+
+
+@dataclass(frozen=True)
+class Module(ABC):
+    """What every kind of module has: where it attaches and its labelled tensors."""
+
+    #: Tensors that are zero in a neutral module.
+    ZERO_IF_NEUTRAL: ClassVar[tuple[str, ...]] = ()
+    #: Tensors that replace a part of the base model, or are relative to one -> the tensor that holds that part.
+    RELATIVE_TO: ClassVar[Mapping[str, str]] = {}
 
     site: Site
     tensors: Mapping[str, LabelledTensor]
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The tensors without their labels."""
+        return {name: tensor.values for name, tensor in self.tensors.items()}
 
     @property
     def spaces(self) -> frozenset[str]:
         """Names of the spaces in which the module's axes live."""
         return frozenset(axis.space for tensor in self.tensors.values() for axis in tensor.axes if axis)
 
-    def with_values(self, values: Mapping[str, Tensor], site: Site | None = None) -> Module:
+    def with_values(self, values: Mapping[str, Tensor], site: Site | None = None) -> Self:
         """The same kind of module with other values (axes kept), optionally at another site."""
         tensors = {name: LabelledTensor(values[name], tensor.axes) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, site=site or self.site)
 
     @property
-    def acts(self) -> bool:
+    @abstractmethod
+    def is_active(self) -> bool:
         """Whether the module can change anything: false when its output is zero for every input."""
-        raise NotImplementedError
-
-    #: Tensors that are zero in a module that changes nothing but reads as before.
-    _ZERO_WHEN_IDLE: ClassVar[tuple[str, ...]] = ()
-
-    def idle(self) -> Module:
-        """The module with its output switched off: LoRA's B, an adapter's up projection and biases are zero."""
-        values = {name: tensor.values for name, tensor in self.tensors.items()}
-        zero = {name: torch.zeros_like(values[name]) for name in self._ZERO_WHEN_IDLE if name in values}
-        was = {name: values[of] for name, of in BASE_OF.items() if name in values}
-        return self.with_values({**values, **zero, **was})
 
     @property
+    @abstractmethod
     def strength(self) -> float:
         """How much the module changes, as one norm: 0 for one that changes nothing."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Size of the module's inner axis: LoRA's rank, an adapter's bottleneck."""
-        raise NotImplementedError
+
+    def neutral(self) -> Self:
+        """The module with its effect switched off: it reads as before and changes nothing."""
+        values = self.values
+        zero = {name: torch.zeros_like(values[name]) for name in self.ZERO_IF_NEUTRAL if name in values}
+        own = {name: values[base] for name, base in self.RELATIVE_TO.items() if name in values}
+        return self.with_values({**values, **zero, **own})
+
+    @property
+    def differs_from_base(self) -> bool:
+        """Whether a value that is relative to the base model is another than the base model's own."""
+        values = self.values
+        return any(
+            name in values and not torch.equal(values[name], values[base]) for name, base in self.RELATIVE_TO.items()
+        )
+
+    def rebased(self, own: Mapping[str, Tensor]) -> Self:
+        """A moved module with the values of its own model wherever it is relative to a part of the base.
+
+        Where the two models' parts are equal, the values arrive bit for bit.
+
+        Args:
+            own: for names of ``RELATIVE_TO``'s values, such as ``row_norm``, what the part is in the student.
+        """
+        values = self.values
+        for name, base in self.RELATIVE_TO.items():
+            if name in values and base in own:
+                was, now = values[base], own[base].to(values[base])
+                values[name], values[base] = self._carried_over(name, values[name], was, now), now
+        return self.with_values(values)
+
+    def _carried_over(self, name: str, value: Tensor, was: Tensor, now: Tensor) -> Tensor:
+        """What a value becomes where the part of the base under it is ``now`` and was ``was``: v + (now - was)."""
+        return value + (now - was)
+
+    def in_terms_of(self, other: Module) -> Module:
+        """The same module so expressed that its tensors can be added to those of another of its kind."""
+        return self
+
+    @property
+    def trained_tokens(self) -> Tensor | None:
+        """Ids of the tokens that it replaces one by one, int64; None for what changes no single tokens."""
+        return None
+
+    @property
+    def has_units_of_heads(self) -> bool:
+        """Whether single attention heads can be chosen of it."""
+        return False
+
+    def check_method(self, method: str) -> None:  # noqa: B027 - few kinds refuse one
+        """Refuse a method by which this module cannot be moved.
+
+        Raises:
+            AlignmentError: it cannot.
+        """
+
+    def check_models(self, teacher: Architecture, student: Architecture) -> None:  # noqa: B027
+        """Refuse a student that cannot receive this module whatever the method.
+
+        Raises:
+            PlanError: it cannot.
+        """
+
+    # ---- from files and to files -------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def at_site(cls, part: Part, path: str, site: Site, base: Base) -> Self:
+        """The module of a part at one of its sites.
+
+        Raises:
+            CheckpointError: no module of this kind can be there.
+            ModelError: a shape shows that the module was trained on another model.
+            PlanError: the module needs something that the model does not have.
+        """
+
+    @abstractmethod
+    def to_part(self, base: Base) -> Part:
+        """The reverse of ``at_site``, for a model whose values the module may not have yet (``rebased``)."""
+
+    @classmethod
+    def from_part(cls, part: Part, path: str, sites: Sequence[Site], base: Base) -> list[Self]:
+        """The modules of a part, one for each site of its path: several where a fused layer holds several roles."""
+        return [cls.at_site(part, path, site, base) for site in sites]
+
+    @classmethod
+    def to_parts(cls, modules: Sequence[Self], base: Base) -> dict[str, Part]:
+        """The parts of all modules of this kind, by path."""
+        return {base.path(module.site): module.to_part(base) for module in modules}
 
 
-@dataclass(frozen=True)
-class LoraModule(Module):
-    """Low-rank update of a linear layer, y += scaling * B A x (Hu et al. 2021, arXiv 2106.09685).
+ModuleClass = TypeVar("ModuleClass", bound=type[Module])
+#: What is registered: kinds of modules by what files hold of them.
+MODULES: dict[type[Part], type[Module]] = {}
 
-    Tensors: ``A`` [r, d_in] reads, ``B`` [d_out, r] writes, optionally ``bias`` [d_out] of B, which writes and is
-    scaled like it. DoRA (Liu et al. 2024, arXiv 2402.09353) has ``magnitude`` [d_out], which scales the output, beside
-    ``row_norm`` [d_out], the norms of the rows of W + scaling * B A that it stands for. A trained bias of the linear
-    layer itself is ``base_bias`` [d_out], beside ``base_bias_was``. ``scaling`` is alpha / r, or alpha / sqrt(r) for
-    rank-stabilised LoRA.
+
+def register_module(*parts: type[Part]) -> Callable[[ModuleClass], ModuleClass]:
+    """Make a kind of module known, by the parts that it is made of; for use as a class decorator.
+
+    Example:
+        >>> @register_module(LoraPart)
+        ... class LoraModule(Module): ...
     """
 
-    _ZERO_WHEN_IDLE: ClassVar = ("B", "bias")
-    scaling: float = 1.0
+    def register(kind: ModuleClass) -> ModuleClass:
+        MODULES.update(dict.fromkeys(parts, kind))
+        return kind
 
-    @property
-    def width(self) -> int:
-        """The rank r."""
-        return self.tensors["A"].values.shape[0]
-
-    @property
-    def acts(self) -> bool:
-        """Whether the update, or a value beside it, is anything but zero."""
-        product = all(bool(self.tensors[name].values.any()) for name in ("A", "B"))
-        added = "bias" in self.tensors and bool(self.tensors["bias"].values.any())
-        return (self.scaling != 0 and (product or added)) or _differs_from_base(self)
-
-    @property
-    def strength(self) -> float:
-        """Frobenius norm of the update scaling * B A."""
-        return float(self.delta().norm())
-
-    def delta(self) -> Tensor:
-        """The update as one matrix, scaling * B A, [d_out, d_in], float64."""
-        return self.scaling * (self.tensors["B"].values.double() @ self.tensors["A"].values.double())
-
-    def rescaled(self, scaling: float) -> LoraModule:
-        """The same update expressed with another scaling factor; B and its bias take the ratio."""
-        if scaling == self.scaling:
-            return self
-        ratio = self.scaling / scaling
-        values = {
-            name: (tensor.values.double() * ratio).to(tensor.values.dtype) if name in ("B", "bias") else tensor.values
-            for name, tensor in self.tensors.items()
-        }
-        scaled = replace(self, scaling=scaling).with_values(values)
-        assert isinstance(scaled, LoraModule)
-        return scaled
+    return register
 
 
-@dataclass(frozen=True)
-class BottleneckModule(Module):
-    """Bottleneck adapter, y = up(f(down(x))) + residual (Houlsby et al. 2019; Pfeiffer et al. 2020).
+def module_of(part: Part) -> type[Module]:
+    """The kind of module that a part belongs to.
 
-    Tensors: ``down.weight`` [b, d] reads, ``down.bias`` [b], ``up.weight`` [d, b] and ``up.bias`` [d] write; optional
-    ``norm_before.*`` [d] read, ``norm_after.*`` [d] write, ``gate.weight`` [1, d] reads, ``gate.bias`` [1],
-    ``scaling`` [1], or [d] and then it writes.
+    Raises:
+        CheckpointError: none was registered.
     """
-
-    _ZERO_WHEN_IDLE: ClassVar = ("down.bias", "up.weight", "up.bias")
-
-    @property
-    def width(self) -> int:
-        """The bottleneck size b."""
-        return self.tensors["down.weight"].values.shape[0]
-
-    @property
-    def acts(self) -> bool:
-        """Whether the up projection is anything but zero."""
-        return any(bool(self.tensors[name].values.any()) for name in ("up.weight", "up.bias"))
-
-    @property
-    def strength(self) -> float:
-        """Frobenius norm of the product of the two projections."""
-        up, down = (self.tensors[name].values.double() for name in ("up.weight", "down.weight"))
-        return float((up @ down).norm())
-
-
-@dataclass(frozen=True)
-class ScaleModule(Module):
-    """Units multiplied one by one (IA3, Liu et al. 2022, arXiv 2205.05638).
-
-    Tensors: ``output`` [d] scales what a linear layer writes, or ``input`` [d] what it reads.
-    """
-
-    @property
-    def width(self) -> int:
-        """1: one factor a unit."""
-        return 1
-
-    @property
-    def acts(self) -> bool:
-        """Whether a factor is anything but one."""
-        return self.strength > 0
-
-    @property
-    def strength(self) -> float:
-        """Norm of the factors less one."""
-        return float(sum(float((tensor.values.double() - 1).norm()) for tensor in self.tensors.values()))
-
-    def idle(self) -> Module:
-        """All factors one."""
-        return self.with_values({name: torch.ones_like(tensor.values) for name, tensor in self.tensors.items()})
-
-
-@dataclass(frozen=True)
-class NormModule(Module):
-    """A trained layer norm (LN tuning, arXiv 2312.11420).
-
-    Tensors: ``norm.weight`` [d] scales, ``norm.bias`` [d] writes, each beside what it was in the base model,
-    ``norm.weight_was`` and ``norm.bias_was``.
-    """
-
-    @property
-    def width(self) -> int:
-        """1: one value a unit."""
-        return 1
-
-    @property
-    def acts(self) -> bool:
-        """Whether a value differs from the base model's."""
-        return _differs_from_base(self)
-
-    @property
-    def strength(self) -> float:
-        """Norm of the change of the weights."""
-        tensors = self.tensors
-        return float((tensors["norm.weight"].values.double() - tensors["norm.weight_was"].values.double()).norm())
-
-
-@dataclass(frozen=True)
-class PromptModule(Module):
-    """Virtual tokens before the text.
-
-    Tensors: ``embeddings`` [n, d] write among the word embeddings (prompt tuning, Lester et al. 2021; p-tuning, Liu et
-    al. 2021), or ``key`` and ``value`` [n, d_kv] write among a layer's keys and values (prefix tuning, Li and Liang
-    2021).
-    """
-
-    @property
-    def width(self) -> int:
-        """Number of virtual tokens."""
-        return len(next(iter(self.tensors.values())).values)
-
-    @property
-    def acts(self) -> bool:
-        """True: a token more is never nothing."""
-        return True
-
-    @property
-    def strength(self) -> float:
-        """Norm of the vectors."""
-        return float(sum(float(tensor.values.double().norm()) for tensor in self.tensors.values()))
-
-    def idle(self) -> Module:
-        """Vectors of zero, which is as near to nothing as a virtual token comes."""
-        return self.with_values({name: torch.zeros_like(tensor.values) for name, tensor in self.tensors.items()})
-
-
-def _differs_from_base(module: Module) -> bool:
-    values = {name: tensor.values for name, tensor in module.tensors.items()}
-    return any(name in values and not torch.equal(values[name], values[of]) for name, of in BASE_OF.items())
-
-
-def settled(module: Module, base: Mapping[str, Tensor]) -> Module:
-    """A moved module with values of its own model wherever it is relative to a part of the base.
-
-    m_s = map(m_t) * n_s / map(n_t) for DoRA's magnitudes, v_s = map(v_t) + (b_s - map(b_t)) for values that replace
-    the base's: where the two models' parts are equal, the values arrive bit for bit.
-
-    Args:
-        base: for names of ``BASE_OF``'s values, such as ``row_norm``, what the part is in the student.
-    """
-    values = {name: tensor.values for name, tensor in module.tensors.items()}
-    for name, of in BASE_OF.items():
-        if name not in values or of not in base:
-            continue
-        own = base[of].to(values[of])
-        values[name] = values[name] * (own / values[of]) if name == "magnitude" else values[name] + (own - values[of])
-        values[of] = own
-    return module.with_values(values)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A classification head: an optional inner layer and an output layer.
-
-    ``out.weight`` [labels, d], ``out.bias`` [labels] and optionally ``dense.weight`` [h, d], ``dense.bias`` [h],
-    followed by ``activation``; then ``out.weight`` is [labels, h]. ``reads`` names the space it reads: the last hidden
-    state of every token, of the first token, or the pooler's output.
-    """
-
-    task: Task
-    tensors: Mapping[str, LabelledTensor]
-    reads: str
-    labels: tuple[str, ...]
-    activation: str | None = None
-
-    @property
-    def has_inner_layer(self) -> bool:
-        """Whether a dense layer stands before the output layer."""
-        return "dense.weight" in self.tensors
-
-    @property
-    def num_labels(self) -> int:
-        """Number of classes."""
-        return self.tensors["out.weight"].values.shape[0]
-
-    def with_values(self, values: Mapping[str, Tensor]) -> Head:
-        """The same head with other values, axes kept."""
-        tensors = {name: LabelledTensor(values[name], tensor.axes) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors)
-
-
-def lora_tensors(values: Mapping[str, Tensor], reads: str, writes: str) -> dict[str, LabelledTensor]:
-    """Label a LoRA's tensors by name (``LoraModule``): A reads ``reads``, all else writes or scales ``writes``."""
-    write, scale = Axis("write", writes), Axis("scale", writes)
-    axes: dict[str, tuple[Axis | None, ...]] = {
-        "A": (None, Axis("read", reads)),
-        "B": (write, None),
-        "magnitude": (scale,),
-        "row_norm": (scale,),
-    }
-    return {name: LabelledTensor(value, axes.get(name, (write,))) for name, value in values.items()}
-
-
-def bottleneck_tensors(values: Mapping[str, Tensor], space: str) -> dict[str, LabelledTensor]:
-    """Label an adapter's tensors; it reads and writes one residual space."""
-    read, write = Axis("read", space), Axis("write", space)
-    axes: dict[str, tuple[Axis | None, ...]] = {
-        "down.weight": (None, read),
-        "down.bias": (None,),
-        "up.weight": (write, None),
-        "up.bias": (write,),
-        "norm_before.weight": (read,),
-        "norm_before.bias": (read,),
-        "norm_after.weight": (write,),
-        "norm_after.bias": (write,),
-        "gate.weight": (None, read),
-        "gate.bias": (None,),
-        "scaling": (write,) if values.get("scaling", torch.empty(1)).numel() > 1 else (None,),
-    }
-    return {name: LabelledTensor(value, axes[name]) for name, value in values.items()}
-
-
-def head_tensors(values: Mapping[str, Tensor], reads: str) -> dict[str, LabelledTensor]:
-    """Label a head's tensors: its first layer reads ``reads``."""
-    read = Axis("read", reads)
-    first = "dense" if "dense.weight" in values else "out"
-    return {
-        name: LabelledTensor(value, (None,) if value.ndim == 1 else (None, read if name == f"{first}.weight" else None))
-        for name, value in values.items()
-    }
+    if type(part) not in MODULES:
+        raise CheckpointError(
+            f"no kind of module is registered for {type(part).__name__}",
+            where="register_module",
+            expected=", ".join(sorted(known.__name__ for known in MODULES)),
+            fix="register the module's class, and import its file before the checkpoint is read",
+        )
+    return MODULES[type(part)]
 
 
 def average(modules: Sequence[Module]) -> Module:
     """True mean of the modules of one window, tensor by tensor (AVG, arXiv 2403.18804).
-
-    LoRA updates with different scaling are first expressed with the scaling of the first one.
 
     Raises:
         PlanError: the modules differ in inner width, so their tensors cannot be added.
@@ -372,17 +367,9 @@ def average(modules: Sequence[Module]) -> Module:
             found=", ".join(f"{module.site}: {width}" for module, width in zip(modules, widths, strict=True)),
             fix="choose layers with --layers skip or an explicit list",
         )
-    aligned = [
-        module.rescaled(first.scaling) if isinstance(module, LoraModule) and isinstance(first, LoraModule) else module
-        for module in modules
-    ]
+    aligned = [module.in_terms_of(first) for module in modules]
     mean = {
         name: torch.stack([module.tensors[name].values.double() for module in aligned]).mean(0).to(tensor.values.dtype)
         for name, tensor in first.tensors.items()
     }
     return first.with_values(mean)
-
-
-def rank_stabilised_scaling(alpha: float, rank: int, *, rslora: bool) -> float:
-    """LoRA's scaling: alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732)."""
-    return alpha / (math.sqrt(rank) if rslora else rank)

@@ -9,17 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from peft_graft.errors import AlignmentError, CheckpointError, PlanError
-from peft_graft.models.spaces import Site
-from peft_graft.modules.base import LabelledTensor, Module
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.spaces import EMBEDDED, Site, Space
+from peft_graft.modules.base import Base, LabelledTensor, Module, Part, register_module
 
 _PARAMETERS = tuple(f"{part}.{at}.{name}" for part in "FG" for at in (0, 2) for name in ("weight", "bias"))
+_LAST = tuple(name for name in _PARAMETERS if ".2." in name)
+_FIX = "move the rest of the module, with --sites '*.adapter'"
 
 
+@dataclass(frozen=True, eq=False)
+class InvertiblePart(Part):
+    """The two networks' tensors, named as those of ``CouplingModule``."""
+
+    values: Mapping[str, Tensor]
+
+    is_own_module: ClassVar = True
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return dict(self.values)
+
+    def with_tensors(self, values: Mapping[str, Tensor]) -> Self:
+        """A copy with other values for these tensors."""
+        return type(self)({**self.values, **values})
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a network gives anything but zero."""
+        return any(bool(self.values[name].any()) for name in _LAST if name in self.values)
+
+
+@register_module(InvertiblePart)
 @dataclass(frozen=True)
 class CouplingModule(Module):
     """One coupling block of d units: ``F`` changes their first half by the second, then ``G`` the second by the first.
@@ -28,7 +55,7 @@ class CouplingModule(Module):
     for ``G`` with the halves exchanged. No axis lives in a named space, for each is only a half of one.
     """
 
-    _ZERO_WHEN_IDLE: ClassVar = ("F.2.weight", "F.2.bias", "G.2.weight", "G.2.bias")
+    ZERO_IF_NEUTRAL: ClassVar = _LAST
 
     @property
     def width(self) -> int:
@@ -36,75 +63,63 @@ class CouplingModule(Module):
         return len(self.tensors["F.0.weight"].values)
 
     @property
-    def acts(self) -> bool:
+    def is_active(self) -> bool:
         """Whether a network gives anything but zero."""
-        return any(bool(self.tensors[name].values.any()) for name in self._ZERO_WHEN_IDLE)
+        return any(bool(self.tensors[name].values.any()) for name in _LAST)
 
     @property
     def strength(self) -> float:
         """Norm of the products of the networks' two matrices."""
-        values = {name: tensor.values.double() for name, tensor in self.tensors.items()}
+        values = {name: value.double() for name, value in self.values.items()}
         return float(sum(float((values[f"{part}.2.weight"] @ values[f"{part}.0.weight"]).norm()) for part in "FG"))
 
+    def check_method(self, method: str) -> None:
+        """Refuse to move a coupling block in any other way than copying."""
+        if method != "copy":
+            raise AlignmentError(
+                "an invertible part splits the embeddings' units in two halves by their order, so it can only be "
+                "copied",
+                where=str(self.site),
+                expected="--method copy, and a student with the teacher's embeddings",
+                found=method,
+                fix=_FIX,
+            )
 
-def coupling(site: Site, values: Mapping[str, Tensor], size: int) -> CouplingModule:
-    """The module of a checkpoint's tensors for embeddings of ``size`` units.
+    def check_models(self, teacher: Architecture, student: Architecture) -> None:
+        """Refuse a student whose embeddings have another number of units."""
+        expected, found = (model.sizes.get(Space(-1, EMBEDDED), 0) for model in (teacher, student))
+        if expected != found:
+            raise PlanError(
+                "an invertible part can only be copied, to embeddings of the same size",
+                where=str(self.site),
+                expected=f"{expected} units in the student",
+                found=found,
+                fix=_FIX,
+            )
 
-    Raises:
-        CheckpointError: tensors are missing, or are of another model.
-    """
-    if set(_PARAMETERS) != set(values):
-        raise CheckpointError(
-            "the invertible part is not complete",
-            where=str(site),
-            expected=", ".join(_PARAMETERS),
-            found=", ".join(values),
-            fix="save the adapter again with the library adapters",
-        )
-    found = values["F.0.weight"].shape[1] + values["F.2.weight"].shape[0]
-    if found != size:
-        raise CheckpointError(
-            "the invertible part belongs to another model",
-            where=str(site),
-            expected=f"{size} units",
-            found=found,
-            fix="name the model that the module was trained on with --teacher",
-        )
-    return CouplingModule(
-        site, {name: LabelledTensor(values[name], (None,) * values[name].ndim) for name in _PARAMETERS}
-    )
+    @classmethod
+    def at_site(cls, part: Part, path: str, site: Site, base: Base) -> Self:
+        """The block behind the embeddings."""
+        values, size = part.tensors, base.architecture.size(Space(-1, EMBEDDED))
+        if set(_PARAMETERS) != set(values):
+            raise CheckpointError(
+                "the invertible part is not complete",
+                where=str(site),
+                expected=", ".join(_PARAMETERS),
+                found=", ".join(values),
+                fix="save the adapter again with the library adapters",
+            )
+        found = values["F.0.weight"].shape[1] + values["F.2.weight"].shape[0]
+        if found != size:
+            raise CheckpointError(
+                "the invertible part belongs to another model",
+                where=str(site),
+                expected=f"{size} units",
+                found=found,
+                fix="name the model that the module was trained on with --teacher",
+            )
+        return cls(site, {name: LabelledTensor(values[name], (None,) * values[name].ndim) for name in _PARAMETERS})
 
-
-_FIX = "move the rest of the module, with --sites '*.adapter'"
-
-
-def check_copied(module: Module, method: str) -> None:
-    """Refuse to move a coupling block in any other way than copying.
-
-    Raises:
-        AlignmentError: it is one, and the method aligns.
-    """
-    if isinstance(module, CouplingModule) and method != "copy":
-        raise AlignmentError(
-            "an invertible part splits the embeddings' units in two halves by their order, so it can only be copied",
-            where=str(module.site),
-            expected="--method copy, and a student with the teacher's embeddings",
-            found=method,
-            fix=_FIX,
-        )
-
-
-def check_embeddings(module: Module, teacher: int, student: int) -> None:
-    """Refuse a coupling block where the models' embeddings have another number of units.
-
-    Raises:
-        PlanError: they do.
-    """
-    if isinstance(module, CouplingModule) and teacher != student:
-        raise PlanError(
-            "an invertible part can only be copied, to embeddings of the same size",
-            where=str(module.site),
-            expected=f"{teacher} units in the student",
-            found=student,
-            fix=_FIX,
-        )
+    def to_part(self, base: Base) -> InvertiblePart:
+        """The tensors as they are."""
+        return InvertiblePart(self.values)

@@ -1,7 +1,7 @@
 """Which experts of two mixtures correspond: those to which the routers send the same tokens.
 
 An expert's number means nothing. What identifies it is when it is called, so experts are assigned to each other by the
-correlation of the routers' logits over text, as units are (``methods.assign_by_correlation``).
+correlation of the routers' logits over text, as units are (``prune-align``).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 
 from peft_graft.alignment.alignment import Pair
 from peft_graft.alignment.collect import CollectionSettings, check_pairs, collect
-from peft_graft.alignment.methods import assign_by_correlation
+from peft_graft.alignment.methods.prune_align import assign_by_correlation
 from peft_graft.alignment.text import Sample
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import ModelHandle
+from peft_graft.models.loading import ModelPair
 from peft_graft.models.spec import expert_of
 from peft_graft.planning.correspondence import ExpertMap
-from peft_graft.planning.plan import expert_pairs
+from peft_graft.planning.spaces import expert_pairs
 
 #: Paired tokens that are enough to correlate the few logits of a router.
 MAX_TOKENS = 10_000
@@ -24,22 +24,20 @@ MAX_TOKENS = 10_000
 SAMPLES = 2000
 
 
-def match_experts(
-    teacher: ModelHandle, student: ModelHandle, samples: Iterable[Sample], layers: str
-) -> ExpertMap | None:
+def match_experts(models: ModelPair, samples: Iterable[Sample], layers: str) -> ExpertMap | None:
     """For every pair of layers of a layer map the teacher's expert for each of the student's; None without experts.
 
     Args:
-        samples: unlabelled text; the first ``MAX_TOKENS`` paired tokens are used. layers: see ``planning.layer_map``.
+        samples: unlabelled text; the first ``MAX_TOKENS`` paired tokens are used. layers: see ``planning.layers``.
 
     Raises:
         PairingError: fewer tokens pair than there are experts.
     """
-    pairs = list(expert_pairs(teacher.architecture, student.architecture, layers))
+    pairs = list(expert_pairs(models.teacher.architecture, models.student.architecture, layers))
     if not pairs:
         return None
     settings = CollectionSettings(max_tokens=MAX_TOKENS)
-    statistics, _ = collect(teacher, student, samples, dict.fromkeys(pairs, ()), settings)
+    statistics, _ = collect(models, samples, dict.fromkeys(pairs, ()), settings)
     check_pairs(statistics)
     return {
         (first.layer, second.layer): tuple(assign_by_correlation(fit)[0].indices.tolist())

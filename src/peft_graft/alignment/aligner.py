@@ -1,0 +1,270 @@
+"""The alignments that a run needs: streamed over text once, checked, solved, kept for later modules of the pair."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import tee
+
+from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, solve_alignment
+from peft_graft.alignment.cache import AlignmentCache
+from peft_graft.alignment.collect import CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
+from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
+from peft_graft.alignment.methods import Method
+from peft_graft.alignment.moments import Moment
+from peft_graft.alignment.sharding import Processes, collect_on_ray
+from peft_graft.alignment.text import Sample
+from peft_graft.alignment.tokens import PairingCounts
+from peft_graft.config import PairConfig
+from peft_graft.environment import hardware, versions
+from peft_graft.errors import AlignmentError, PairingError, TextError
+from peft_graft.models.loading import ModelPair, check_tokenizer
+from peft_graft.run import Run
+
+#: Which maps of a space, by its name, are needed: ``read``, or what writes or scales; both where nothing is said.
+Directions = Mapping[str, Collection[str]]
+BOTH = ("read", "write")
+
+
+@dataclass(frozen=True)
+class WantedMaps:
+    """The maps that are asked for.
+
+    Attributes:
+        pairs: pairs of spaces, with their (teacher, student) sizes.
+        directions: which maps of a space are needed, by its name.
+        lenient: leave out spaces with one vector a sample if too few samples were seen for them.
+    """
+
+    pairs: Mapping[Pair, tuple[int, int]]
+    directions: Directions = field(default_factory=dict)
+    lenient: bool = False
+
+    def moments(self, methods: Iterable[Method]) -> dict[Pair, list[Moment]]:
+        """What the methods need of every pair of spaces beside the cross moment."""
+        methods = list(methods)
+        return {
+            pair: sorted({
+                moment for method in methods for moment in method.moments_for(self.directions.get(pair[0].name, BOTH))
+            })
+            for pair in self.pairs
+        }  # fmt: skip
+
+
+@dataclass
+class AlignmentText:
+    """The text that models are aligned on.
+
+    Attributes:
+        samples: streamed. name: for records. key: what tells the samples and their order from others', None if unknown.
+    """
+
+    samples: Iterator[Sample]
+    name: str = ""
+    key: str | None = None
+
+
+class Aligner:
+    """The alignments that the methods of one run need, made when they are first asked for.
+
+    All methods that need text share one pass over it.
+
+    Args:
+        methods: all that may be asked for. given: an alignment to use in place of text.
+        processes: how the pass is shared out.
+    """
+
+    def __init__(
+        self,
+        models: ModelPair,
+        wanted: WantedMaps,
+        methods: Sequence[Method],
+        text: AlignmentText | None,
+        config: PairConfig,
+        run: Run,
+        *,
+        given: Alignment | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.models, self.wanted, self.text, self.config, self.run = models, wanted, text, config, run
+        self.methods = [method for method in methods if method.needs_text]
+        self.cache = AlignmentCache.of(config, text.key if text else None)
+        self.processes = processes or Processes()
+        self.counts: PairingCounts | None = None
+        self._made: dict[str, Alignment] = {}
+        if given is not None:
+            check_alignment(given, models)
+            self._made[given.method] = given
+
+    def alignment(self, method: Method) -> Alignment:
+        """The alignment by one of the methods.
+
+        Raises:
+            TextError: it needs text, and there is none.
+        """
+        if method.name not in self._made:
+            if not method.needs_text:
+                self._made[method.name] = copy_alignment(self.wanted.pairs, *self.models.fingerprints)
+            else:
+                if self.text is None:
+                    raise no_text(method.name)
+                found = self._kept() or self._solved()
+                self.counts = PairingCounts(**found[0].details["pairing"])
+                self._made.update({alignment.method: alignment for alignment in found})
+        return self._made[method.name]
+
+    def _kept(self) -> list[Alignment]:
+        """The alignments by all methods from the cache, none if one is lacking."""
+        if self.cache is None:
+            return []
+        found = [
+            self.cache.find(method, self.models.fingerprints, self.wanted.moments([method])) for method in self.methods
+        ]
+        return [one for one in found if one] if all(found) else []
+
+    def _solved(self) -> list[Alignment]:
+        """Stream, check, and solve with every method: in one pass, or in as many as their statistics need to fit."""
+        check_tokenizers(self.models)
+        parts = self._parts()
+        solved = [self._part(part, last=part is parts[-1]) for part in parts]
+        found = [
+            replace(
+                of_method[0],
+                maps={pair: one for alignment in of_method for pair, one in alignment.maps.items()},
+                diagnostics={pair: one for alignment in of_method for pair, one in alignment.diagnostics.items()},
+            )
+            for of_method in zip(*solved, strict=True)
+        ]
+        if self.cache is not None and self.processes.first:
+            for alignment in found:
+                self.cache.keep(alignment)
+        return found
+
+    @property
+    def _holds_out(self) -> bool:
+        return any(method.holds_out for method in self.methods)
+
+    def _parts(self) -> list[Wanted]:
+        """What the methods need, in as many parts as memory asks for; the same in every process."""
+        wanted = self.wanted.moments(self.methods)
+        limit = self.processes.least(memory_of_a_pass(self.models.teacher.device, self.processes.sharers))
+        return Layout.of(self.models, wanted).parts(wanted, limit, hold_out=self._holds_out)
+
+    def _part(self, wanted: Wanted, *, last: bool) -> list[Alignment]:
+        """The alignments of a part of the spaces, by every method, from one pass over the text.
+
+        Those of a part that others follow are kept until all are there, so that a pass is not repeated.
+        """
+        key = self._key(wanted)
+        kept = []
+        if self.run.work is not None and self.processes.alone and not last:
+            kept = [self.run.work / f"{key[:16]}-{method.name}" for method in self.methods]
+            if all(folder.is_dir() for folder in kept):
+                return [Alignment.from_pretrained(folder) for folder in kept]
+        with self.run.stage("pairing tokens"):
+            totals, counts = self._totals(key, wanted, last=last)
+            statistics = totals.statistics()
+        if counts.nonfinite_pairs * 2 > counts.pairs:
+            raise PairingError(
+                "most activations are not finite",
+                where=f"--dtype {self.config.dtype}",
+                fix="use --dtype float32 or bfloat16",
+            )
+        if self.wanted.lenient:
+            few = [
+                pair
+                for pair, (fit, held_out) in statistics.items()
+                if pair[0].layer < 0 and fit.count + held_out.count < max(self.wanted.pairs[pair])
+            ]
+            statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
+        check_pairs(statistics)
+        with self.run.stage("solving alignments"):
+            found = [
+                solve_alignment(method, statistics, *self.models.fingerprints, self._details(counts))
+                for method in self.methods
+            ]
+        for alignment, folder in zip(found, kept, strict=False):
+            alignment.save_pretrained(folder, force=True)
+        return found
+
+    def _details(self, counts: PairingCounts) -> dict[str, object]:
+        assert self.text is not None
+        return {
+            "teacher": self.models.teacher.name,
+            "student": self.models.student.name,
+            "text": self.text.name,
+            "settings": self.config.record(),
+            "pairing": asdict(counts),
+            "versions": versions(),
+            "hardware": hardware(self.config.device),
+        }
+
+    def _key(self, wanted: Wanted) -> str:
+        """What tells a pass from all others."""
+        assert self.text is not None
+        text = self.text.key or self.text.name
+        parts = [*self.models.fingerprints, self.config.record(), text, wanted, self._holds_out]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _totals(self, key: str, wanted: Wanted, *, last: bool) -> tuple[Totals, PairingCounts]:
+        assert self.text is not None
+        samples = self.text.samples
+        if not last:  # the next pass goes over the same text
+            samples, self.text.samples = tee(samples)
+        settings = CollectionSettings(max_tokens=self.config.max_tokens)
+        state = Unfinished(self.run.work, key) if self.run.work else None
+        if self.processes.on_ray:
+            return collect_on_ray(
+                self.processes.on_ray, self.models, wanted, settings, self.run, hold_out=self._holds_out,
+                unfinished=state,
+            )  # fmt: skip
+        totals, counts = collect_totals(
+            self.models, samples, wanted, settings, self.run, hold_out=self._holds_out, shard=self.processes.shard,
+            unfinished=state,
+        )  # fmt: skip
+        if not self.processes.alone:
+            totals.merge_processes()
+            counts.nonfinite_pairs = totals.nonfinite
+        return totals, counts
+
+
+def no_text(what: str, why: str = "aligns the two models on text", *, alignment: bool = True) -> TextError:
+    """The error for something that needs text and got none."""
+    return TextError(
+        f"{what} {why}, and none was given",
+        where="--text",
+        fix="name a text file or data set with --text" + (", or a saved alignment with --alignment" * alignment),
+    )
+
+
+def check_alignment(alignment: Alignment, models: ModelPair) -> None:
+    """Refuse an alignment of other models.
+
+    Raises:
+        AlignmentError: a fingerprint differs.
+    """
+    for role, model, expected in (
+        ("teacher", models.teacher, alignment.teacher),
+        ("student", models.student, alignment.student),
+    ):
+        if model.fingerprint != expected:
+            raise AlignmentError(
+                f"the alignment was made for another {role}",
+                where=model.name,
+                expected=f"weights with fingerprint {expected[:12]}",
+                found=model.fingerprint[:12],
+                fix="make one for these models with `peft-graft align`",
+            )
+
+
+def check_tokenizers(models: ModelPair) -> None:
+    """Refuse models whose text cannot be paired.
+
+    Raises:
+        PairingError: one came without its tokenizer. ModelError: a tokenizer is slow.
+    """
+    for model, role in ((models.teacher, "teacher"), (models.student, "student")):
+        if model.tokenizer is None:
+            raise PairingError("the model came without its tokenizer", where=role, fix="pass its fast tokenizer")
+        check_tokenizer(model.tokenizer, model.name, role)

@@ -1,0 +1,210 @@
+"""AdapterHub's checkpoints (library ``adapters``): configuration and weights of a module, and of the head beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from peft_graft.checkpoints.formats.adapters.codec import CODECS, Codec, Saved
+from peft_graft.checkpoints.formats.base import Format, register_format
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.config import Library
+from peft_graft.errors import CheckpointError, DependencyError
+from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.spaces import Site
+from peft_graft.models.tasks import Task
+
+CONFIG = "adapter_config.json"
+HEAD_CONFIG = "head_config.json"
+_WEIGHTS = {".safetensors": "adapter.safetensors", ".bin": "pytorch_adapter.bin"}
+_HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_model_head.bin"}
+
+#: Settings of all kinds under which the weights mean something else.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "inv_adapter": (None, "nice"),  # the library's "glow" cannot be run on text
+    "use_dora": (False, None),
+    "vera_d": (None,),
+    "vera_b": (None,),
+    "stochastic_depth": (0, 0.0, None),
+}
+
+
+@register_format
+class AdaptersFormat(Format):
+    """AdapterHub's checkpoints, in the file type of the original: the library's default loader reads .bin."""
+
+    library: ClassVar = Library.ADAPTERS
+
+    def detect(self, folder: Path) -> bool:
+        """Whether a folder holds an AdapterHub checkpoint of any kind."""
+        if not (folder / CONFIG).is_file():
+            return False
+        config = read_json(folder / CONFIG)
+        return "peft_type" not in config and "config" in config and "model_type" in config
+
+    def read(self, folder: Path) -> RawCheckpoint:
+        """The module in a folder and the head beside it."""
+        config = read_json(folder / CONFIG)
+        _codec(module_config(config, str(folder / CONFIG)), str(folder))
+        weights, suffix = _find(folder, _WEIGHTS)
+        if weights is None:
+            raise CheckpointError(
+                "the weights file is missing", where=str(folder), expected=" or ".join(_WEIGHTS.values())
+            )
+        raw = self.parse(config, read_tensors(weights), where=str(weights))
+        head_weights, _ = _find(folder, _HEAD_WEIGHTS)
+        head_config = read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else None
+        return replace(
+            raw,
+            head=_head(read_tensors(head_weights)) if head_weights and head_config else {},
+            head_config=head_config,
+            labels=_labels(head_config),
+            files=file_hashes(folder),
+            weights_suffix=suffix,
+        )
+
+    def parse(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str = "the module"
+    ) -> RawCheckpoint:
+        """A module from memory, without a head."""
+        settings = module_config(config, where)
+        codec = _codec(settings, where)
+        name = str(config.get("name") or "default")
+        saved = Saved(tensors, settings, name, int(config.get("hidden_size") or 0), where)
+        parts, now = codec.parts(saved)
+        return RawCheckpoint(
+            library=self.library,
+            kind=codec.kind,
+            name=name,
+            base_model=config.get("model_name") or None,
+            task=Task.of_class(str(config.get("model_class") or "")),
+            config=config if now is settings else {**config, "config": now},
+            parts=parts,
+            weights_suffix=".bin",
+        )
+
+    def build(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The module alone; ``build_head`` gives its head."""
+        settings, codec = module_config(raw.config), CODECS[raw.kind]
+        layers = {codec.layer(path, names) for path in raw.parts}
+        settings["leave_out"] = sorted(set(range(names.num_layers)) - layers)
+        written = codec.settings(raw, settings, names)
+        return {**raw.config, **_model_fields(raw, names), "config": written}, codec.tensors(raw, written, names)
+
+    def build_head(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Configuration and tensors of the head's files, None without a head."""
+        if not raw.head or not raw.head_config:
+            return None
+        name = raw.head_config.get("name")
+        tensors = {re.sub(r"^layers\.", f"heads.{name}.", key): tensor for key, tensor in raw.head.items()}
+        return {**raw.head_config, **_model_fields(raw, names)}, tensors
+
+    def write(self, folder: Path, raw: RawCheckpoint, names: StudentNames) -> None:
+        """Write the module's two files, and two more for a head."""
+        config, tensors = self.build(raw, names)
+        write_json(folder / CONFIG, config)
+        write_tensors(folder / _WEIGHTS[raw.weights_suffix], tensors)
+        if head := self.build_head(raw, names):
+            write_json(folder / HEAD_CONFIG, head[0])
+            write_tensors(folder / _HEAD_WEIGHTS[raw.weights_suffix], head[1])
+
+    def check_site(self, path: str, sites: Sequence[Site], architecture: Architecture) -> None:
+        """Refuse fused layers, on which the library has modules of some projections only."""
+        linears = [architecture.row.linears.get(site.role) for site in sites]
+        if any(linear and linear.fused for linear in linears):
+            raise CheckpointError(
+                "AdapterHub's module on a fused layer holds some of its projections only, which cannot be moved yet",
+                where=path,
+                fix="train the module with peft",
+            )
+
+
+def module_config(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, Any]:
+    """The adapter's own settings; identifiers such as ``seq_bn`` are looked up in the library.
+
+    Raises:
+        DependencyError: the file names an identifier and ``adapters`` is not installed.
+        CheckpointError: the settings are neither an identifier nor a mapping.
+    """
+    settings = config["config"]
+    if isinstance(settings, str):
+        try:
+            from adapters import AdapterConfig
+        except ImportError as error:
+            raise DependencyError(
+                f"the adapter's configuration is the identifier {settings!r}, which only the library adapters knows",
+                where=where,
+                fix="pip install 'peft-graft[adapters]'",
+            ) from error
+        settings = AdapterConfig.load(settings).to_dict()
+    if not isinstance(settings, Mapping):
+        raise CheckpointError("the adapter's settings are missing", where=where, found=repr(settings))
+    return dict(settings)
+
+
+def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
+    """All tensors of a written checkpoint, module and head, by their keys in the library's model."""
+    tensors = read_tensors(folder / _WEIGHTS[raw.weights_suffix])
+    return tensors | (read_tensors(folder / _HEAD_WEIGHTS[raw.weights_suffix]) if raw.head else {})
+
+
+def _codec(settings: Mapping[str, Any], where: str) -> Codec:
+    """What reads modules of these settings.
+
+    Raises:
+        CheckpointError: nothing does, or a setting changes what the weights mean.
+    """
+    codec = next((codec for codec in CODECS.values() if codec.claims(settings)), None)
+    if codec is None:
+        raise CheckpointError(
+            f"AdapterHub modules of architecture {settings.get('architecture')!r} are not supported yet",
+            where=where,
+            expected="a bottleneck adapter, LoRA, IA3 or a prefix",
+        )
+    for option, harmless in {**_UNSUPPORTED, **codec.unsupported}.items():
+        if option in settings and settings[option] not in harmless:
+            raise CheckpointError(
+                f"{codec.kind} modules with {option}={settings[option]!r} are not supported yet", where=where
+            )
+    return codec
+
+
+def _find(folder: Path, names: Mapping[str, str]) -> tuple[Path | None, str]:
+    for suffix, name in names.items():
+        if (folder / name).is_file():
+            return folder / name, suffix
+    return None, ""
+
+
+def _head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Prediction heads: heads.NAME.N.weight. Static task heads keep their path in the task model.
+    return {re.sub(r"^heads\.[^.]+\.", "layers.", key): tensor for key, tensor in tensors.items()}
+
+
+def _labels(head_config: Mapping[str, Any] | None) -> list[str] | None:
+    if not head_config:
+        return None
+    names = (head_config.get("config") or {}).get("label2id") or head_config.get("label2id")
+    if not names or all(name.startswith("LABEL_") for name in names):  # transformers' placeholders
+        return None
+    return sorted(names, key=lambda label: int(names[label]))
+
+
+def _model_fields(raw: RawCheckpoint, names: StudentNames) -> dict[str, Any]:
+    classes = {
+        Task.PREDICTION_HEADS: names.base_class.removesuffix("Model") + "AdapterModel",
+        Task.BASE: names.base_class,
+    }
+    return {
+        "hidden_size": names.hidden_size,
+        "model_class": classes.get(raw.task, names.task_class),
+        "model_name": names.name,
+        "model_type": names.model_type,
+    }

@@ -1,0 +1,171 @@
+"""PEFT's checkpoints: adapter_config.json and adapter_model.safetensors (or .bin), of every kind that can be moved."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import peft
+from torch import Tensor
+
+from peft_graft.checkpoints.formats.base import Format, register_format
+from peft_graft.checkpoints.formats.peft.codec import CODECS, codec_of_type
+from peft_graft.checkpoints.raw import WEIGHTS, RawCheckpoint
+from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.config import Library
+from peft_graft.errors import CheckpointError
+from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
+from peft_graft.models.tasks import Task
+from peft_graft.modules.base import Part
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+CONFIG = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+#: Types whose weights no LoRA can stand for: they change what attention does, or depend on the input.
+_NO_WEIGHTS = ("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "CARTRIDGE")
+
+
+@register_format
+class PeftFormat(Format):
+    """PEFT's checkpoints; a type without a codec changes weights, and becomes a LoRA before it is moved."""
+
+    library: ClassVar = Library.PEFT
+
+    def detect(self, folder: Path) -> bool:
+        """Whether a folder holds a PEFT checkpoint of any kind."""
+        return (folder / CONFIG).is_file() and "peft_type" in read_json(folder / CONFIG)
+
+    def read(self, folder: Path) -> RawCheckpoint:
+        """The checkpoint in a folder, with labels from a model configuration beside it."""
+        config = read_json(folder / CONFIG)
+        _check_type(config, str(folder))
+        weights = weights_file(folder)
+        codec = codec_of_type(str(config["peft_type"]))
+        raw = self.parse(config, read_tensors(weights) if codec else {}, where=str(weights))
+        labels_file = folder / "config.json"
+        labels = read_json(labels_file).get("id2label") if labels_file.is_file() else None
+        return replace(
+            raw,
+            labels=[labels[str(index)] for index in range(len(labels))] if labels else None,
+            files=file_hashes(folder),
+            weights_suffix=weights.suffix,
+        )
+
+    def parse(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str = "the module"
+    ) -> RawCheckpoint:
+        """A checkpoint from memory; one of a type that has to become a LoRA first has no parts (``weights``)."""
+        _check_type(config, where)
+        codec = codec_of_type(str(config["peft_type"]))
+        parts: Mapping[str, Part] = {}
+        others: dict[str, Tensor] = {}
+        if codec:
+            codec.check(config, where)
+            found: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                path = key.removeprefix(codec.prefix)
+                if codec.is_copy(path):
+                    continue
+                if place := codec.place(path):
+                    found.setdefault(place[0], {})[place[1]] = tensor
+                else:
+                    others[re.sub(r"\.modules_to_save\.[^.]+", "", path)] = tensor
+            _check_others(others, config, where)
+            parts = codec.parts(found, config, where)
+        return RawCheckpoint(
+            library=self.library,
+            kind=codec.kind if codec else WEIGHTS,
+            name="default",
+            base_model=config.get("base_model_name_or_path") or None,
+            task=_task(config),
+            config=config,
+            parts=parts,
+            head=others,
+        )
+
+    def build(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration corrected, everything else as it was."""
+        codec = CODECS[raw.kind]
+        tensors = {f"{codec.prefix}{path}": tensor for path, tensor in raw.head.items()}
+        tensors |= codec.tensors(raw.parts)
+        whole = {path.rpartition(".")[2] for path in codec.saved_whole(raw.parts)}
+        config = {
+            **raw.config,
+            "base_model_name_or_path": names.name,
+            "revision": None,
+            "peft_version": peft.__version__,
+            "inference_mode": True,
+            "modules_to_save": sorted(_saved_modules(raw.head) | whole) or None,
+        }
+        if raw.config.get("auto_mapping"):
+            config["auto_mapping"] = {"base_model_class": names.task_class, "parent_library": "transformers"}
+        return codec.config(raw, config, names), tensors
+
+    def write(self, folder: Path, raw: RawCheckpoint, names: StudentNames) -> None:
+        """Write the two files that peft's loader looks for."""
+        config, tensors = self.build(raw, names)
+        write_json(folder / CONFIG, config)
+        write_tensors(folder / WEIGHTS_FILES[0], tensors)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file that holds a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError("the weights file is missing", where=str(folder), expected=" or ".join(WEIGHTS_FILES))
+
+
+def config_dict(config: PeftConfig) -> dict[str, Any]:
+    """A configuration of peft as its JSON file has it: lists in place of sets, text in place of enums."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=sorted))
+    return plain
+
+
+def _check_type(config: Mapping[str, Any], where: str) -> None:
+    peft_type = str(config.get("peft_type"))
+    if peft_type in _NO_WEIGHTS or peft_type not in {*peft.PeftType.__members__, *_registered_types()}:
+        raise CheckpointError(
+            f"PEFT modules of type {peft_type} cannot be moved",
+            where=where,
+            expected=f"{', '.join(_registered_types())}, or a type that changes weights",
+            fix="train a LoRA in its place",
+        )
+
+
+def _registered_types() -> list[str]:
+    return [name for codec in CODECS.values() for name in codec.peft_types]
+
+
+def _saved_modules(head: Mapping[str, Tensor]) -> set[str]:
+    # peft wraps whole modules; a head of several layers is saved under its outermost name, the pooler under its own
+    return {"pooler" if ".pooler." in f".{path}" else path.split(".")[0] for path in head}
+
+
+def _check_others(others: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
+    saved = config.get("modules_to_save") or []
+    for path in others:
+        # peft compares ends of module names: "classifier" also saves DistilBERT's "pre_classifier"
+        if not any(re.match(rf".*{re.escape(name)}($|\..*)", path) for name in saved):
+            raise CheckpointError(
+                f"tensor {path} is neither a part of a {config['peft_type']} module nor one of modules_to_save "
+                f"({', '.join(saved) or 'none'})",
+                where=where,
+                fix="this kind of module is not supported yet",
+            )
+
+
+def _task(config: Mapping[str, Any]) -> Task:
+    base_class = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    return Task.of_peft(config.get("task_type")) or Task.of_class(base_class)

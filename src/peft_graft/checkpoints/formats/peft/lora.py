@@ -1,0 +1,183 @@
+"""PEFT's LoRA: factors of linear layers, with DoRA's magnitudes, biases, and ranks and alphas that differ by layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from peft_graft.checkpoints.formats.peft import embeddings
+from peft_graft.checkpoints.formats.peft.codec import Codec, Found, register_codec
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.errors import CheckpointError
+from peft_graft.modules.base import Part
+from peft_graft.modules.embeddings import RowsPart
+from peft_graft.modules.lora import EmbeddingLoraPart, LoraPart, rank_stabilised_scaling
+
+#: Options that change what the weights mean; each is refused unless it holds one of these harmless values.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", "lora_only", None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+}
+#: Names in the file, after the path of the layer -> fields of the part.
+_LINEAR = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+    "base_layer.bias": "base_bias",
+}
+_EMBEDDING = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
+_KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, embeddings.TOKENS)))})")
+
+
+@register_codec
+class LoraCodec(Codec):
+    """LoRA, and what peft saves beside it of a vocabulary."""
+
+    kind: ClassVar = "lora"
+    peft_types: ClassVar = ("LORA",)
+
+    def check(self, config: Mapping[str, Any], where: str) -> None:
+        """Refuse options under which the weights mean something else, and initialisations that changed the base."""
+        for option, harmless in _UNSUPPORTED.items():
+            if option in config and config[option] not in harmless:
+                raise CheckpointError(
+                    f"LoRA with {option}={config[option]!r} is not supported yet",
+                    where=where,
+                    fix="train or convert the module without this option",
+                )
+        initialisation = str(config.get("init_lora_weights", True)).lower()
+        if initialisation.split("_")[0] in {"pissa", "olora", "corda", "loftq"}:
+            raise CheckpointError(
+                "the module belongs to a base model that its initialisation changed "
+                f"(init_lora_weights={initialisation})",
+                where=where,
+                fix="save it with peft's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA",
+            )
+
+    def is_copy(self, path: str) -> bool:
+        """Whether it is one of the copies of embeddings that peft saves."""
+        return embeddings.is_copy(path)
+
+    def place(self, path: str) -> tuple[str, str] | None:
+        """The module path and the name after it, in today's spelling."""
+        # older versions of peft wrote the adapter's name, and DoRA's magnitudes as a weight
+        plain = re.sub(r"(lora_[AB])\.[^.]+\.(weight|bias)$", r"\1.\2", path)
+        plain = re.sub(r"(lora_magnitude_vector)(\.[^.]+)?(\.weight)?$", r"\1", plain)
+        plain = re.sub(r"(lora_embedding_[AB])\.[^.]+$", r"\1", plain)
+        match = _KEY.fullmatch(plain)
+        return (match[1], match[2]) if match else embeddings.place(path)
+
+    def parts(self, found: Found, config: Mapping[str, Any], where: str) -> dict[str, Part]:
+        """LoRA's factors and rows of a vocabulary; there is no LoRA without factors."""
+        parts: dict[str, Part] = {}
+        factors = {
+            path: values for path, values in found.items() if not {embeddings.WHOLE, embeddings.TOKENS} & {*values}
+        }
+        if not any(_factors(values) for values in factors.values()):
+            raise CheckpointError(
+                "the file holds no LoRA factors", where=where, expected="keys that end in lora_A.weight"
+            )
+        for path, values in found.items():
+            rows = embeddings.part(path, values, config, where)
+            parts[path] = rows or _lora(path, values, config, where)
+        return parts
+
+    def tensors(self, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+        """The tensors as the file has them, by path."""
+        tensors: dict[str, Tensor] = {}
+        for path, part in parts.items():
+            if isinstance(part, RowsPart):
+                tensors |= embeddings.tensors(f"{self.prefix}{path}", part)
+                continue
+            names = _EMBEDDING if isinstance(part, EmbeddingLoraPart) else _LINEAR
+            tensors |= {
+                f"{self.prefix}{path}.{theirs}": part.tensors[ours]
+                for theirs, ours in names.items()
+                if ours in part.tensors
+            }
+        return tensors
+
+    def saved_whole(self, parts: Mapping[str, Part]) -> Collection[str]:
+        """Embeddings and output layers that are saved whole."""
+        return [path for path, part in parts.items() if type(part) is RowsPart]
+
+    def targets(self, parts: Mapping[str, Part]) -> Collection[str]:
+        """The layers that have factors."""
+        return [path for path, part in parts.items() if not isinstance(part, RowsPart)]
+
+    def config(self, raw: RawCheckpoint, config: dict[str, Any], names: StudentNames) -> dict[str, Any]:
+        """Ranks and alphas by layer, the commonest as the module's own."""
+        loras = {path: part for path, part in raw.parts.items() if isinstance(part, LoraPart)}
+        ranks = {path: part.rank for path, part in loras.items()}
+        rslora = bool(raw.config.get("use_rslora"))
+        alphas = {
+            path: _plain(part.scaling * (part.rank**0.5 if rslora else part.rank)) for path, part in loras.items()
+        }
+        rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+        own = {
+            "init_lora_weights": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            # peft matches pattern keys as regular expressions against the module's path
+            "rank_pattern": {re.escape(path): value for path, value in ranks.items() if value != rank},
+            "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "fan_in_fan_out": bool(set(ranks) & names.transposed),
+            "trainable_token_indices": embeddings.token_indices(raw.parts),
+        }
+        return super().config(raw, {**config, **own}, names)
+
+
+def _factors(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """A and B of a layer or of embeddings, None where one is missing."""
+    pairs = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+    return next(((values[a], values[b]) for a, b in pairs if a in values and b in values), None)
+
+
+def _lora(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> LoraPart:
+    names = _LINEAR | _EMBEDDING
+    pair = _factors(values)
+    if pair is None:
+        raise CheckpointError(f"lora_{names[next(iter(values))]} of {path} lacks its twin", where=where)
+    if config.get("use_dora") and "lora_magnitude_vector" not in values:
+        raise CheckpointError(f"DoRA at {path} lacks its magnitudes", where=where)
+    a, b = pair
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"the factors of {path} do not fit each other",
+            where=where,
+            expected="A [r, in] and B [out, r]",
+            found=f"A {list(a.shape)} and B {list(b.shape)}",
+        )
+    part = EmbeddingLoraPart if "lora_embedding_A" in values else LoraPart
+    return part(**{names[name]: value for name, value in values.items()}, scaling=_scaling(config, path, len(a)))
+
+
+def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """What B A is multiplied by at this path."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), path), config.get("lora_alpha", 8))
+    return rank_stabilised_scaling(alpha, rank, rslora=bool(config.get("use_rslora")))
+
+
+def _plain(value: float) -> float | int:
+    nearest = round(value)
+    return nearest if abs(value - nearest) < 1e-9 * max(1, abs(value)) else value
+
+
+def _commonest(values: Collection[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

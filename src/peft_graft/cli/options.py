@@ -1,0 +1,93 @@
+"""Command-line options made from the fields of a config."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from peft_graft.config import METHOD_SUMMARIES, method_help, option_of
+from peft_graft.errors import PlanError
+
+
+def options_from(config: type[BaseModel], **differing: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of a config, and call it with ``config=``.
+
+    Args:
+        differing: defaults that differ on the command line.
+    """
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "config"
+        ]
+        taken = {parameter.name for parameter in own}
+        made = [
+            _parameter(config, name, field, differing.get(name, field.default))
+            for name, field in config.model_fields.items()
+            if name not in taken
+        ]
+
+        def run(**values: Any) -> None:
+            chosen = {name: _value(field, values.pop(name)) for name, field in config.model_fields.items()
+                      if name not in taken}  # fmt: skip
+            command(**values, config=config(**{name: value for name, value in chosen.items() if value is not None}))
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        parameters = [*own, *made]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return wrap
+
+
+def _parameter(config: type[BaseModel], name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
+    option = option_of(config, name)
+    kind = _kind(field)
+    # A switch that may be left open needs both of its names; others have the one that changes something.
+    names = [f"--{name.replace('_', '-')}"] if kind is bool and default is False else []
+    help_text = field.description or ""
+    if name == "method":
+        help_text = f"{method_help(METHOD_SUMMARIES)}. {help_text}".strip()
+    annotation = Annotated[
+        kind if default is not None else kind | None,
+        typer.Option(*names, help=help_text, rich_help_panel=option.panel, show_default=default is not None),
+    ]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(field: FieldInfo) -> Any:
+    """What a field is on the command line: a number, a switch, a choice, or text."""
+    members = [member for member in get_args(field.annotation) or (field.annotation,) if member is not type(None)]
+    if get_origin(field.annotation) is Literal:
+        return field.annotation
+    if len(members) == 1 and members[0] in (int, float, bool, str):
+        return members[0]
+    if len(members) == 1 and isinstance(members[0], type) and issubclass(members[0], StrEnum):
+        return members[0]
+    return str  # lists, JSON, and numbers that may also be a word
+
+
+def _value(field: FieldInfo, given: Any) -> Any:
+    """What was typed as the config takes it: lists with commas, JSON where there are braces."""
+    if not isinstance(given, str):
+        return given
+    members = get_args(field.annotation) or (field.annotation,)
+    if any(get_origin(member) is tuple for member in (*members, field.annotation)):
+        return tuple(part.strip() for part in given.split(",")) if given else None
+    if given.lstrip().startswith("{") and any(get_origin(member) is dict for member in members):
+        try:
+            return json.loads(given)
+        except json.JSONDecodeError as error:
+            raise PlanError("the value is not JSON", where=given, found=str(error)) from error
+    return int(given) if int in members and given.lstrip("-").isdigit() else given

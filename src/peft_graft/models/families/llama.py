@@ -1,0 +1,71 @@
+"""Llama, Mistral, and the many decoders whose layers have the same names: Qwen, Gemma, OLMo, Cohere, Phi-3, ..."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peft_graft.models.families import register_architecture
+from peft_graft.models.rows import LAYER_ADAPTERS, decoder_row, linears, pre_norm
+from peft_graft.models.spaces import LAST_OUT, TOKENS_OUT
+from peft_graft.models.spec import GATE_UP, QKV, ArchitectureRow, Fused, HeadForm, Stack
+from peft_graft.models.tasks import Task
+
+#: Names inside Llama's layers, and those of most decoders since.
+LLAMA_ATTENTION = {
+    "attn_query": "self_attn.q_proj",
+    "attn_key": "self_attn.k_proj",
+    "attn_value": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+GATED_FFN = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+LLAMA_FFN = {role: f"mlp.{path}" for role, path in GATED_FFN.items()}
+LLAMA_STACK = Stack("layers", linears(**LLAMA_ATTENTION, **LLAMA_FFN), kind="decoder")
+LLAMA_HEADS = {
+    Task.SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
+    Task.TOKEN_CLASSIFICATION: HeadForm(out="score", reads=TOKENS_OUT),
+}
+_LLAMA = ArchitectureRow(
+    model_types=(
+        "ministral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "stablelm",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "cohere",
+        "cohere2",
+    ),
+    stacks=(LLAMA_STACK,),
+    heads=LLAMA_HEADS,
+)
+
+register_architecture(
+    _LLAMA,
+    replace(  # those that AdapterHub supports
+        _LLAMA,
+        model_types=("llama", "mistral"),
+        stacks=(
+            replace(
+                LLAMA_STACK,
+                taps=pre_norm("input_layernorm", "post_attention_layernorm"),
+                adapters=LAYER_ADAPTERS,
+            ),
+        ),
+    ),
+    decoder_row(
+        "phi3",
+        layers="layers",
+        linears=linears(
+            ("self_attn.qkv_proj", Fused(QKV)),
+            ("mlp.gate_up_proj", Fused(GATE_UP)),
+            attn_output="self_attn.o_proj",
+            ffn_down="mlp.down_proj",
+        ),
+        heads=LLAMA_HEADS,
+    ),
+)

@@ -1,0 +1,64 @@
+"""The row of a model that no family declares: from its module tree, by the names that authors usually give."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from peft_graft.errors import ArchitectureError
+from peft_graft.models.sizes import linear_shape
+from peft_graft.models.spec import SPACES_OF_ROLE, ArchitectureRow, LinearRole, Stack
+
+# Names that model authors give to the linear layers of a transformer block; matched against the path in the layer.
+_ROLE_PATTERNS = {
+    "attn.query": r"(.*\.)?(query|q|q_proj|q_lin|query_proj|wq|to_q|linear_q)",
+    "attn.key": r"(.*\.)?(key|k|k_proj|k_lin|key_proj|wk|to_k|linear_k)",
+    "attn.value": r"(.*\.)?(value|v|v_proj|v_lin|value_proj|wv|to_v|linear_v)",
+    "attn.output": r".*att.*\.(o|o_proj|out_proj|out_lin|wo|to_out|output\.dense|dense|linear_out)",
+    "ffn.gate": r"(.*\.)?(gate_proj|w1_gate)",
+    "ffn.up": r"(.*\.)?(up_proj|fc1|lin1|fc_in|linear1|intermediate\.dense|dense_h_to_4h)",
+    "ffn.down": r"(?!.*att)(.*\.)?(down_proj|fc2|lin2|fc_out|linear2|output\.dense|dense_4h_to_h)",
+}
+
+
+def infer_row(base: nn.Module, model_type: str) -> ArchitectureRow:
+    """Infer a row from a module tree: the one stack of like layers, and its linear layers by their usual names.
+
+    Raises:
+        ArchitectureError: no such stack, several of them, or names that fit no role or several.
+    """
+
+    def refuse(reason: str) -> ArchitectureError:
+        return ArchitectureError(
+            f"this architecture is not known and cannot be inferred: {reason}",
+            where=model_type,
+            fix="declare its layers and role paths with register_architecture (docs/extending.md shows how)",
+        )
+
+    stacks = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and len({type(child) for child in module}) == 1
+        and sum(isinstance(inner, nn.Linear) for inner in module[0].modules()) >= 2
+    ]
+    stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(stacks) != 1:
+        raise refuse(f"found {len(stacks)} stacks of layers ({', '.join(stacks) or 'none'}), expected one")
+    layer = base.get_submodule(f"{stacks[0]}.0")
+    linears: dict[str, LinearRole] = {}
+    for path, module in layer.named_modules():
+        if linear_shape(module) is None:
+            continue
+        roles = [role for role, pattern in _ROLE_PATTERNS.items() if re.fullmatch(pattern, path)]
+        if len(roles) > 1 or (roles and roles[0] in linears):
+            raise refuse(f"{path} could be {' or '.join(roles)}, which is taken")
+        if roles:
+            linears[roles[0]] = LinearRole(path, *SPACES_OF_ROLE[roles[0]])
+    if not {"attn.query", "attn.value"} <= linears.keys():
+        raise refuse(f"no query and value projections in {stacks[0]}.0; found roles: {', '.join(linears) or 'none'}")
+    # An encoder or a decoder: it decides which stack of an encoder-decoder it corresponds to.
+    causal = any(getattr(module, "is_causal", False) for module in layer.modules())
+    return ArchitectureRow((model_type,), (Stack(stacks[0], linears, kind="decoder" if causal else "encoder"),))

@@ -1,0 +1,181 @@
+"""What a plan is made from: the module and the two models, each given by name or as a live object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peft_graft.alignment.alignment import Alignment
+from peft_graft.checkpoints.convert import as_lora, stand_in
+from peft_graft.checkpoints.live import is_peft_model, read_live
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.config import GraftConfig, PairConfig
+from peft_graft.errors import CheckpointError, ModelError
+from peft_graft.models.loading import (
+    ModelHandle,
+    ModelPair,
+    blank_handle,
+    load_config,
+    load_model,
+    load_tokenizer,
+    wrap_model,
+)
+from peft_graft.models.pair import loading_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+#: A model by folder or hub id, or a live model of transformers.
+ModelLike = str | Path | nn.Module
+#: The teacher's and the student's tokenizer, for live models.
+Tokenizers = tuple["PreTrainedTokenizerBase | None", "PreTrainedTokenizerBase | None"]
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """The trained module.
+
+    Attributes:
+        name: as the user gave it. raw: what its files say. folder: where they are, None for a live model.
+        base: the model that it was trained on, as the files name it or as the live model has it.
+        live: the ``peft.PeftModel`` that it was taken from.
+    """
+
+    name: str
+    raw: RawCheckpoint
+    folder: Path | None
+    base: ModelLike | None
+    live: Any = None
+
+    @staticmethod
+    def of(adapter: str | Path | nn.Module, config: GraftConfig) -> ModuleSource:
+        """Find and read a module.
+
+        Args:
+            adapter: folder, hub id, or a live ``peft.PeftModel``, which is not touched.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read.
+        """
+        if isinstance(adapter, str | Path):
+            folder = locate(adapter, revision=config.revision, subfolder=config.subfolder, token=config.token)
+            raw = read_checkpoint(folder)
+            return ModuleSource(str(adapter), raw, folder, raw.base_model)
+        if is_peft_model(adapter):
+            raw, base = read_live(adapter)
+            return ModuleSource("a live PeftModel", raw, None, base, adapter)
+        raise CheckpointError(
+            "not a trained module",
+            expected="a folder, a hub id, or a peft.PeftModel",
+            found=type(adapter).__name__,
+            fix="save the module with its library and give the folder",
+        )
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the module is of a kind that becomes a LoRA before it moves."""
+        return self.raw.kind == "weights"
+
+    def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
+        """The module to plan with, before weights are loaded."""
+        return stand_in(self.raw, teacher, self.folder) if self.is_converted else self.raw
+
+    def values(self, teacher: ModelHandle) -> RawCheckpoint:
+        """The module with its values, as a LoRA where it is of a kind that is converted."""
+        return as_lora(self.raw, teacher, self.folder, self.live) if self.is_converted else self.raw
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that was saved with a module that trains tokens."""
+        if self.folder is None or not self.raw.trains_tokens or not (self.folder / "tokenizer_config.json").is_file():
+            return None
+        return load_tokenizer(str(self.folder), role="module")
+
+
+@dataclass(frozen=True)
+class ModelSources:
+    """Teacher and student by name or live, with the config that says how they are loaded."""
+
+    teacher: ModelLike
+    student: ModelLike
+    config: PairConfig
+    tokenizers: Tokenizers = (None, None)
+
+    @staticmethod
+    def of(
+        module: ModuleSource,
+        teacher: ModelLike | None,
+        student: ModelLike,
+        config: PairConfig,
+        tokenizers: Tokenizers | None,
+    ) -> ModelSources:
+        """The models of a transfer; the teacher is the module's own base unless it is named.
+
+        Raises:
+            ModelError: neither names a teacher.
+        """
+        base = teacher or module.base
+        if base is None:
+            raise ModelError(
+                "the module's configuration names no base model", where=module.name, fix="name it with --teacher"
+            )
+        return ModelSources(base, student, config, tokenizers or (None, None))
+
+    def described(self) -> ModelPair:
+        """Both models without weights, from their configurations; live ones as they are.
+
+        Raises:
+            ModelError: a model cannot be reached. ArchitectureError: its architecture is unknown.
+        """
+        first, second = (
+            wrap_model(model, tokenizer, role=role)
+            if isinstance(model, nn.Module)
+            else blank_handle(load_config(str(model), loading_of(self.config, role), role=role), str(model))
+            for model, tokenizer, role in self._sides
+        )
+        return ModelPair(first, second)
+
+    def loaded(self, *, tokenizers: bool) -> ModelPair:
+        """Both models with weights.
+
+        Args:
+            tokenizers: whether text is read; a live model's is found by its name where it was not given.
+
+        Raises:
+            ModelError, DeviceError, ArchitectureError: see ``loading.load_model``.
+        """
+        first, second = (
+            wrap_model(model, tokenizer, find_tokenizer=tokenizers, role=role)
+            if isinstance(model, nn.Module)
+            else load_model(str(model), loading_of(self.config, role), role=role, tokenizer=tokenizers)
+            for model, tokenizer, role in self._sides
+        )
+        return ModelPair(first, second)
+
+    @property
+    def _sides(self) -> list[tuple[ModelLike, PreTrainedTokenizerBase | None, str]]:
+        return [(self.teacher, self.tokenizers[0], "teacher"), (self.student, self.tokenizers[1], "student")]
+
+
+def given_alignment(alignment: str | Path | Alignment | None, token: str | None = None) -> Alignment | None:
+    """The alignment that a user gave, by folder, hub id or as it is.
+
+    Raises:
+        AlignmentError: there is none of that name.
+    """
+    if isinstance(alignment, str | Path):
+        return Alignment.from_pretrained(alignment, token=token)
+    return alignment
+
+
+def config_of_live(config: GraftConfig, student: ModelLike) -> GraftConfig:
+    """The config with the device and dtype that a live student has: its forward passes run as it is."""
+    if not isinstance(student, nn.Module):
+        return config
+    weight = next(student.parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    known = dtype in ("float32", "float16", "bfloat16")
+    return config.model_copy(update={"device": str(weight.device), **({"dtype": dtype} if known else {})})

@@ -1,0 +1,213 @@
+"""A pass on several processes gives what one gives; a lost part is done again; kept alignments are used again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from peft_graft import _align as aligning
+from peft_graft.alignment import cache as caching
+from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.maps import LinearMap
+from peft_graft.errors import PlanError
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+SITES = ("attn.query", "attn.value")
+
+
+def assert_same(one: Alignment, other: Alignment) -> None:
+    assert one.maps.keys() == other.maps.keys()
+    assert one.details["pairing"] == other.details["pairing"]
+    for pair, found in one.maps.items():
+        again = other.map(pair)
+        if isinstance(found, LinearMap):
+            for part in ("reading", "writing", "shift"):
+                mine, theirs = getattr(found, part), getattr(again, part)
+                assert (mine is None) == (theirs is None)
+                if mine is not None:
+                    limit = 2e-6 * float(mine.abs().max())
+                    torch.testing.assert_close(theirs.double(), mine.double(), rtol=0, atol=limit)
+        else:
+            assert torch.equal(found.indices, again.indices)
+        for name, value in one.diagnostics[pair].items():
+            assert other.diagnostics[pair][name] == pytest.approx(value, abs=1e-6, rel=1e-6), (pair, name)
+
+
+@pytest.fixture(scope="module")
+def alone(world) -> Alignment:
+    """By the method that needs every kind of moment, and batches held out."""
+    return tiny.align(
+        world / "teacher", world / "narrow", text=world / "text.txt", method="ridge", sites=SITES, max_tokens=2500
+    )
+
+
+def command(world: Path, out: Path, method: str) -> list[str]:
+    return ["align", str(world / "teacher"), str(world / "narrow"), "--text", str(world / "text.txt"), "--out",
+            str(out), "--method", method, "--sites", ",".join(SITES), "--max-tokens", "2500", "--json"]  # fmt: skip
+
+
+def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--no-python",
+         sys.executable, "-m", "peft_graft", *command(world, tmp_path / "a", alone.method)],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["method"] == alone.method, "one process speaks"
+    assert_same(alone, Alignment.from_pretrained(tmp_path / "a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, alone, tmp_path, monkeypatch) -> None:
+    passes: list[int] = []
+    whole, solve = aligning.collect_totals, aligning.solve_alignment
+    monkeypatch.setattr(aligning, "room_of_a_pass", lambda *_: 1)
+    monkeypatch.setattr(aligning, "collect_totals", lambda *a, **k: passes.append(len(a[3])) or whole(*a, **k))
+
+    def again() -> Alignment:
+        return tiny.align(
+            world / "teacher", world / "narrow", text=world / "text.txt", method=alone.method, sites=SITES,
+            max_tokens=2500, out=tmp_path / "a",
+        )  # fmt: skip
+
+    def stop_at_the_last(*given: object) -> Alignment:
+        if len(passes) == len(alone.maps):
+            raise KeyboardInterrupt
+        return solve(*given)
+
+    monkeypatch.setattr(aligning, "solve_alignment", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert passes == [1] * len(alone.maps), "every pair of spaces by itself, as nothing fits"
+    monkeypatch.setattr(aligning, "solve_alignment", solve)
+    assert_same(alone, again())
+    assert len(passes) == len(alone.maps) + 1, "what was solved is not streamed again"
+
+
+# A worker of Ray that is killed the first time it comes to its part.
+_FRAGILE = """
+import os, pathlib, sys
+import peft_graft.alignment.sharding as sharding
+whole = sharding._part
+
+def part(plan, wanted, settings, hold_out, shard, unfinished):
+    mark = pathlib.Path(os.environ["MARKS"]) / f"lost-{shard.index}"
+    if shard.index == 2 and not mark.exists():
+        mark.touch()
+        os._exit(1)
+    return whole(plan, wanted, settings, hold_out, shard, unfinished)
+
+if __name__ == "__main__":
+    from peft_graft.cli.main import app
+    sharding._part = part
+    app(sys.argv[1:])
+"""
+
+
+@needs_ray
+def test_parts_on_ray_give_what_one_process_gives_and_a_lost_one_is_done_again(world, alone, tmp_path) -> None:
+    (tmp_path / "fragile.py").write_text(_FRAGILE)
+    arguments = [*command(world, tmp_path / "a", alone.method), "--ray", "local", "--shards", "4"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "fragile.py"), *arguments], capture_output=True, text=True, check=False,
+        timeout=300, env={**os.environ, "MARKS": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "lost-2").exists()
+    assert_same(alone, Alignment.from_pretrained(tmp_path / "a"))
+
+
+def test_shards_without_ray_are_refused(world) -> None:
+    with pytest.raises(PlanError, match="--ray local"):
+        tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", shards=2)
+
+
+def _forwards(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Every pass over the text from now on."""
+    from peft_graft import _align as aligning
+
+    passes: list[object] = []
+    collect = aligning.collect_totals
+
+    def counted(*args: object, **options: object) -> object:
+        passes.append(1)
+        return collect(*args, **options)
+
+    monkeypatch.setattr(aligning, "collect_totals", counted)
+    return passes
+
+
+@pytest.mark.parametrize("method", ["prune-align", "ridge"])
+def test_a_second_module_of_a_pair_needs_no_pass(world, tmp_path, monkeypatch, method: str) -> None:
+    monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
+    passes = _forwards(monkeypatch)
+    options = {"student": world / "narrow", "text": world / "text.txt", "method": method, "polish": 0, "head": "carry"}
+    first = tiny.transfer(world / "lora", **options)
+    second = tiny.transfer(world / "lora", **options)
+    assert len(passes) == 1
+    assert second.report.pairing == first.report.pairing
+    assert second.report.verdict.measured.agreement == pytest.approx(first.report.verdict.measured.agreement, abs=1e-3)
+    tiny.transfer(world / "lora", **options, cache=False)
+    tiny.transfer(world / "lora", **options, seed=1)
+    tiny.transfer(world / "lora", **options, max_tokens=2000)
+    assert len(passes) == 4, "another order, or number of tokens, is another alignment"
+    tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", method=method, sites=["attn.query"])
+    assert len(passes) == 5, "an alignment does not leave out what judges a transfer"
+
+
+def test_alignments_of_other_sites_are_put_together(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
+    passes = _forwards(monkeypatch)
+
+    def align(*sites: str) -> Alignment:
+        return tiny.align(
+            world / "teacher", world / "narrow", text=world / "text.txt", method="ridge", sites=sites, max_tokens=2000
+        )
+
+    align("attn.query")
+    align("attn.value")
+    both = align("attn.query", "attn.value")
+    assert len(passes) == 2
+    monkeypatch.delenv(caching.VARIABLE)
+    assert_same(align("attn.query", "attn.value"), both)
+    monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
+    align("adapter")
+    assert len(passes) == 4, "adapters need both directions of what they see"
+
+
+def test_the_cache_is_bounded_and_may_be_damaged(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
+    passes = _forwards(monkeypatch)
+
+    def align(seed: int) -> Alignment:
+        return tiny.align(
+            world / "teacher", world / "narrow", text=world / "text.txt", sites=SITES, max_tokens=1000, seed=seed
+        )
+
+    align(0)
+    kept = list((tmp_path / "cache" / "alignments").glob("*/*"))
+    assert len(kept) == 1
+    (kept[0] / "alignment.safetensors").write_bytes(b"no tensors")
+    align(0)
+    assert len(passes) == 2
+    sizes = [sum(file.stat().st_size for file in folder.iterdir())
+             for folder in (tmp_path / "cache" / "alignments").glob("*/*")]  # fmt: skip
+    monkeypatch.setattr(caching, "MOST", 2.5 * max(sizes))
+    for seed in (1, 2, 3):
+        align(seed)
+    assert len(list((tmp_path / "cache" / "alignments").glob("*/*"))) == 2
+    align(3)
+    assert len(passes) == 5, "those used last are kept"
+    assert caching.cache_folder(False) is None
+    monkeypatch.delenv(caching.VARIABLE)
+    assert caching.cache_folder(None) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert caching.cache_folder(True) == tmp_path / "peft-graft"

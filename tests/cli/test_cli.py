@@ -1,0 +1,199 @@
+"""The command: what a user types, sees and gets back. As a process where signals and exit codes are the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from peft_graft._inspect import Inspection
+from peft_graft.cli import main as cli
+from peft_graft.report import GraftReport
+
+COMMAND = [sys.executable, "-m", "peft_graft"]
+ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process, for starting one takes longer than what it does here."""
+
+    def command(*arguments: object, code: int = 0):
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "argv", ["peft-graft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        done = capsys.readouterr()
+        assert ended.value.code == code, done.out + done.err
+        return done
+
+    return command
+
+
+def test_transfer_writes_a_checkpoint_and_says_what_it_did(run, world, tmp_path) -> None:
+    done = run("transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt", "--polish", "6",
+               "--out", tmp_path / "g")  # fmt: skip
+    assert "its graft agrees best with the teacher on held-out text" in done.out
+    assert "tried   prune-align, as moved: agreement" in done.out
+    assert "agreement after steps 0:" in done.out
+    assert "verdict" in done.out
+    assert "layer 1 attn.value" in done.out
+    assert "written" in done.out
+    assert done.err == "", "no progress bars where there is no terminal"
+    assert {"adapter_config.json", "adapter_model.safetensors", "graft.json", "README.md"} == {
+        path.name for path in (tmp_path / "g").iterdir()
+    }
+
+
+def test_json_is_all_that_goes_to_standard_output(run, world, tmp_path) -> None:
+    done = run("transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--layers", "avg",
+               "--out", tmp_path / "g", "--head", "drop", "--json")  # fmt: skip
+    report = GraftReport.model_validate_json(done.out)
+    assert report.layers == [[0, 1], [2, 3]]
+    assert report.head is None
+    assert report == GraftReport.model_validate_json((tmp_path / "g" / "graft.json").read_text())
+
+
+def test_inspect_a_module(run, world) -> None:
+    done = run("inspect", world / "lora")
+    assert "attn.query" in done.out
+    assert "0-3" in done.out
+    found = Inspection.model_validate_json(run("inspect", world / "lora", "--json").out)
+    assert (found.module_library, found.kind, found.task) == ("peft", "lora", "token-classification")
+    assert [site.widths for site in found.sites] == [[4], [4]]
+    assert found.student is None
+
+
+def test_inspect_plans_a_transfer_without_weights(run, world, tmp_path) -> None:
+    student = tmp_path / "weightless"
+    student.mkdir()
+    (student / "config.json").write_text((world / "narrow" / "config.json").read_text())
+    found = Inspection.model_validate_json(run("inspect", world / "lora", "--student", student, "--json").out)
+    assert found.student is not None
+    assert found.student.problem is None
+    assert found.student.layers == [[0], [2]]
+    assert found.student.needs_text is True
+    assert 0.1 < found.student.weights_mib < 10
+    assert found.student.passes == 1
+    # Four layers of 4 x 32 x 32 + 2 x 32 x 48 and two of 4 x 24 x 24 + 2 x 24 x 48, and the teacher's pooler.
+    assert found.student.forwards_per_token == 4 * 7168 + 2 * 4608 + 32 * 32
+    assert found.student.least_seconds > 0
+    assert "prune-align" in run("inspect", world / "lora", "--student", student).out
+
+
+def test_inspect_reports_problems_and_fails(run, world, tmp_path) -> None:
+    done = run("inspect", world / "lora", "--student", tmp_path / "none", code=1)
+    assert "cannot:" in done.out
+    done = run("inspect", world / "lora", "--teacher", world / "wide")
+    assert "not the base of this module" in done.out
+
+
+def test_align_once_and_transfer_from_it(run, world, tmp_path) -> None:
+    done = run("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "a",
+               "--sites", "attn.query,attn.value")  # fmt: skip
+    assert "layer 2 attn.in" in done.out
+    done = run("transfer", world / "lora", "--student", world / "narrow", "--alignment", tmp_path / "a",
+               "--out", tmp_path / "g")  # fmt: skip
+    assert "the method of the given alignment" in done.out
+    done = run("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "b",
+               "--json")  # fmt: skip
+    assert "0/attn.in -> 0/attn.in" in json.loads(done.out)["pairs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["transfer", "nowhere", "--student", "x", "--out", "o"], 1, "error: nowhere: no such folder"),
+        (["transfer", "nowhere", "--student", "x"], 2, "--out"),
+        (["graft"], 2, "No such command"),
+        (["align", "a", "b", "--text", "t.txt", "--out", "o"], 1, "error: a: the teacher cannot be loaded"),
+        (["align", "a", "b", "--text", "t.txt", "--out", "o", "--method", "wish"], 1, "expected copy, prune-align"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_a_code(run, tmp_path, monkeypatch, arguments, code: int, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments, code=code)
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_as_a_process(tmp_path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "transfer", "nowhere", "--student", "x", "--out", "o"], capture_output=True, text=True,
+        env=ENVIRONMENT, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: nowhere: no such folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_transfer_leaves_nothing(world, tmp_path) -> None:
+    (tmp_path / "long.txt").write_text((world / "text.txt").read_text() * 60)
+    (tmp_path / "outputs").mkdir()
+    code, seen = _interrupt(
+        b"pairing tokens", "transfer", world / "lora", "--student", world / "narrow", "--text", tmp_path / "long.txt",
+        "--max-tokens", 100_000_000, "--method", "prune-align", "--head", "drop", "--out", tmp_path / "outputs" / "g",
+    )  # fmt: skip
+    assert code == 130
+    assert b"interrupted; nothing was written" in seen
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path) -> None:
+    code, seen = _interrupt(
+        b"/5000", "transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
+        world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g",
+    )  # fmt: skip
+    assert code == 130
+    assert b"the same command goes on from there" in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["g.unfinished"]
+
+
+def _interrupt(when: bytes, *arguments: object) -> tuple[int, bytes]:
+    """Send the command an interrupt once it shows a text on its terminal; its exit code and all that it showed."""
+    terminal, theirs = pty.openpty()  # a terminal, so that progress shows when the long stage has begun
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=theirs,
+        env={**ENVIRONMENT, "TERM": "xterm"},
+        # A shell starts what it puts in the background with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        seen = _read_until(terminal, when)
+        assert process.poll() is None, "the command ended before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        seen += _read_until(terminal, None)
+        return process.wait(timeout=60), seen
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def _read_until(terminal: int, text: bytes | None, seconds: float = 120) -> bytes:
+    """What the terminal shows up to a text, or to the end of the process."""
+    seen, end = b"", time.monotonic() + seconds
+    while text is None or text not in seen:
+        assert time.monotonic() < end, f"{text!r} did not come, but {seen[-500:]!r}"
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                seen += os.read(terminal, 4096)
+            except OSError:  # the other side has closed
+                break
+    return seen
+
+
+def test_help_names_every_option_of_the_documentation(run) -> None:
+    text = " ".join(run("transfer", "--help").out.split())
+    options = """--student --out --teacher --layers --method --text --max-tokens --alignment --head --polish --seed
+        --device --dtype --force --json --columns"""
+    for option in options.split():
+        assert option in text

@@ -1,0 +1,210 @@
+"""Families unlike BERT: fused and transposed projections, grouped heads, shared layers, the last token's class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import peft_graft
+import tiny
+from families import DECODERS, ENCODERS, same_module
+from peft_graft.alignment.activations import Capture
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import resolve, to_raw
+from peft_graft.errors import ModelError
+from peft_graft.models.loading import describe_config, load_model, wrap_model
+from peft_graft.models.spaces import Site, Space
+
+#: Modules that peft users name, where a family has names of its own.
+TARGETS = {
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"], "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
+    "falcon": ["query_key_value", "dense_h_to_4h"], "falcon-new": ["query_key_value", "dense_h_to_4h"],
+    "bloom": ["query_key_value", "dense_4h_to_h"], "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "opt": ["q_proj", "v_proj", "fc1"],
+}  # fmt: skip
+DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # DeBERTa scripts its attention
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
+    """A module returns from its own model as it was, and moves to BERT and back."""
+    base = tmp_path / "base"
+    tiny.lively(transformers.AutoModel.from_config(ENCODERS[family])).save_pretrained(base)
+    tiny.tokenizer(base)
+    bert = tiny.base_model(tmp_path / "bert", hidden=24)
+    targets = {"modernbert": ["Wqkv", "Wi", "Wo"], "deberta-v2": ["query_proj", "value_proj"],
+               "albert": ["query", "value", "ffn"]}[family]  # fmt: skip
+    tiny.peft_lora(tmp_path / "module", base, task="base", targets=targets)
+    tiny.peft_lora(tmp_path / "of-bert", bert, task="base")
+    assert not describe_config(ENCODERS[family]).inferred
+    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    assert same.report.verification.done
+    same_module(tmp_path / "module", tmp_path / "same")
+    options = {"text": text, "method": "prune-align", "max_tokens": 1000, "polish": 0}
+    if family != "modernbert":  # BERT has no gate
+        there = peft_graft.transfer(tmp_path / "module", student=bert, out=tmp_path / "there", **options)
+        assert there.report.verification.done
+    back = peft_graft.transfer(tmp_path / "of-bert", student=base, out=tmp_path / "back", **options)
+    assert back.report.verification.done
+
+
+def saved(folder: Path, family: str, seed: int = 0, **changes) -> Path:
+    return tiny.saved(folder, DECODERS[family], transformers.AutoModelForCausalLM, seed=seed, **changes)
+
+
+def trained(folder: Path, base: Path, family: str, task: str = "CAUSAL_LM") -> torch.nn.Module:
+    auto = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.AutoModelForSequenceClassification}
+    model = auto[task].from_pretrained(base, **({"num_labels": 3} if task == "SEQ_CLS" else {})).eval()
+    config = peft.LoraConfig(
+        task_type=task, r=4, lora_alpha=8, target_modules=TARGETS.get(family, DEFAULT_TARGETS),
+        fan_in_fan_out=family == "gpt2",
+    )  # fmt: skip
+    adapted = peft.get_peft_model(model, config)
+    tiny.randomise(adapted, 1, ("lora_", "modules_to_save.default"))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def batch(rows: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(10, 100, (rows, 9), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_parts_of_projections_are_the_tensors_that_attention_uses(family: str) -> None:
+    """Keys and values as they end up in the cache, before rotary embedding where there is one: values are exact."""
+    model = wrap_model(tiny.lively(transformers.AutoModel.from_config(DECODERS[family])))
+    assert not model.architecture.inferred
+    spaces = [Space(0, f"attn.{part}.out") for part in ("query", "key", "value")] + [Space(1, "ffn.mid")]
+    with torch.inference_mode(), Capture(model, spaces) as capture:
+        held = capture.forward(batch())
+        cached = model.base(**batch(), use_cache=True).past_key_values
+    values = (cached.layers[0].values if hasattr(cached, "layers") else cached[0][1]).transpose(1, 2).flatten(2)
+    if family == "falcon-new":  # keeps a copy of every value for each query head of its group
+        values = values.unflatten(-1, (2, 2, 8))[..., 0, :].flatten(-2)
+    torch.testing.assert_close(held[Space(0, "attn.value.out")], values)
+    for space, value in held.items():
+        assert value.shape[-1] == model.architecture.size(space), space
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", family)
+    trained(tmp_path / "module", base, family)
+    graft = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+    assert graft.report.verification.done
+    same_module(tmp_path / "module", tmp_path / "graft")
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_modules_move_between_llama_and_every_family(family: str, tmp_path: Path, text: Path) -> None:
+    """To a narrower, deeper Llama and from it; what is written loads in peft and acts (``transfer`` verifies both)."""
+    narrow = saved(tmp_path / "llama", "llama", 1, hidden_size=24, head_dim=6, num_hidden_layers=3)
+    base = saved(tmp_path / "base", family)
+    trained(tmp_path / "module", base, family)
+    trained(tmp_path / "of-llama", narrow, "llama")
+    roles = set(describe_config(DECODERS[family]).row.linears)
+    graft = peft_graft.transfer(
+        tmp_path / "module", student=narrow, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "there"
+    )
+    assert graft.report.verification.done
+    assert {site.role for site in graft.checkpoint.modules} <= roles
+    # A gate has no counterpart in most of the older families.
+    module = tmp_path / "of-llama"
+    if "ffn.gate" not in roles:
+        trained_without_gate = peft.get_peft_model(
+            transformers.AutoModelForCausalLM.from_pretrained(narrow),
+            peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"]),
+        )
+        tiny.randomise(trained_without_gate, 1, ("lora_",))
+        module = tmp_path / "without-gate"
+        trained_without_gate.save_pretrained(module)
+    back = peft_graft.transfer(
+        module, student=base, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "back"
+    )
+    assert back.report.verification.done
+
+
+def test_a_fused_update_is_the_sum_of_its_parts(tmp_path: Path) -> None:
+    """LoRAs of one A come back as they were; others are joined at a higher rank that computes the same."""
+    base = saved(tmp_path / "base", "gpt_neox")
+    trained(tmp_path / "module", base, "gpt_neox")
+    architecture = describe_config(transformers.AutoConfig.from_pretrained(base))
+    checkpoint = resolve(read_checkpoint(tmp_path / "module"), architecture)
+    path = "gpt_neox.layers.0.attention.query_key_value"
+    assert to_raw(checkpoint, architecture).parts[path].A.shape == (4, 32)
+    query = checkpoint.modules[Site(0, "attn.query")]
+    changed = query.with_values({"A": query.tensors["A"].values.flip(0), "B": query.tensors["B"].values.flip(1)})
+    joined = to_raw(
+        type(checkpoint)(checkpoint.raw, {**checkpoint.modules, Site(0, "attn.query"): changed}), architecture
+    ).parts[path]  # fmt: skip
+    assert joined.A.shape == (8, 32)
+    before = checkpoint.raw.parts[path]
+    torch.testing.assert_close(joined.B @ joined.A, before.B @ before.A, atol=1e-5, rtol=1e-5)
+
+
+def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, text: Path) -> None:
+    llama, gpt2 = saved(tmp_path / "llama", "llama"), saved(tmp_path / "gpt2", "gpt2", 1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    )
+    tiny.randomise(adapted, 1, ("lora_",))
+    adapted.save_pretrained(tmp_path / "module")
+    peft_graft.transfer(
+        tmp_path / "module", student=gpt2, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "graft"
+    )
+    raw = read_checkpoint(tmp_path / "graft")
+    factors = raw.parts["transformer.h.0.attn.c_attn"]
+    assert factors.A.shape == (8, 32)
+    assert not factors.B[32:64].any(), "nothing was trained on the keys"
+    assert raw.config["fan_in_fan_out"] is True
+    assert raw.config["r"] == 8
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
+def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Path) -> None:
+    """A decoder's classification head moves, is fitted and polished; on its own model it is exact."""
+    base = saved(tmp_path / "base", family)
+    adapted = trained(tmp_path / "module", base, family, "SEQ_CLS")
+    same = peft_graft.transfer(tmp_path / "module", student=base, text=text, out=tmp_path / "same", max_tokens=1000)
+    assert same.report.verdict.level == "exact"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+    moved = PeftModel.from_pretrained(model, tmp_path / "same").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(moved(**batch()).logits, adapted(**batch()).logits, atol=1e-4, rtol=1e-4)
+    other = saved(tmp_path / "other", "qwen2", 3, hidden_size=24)
+    text.write_text("\n".join(tiny.sentences(1000)))  # of fewer, the fit learns what is not so
+    graft = peft_graft.transfer(
+        tmp_path / "module", student=other, text=text, method="prune-align", head="fit", polish=0, max_tokens=1000
+    )
+    assert graft.report.head.reads == "last.out"
+    assert graft.report.head.how == "fitted"
+    # How much better depends on what a random model's last token shows; that it was learned at all does not.
+    assert graft.report.verdict.measured.divergence < 1.5 * graft.report.verdict.moved.divergence
+    assert {"penalty", "divergence"} == graft.report.head.fit.keys()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_bare_models_come_whole_from_the_files_of_language_models(family: str, tmp_path: Path) -> None:
+    base = load_model(str(saved(tmp_path / "base", family)))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    inside = getattr(whole, base.architecture.prefix)
+    assert not base.missing
+    for name, value in inside.state_dict().items():
+        assert torch.equal(value, base.base.state_dict()[name]), name
+
+
+def test_a_file_without_the_models_weights_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", "llama")
+    file = folder / "model.safetensors"
+    save_file({f"other.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="most of the model's weights"):
+        load_model(str(folder))

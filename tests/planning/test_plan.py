@@ -1,0 +1,139 @@
+"""Layer maps, and what a plan checks before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from conftest import needs_adapters
+from peft_graft.alignment.methods import METHODS
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import resolve
+from peft_graft.errors import ModelError, PlanError
+from peft_graft.models.loading import describe_config, load_config
+from peft_graft.models.spaces import Site
+from peft_graft.planning.layers import layer_map
+from peft_graft.planning.plan import choose_method, plan_alignment, plan_transfer
+
+
+def test_skip_is_every_kth_layer() -> None:
+    assert layer_map("skip", 12, 6) == ((0,), (2,), (4,), (6,), (8,), (10,))
+    assert layer_map("skip", 12, 4) == ((0,), (3,), (6,), (9,))
+
+
+def test_avg_is_every_window_whole() -> None:
+    assert layer_map("avg", 12, 6) == tuple((2 * layer, 2 * layer + 1) for layer in range(6))
+
+
+@given(st.integers(1, 48), st.integers(1, 48))
+def test_windows_are_ordered_and_lose_no_layer(n: int, m: int) -> None:
+    windows, starts = layer_map("avg", n, m), layer_map("skip", n, m)
+    assert len(windows) == len(starts) == m
+    assert all(window[0] == start[0] for window, start in zip(windows, starts, strict=True))
+    flat = [layer for window in windows for layer in window]
+    assert flat == sorted(flat)
+    if n >= m:
+        assert flat == list(range(n))
+    else:
+        assert set(flat) == set(range(n))
+
+
+def test_an_explicit_map() -> None:
+    assert layer_map("0,2,3", 4, 3) == ((0,), (2,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("0,1", "3 numbers"), ("0,1,9", "expected 0 to 3, found 9"), ("middle", "skip, avg, or numbers")],
+)
+def test_bad_maps_say_what_is_expected(spec: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        layer_map(spec, 4, 3)
+
+
+@pytest.fixture
+def parts(world):
+    teacher = describe_config(load_config(str(world / "teacher")))
+    return resolve(read_checkpoint(world / "lora"), teacher), teacher
+
+
+def test_a_plan_names_sites_and_pairs_of_spaces(world, parts) -> None:
+    checkpoint, teacher = parts
+    student = describe_config(load_config(str(world / "narrow")))
+    plan = plan_transfer(checkpoint, teacher, student, method=METHODS["prune-align"])
+    assert [(site.student, site.teacher) for site in plan.sites] == [
+        (Site(0, "attn.query"), (Site(0, "attn.query"),)),
+        (Site(0, "attn.value"), (Site(0, "attn.value"),)),
+        (Site(1, "attn.query"), (Site(2, "attn.query"),)),
+        (Site(1, "attn.value"), (Site(2, "attn.value"),)),
+    ]
+    # query and value read one tensor, so three spaces a layer, and the head's
+    assert len(plan.pairs) == 2 * 3 + 1
+    assert set(plan.pairs.values()) == {(32, 24)}
+    assert plan.head
+    assert any("left out" in note for note in plan.notes)
+
+
+def test_layers_without_modules_are_no_sites(world, parts, tmp_path) -> None:
+    _, teacher = parts
+    tiny.peft_lora(tmp_path / "m", world / "teacher", layers_to_transform=[1, 3])
+    checkpoint = resolve(read_checkpoint(tmp_path / "m"), teacher)
+    assert checkpoint.layers == (1, 3)
+    shallow = describe_config(load_config(str(world / "shallow")))
+    with pytest.raises(PlanError, match="no student layer would receive a module.*layers 1, 3"):
+        plan_transfer(checkpoint, teacher, shallow, method=METHODS["copy"])
+    plan = plan_transfer(checkpoint, teacher, shallow, layers="avg", method=METHODS["copy"])
+    assert [site.teacher for site in plan.sites][::2] == [(Site(1, "attn.query"),), (Site(3, "attn.query"),)]
+
+
+@needs_adapters
+def test_a_site_without_counterpart_is_refused(world) -> None:
+    teacher = describe_config(load_config(str(world / "teacher")))
+    checkpoint = resolve(read_checkpoint(world / "pfeiffer"), teacher)
+    mpnet = describe_config(tiny.config("mpnet"))
+    with pytest.raises(PlanError, match=r"layer 0 ffn\.adapter: the student has no counterpart.*attn\.query"):
+        plan_transfer(checkpoint, teacher, mpnet, method=METHODS["prune-align"])
+
+
+def test_the_published_shortcut_needs_input_and_output_of_one_size(world, tmp_path) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", targets=["intermediate.dense"])
+    teacher = describe_config(load_config(str(world / "teacher")))
+    checkpoint = resolve(read_checkpoint(tmp_path / "m"), teacher)
+    with pytest.raises(PlanError, match="input, which here differ"):
+        plan_transfer(checkpoint, teacher, teacher, method=METHODS["prune-align-published"])
+
+
+def test_a_module_of_another_base_is_refused_by_shape(world) -> None:
+    other = describe_config(tiny.config("bert", hidden=40))
+    with pytest.raises(ModelError, match=r"layer 0 attn\.query: the teacher is not the base.*expected 40.*found 32"):
+        resolve(read_checkpoint(world / "lora"), other)
+    shallow = describe_config(load_config(str(world / "shallow")))
+    with pytest.raises(ModelError, match="layer 2 .*no such layer"):
+        resolve(read_checkpoint(world / "lora"), shallow)
+
+
+def test_the_default_method_depends_on_sizes_and_embeddings(world, parts) -> None:
+    checkpoint, teacher = parts
+    same = plan_transfer(checkpoint, teacher, teacher, method=METHODS["copy"])
+    assert choose_method(same, 0.97)[0].name == "copy"
+    assert choose_method(same, 0.02)[0].name == "prune-align"
+    assert choose_method(same, None)[0].name == "prune-align"
+    narrow = describe_config(load_config(str(world / "narrow")))
+    method, reason = choose_method(plan_transfer(checkpoint, teacher, narrow, method=METHODS["copy"]), 1.0)
+    assert method.name == "prune-align"
+    assert "32" in reason
+
+
+def test_aligning_covers_what_any_module_may_need(world, parts) -> None:
+    checkpoint, teacher = parts
+    narrow = describe_config(load_config(str(world / "narrow")))
+    for layers in ("skip", "avg"):
+        every = plan_alignment(teacher, narrow, layers=layers)
+        needed = plan_transfer(checkpoint, teacher, narrow, layers=layers, method=METHODS["prune-align"])
+        assert needed.pairs.items() <= every.items()
+    few = plan_alignment(teacher, narrow, roles=["attn.query"])
+    assert {pair[0].name for pair in few} == {"attn.in", "attn.query.out", "tokens.out", "first.out"}
+    with pytest.raises(PlanError, match=r"ffn\.gate: the models do not share this role"):
+        plan_alignment(teacher, narrow, roles=["ffn.gate"])

@@ -1,0 +1,65 @@
+"""Grafts, alignments and modules on the hub: pushed, and read back by name and revision."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hub import FakeHub
+
+_SCRIPT = """
+import json, sys
+from pathlib import Path
+import peft_graft
+from peft_graft import Alignment, Graft, GraftConfig
+
+world = Path(sys.argv[1])
+graft = peft_graft.transfer(world / "lora", world / "shallow", config=GraftConfig(method="copy"))
+graft.push_to_hub("me/graft")
+graft.push_to_hub("me/graft", revision="second")
+again = Graft.from_pretrained("me/graft")
+second = Graft.from_pretrained("me/graft", revision="second")
+same = all(
+    all((tensor.values == found.checkpoint.modules[site].tensors[name].values).all()
+        for name, tensor in module.tensors.items())
+    for found in (again, second) for site, module in graft.checkpoint.modules.items()
+)
+# A graft is an ordinary module: it moves on, from the hub, to yet another model.
+onward = peft_graft.transfer("me/graft", world / "teacher", config=GraftConfig(method="copy", revision="second"))
+try:
+    Graft.from_pretrained("me/nothing")
+    missing = None
+except peft_graft.GraftError as error:
+    missing = str(error)
+print(json.dumps({"same": bool(same), "labels": again.labels, "report": again.report.module,
+                  "onward": len(onward.checkpoint.modules), "missing": missing}))
+"""
+
+
+@pytest.fixture
+def hub():
+    server = FakeHub()
+    yield server
+    server.close()
+
+
+def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(world)], capture_output=True, text=True, check=False,
+        timeout=300,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+             "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["same"]
+    assert found["report"].endswith("lora")
+    assert found["onward"] == 8
+    assert "me/nothing" in found["missing"]
+    files = hub.files["me/graft"]["second"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "graft.json", "README.md"} <= files.keys()
+    assert b"library_name: peft" in files["README.md"]
