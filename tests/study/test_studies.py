@@ -19,11 +19,14 @@ from rich.console import Console
 
 import tiny
 from conftest import needs_adapters
+from peft_graft.alignment.methods import METHODS
 from peft_graft.config import GraftConfig
 from peft_graft.errors import StudyError
+from peft_graft.study.cells import StudentCell
 from peft_graft.study.command import PAPER, show_tables
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import Start, cells_of
+from peft_graft.study.results import read_results
 from peft_graft.study.runner import Here, estimate, run_study
 from peft_graft.study.spec import FRESH, Study, paper_study, read_study
 from peft_graft.study.tables import MEAN, grid_of, latex, markdown, result_tables, write_tables
@@ -33,6 +36,8 @@ pytestmark = pytest.mark.skipif(
     reason="the extra study is not installed",
 )
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 STUDY = """
 name = "tiny"
@@ -201,6 +206,84 @@ def test_the_papers_grids_run_on_local_stand_ins(name: str, world: Path, file: P
     }
 
 
+def test_a_rate_is_chosen_once_for_all_students_of_a_budget(file: Path) -> None:
+    changes = ["training.rates=[1e-3, 1e-2]", "training.epochs={ 16 = 3 }", "defaults.seeds=[0, 1]",
+               "defaults.budgets=[0, 16, 'all']", "defaults.languages=['en']"]  # fmt: skip
+    cells = cells_of(read_study(file, changes)).values()
+    rates = {cell.id: cell for cell in cells if cell.kind == "rate"}
+    assert {cell.names.budget for cell in rates.values()} == {16, "all"}
+    assert len(rates) == 2, "seeds and starts share them"
+    for cell in cells:
+        if isinstance(cell, StudentCell):
+            assert (cell.needs.rate in rates) == bool(cell.config.budget)
+            assert cell.config.training.epochs == (3 if cell.config.budget == 16 else 2)
+
+
+def test_a_fresh_module_is_polished_beside_a_graft(file: Path) -> None:
+    changes = ["grid.0.methods=['auto']", "defaults.polish=[6]", "grid.0.from_fresh=[false, true]",
+               "defaults.languages=['en']"]  # fmt: skip
+    cells = cells_of(read_study(file, changes))
+    kinds = [cell.kind for cell in cells.values()]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"teacher": 1, "graft": 1, "polish": 1, "student": 3}
+    (polish,) = [cell for cell in cells.values() if cell.kind == "polish"]
+    assert cells[str(polish.needs.teacher)].kind == "teacher"
+    students = {cell.names.start: cell for cell in cells.values() if isinstance(cell, StudentCell)}
+    assert students["polish from fresh, polish 6"].needs.graft == polish.id
+    assert students["polish from fresh, polish 6"].config.share == 0.1
+
+
+PLUGIN = """
+import torch
+from peft_graft.alignment.maps import Selection
+from peft_graft.alignment.methods import register_method
+
+@register_method("{name}", summary="student unit i is teacher unit i")
+def first_units(fit, held_out):
+    d_s, d_t = fit.cross.shape
+    return Selection(torch.arange(d_s).where(torch.arange(d_s) < d_t, -1), d_t), {{}}
+"""
+
+
+def test_grids_name_methods_of_plugins(file: Path) -> None:
+    (file.parent / "mine.py").write_text(PLUGIN.format(name="first-units"))
+    changes = ["plugins=['mine.py']", "grid.0.methods=['first-units', 'copy']", "defaults.languages=['en']"]
+    cells = cells_of(read_study(file, changes))
+    assert "first-units" in METHODS
+    assert {cell.names.method for cell in cells.values() if cell.kind == "alignment"} == {"first-units"}
+    (file.parent / "mine.py").write_text("# the same\n")
+    changed = cells_of(read_study(file, changes))
+    kept = set(cells) & set(changed)
+    assert not [name for name in kept if "first-units" in name], "a plugin's content is part of the ids that need it"
+    assert [name for name in kept if name.startswith("graft") and "copy" in name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "mine.py: the plugin cannot be read (No such file or directory)"),
+     ("1 / 0", "mine.py: the plugin fails when it is imported (ZeroDivisionError: division by zero)")],
+)  # fmt: skip
+def test_a_plugin_that_fails_says_why(file: Path, content: str | None, message: str) -> None:
+    if content:
+        (file.parent / "mine.py").write_text(content)
+    with pytest.raises(StudyError) as caught:
+        read_study(file, ["plugins=['mine.py']"])
+    assert message in str(caught.value)
+
+
+def test_the_benchmarks_are_studies() -> None:
+    quality = cells_of(read_study(BENCHMARKS / "quality.toml")).values()
+    assert {cell.names.start for cell in quality if isinstance(cell, StudentCell)} == {
+        FRESH, "default", "default, distilling", "default, polish 500", "polish from fresh", "copy/skip, head carry",
+        "prune-align/skip, head carry",
+    }  # fmt: skip
+    ablation = cells_of(read_study(BENCHMARKS / "ablation.toml"))
+    assert {cell.names.seed for cell in ablation.values() if cell.kind == "graft"} == {None}
+    starts = {cell.names.start for cell in ablation.values() if cell.kind == "student"} - {FRESH}
+    published = read_results(BENCHMARKS.parent / "docs" / "results" / "quality.jsonl")
+    shown = {record["names"]["start"] for record in published if record["study"] == "ablation"}
+    assert {start for start in shown if start.endswith(", head fit")} == starts
+
+
 def test_starts_are_named_by_what_is_not_as_usual() -> None:
     assert Start(GraftConfig()).name == "default"
     copied = GraftConfig(layers="avg", method="copy", head="drop", polish=0)
@@ -257,6 +340,35 @@ def test_polished_and_distilling_starts(file: Path, tmp_path: Path) -> None:
     grafts = [record for record in found.values() if record["kind"] == "graft"]
     assert len(grafts) == 1, "both learn from the same graft"
     assert grafts[0]["result"]["verdict"]["measured"]["answers"] > 0
+
+
+def test_chosen_rates_and_a_polished_fresh_module(file: Path, tmp_path: Path) -> None:
+    changes = ["grid.0.methods=['auto']", "defaults.polish=[6]", "grid.0.from_fresh=[true]", "defaults.languages=['en']",
+               "training.rates=[1e-5, 1e-2]", "training.teacher.epochs=2", "training.keep_best=false"]  # fmt: skip
+    study = read_study(file, changes)
+    outcome = run_study(study, tmp_path / "out", Here(tmp_path / "out"))
+    assert not outcome.failed
+    found = records(study, tmp_path / "out")
+    (rate,) = [record["result"] for record in found if record["kind"] == "rate"]
+    assert set(rate["scores"]) == {"1e-05", "0.01"}
+    assert rate["scores"][f"{rate['rate']:g}"] == max(rate["scores"].values())
+    used = {record["names"]["start"]: record["result"]["training"]["learning_rate"]
+            for record in found if record["kind"] == "student"}  # fmt: skip
+    assert used == {FRESH: rate["rate"], "polish from fresh, polish 6": pytest.approx(rate["rate"] / 10)}
+    (polish,) = [record["result"] for record in found if record["kind"] == "polish"]
+    assert polish["polish"]["settings"]["steps"] == 6
+    assert polish["verdict"]["measured"]["answers"] > 0
+
+
+@pytest.mark.parametrize("method", ["nothing", "prune-align-absolute", "prune-align-scaled", "ridge-half"])
+def test_candidates_of_the_ablation_run(method: str, file: Path, tmp_path: Path) -> None:
+    changes = [f"plugins=['{BENCHMARKS / 'candidates.py'}']", f"grid.0.methods=['{method}']", "grid.0.layers=['skip']",
+               "defaults.heads=['fit']", "defaults.budgets=[0]", "defaults.languages=['en']", "training.teacher.epochs=2"]  # fmt: skip
+    study = read_study(file, changes)
+    run_study(study, tmp_path / "out", Here(tmp_path / "out"), only="student-*head_fit*")
+    assert not [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "failures").iterdir()]
+    (graft,) = [record["result"] for record in records(study, tmp_path / "out") if record["kind"] == "graft"]
+    assert set(graft["tried"]) == {f"{method}, as moved", f"{method}, head fitted"}
 
 
 def test_a_failed_cell_says_why_and_the_rest_goes_on(file: Path, tmp_path: Path) -> None:
