@@ -199,11 +199,11 @@ class World:
         except GraftError as error:
             return f"refused: {error.message}"
         raw = read_checkpoint(out)
-        live = attach(out, raw, load_model(str(self.student), tokenizer=False))
+        attached = attach(raw, load_model(str(self.student), tokenizer=False))
         with torch.inference_mode():
             found = self._state(self._loaded(kind, out))
             # What candidates are judged and polished in computes what the library does.
-            same = live.forward(self.probe)[1]
+            same = attached.forward(self.probe)[1]
             torch.testing.assert_close(same, found[:, -same.shape[1] :] if found.ndim == 3 else found)
         expected = expected if self.stream is None else expected[..., self.stream]
         scale = expected.abs().max()

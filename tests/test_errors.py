@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from conftest import needs_adapters
 from peft_graft import errors
+from peft_graft.alignment.aligner import no_text
 from peft_graft.alignment.text import read_text
 from peft_graft.errors import (
     AlignmentError,
@@ -50,9 +51,10 @@ def move(world, tmp_path):
         try:
             return tiny.transfer(module, **settings, progress=lambda stage, *_: stages.append(stage))
         except GraftError as error:
-            if not stages and not isinstance(error, OutputError):
-                assert refused_by_inspect(module, settings) == str(error)
-            raise
+            refusal = error
+        if not stages and not isinstance(refusal, OutputError):
+            assert refused_by_inspect(module, settings) == str(refusal)
+        raise refusal
 
     yield run
     assert not list(tmp_path.glob(".*partial"))
@@ -66,8 +68,7 @@ def refused_by_inspect(module: object, settings: dict) -> str | None:
     except GraftError as error:
         return str(error)
     if asked["text"] is None and found.student.needs_text:
-        return str(TextError("prune-align aligns the two models on text, and none was given", where="--text",
-                             fix="name a text file or data set with --text, or a saved alignment with --alignment"))  # fmt: skip
+        return str(no_text("prune-align"))
     return found.student.problem
 
 
@@ -260,7 +261,8 @@ def test_a_slow_tokenizer(world) -> None:
     if slow.is_fast:
         pytest.skip("this version of transformers has no slow tokenizers")
     with pytest.raises(ModelError, match=r"slow tokenizer.*tokenizer\.json"):
-        tiny.transfer_live(world / "lora",
+        tiny.transfer_live(
+            world / "lora",
             *models,
             teacher_tokenizer=slow,
             student_tokenizer=slow,

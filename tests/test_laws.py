@@ -79,9 +79,7 @@ def test_a_permuted_student_with_adapterhub_modules(tmp_path, settings: str, hea
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    tiny.transfer(
-        tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt"
-    )
+    tiny.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt")
     moved = AutoAdapterModel.from_pretrained(tmp_path / "student").eval()
     moved.load_adapter(str(tmp_path / "graft"), set_active=True)
     batch = inputs(base)
@@ -157,9 +155,7 @@ def test_a_pooled_head_brings_its_pooler_where_the_students_differs(tmp_path) ->
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    tiny.transfer(
-        tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt"
-    )
+    tiny.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt")
     config = (tmp_path / "graft" / "adapter_config.json").read_text()
     assert '"pooler"' in config
     model = tiny.task_model(tmp_path / "student", "sequence-classification", ("no", "maybe", "yes"))

@@ -74,7 +74,8 @@ def test_a_permuted_minilm_computes_what_the_adapted_teacher_does(minilm, tmp_pa
             if "lora_B" in name:
                 parameter.mul_(0.1)
     teacher.save_pretrained(tmp_path / "module")
-    graft = tiny.transfer_live(tmp_path / "module",
+    graft = tiny.transfer_live(
+        tmp_path / "module",
         transformers.AutoModel.from_pretrained(minilm),
         transformers.AutoModel.from_pretrained(tmp_path / "student"),
         teacher_tokenizer=tokenizer,

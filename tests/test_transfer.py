@@ -159,9 +159,7 @@ def test_label_names_come_along(world, tmp_path) -> None:
 
 
 def test_a_dropped_head_leaves_an_untrained_one_that_peft_can_load(world, tmp_path) -> None:
-    graft = tiny.transfer(
-        world / "lora", student=world / "shallow", method="copy", head="drop", out=tmp_path / "g"
-    )
+    graft = tiny.transfer(world / "lora", student=world / "shallow", method="copy", head="drop", out=tmp_path / "g")
     assert graft.report.head is None
     assert any("untrained head stands in" in note for note in graft.report.notes)
     written = load_file(tmp_path / "g" / "adapter_model.safetensors")
@@ -239,7 +237,8 @@ def test_live_objects_give_the_same_graft(world) -> None:
     )
     models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
-    live = tiny.transfer_live(world / "lora",
+    live = tiny.transfer_live(
+        world / "lora",
         *models,
         teacher_tokenizer=tokenizers[0],
         student_tokenizer=tokenizers[1],

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from peft_graft._transfer import transfer
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.alignment.methods import register_method
-    from peft_graft.checkpoints.formats import register_format
+    from peft_graft.checkpoints.formats.base import register_format
     from peft_graft.config import AlignConfig, GraftConfig
     from peft_graft.errors import GraftError
     from peft_graft.graft import Graft
     from peft_graft.models.families import register_architecture
-    from peft_graft.modules import register_module
+    from peft_graft.modules.base import register_module
     from peft_graft.report import GraftReport
     from peft_graft.run import Callback
 
@@ -50,9 +50,9 @@ _HOME = {
     "align": "_align",
     "inspect": "_inspect",
     "register_architecture": "models.families",
-    "register_format": "checkpoints.formats",
+    "register_format": "checkpoints.formats.base",
     "register_method": "alignment.methods",
-    "register_module": "modules",
+    "register_module": "modules.base",
     "transfer": "_transfer",
 }
 

@@ -100,7 +100,8 @@ def inspect(
     """Look at a module, and plan its transfer to a student.
 
     Args:
-        adapter, student, teacher, text, alignment, config: as for ``transfer``; without text it stays open whether there will be.
+        adapter, student, teacher, text, alignment, config: as for ``transfer``. Without text it stays open whether
+            there will be any.
 
     Returns:
         The findings. A teacher that cannot be reached, or a student that cannot receive the module, is reported as a

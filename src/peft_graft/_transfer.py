@@ -170,9 +170,7 @@ def _moved(
     return outcome, polished, aligner, notes
 
 
-def _report(
-    plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner: Aligner, run: Run
-) -> GraftReport:
+def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner: Aligner, run: Run) -> GraftReport:
     """The report, but for what only the caller knows."""
     chosen, raw = outcome.candidate, plan.module.raw
     compared = len(plan.methods) > 1 and outcome.verdict.measured is not None

@@ -108,45 +108,53 @@ class PairConfig(_Config):
     """What every verb that runs a teacher and a student asks for."""
 
     layers: Annotated[str, Option(_WHAT)] = Field(
-        "skip",
+        default="skip",
         description="skip (every k-th layer), avg (the mean of every window), or one teacher layer for each student "
         "layer: 0,2,4. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
     )
     columns: Annotated[tuple[str, ...] | None, Option(_HOW)] = Field(
-        None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
+        default=None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
     )
     max_tokens: Annotated[int, Option(_HOW)] = Field(
-        MAX_TOKENS, ge=1, description="Paired tokens that the alignment sees at most."
+        default=MAX_TOKENS, ge=1, description="Paired tokens that the alignment sees at most."
     )
-    seed: Annotated[int, Option(_HOW)] = Field(0, description="Of the order in which text is sampled, and of training.")
-    device: Annotated[str, Option(_WHERE)] = Field("cpu", description="Torch device of the forward passes.")
+    seed: Annotated[int, Option(_HOW)] = Field(
+        default=0, description="Of the order in which text is sampled, and of training."
+    )
+    device: Annotated[str, Option(_WHERE)] = Field(default="cpu", description="Torch device of the forward passes.")
     student_device: Annotated[str | None, Option(_WHERE)] = Field(
-        None, description="The student's device, if it differs."
+        default=None, description="The student's device, if it differs."
     )
     device_map: Annotated[str | dict[str, Any] | None, Option(_WHERE)] = Field(
-        None,
+        default=None,
         description="auto spreads the layers of both models over what is there (accelerate), in place of --device.",
     )
-    dtype: Annotated[Dtype, Option(_WHERE)] = Field("float32", description="Of the forward passes.")
+    dtype: Annotated[Dtype, Option(_WHERE)] = Field(default="float32", description="Of the forward passes.")
     quantization_config: Annotated[dict[str, Any] | None, Option(_WHERE)] = Field(
-        None,
+        default=None,
         description="Load both models quantised: transformers' quantization_config as JSON, such as "
         '{"load_in_4bit": true}.',
     )
-    teacher_revision: Annotated[str | None, Option(_LOADING)] = Field(None, description="Hub revision of the teacher.")
-    student_revision: Annotated[str | None, Option(_LOADING)] = Field(None, description="Hub revision of the student.")
+    teacher_revision: Annotated[str | None, Option(_LOADING)] = Field(
+        default=None, description="Hub revision of the teacher."
+    )
+    student_revision: Annotated[str | None, Option(_LOADING)] = Field(
+        default=None, description="Hub revision of the student."
+    )
     token: Annotated[str | None, Option(_LOADING, decides=False)] = Field(
-        None, description="Hub token, for private repositories.", repr=False
+        default=None, description="Hub token, for private repositories.", repr=False
     )
     trust_remote_code: Annotated[bool, Option(_LOADING)] = Field(
-        False, description="Run model code that comes with a repository."
+        default=False, description="Run model code that comes with a repository."
     )
     cache: Annotated[bool | None, Option(_OUTPUT, decides=False)] = Field(
-        None,
+        default=None,
         description="Keep alignments for later modules of the same models and text, and use kept ones, in the cache of "
         "huggingface_hub or where PEFT_GRAFT_CACHE says; on by default where that is set.",
     )
-    force: Annotated[bool, Option(_OUTPUT, decides=False)] = Field(False, description="Replace --out if it exists.")
+    force: Annotated[bool, Option(_OUTPUT, decides=False)] = Field(
+        default=False, description="Replace --out if it exists."
+    )
 
 
 class GraftConfig(PairConfig):
@@ -161,29 +169,29 @@ class GraftConfig(PairConfig):
     """
 
     method: Annotated[str, Option(_HOW)] = Field(
-        AUTO, description="auto takes whichever graft agrees best with the teacher."
+        default=AUTO, description="auto takes whichever graft agrees best with the teacher."
     )
     head: Annotated[HeadChoice, Option(_WHAT)] = Field(
-        "auto",
+        default="auto",
         description="The classification head saved with the module: carry it through the maps, fit it to the teacher's "
         "predictions on the text, drop it, or auto: carry or fit, whichever agrees better with the teacher.",
     )
     polish: Annotated[int | Literal["auto"], Option(_HOW)] = Field(
-        "auto",
+        default="auto",
         description=f"Steps of label-free training on the teacher's predictions; auto is {POLISH_STEPS} if there is "
         "text and no --method, else 0. An interrupted polish goes on when the same command is run again.",
     )
     sites: Annotated[tuple[str, ...] | None, Option(_WHAT)] = Field(
-        None,
+        default=None,
         description="Modules to move, by role (attn.value,ffn.*), layer (0/*) or head (attn.value@0+3); all by "
         "default.",
     )
     library: Annotated[Library | None, Option(_WHAT)] = Field(
-        None, description="Write a LoRA for peft or for adapters; for the module's own library by default."
+        default=None, description="Write a LoRA for peft or for adapters; for the module's own library by default."
     )
-    revision: Annotated[str | None, Option(_LOADING)] = Field(None, description="Hub revision of the module.")
+    revision: Annotated[str | None, Option(_LOADING)] = Field(default=None, description="Hub revision of the module.")
     subfolder: Annotated[str | None, Option(_LOADING)] = Field(
-        None, description="Folder of the module in its repository."
+        default=None, description="Folder of the module in its repository."
     )
 
     @model_validator(mode="after")
@@ -210,15 +218,15 @@ class AlignConfig(PairConfig):
         ray: run the pass on Ray, by a cluster's address or ``local``, in ``shards`` parts, one for each CPU by default.
     """
 
-    method: Annotated[str, Option(_HOW)] = Field("prune-align", description="The method whose maps to find.")
+    method: Annotated[str, Option(_HOW)] = Field(default="prune-align", description="The method whose maps to find.")
     sites: Annotated[tuple[str, ...] | None, Option(_WHAT)] = Field(
-        None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default."
+        default=None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default."
     )
     ray: Annotated[str | None, Option(_WHERE, decides=False)] = Field(
-        None, description="Run on Ray: local for this machine, or a cluster's address."
+        default=None, description="Run on Ray: local for this machine, or a cluster's address."
     )
     shards: Annotated[int | None, Option(_WHERE, decides=False)] = Field(
-        None, description="Parts of the text on Ray; one for each CPU by default."
+        default=None, description="Parts of the text on Ray; one for each CPU by default."
     )
 
     @model_validator(mode="after")
@@ -231,12 +239,12 @@ class StudyConfig(_Config):
     """How ``study`` runs the cells of a study file."""
 
     ray: Annotated[str | None, Option(_WHERE)] = Field(
-        None, description="Run on Ray: local for this machine, or a cluster's address."
+        default=None, description="Run on Ray: local for this machine, or a cluster's address."
     )
-    cpus: Annotated[float, Option(_WHERE)] = Field(1, description="CPUs that one cell takes on Ray.")
-    gpus: Annotated[float, Option(_WHERE)] = Field(0, description="GPUs that one cell takes on Ray.")
+    cpus: Annotated[float, Option(_WHERE)] = Field(default=1, description="CPUs that one cell takes on Ray.")
+    gpus: Annotated[float, Option(_WHERE)] = Field(default=0, description="GPUs that one cell takes on Ray.")
     only: Annotated[str | None, Option(_WHAT)] = Field(
-        None, description="Only cells whose id matches this pattern, and what they need."
+        default=None, description="Only cells whose id matches this pattern, and what they need."
     )
     export: Annotated[str | None, Option(_OUTPUT, decides=False)] = Field(
         None, description="Add the results of the finished cells to this file, a line of JSON each."

@@ -94,7 +94,7 @@ def test_a_module_runs_here_as_in_its_library(world, tmp_path, settings: str) ->
     """What candidates are judged by: every weight of the base model arrives, those with several names too."""
     adapted = tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
     raw = read_checkpoint(tmp_path / "m")
-    live = attach(tmp_path / "m", raw, load_model(str(world / "teacher")), tuple(raw.labels or ()))
+    attached = attach(raw, load_model(str(world / "teacher")), tuple(raw.labels or ()))
     ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(live.forward({"input_ids": ids})[0], adapted(input_ids=ids).logits)
+        torch.testing.assert_close(attached.forward({"input_ids": ids})[0], adapted(input_ids=ids).logits)

@@ -12,7 +12,7 @@ import transformers
 import peft_graft
 import tiny
 from peft_graft.checkpoints.read import read_checkpoint
-from peft_graft.models.loading import Loading, load_model
+from peft_graft.models.loading import Loading, load_model, wrap_model
 from peft_graft.models.task_models import with_task_head
 from peft_graft.models.tasks import Task
 
@@ -115,8 +115,8 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
 
     models = [placed(role) for role in ("teacher", "student")]
     assert all(model.layers[0].mlp.up_proj.weight.is_meta for model in models)
-    plain = handle(transformers.AutoModel.from_pretrained(shelf / "student")).base_tensors()
-    stored = handle(models[1]).base_tensors()
+    plain = wrap_model(transformers.AutoModel.from_pretrained(shelf / "student")).base_tensors()
+    stored = wrap_model(models[1]).base_tensors()
     assert stored.keys() == plain.keys()
     assert all(torch.equal(stored[name], value) for name, value in plain.items())
     expected = moved([transformers.AutoModel.from_pretrained(shelf / role) for role in ("teacher", "student")])

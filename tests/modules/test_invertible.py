@@ -70,10 +70,10 @@ def test_to_a_shallower_student_with_the_same_embeddings(language, world, tmp_pa
 
 
 def test_it_runs_here_as_in_its_library(language, world) -> None:
-    live = attach(language, read_checkpoint(language), load_model(str(world / "teacher")))
+    attached = attach(read_checkpoint(language), load_model(str(world / "teacher")))
     ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(live.forward({"input_ids": ids})[1], hidden(world / "teacher", language))
+        torch.testing.assert_close(attached.forward({"input_ids": ids})[1], hidden(world / "teacher", language))
 
 
 def test_elsewhere_it_is_refused_and_the_rest_moves(language, world, tmp_path) -> None:

@@ -53,7 +53,6 @@ class Alignment:
             )
         return self.maps[pair]
 
-
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the alignment to a folder: ``alignment.json``, and its maps as ``alignment.safetensors``.
 

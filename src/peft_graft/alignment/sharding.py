@@ -26,7 +26,8 @@ from peft_graft.alignment.text import read_text
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.config import AlignConfig
 from peft_graft.errors import DependencyError, GraftError, PlanError
-from peft_graft.models.loading import ModelPair, load_pair
+from peft_graft.models.loading import ModelPair
+from peft_graft.models.pair import load_pair
 from peft_graft.run import Run
 
 

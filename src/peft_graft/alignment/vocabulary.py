@@ -14,7 +14,8 @@ import torch
 
 from peft_graft.alignment.maps import Selection
 from peft_graft.errors import PairingError, PlanError
-from peft_graft.models.spaces import VOCABULARY
+from peft_graft.models.loading import ModelPair, embedding_similarity
+from peft_graft.models.spaces import VOCABULARY, Space
 from peft_graft.modules.base import Module
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 #: How a token of several letters says that it begins a word, or that it goes on with one.
 _BYTE_LEVEL, _SENTENCEPIECE, _WORDPIECE = "Ġ", "▁", "##"
 _SHOWN = 8
+#: Mean cosine of word embeddings from which on vocabularies are taken for the same one.
+_SAME = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,22 @@ class Vocabularies:
     size: int
     same: bool = False
     _selections: dict[int, Selection] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, models: ModelPair, trained_with: PreTrainedTokenizerBase | None = None) -> Vocabularies:
+        """The vocabularies of two models.
+
+        Args:
+            trained_with: the tokenizer that was saved with the module, where tokens were added for it.
+        """
+        student = models.student
+        similarity = embedding_similarity(models.teacher.base, student.base)
+        return cls(
+            trained_with or models.teacher.tokenizer,
+            student.tokenizer,
+            student.architecture.sizes.get(Space(-1, VOCABULARY), 0),
+            same=similarity is not None and similarity > _SAME,
+        )
 
     def map_for(self, module: Module) -> Selection:
         """The map of a module's vocabulary axis; its errors are those of ``selection``."""

@@ -1,9 +1,9 @@
-"""Models with a module inside, loaded by the library that the module is for: to be run, verified or trained further."""
+"""Models with a module inside, put there by the library that the module is for: to be run, trained and read back."""
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
-import importlib.util
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,23 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_graft.checkpoints.formats.adapters.format import written_tensors
-from peft_graft.checkpoints.formats.base import write_checkpoint
-from peft_graft.checkpoints.formats.peft.format import weights_file
+from peft_graft.checkpoints.formats.adapters.format import AdaptersFormat
+from peft_graft.checkpoints.formats.base import format_of, write_checkpoint
+from peft_graft.checkpoints.formats.peft.format import CONFIG
+from peft_graft.checkpoints.formats.peft.prompts import KEY as PROMPT_KEY
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import read_checkpoint
-from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.config import Library
 from peft_graft.errors import DependencyError, VerificationError
-from peft_graft.files import read_tensors
+from peft_graft.files import read_json
 from peft_graft.models.devices import device_of, is_quantised, trainable_attention
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.models.tasks import Task
 
+#: The adapter's name inside a ``PeftModel``.
+_NAME = "default"
+
 
 def library_version(library: str) -> str | None:
-    """Its version, None where it is not installed."""
+    """A library's version, None where it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -40,47 +44,56 @@ def library_version(library: str) -> str | None:
 
 
 @dataclass
-class LiveModule:
-    """A task model with a checkpoint loaded into it, a copy of its own.
+class AttachedModel:
+    """A task model with a module inside, a copy of its own.
+
+    The copy shares the values of the base model's matrices, which nothing here changes, unless those are float16, in
+    which nothing can be trained: then it is float32. What is trained is float32 in any case.
 
     Attributes:
-        model: takes what ``activations.pad`` gives, has ``logits`` where the checkpoint's task has a head.
-        raw: what was loaded. name: the module's name in its library.
-        written, loaded: the checkpoint's tensors by key, as in its file and as in the model.
-        bf16: forward passes in mixed precision; what is trained is float32 in any case.
+        model: a ``PeftModel`` or a model of ``adapters``. It takes what ``activations.pad`` gives and has ``logits``
+            where the checkpoint's task has a head.
+        checkpoint: what was put in last; ``raw`` has the values of now.
+        names: what a checkpoint for this model says of it. config: the configuration as its file has it.
+        name: the module's name in its library.
+        bf16: forward passes in mixed precision.
         own_biases: of layers whose bias the module replaces, by path, what it is without the module.
     """
 
     model: Any
-    raw: RawCheckpoint
-    name: str
-    written: Mapping[str, Tensor]
-    loaded: Mapping[str, Tensor]
+    checkpoint: RawCheckpoint
+    names: StudentNames
+    config: Mapping[str, Any] = field(repr=False)
+    name: str = _NAME
     bf16: bool = False
     own_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> Any:
         """The base model with the module inside."""
-        inside = self._tuned if self.raw.library == Library.PEFT else self.model
+        inside = self._tuned if self._is_peft else self.model
         return getattr(inside, prefix_of(inside), inside)
 
     @property
     def is_active(self) -> bool:
-        """Whether the checkpoint as it was loaded changes anything: LoRA's B, or an up projection, is not zero."""
-        return self.raw.is_active
+        """Whether the checkpoint that was put in changes anything."""
+        return self.checkpoint.is_active
 
     @property
     def virtual_tokens(self) -> int:
         """How many vectors stand before the text in what the model gives back."""
-        if not self.raw.virtual_tokens or self._tuned.config.is_encoder_decoder:  # whose decoder sees none of them
-            return 0
-        return self.raw.virtual_tokens
+        # Of an encoder-decoder the decoder sees none of them.
+        before = self.checkpoint.virtual_tokens
+        return 0 if before and self._tuned.config.is_encoder_decoder else before
+
+    @property
+    def _is_peft(self) -> bool:
+        return self.checkpoint.library == Library.PEFT
 
     @property
     def _tuned(self) -> Any:
         """The task model that the module is in."""
-        return self.model.base_model if self.raw.is_virtual else self.model.base_model.model
+        return self.model.base_model if self.checkpoint.is_virtual else self.model.base_model.model
 
     @cached_property
     def device(self) -> torch.device:
@@ -90,13 +103,13 @@ class LiveModule:
     @contextmanager
     def _without(self) -> Iterator[Any]:
         """The model with the module switched off."""
-        if self.raw.library == Library.ADAPTERS:
+        if not self._is_peft:
             self.model.set_active_adapters(None)
             try:
                 yield self.model
             finally:
                 self.model.set_active_adapters(self.name)
-        elif self.raw.is_virtual:  # peft cannot switch these off in models that do not generate
+        elif self.checkpoint.is_virtual:  # peft cannot switch these off in models that do not generate
             yield self.model.base_model
         else:
             with _quiet(), self.model.disable_adapter(), self._with_own_biases():
@@ -116,7 +129,11 @@ class LiveModule:
                 layer.bias.data = trained[path]
 
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
-        """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch."""
+        """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch.
+
+        Args:
+            module: whether the module is switched on.
+        """
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         attention = trainable_attention(self.device, bf16=self.bf16)
         with nullcontext(self.model) if module else self._without() as model, mixed, attention:
@@ -127,11 +144,11 @@ class LiveModule:
 
     def module_at(self, path: str) -> nn.Module:
         """The part of the model that one of the checkpoint's modules acts in, or is; it reads the same input."""
-        if self.raw.library == Library.PEFT:
+        if self._is_peft:
             found = self._tuned.get_submodule(path)
         else:
-            own = self.raw.parts[path].is_own_module
-            found = self.model.get_submodule(f"{path}.{self.raw.name}" if own else path)
+            own = self.checkpoint.parts[path].is_own_module
+            found = self.model.get_submodule(f"{path}.{self.checkpoint.name}" if own else path)
         assert isinstance(found, nn.Module)
         return found
 
@@ -139,82 +156,132 @@ class LiveModule:
         """The parameters of module and head, by name."""
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
-    def checkpoint(self) -> RawCheckpoint:
-        """The checkpoint with the values that the model has now."""
-        with tempfile.TemporaryDirectory() as folder, _quiet():
-            if self.raw.library == Library.PEFT:
-                self.model.save_pretrained(folder, save_embedding_layers=False)
-            else:
-                self.model.save_adapter(folder, self.name, with_head=bool(self.raw.head))
-            found = read_checkpoint(Path(folder))
+    def tensors(self) -> dict[str, Tensor]:
+        """What the model holds of the checkpoint, by the keys of its file; views of the model's own values."""
+        if self._is_peft:
+            from peft import get_peft_model_state_dict
+
+            found: dict[str, Tensor] = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            return found
+        keys = _adapters_format().tensors_in_model(self.checkpoint, self.names)
+        return {key: value for key, value in self.model.state_dict().items() if key in keys}
+
+    def takes(self, raw: RawCheckpoint) -> bool:
+        """Whether ``load`` can put these values in: the same parts of the same shapes."""
+
+        def shapes(of: RawCheckpoint) -> dict[Any, Any]:
+            parts = {(path, name): value for path, part in of.parts.items() for name, value in part.tensors.items()}
+            return {key: value.shape for key, value in (parts | dict(of.head)).items()}
+
+        same = all(part.has_form_of(raw.parts[path]) for path, part in self.checkpoint.parts.items()
+                   if path in raw.parts)  # fmt: skip
+        return same and shapes(raw) == shapes(self.checkpoint)
+
+    def load(self, raw: RawCheckpoint) -> None:
+        """Put other values into the model, in place and in memory.
+
+        Args:
+            raw: parts and shapes as those of ``checkpoint`` (``takes``).
+
+        Raises:
+            VerificationError: the library found keys missing or unexpected.
+        """
+        if self._is_peft:
+            _fill_peft(self.model, raw, format_of(raw.library).build(raw, self.names)[1])
+        else:
+            missing = self.model.load_state_dict(_adapters_format().tensors_in_model(raw, self.names), strict=False)
+            _check_keys([], missing.unexpected_keys, raw)
+        self.checkpoint = raw
+
+    def raw(self) -> RawCheckpoint:
+        """The checkpoint with the values that the model has now, on the CPU."""
+        if self._is_peft:
+            with _quiet():
+                found = format_of(Library.PEFT).parse(self.config, self.tensors(), where="the model in memory")
+        else:
+            with tempfile.TemporaryDirectory() as folder, _quiet():  # what it has no other way to say
+                self.model.save_adapter(folder, self.name, with_head=bool(self.checkpoint.head))
+                found = read_checkpoint(Path(folder))
         parts = {
-            path: part.with_tensors(
-                {name: found.parts[path].tensors[name].to(value.dtype) for name, value in part.tensors.items()}
-            )
-            for path, part in self.raw.parts.items()
-        }
-        return replace(self.raw, parts=parts, head={key: found.head[key] for key in self.raw.head})
+            path: part.with_tensors({
+                name: _own(found.parts[path].tensors[name], value.dtype) for name, value in part.tensors.items()
+            })
+            for path, part in self.checkpoint.parts.items()
+        }  # fmt: skip
+        head = {key: _own(found.head[key], found.head[key].dtype) for key in self.checkpoint.head}
+        return replace(self.checkpoint, parts=parts, head=head)
 
 
 def attach(
-    folder: Path,
     raw: RawCheckpoint,
     handle: ModelHandle,
     labels: tuple[str, ...] = (),
     *,
     trainable: bool = False,
     bf16: bool = False,
-) -> LiveModule:
-    """Load a written checkpoint into a copy of its model, where that is, with the checkpoint's own library.
+) -> AttachedModel:
+    """Put a checkpoint into a copy of its model, where that is, with the checkpoint's own library.
 
-    The copy shares the model's matrices unless those are float16, in which nothing can be trained: then it is float32.
-    What is trained is float32 in any case.
+    For peft all of it happens in memory: no file is read or written.
 
     Args:
-        folder: the checkpoint. raw: what is in it. handle: its base model, not touched. labels: names of its classes.
+        raw: the checkpoint. handle: its base model, not touched. labels: names of its classes.
         trainable: whether module and head shall require gradients. bf16: compute in bfloat16 also where the weights
             are float32.
+
+    Raises:
+        VerificationError: the library does not take it, or found keys missing or unexpected.
+        DependencyError: the library is not installed.
+    """
+    _check_installed(raw, handle.name)
+    names = written_names(handle, raw.task)
+    with _quiet():
+        if raw.library == Library.PEFT:
+            attached = _attach_peft(raw, names, handle, labels, trainable=trainable)
+        else:
+            with tempfile.TemporaryDirectory() as folder:  # it loads from folders only
+                write_checkpoint(Path(folder), raw, names)
+                attached = _load_adapters(Path(folder), raw, names, handle, labels, trainable=trainable)
+    return _ready(attached, bf16=bf16)
+
+
+def attach_written(
+    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...] = ()
+) -> AttachedModel:
+    """The same from a written checkpoint, loaded by its library as its users will load it.
+
+    Args:
+        folder: the checkpoint. raw: what is in it. handle, labels: see ``attach``.
 
     Raises:
         VerificationError: the library cannot load it, or found keys missing or unexpected.
         DependencyError: the library is not installed.
     """
+    _check_installed(raw, str(folder))
+    load = _load_peft if raw.library == Library.PEFT else _load_adapters
+    with _quiet():
+        return _ready(load(folder, raw, written_names(handle, raw.task), handle, labels), bf16=False)
+
+
+def _check_installed(raw: RawCheckpoint, where: str) -> None:
     if library_version(raw.library) is None:
         raise DependencyError(
             f"{raw.library} is not installed, so the module cannot be run",
-            where=str(folder),
+            where=where,
             fix="pip install 'peft-graft[adapters]'",
         )
-    with _quiet():
-        load = _attach_peft if raw.library == Library.PEFT else _attach_adapterhub
-        live = load(folder, raw, handle, labels, trainable)
-    live.model.eval()
-    live.bf16 = bf16 or is_quantised(live.base) or live.base.dtype != torch.float32
-    for value in live.trainable().values():
+
+
+def _ready(attached: AttachedModel, *, bf16: bool) -> AttachedModel:
+    attached.model.eval()
+    attached.bf16 = bf16 or is_quantised(attached.base) or attached.base.dtype != torch.float32
+    for value in attached.trainable().values():
         value.data = value.data.float()
-    return live
+    return attached
 
 
-def attach_raw(
-    raw: RawCheckpoint,
-    names: StudentNames,
-    handle: ModelHandle,
-    labels: tuple[str, ...] = (),
-    *,
-    trainable: bool = False,
-    bf16: bool = False,
-) -> LiveModule:
-    """The same for a checkpoint that has not been written yet; ``names`` is what a written one says of the model."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), raw, names)
-        return attach(Path(folder), raw, handle, labels, trainable=trainable, bf16=bf16)
-
-
-def _attach_peft(
-    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
-) -> LiveModule:
-    from peft import PeftModel, get_peft_model_state_dict
-
+def _task_model(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...]) -> tuple[Any, dict[str, Tensor]]:
+    """The model that a peft checkpoint is put into, as large as its vocabulary, and biases that it replaces."""
     model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
     own = {
         path: model.get_submodule(path).bias.detach().clone() for path, part in raw.parts.items() if part.replaces_bias
@@ -222,27 +289,90 @@ def _attach_peft(
     needed = raw.vocabulary_size
     if needed and needed > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
         model.resize_token_embeddings(needed, mean_resizing=False)
+    return model, own
+
+
+def _attach_peft(
+    raw: RawCheckpoint, names: StudentNames, handle: ModelHandle, labels: tuple[str, ...], *, trainable: bool
+) -> AttachedModel:
+    """What ``PeftModel.from_pretrained`` does, without files."""
+    import peft
+
+    model, own = _task_model(raw, handle, labels)
+    settings, tensors = format_of(raw.library).build(raw, names)
+    known = list(model.parameters())
+    prompts = raw.is_virtual  # peft takes these for inference only, and they train nevertheless
     try:
-        prompts = raw.is_virtual  # peft loads these for inference only, and they train nevertheless
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable and not prompts)
-        if trainable and prompts:
-            for name, parameter in adapted.named_parameters():
-                parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
+        config = peft.PeftConfig.from_peft_type(**copy.deepcopy(settings))
+        config.inference_mode = not trainable or prompts
+        wrapper = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+        adapted = wrapper(model, config, _NAME)
+        _give_memory(adapted, known, handle.device)
+        _fill_peft(adapted, raw, tensors)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=handle.name) from error
+    if trainable and prompts:
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
+    return AttachedModel(adapted, raw, names, settings, own_biases=own)
+
+
+def _give_memory(adapted: Any, known: list[nn.Parameter], device: torch.device) -> None:
+    """Give memory to what peft put beside weights that are offloaded, and so, like them, has none."""
+    before = {id(value) for value in known}
+    for module in adapted.modules():
+        new = {leaf: value for leaf, value in module.named_parameters(recurse=False)
+               if value.is_meta and id(value) not in before}  # fmt: skip
+        if new and hasattr(module, "_hf_hook"):  # a trained copy of an offloaded layer is not fetched
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(module)
+        for leaf, value in new.items():
+            filled = torch.empty(value.shape, dtype=value.dtype, device=device)
+            module.register_parameter(leaf, nn.Parameter(filled, requires_grad=value.requires_grad))
+
+
+def _fill_peft(adapted: Any, raw: RawCheckpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Set the values of a module in place; ``tensors`` by their keys in the file."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    found = set_peft_model_state_dict(adapted, dict(tensors), _NAME)
+    # peft calls all of the base model missing, and a prompt, which it sets after all, unexpected.
+    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _check_keys(sorted(held.keys() - tensors.keys()), [key for key in found.unexpected_keys if key != PROMPT_KEY], raw)
+
+
+def _check_keys(missing: list[str], unexpected: list[str], raw: RawCheckpoint) -> None:
+    if missing or unexpected:
+        raise VerificationError(
+            "keys are missing or unexpected on loading",
+            where=raw.name,
+            found=f"missing {missing[:3]}, unexpected {unexpected[:3]}",
+        )
+
+
+def _load_peft(
+    folder: Path, raw: RawCheckpoint, names: StudentNames, handle: ModelHandle, labels: tuple[str, ...]
+) -> AttachedModel:
+    from peft import PeftModel
+
+    model, own = _task_model(raw, handle, labels)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, TypeError) as error:
         raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=str(folder)) from error
-    return LiveModule(
-        adapted,
-        raw,
-        "default",
-        read_tensors(weights_file(folder)),
-        get_peft_model_state_dict(adapted, save_embedding_layers=False),
-        own_biases=own,
-    )
+    return AttachedModel(adapted, raw, names, read_json(folder / CONFIG), own_biases=own)
 
 
-def _attach_adapterhub(
-    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], trainable: bool
-) -> LiveModule:
+def _load_adapters(
+    folder: Path,
+    raw: RawCheckpoint,
+    names: StudentNames,
+    handle: ModelHandle,
+    labels: tuple[str, ...],
+    *,
+    trainable: bool = False,
+) -> AttachedModel:
     import adapters
     from transformers.modeling_utils import no_init_weights
 
@@ -283,9 +413,7 @@ def _attach_adapterhub(
         )
     if trainable:
         model.train_adapter(name)
-    written = written_tensors(folder, raw)
-    state = model.state_dict()
-    return LiveModule(model, raw, name, written, {key: value for key, value in state.items() if key in written})
+    return AttachedModel(model, raw, names, raw.config, name)
 
 
 def _last_state(output: Any) -> Tensor:
@@ -298,6 +426,16 @@ def _last_state(output: Any) -> Tensor:
         state = (output.get("decoder_hidden_states") or output.hidden_states)[-1]
     assert isinstance(state, Tensor)
     return state
+
+
+def _adapters_format() -> AdaptersFormat:
+    found = format_of(Library.ADAPTERS)
+    assert isinstance(found, AdaptersFormat)
+    return found
+
+
+def _own(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to("cpu", dtype, copy=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +26,7 @@ from peft_graft.modules.base import Part
 from peft_graft.modules.lora import LoraPart
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig
 
 #: Share of the squared singular values of every layer's update that the LoRA keeps.
@@ -32,38 +34,32 @@ ENERGY = 1 - 1e-6
 _START = "base_model.model."
 
 
-def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
+def as_lora(raw: RawCheckpoint, teacher: ModelHandle, source: Path | PeftModel) -> RawCheckpoint:
     """The LoRA that changes the teacher's weights as a module of another kind does.
 
     peft's own ``convert_to_lora`` where the kind supports it; otherwise the difference that merging the module makes to
     every weight, by truncated singular value decomposition. Ranks differ by layer: the smallest that keep ``ENERGY``.
 
     Args:
-        folder: the checkpoint. raw: as read, of kind ``weights``. teacher: not touched.
+        raw: as read, of kind ``weights``. teacher: not touched.
+        source: the folder of the checkpoint, or the live model that it was taken from, which is not touched.
 
     Raises:
         CheckpointError: peft cannot load the module, or its change of weights cannot be had.
     """
     import peft
 
-    heads = _heads(folder, raw)
-    rows = list(heads.values())[-1].shape[0] if heads else None
-    model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
-    if not is_quantised(teacher.base):
-        model = model.float()
-    kind = raw.config["peft_type"]
+    kind, heads = raw.config["peft_type"], _heads(raw, source)
+    where = str(source) if isinstance(source, Path) else "the live model"
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
-        try:
-            adapted = peft.PeftModel.from_pretrained(model, folder)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=str(folder)) from error
+        adapted = _loaded(source, raw, teacher, heads) if isinstance(source, Path) else copy.deepcopy(source)
         if adapted.supports_lora_conversion():
             config, tensors = peft.convert_to_lora(adapted, ENERGY)
             options = {"r": config.r, "lora_alpha": config.lora_alpha, "rank_pattern": config.rank_pattern,
                        "alpha_pattern": config.alpha_pattern}  # fmt: skip
         else:
-            options, tensors = _by_merging(adapted, kind, folder)
+            options, tensors = _by_merging(adapted, kind, where)
     lora = peft.LoraConfig(
         task_type=raw.config.get("task_type"),
         base_model_name_or_path=raw.base_model,
@@ -72,16 +68,31 @@ def as_lora(folder: Path, raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckp
         **options,
     )
     written = {**config_dict(lora), "auto_mapping": raw.config.get("auto_mapping")}
-    found = format_of(Library.PEFT).parse(written, tensors | heads, where=str(folder))
+    found = format_of(Library.PEFT).parse(written, tensors | heads, where=where)
     return replace(found, labels=raw.labels, files=raw.files)
 
 
-def stand_in(folder: Path, raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
+def _loaded(folder: Path, raw: RawCheckpoint, teacher: ModelHandle, heads: Mapping[str, Tensor]) -> Any:
+    """The teacher with the module inside, a copy of its own."""
+    import peft
+
+    rows = list(heads.values())[-1].shape[0] if heads else None
+    model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
+    if not is_quantised(teacher.base):
+        model = model.float()
+    try:
+        return peft.PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        kind = raw.config["peft_type"]
+        raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=str(folder)) from error
+
+
+def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig, source: Path | PeftModel) -> RawCheckpoint:
     """A LoRA of rank 1 without values at the layers that the module changes, to plan with before weights are loaded."""
     shapes = {path: linear_shape(module) for path, module in blank_model(teacher, raw.task).named_modules()}
-    heads = _heads(folder, raw)
+    heads = _heads(raw, source)
     parts: dict[str, Part] = {}
-    for key in read_tensors(weights_file(folder)).keys() - heads.keys():
+    for key in _tensors(source).keys() - heads.keys():
         path = key.removeprefix(_START)
         while path and not shapes.get(path):
             path = path.rpartition(".")[0]
@@ -91,18 +102,26 @@ def stand_in(folder: Path, raw: RawCheckpoint, teacher: PretrainedConfig) -> Raw
     return replace(raw, kind="lora", parts=parts)
 
 
-def _heads(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
-    """What was saved beside the module, as its file has it."""
+def _tensors(source: Path | PeftModel) -> dict[str, Tensor]:
+    """What the module's file has, or would have."""
+    if isinstance(source, Path):
+        return read_tensors(weights_file(source))
+    import peft
+
+    return {key: value.detach().cpu() for key, value in peft.get_peft_model_state_dict(source).items()}
+
+
+def _heads(raw: RawCheckpoint, source: Path | PeftModel) -> dict[str, Tensor]:
+    """What was saved beside the module."""
     saved = raw.config.get("modules_to_save") or []
-    tensors = read_tensors(weights_file(folder))
-    return {key: value for key, value in tensors.items() if any(f".{name}." in f"{key}." for name in saved)}
+    return {key: value for key, value in _tensors(source).items() if any(f".{name}." in f"{key}." for name in saved)}
 
 
 def _paths(tensors: Mapping[str, Tensor]) -> set[str]:
     return {key.removeprefix(_START).split(".lora_")[0] for key in tensors}
 
 
-def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _by_merging(adapted: Any, kind: str, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """LoRA factors of what merging the module changes in every weight."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -119,7 +138,7 @@ def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], 
             layer.merge(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise CheckpointError(
-            f"{kind} modules cannot be merged, so their change of weights cannot be had", where=str(folder),
+            f"{kind} modules cannot be merged, so their change of weights cannot be had", where=where,
             fix="train a LoRA in its place",
         ) from error  # fmt: skip
     ranks: dict[str, int] = {}
@@ -127,7 +146,7 @@ def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], 
     for path, layer in layers.items():
         merged = layer.get_base_layer()
         if path in biases and not torch.equal(merged.bias, biases[path]):
-            raise CheckpointError(f"{kind} changes the bias of {path}, which no LoRA does", where=str(folder),
+            raise CheckpointError(f"{kind} changes the bias of {path}, which no LoRA does", where=where,
                                   fix="train a LoRA in its place")  # fmt: skip
         u, s, v = torch.linalg.svd((merged.weight.detach() - before[path]).double(), full_matrices=False)
         energy = s.square().cumsum(0)
@@ -138,7 +157,7 @@ def _by_merging(adapted: Any, kind: str, folder: Path) -> tuple[dict[str, Any], 
         tensors[f"{_START}{path}.lora_A.weight"] = v[:rank].float()
         tensors[f"{_START}{path}.lora_B.weight"] = (u[:, :rank] * s[:rank]).float()
     if not ranks:
-        raise CheckpointError(f"the {kind} module changes no linear layer", where=str(folder),
+        raise CheckpointError(f"the {kind} module changes no linear layer", where=where,
                               fix="check that it was trained at all")  # fmt: skip
     most = max(ranks.values())
     patterns = {path: rank for path, rank in ranks.items() if rank != most}

@@ -11,12 +11,18 @@ from torch import Tensor
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.heads import head_paths, resolve_head
 from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.config import Library
 from peft_graft.errors import CheckpointError, ModelError
 from peft_graft.models.architecture import Architecture
+from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import VOCABULARY, Site, space_at
+from peft_graft.models.task_models import fresh_head
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Base, Module, Part, module_of
 from peft_graft.modules.head import Head
+
+#: Tasks whose checkpoints peft loads only with a head.
+_TASKS_WITH_HEAD = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,21 @@ def to_raw(
     ):
         head = {key: tensor for key, tensor in head.items() if key not in inner}
     return replace(raw, parts=parts, head=head, head_config=raw.head_config if head else None)
+
+
+def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed: int = 0) -> RawCheckpoint:
+    """A checkpoint with the student's own paths, as it will be written.
+
+    peft demands a head in every checkpoint of a classification task, and of question answering; where none is carried,
+    an untrained one of as many labels stands in.
+
+    Args:
+        seed: of the untrained head.
+    """
+    raw = to_raw(checkpoint, student.architecture, student.base_tensors(output=checkpoint.raw.trains_output))
+    if raw.head or raw.library != Library.PEFT or raw.task not in _TASKS_WITH_HEAD:
+        return raw
+    return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
 
 
 def _sites(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[list[Site], str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peft_graft.models.architecture import Architecture
+from peft_graft.models.loading import ModelHandle
 from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import blank_model
@@ -101,6 +102,11 @@ def student_names(name: str, config: PretrainedConfig, task: Task, architecture:
         num_kv_heads=kv_heads,
         attentions=_attentions(architecture),
     )
+
+
+def written_names(model: ModelHandle, task: Task) -> StudentNames:
+    """What a checkpoint for this model says about it."""
+    return student_names(model.name, model.base.config, task, model.architecture)
 
 
 def _attentions(architecture: Architecture) -> tuple[str, ...]:

@@ -9,9 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import attach, library_version
+from peft_graft.checkpoints.attach import attach_written, library_version
+from peft_graft.checkpoints.formats.adapters.format import written_tensors
+from peft_graft.checkpoints.formats.peft.format import weights_file
 from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.config import Library
 from peft_graft.errors import VerificationError
+from peft_graft.files import read_tensors
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import complete
 
@@ -50,12 +54,14 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
     version = library_version(library)
     if version is None:
         return Verification(library=library, version=None)
-    live = attach(folder, raw, student, labels)
-    _compare(live.written, live.loaded, folder)
-    batch = {name: value.to(live.device) for name, value in probe(student).items()}
+    attached = attach_written(folder, raw, student, labels)
+    is_peft = library == Library.PEFT
+    written = read_tensors(weights_file(folder)) if is_peft else written_tensors(folder, raw)
+    _compare(written, attached.tensors(), folder)
+    batch = {name: value.to(attached.device) for name, value in probe(student).items()}
     with torch.inference_mode():
         try:
-            with_module = live.forward(batch)[1].clone()
+            with_module = attached.forward(batch)[1].clone()
         except (RuntimeError, TypeError, ValueError) as error:  # such as virtual tokens in a model that takes none
             raise VerificationError(
                 f"{library} loads the module, but the student cannot be run with it "
@@ -63,7 +69,7 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
                 where=str(folder),
                 fix="move another kind of module",
             ) from error
-        without = live.forward(batch, module=False)[1].clone()
+        without = attached.forward(batch, module=False)[1].clone()
     if not bool(torch.isfinite(with_module).all()):
         raise VerificationError("the student's output with the module is not finite", where=str(folder))
     change = float((with_module - without).abs().max() / without.abs().max().clamp_min(1e-12))
@@ -73,7 +79,7 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
             where=str(folder),
             fix="check that the teacher's module was trained at all (peft-graft inspect shows which sites act)",
         )
-    return Verification(library=library, version=version, tensors_loaded=len(live.written), output_change=change)
+    return Verification(library=library, version=version, tensors_loaded=len(written), output_change=change)
 
 
 def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], folder: Path) -> None:

@@ -59,10 +59,8 @@ def _parameter(config: type[BaseModel], name: str, field: FieldInfo, default: An
     help_text = field.description or ""
     if name == "method":
         help_text = f"{method_help(METHOD_SUMMARIES)}. {help_text}".strip()
-    annotation = Annotated[
-        kind if default is not None else kind | None,
-        typer.Option(*names, help=help_text, rich_help_panel=option.panel, show_default=default is not None),
-    ]
+    shown = typer.Option(*names, help=help_text, rich_help_panel=option.panel, show_default=default is not None)
+    annotation: Any = Annotated[kind if default is not None else kind | None, shown]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

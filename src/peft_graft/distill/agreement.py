@@ -8,10 +8,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import LiveModule
-from peft_graft.distill.targets import Kind, Predictions, answers, batches
+from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.distill.targets import Kind, Targets, student_answers
+from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 
+#: A graft this close to its teacher, in nats, is exact: it is left alone.
+EXACT = 1e-6
 Level = Literal["exact", "strong", "useful", "weak", "none"]
 
 #: Least agreement of each level, and what to expect of such a graft. Chance-corrected, so a graft that always gives the
@@ -85,14 +88,18 @@ def compare(given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = N
     return Agreement(agreement=kappa, divergence=max(0.0, divergence), answers=len(targets))
 
 
-def measure(live: LiveModule, student: ModelHandle, held_out: Predictions) -> Agreement:
-    """Agreement of a live graft with the teacher on held-out text."""
+def measure(attached: AttachedModel, student: ModelHandle, held_out: Targets) -> Agreement:
+    """Agreement of a student with a module inside with the teacher on held-out text.
+
+    Args:
+        student: for its tokenizer.
+    """
     given, order = [], []
-    live.model.eval()
+    attached.model.eval()
     with torch.inference_mode():
-        for rows in batches([len(row["input_ids"]) for row in held_out.inputs]):
-            given.append(answers(live, student, held_out, rows).float().cpu())
+        for rows in length_batches(held_out.lengths):
+            given.append(student_answers(attached, student, held_out, rows).float().cpu())
             order.extend(rows)
-    targets = torch.cat([held_out.targets[row] for row in order])
+    values = torch.cat([held_out.values[row] for row in order])
     shift = torch.cat([held_out.shift[row] for row in order]) if held_out.shift else None
-    return compare(torch.cat(given), targets, held_out.kind, shift)
+    return compare(torch.cat(given), values, held_out.kind, shift)

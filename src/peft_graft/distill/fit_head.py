@@ -11,29 +11,29 @@ import torch
 from torch import Tensor
 
 from peft_graft.alignment.activations import pad
-from peft_graft.checkpoints.attach import LiveModule
-from peft_graft.distill.targets import Predictions, batches
+from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.distill.targets import Targets
+from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
-from peft_graft.modules.head import Head
+from peft_graft.modules.head import ACTIVATIONS, Head
 
 #: Weight penalties to choose from, on standardised features.
 PENALTIES = (1e-4, 1e-3, 1e-2)
 _STEPS = 60
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
 
 
-def features(live: LiveModule, student: ModelHandle, predictions: Predictions, reads: str) -> tuple[Tensor, Tensor]:
+def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
     """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes]."""
     read: list[Tensor] = []
-    targets: list[Tensor] = []
-    live.model.eval()
+    wanted: list[Tensor] = []
+    attached.model.eval()
     held: list[Tensor] = []
-    hook = _pooler(live).register_forward_hook(lambda *call: held.append(call[2])) if reads == POOLED_OUT else None
+    hook = _pooler(attached).register_forward_hook(lambda *call: held.append(call[2])) if reads == POOLED_OUT else None
     with torch.inference_mode():
-        for rows in batches([len(row["input_ids"]) for row in predictions.inputs]):
-            batch = pad(student, [predictions.inputs[row] for row in rows], live.device)
-            state = live.forward(batch)[1]
+        for rows in length_batches(targets.lengths):
+            batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
+            state = attached.forward(batch)[1]
             if reads == POOLED_OUT:
                 read.append(held.pop().float().cpu())
             elif reads == FIRST_OUT:
@@ -43,23 +43,18 @@ def features(live: LiveModule, student: ModelHandle, predictions: Predictions, r
                 read.append(state[torch.arange(len(state), device=state.device), last].float().cpu())
             else:
                 for index, row in enumerate(rows):
-                    columns = [start for start, _ in predictions.spans[row]]
+                    columns = [start for start, _ in targets.spans[row]]
                     read.append(state[index, columns].float().cpu())
-            targets.extend(predictions.targets[row] for row in rows)
+            wanted.extend(targets.values[row] for row in rows)
     if hook:
         hook.remove()
-    return torch.cat(read).clone(), torch.cat(targets)
+    return torch.cat(read).clone(), torch.cat(wanted)
 
 
-def _pooler(live: LiveModule) -> torch.nn.Module:
-    pooler = live.base.pooler
+def _pooler(attached: AttachedModel) -> torch.nn.Module:
+    pooler = attached.base.pooler
     assert isinstance(pooler, torch.nn.Module)
     return pooler
-
-
-def can_fit(head: Head) -> bool:
-    """Whether the head's form can be fitted: its activation is one of the known ones."""
-    return not head.has_inner_layer or head.activation in _ACTIVATIONS
 
 
 def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str, float]]:
@@ -124,7 +119,7 @@ def _solve(
 def _logits(values: dict[str, Tensor], known: Tensor, head: Head) -> Tensor:
     if head.has_inner_layer:
         assert head.activation is not None
-        known = _ACTIVATIONS[head.activation](known @ values["dense.weight"].T + values["dense.bias"])
+        known = ACTIVATIONS[head.activation](known @ values["dense.weight"].T + values["dense.bias"])
     return known @ values["out.weight"].T + values["out.bias"]
 
 

@@ -14,26 +14,27 @@ the first to the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from peft_graft.alignment.activations import Capture, pad, tokenize
-from peft_graft.alignment.methods import choose_penalty, ridge_solution
+from peft_graft.alignment.methods.ridge import choose_penalty, ridge_solution
 from peft_graft.alignment.text import Sample
-from peft_graft.checkpoints.attach import LiveModule
-from peft_graft.checkpoints.resolve import PeftCheckpoint
-from peft_graft.distill.targets import Encoded, batches, word_places
+from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.distill.targets import Encoded
+from peft_graft.distill.teacher import MAX_LENGTH, Distillation, word_places
+from peft_graft.distill.training import length_batches
 from peft_graft.errors import AlignmentError
-from peft_graft.models.loading import ModelHandle
+from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import Site, Space
 from peft_graft.models.spec import VOCABULARY_ROLES
-from peft_graft.modules.base import Module
 from peft_graft.modules.lora import LoraModule
-from peft_graft.options import Progress
-from peft_graft.planning.plan import SitePlan, TransferPlan
+from peft_graft.planning.sites import SitePlan, SitePlans
+from peft_graft.run import Run
 
 #: Samples that the modules are fitted on.
 SAMPLES = 500
@@ -44,27 +45,43 @@ Places = Sequence[Sequence[tuple[int, int]]]
 
 
 def fit_modules(
-    moved: PeftCheckpoint,
-    plan: TransferPlan,
-    teacher: ModelHandle,
-    adapted: LiveModule,
-    student: ModelHandle,
-    live: Callable[[PeftCheckpoint], LiveModule],
-    samples: Sequence[Sample],
-    progress: Progress | None = None,
-) -> dict[Site, Module]:
-    """The student's modules, fitted site by site.
+    moved: PeftCheckpoint, plan: SitePlans, distillation: Distillation, run: Run
+) -> tuple[PeftCheckpoint, AttachedModel]:
+    """The student's modules, fitted site by site, and the student with them inside.
 
     Args:
         moved: modules at the student's sites; their ranks and scalings are kept, their values are not used.
-        adapted: the teacher with its module inside. live: puts a checkpoint of the student into a copy of it.
-        samples: unlabelled text; the first ``SAMPLES`` are used.
+        distillation: of whose training text the first ``SAMPLES`` samples are used.
 
     Raises:
         AlignmentError: a module is no LoRA at a linear layer, or the text pairs too few words for the widest space.
     """
-    roles = student.architecture.row.linears
+    student = distillation.models.student
     plan = replace(plan, sites=tuple(site for site in plan.sites if site.student.layer >= 0))
+    _check_fittable(moved, student)
+    text = _PairedText.of(distillation.models, distillation.samples[:SAMPLES])
+    groups = list(_groups(plan, distillation.models, text.words))
+    modules = {site: module if site.layer < 0 else module.neutral() for site, module in moved.modules.items()}
+    attached = distillation.attach(replace(moved, modules=modules))
+    position = student.architecture.position
+    for group in groups:
+        bare = _Outputs.of(group, distillation, text)
+        for layer in sorted({position(site.student) for site in group}):
+            sites = [site for site in group if position(site.student) == layer]
+            spaces = {side(student, site.student) for site in sites for side in (_input, _output)}
+            now = _gather(replace(student, base=attached.base), text.inputs_s, text.places_s, spaces)
+            for site in sites:
+                module = modules[site.student]
+                assert isinstance(module, LoraModule)
+                target = bare.target(site, now, distillation.models)
+                modules[site.student] = _fitted(module, now[_input(student, site.student)], target)
+            attached.load(checkpoint_of_student(replace(moved, modules=modules), student))
+            run.progress("fitting layers", layer + 1, student.architecture.num_layers)
+    return replace(moved, modules=modules), attached
+
+
+def _check_fittable(moved: PeftCheckpoint, student: ModelHandle) -> None:
+    roles = student.architecture.row.linears
     for place, module in moved.modules.items():
         if place.role in VOCABULARY_ROLES:  # moved, and active while the others are fitted
             continue
@@ -75,44 +92,61 @@ def fit_modules(
                 expected="a plain LoRA on a layer of its own",
                 fix="use another --method",
             )  # fmt: skip
-    chosen = samples[:SAMPLES]
-    (inputs_t, spans_t), (inputs_s, spans_s) = (tokenize(model, chosen, 128) for model in (teacher, student))
-    places = [word_places(*entry) for entry in zip(chosen, spans_t, spans_s, strict=True)]
-    at_t, at_s = [first for first, _ in places], [second for _, second in places]
-    words = sum(map(len, at_t))
-    modules = {site: module if site.layer < 0 else module.neutral() for site, module in moved.modules.items()}
-    position = student.architecture.position
-    for group in _groups(plan, teacher, student, words):
-        of_teacher = {_output(teacher, source) for site in group for source in site.teacher}
-        of_student = {_output(student, site.student) for site in group}
-        plain_t, plain_s = (
-            _gather(teacher, inputs_t, at_t, of_teacher),
-            _gather(student, inputs_s, at_s, of_student),
+
+
+@dataclass(frozen=True)
+class _PairedText:
+    """Samples as both models read them, and the first token of every word that both have."""
+
+    inputs_t: Sequence[Encoded]
+    inputs_s: Sequence[Encoded]
+    places_t: Places
+    places_s: Places
+
+    @classmethod
+    def of(cls, models: ModelPair, samples: Sequence[Sample]) -> _PairedText:
+        (inputs_t, spans_t), (inputs_s, spans_s) = (
+            tokenize(model, samples, MAX_LENGTH) for model in (models.teacher, models.student)
         )
-        moved_t = _gather(replace(teacher, base=adapted.base), inputs_t, at_t, of_teacher)
-        for layer in sorted({position(site.student) for site in group}):
-            sites = [site for site in group if position(site.student) == layer]
-            spaces = {
-                space for site in sites for space in (_input(student, site.student), _output(student, site.student))
-            }
-            inside = replace(student, base=live(replace(moved, modules=modules)).base)
-            now = _gather(inside, inputs_s, at_s, spaces)
-            for site in sites:
-                writes, module = _output(student, site.student), modules[site.student]
-                assert isinstance(module, LoraModule)
-                shifts = []
-                for source in site.teacher:
-                    space = _output(teacher, source)
-                    mapping = _regression(_centred(plain_t[space]), _centred(plain_s[writes]))
-                    shifts.append((moved_t[space] - plain_t[space]).double() @ mapping.T)
-                target = torch.stack(shifts).mean(0) - (now[writes] - plain_s[writes]).double()
-                modules[site.student] = _fitted(module, now[_input(student, site.student)], target)
-            if progress:
-                progress("fitting layers", layer + 1, student.architecture.num_layers)
-    return modules
+        places = [word_places(*entry) for entry in zip(samples, spans_t, spans_s, strict=True)]
+        return cls(inputs_t, inputs_s, [first for first, _ in places], [second for _, second in places])
+
+    @property
+    def words(self) -> int:
+        return sum(map(len, self.places_t))
 
 
-def _groups(plan: TransferPlan, teacher: ModelHandle, student: ModelHandle, words: int) -> Iterator[list[SitePlan]]:
+@dataclass(frozen=True)
+class _Outputs:
+    """What sites put out: the teacher's without its module and with it, and the bare student's."""
+
+    teacher: Mapping[Space, Tensor]
+    adapted: Mapping[Space, Tensor]
+    student: Mapping[Space, Tensor]
+
+    @classmethod
+    def of(cls, group: Sequence[SitePlan], distillation: Distillation, text: _PairedText) -> _Outputs:
+        teacher, student = distillation.models.teacher, distillation.models.student
+        of_teacher = {_output(teacher, source) for site in group for source in site.teacher}
+        adapted = replace(teacher, base=distillation.teacher.base)
+        return cls(
+            _gather(teacher, text.inputs_t, text.places_t, of_teacher),
+            _gather(adapted, text.inputs_t, text.places_t, of_teacher),
+            _gather(student, text.inputs_s, text.places_s, {_output(student, site.student) for site in group}),
+        )
+
+    def target(self, site: SitePlan, now: Mapping[Space, Tensor], models: ModelPair) -> Tensor:
+        """What the site's update has to add to what the layers below have moved already, [words, d_out], float64."""
+        writes = _output(models.student, site.student)
+        shifts = []
+        for source in site.teacher:
+            space = _output(models.teacher, source)
+            mapping = _regression(_centred(self.teacher[space]), _centred(self.student[writes]))
+            shifts.append((self.adapted[space] - self.teacher[space]).double() @ mapping.T)
+        return torch.stack(shifts).mean(0) - (now[writes] - self.student[writes]).double()
+
+
+def _groups(plan: SitePlans, models: ModelPair, words: int) -> Iterator[list[SitePlan]]:
     """Sites of consecutive layers whose activations can be held together.
 
     Raises:
@@ -120,6 +154,7 @@ def _groups(plan: TransferPlan, teacher: ModelHandle, student: ModelHandle, word
     """
     group: list[SitePlan] = []
     held = 0
+    teacher, student = models.teacher, models.student
     position = student.architecture.position
     for layer in sorted({position(site.student) for site in plan.sites}):
         sites = [site for site in plan.sites if position(site.student) == layer]
@@ -153,7 +188,7 @@ def _gather(model: ModelHandle, inputs: Sequence[Encoded], places: Places, space
     """space -> activations at the places of all samples, [places, d] float32, in the order of the samples."""
     found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
     with torch.inference_mode(), Capture(model, spaces) as capture:
-        for rows in batches([len(row["input_ids"]) for row in inputs]):
+        for rows in length_batches([len(row["input_ids"]) for row in inputs]):
             held = capture.forward(pad(model, [inputs[row] for row in rows], model.device))
             for space, value in held.items():
                 for index, row in enumerate(rows):

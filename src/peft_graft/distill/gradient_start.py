@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import LiveModule
+from peft_graft.checkpoints.attach import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.distill.targets import Predictions, answers, batches, distillation_loss
+from peft_graft.distill.targets import Targets, distillation_loss, student_answers
+from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 from peft_graft.modules.base import Part
 
@@ -24,31 +25,33 @@ _BATCHES = 16
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 4
 
 
-def reading_the_gradient(live: LiveModule, student: ModelHandle, lessons: Predictions) -> RawCheckpoint:
-    """The live checkpoint with modules that read the directions that the gradient points out.
+def gradient_start(attached: AttachedModel, student: ModelHandle, targets: Targets) -> RawCheckpoint:
+    """The attached checkpoint with modules that read the directions that the gradient points out.
 
     LoRA: A [r, d_in] has the first r right singular vectors of the gradient as rows. Bottleneck adapters: the same for
     the down projection [b, d]. All else stays.
 
     Args:
-        live: with trainable, neutral modules; their gradient is taken without dropout.
+        attached: with trainable modules that change nothing yet; their gradient is taken without dropout.
+        student: for its tokenizer. targets: what the loss compares with.
     """
+    raw = attached.checkpoint
     sums: dict[str, Tensor] = {}
-    hooks = [live.module_at(path).register_forward_hook(_gather(sums, path)) for path in live.raw.parts]
-    live.model.eval()
+    hooks = [attached.module_at(path).register_forward_hook(_gather(sums, path)) for path in raw.parts]
+    attached.model.eval()
     try:
-        lengths = [len(row["input_ids"]) for row in lessons.inputs]
-        for number, rows in enumerate(batches(lengths, seed=0)):
+        for number, rows in enumerate(length_batches(targets.lengths, seed=0)):
             if number == _BATCHES:
                 break
-            distillation_loss(answers(live, student, lessons, rows).float(), lessons, rows).backward()  # type: ignore[no-untyped-call]
+            given = student_answers(attached, student, targets, rows).float()
+            distillation_loss(given, targets, rows).backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
-        live.model.zero_grad()
+        attached.model.zero_grad()
     # Nothing is known of an expert that no token was sent to.
-    parts = {path: _reading(part, sums[path]) if path in sums else part for path, part in live.raw.parts.items()}
-    return replace(live.raw, parts=parts)
+    parts = {path: _reading(part, sums[path]) if path in sums else part for path, part in raw.parts.items()}
+    return replace(raw, parts=parts)
 
 
 def reads_the_gradient(raw: RawCheckpoint) -> bool:

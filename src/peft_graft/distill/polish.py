@@ -1,26 +1,30 @@
-"""Label-free polish: the grafted module is trained on the teacher's predictions over the same unlabelled text."""
+"""Label-free polish: the grafted module is trained on the teacher's answers to the same unlabelled text."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import LiveModule
-from peft_graft.distill.agreement import Agreement, measure
-from peft_graft.distill.targets import Predictions, answers, batches, distillation_loss
-from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
-from peft_graft.models.loading import ModelHandle
-from peft_graft.options import Progress
+from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.distill.agreement import EXACT, judge
+from peft_graft.distill.candidates import Candidate
+from peft_graft.distill.choose import Outcome
+from peft_graft.distill.gradient_start import gradient_start, reads_the_gradient
+from peft_graft.distill.targets import distillation_loss, student_answers
+from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop
+from peft_graft.run import Run
 
-_WARM_UP = 0.06
-_STATE = "state"
+#: Where a polish may begin: the modules as they were moved, or ones that change nothing yet and read where the gradient
+#: points.
+STARTS = ("moved", "gradient")
+#: Learning rates to choose from, and the share of the steps that one trial takes (one part in ``PILOT``).
+RATES, PILOT = (3e-3, 1e-2), 20
+_STAGE = "polishing"
+_WEIGHT_DECAY = 0.01
 
 
 class PolishSettings(BaseModel):
@@ -40,6 +44,19 @@ class PolishSettings(BaseModel):
     evaluations: int = 6
     seed: int = 0
 
+    def schedule(self) -> Schedule:
+        """The same for the training loop."""
+        due = {max(1, round(self.steps * n / self.evaluations)) for n in range(1, self.evaluations + 1)}
+        return Schedule(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            head_rate=self.head_rate,
+            weight_decay=_WEIGHT_DECAY,
+            seed=self.seed,
+            evaluations=tuple(sorted(due)),
+        )
+
 
 class CurvePoint(BaseModel):
     """Agreement on held-out text after a number of steps."""
@@ -50,177 +67,179 @@ class CurvePoint(BaseModel):
     divergence: float
 
 
-@dataclass
-class _State:
-    """All that an interrupted polish needs to go on, beside the text and the models."""
+class PolishRecord(BaseModel):
+    """A label-free polish: its settings, the samples it learned from and the held-out curve.
 
-    step: int = 0
-    curve: list[CurvePoint] = field(default_factory=list)
+    ``start``: ``moved`` or ``gradient`` (``STARTS``). ``pilots``: what was tried first, as "start rate", and
+    how far it came.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    settings: PolishSettings
+    start: str
+    pilots: dict[str, CurvePoint]
+    samples: int
+    curve: list[CurvePoint]
 
 
 def polish(
-    live: LiveModule,
-    student: ModelHandle,
-    lessons: Predictions,
-    held_out: Predictions,
+    outcome: Outcome,
     settings: PolishSettings,
+    run: Run,
     *,
-    work: Path | None = None,
     identity: str = "",
-    until: int | None = None,
-    progress: Progress | None = None,
-) -> list[CurvePoint]:
-    """Train the live graft in place, and leave it at the best point of its held-out curve.
+    starts: Sequence[str] = STARTS,
+) -> tuple[Outcome, PolishRecord | None]:
+    """The outcome after a label-free polish, and the record of it; unchanged where there is nothing to gain.
+
+    Where to begin and how fast is tried first: every start for a twentieth of the steps, then the better one at every
+    rate. What does best on the held-out text goes on with the steps that are left. A polish that never came to where
+    the outcome stood before leaves that as it was.
 
     Args:
-        lessons: what to learn. held_out: what to be judged by.
-        work: a folder for the state of an interrupted run; a run that finds the state of the same work there goes on
-            from it, to the same result. Without it an interruption starts anew.
-        identity: what is polished with what; a state of another identity is not used.
+        outcome: with an attached model, which is trained; an exact one is left alone, without a record.
+        settings: ``steps`` counts all of it, what was tried in vain too; ``learning_rate`` is not used.
+        run: ``work`` is where an interrupted polish leaves its state, and where the same work takes it up, to the same
+            result bit for bit.
+        identity: what is polished with what; a state of another identity is not taken up.
+        starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read hidden states: LoRA and bottleneck
+            adapters inside the layers.
+    """
+    before = outcome.verdict.measured
+    if not settings.steps or before is None or before.divergence <= EXACT:
+        return outcome, None
+    candidate = outcome.candidate
+    with run.stage(_STAGE):
+        course = _Course(outcome, settings, run, identity, _possible(starts, candidate))
+        start, rate = course.choose()
+        curve = course.train(start, rate)
+        now = candidate.measure()
+        raw = candidate.learning[1].raw()
+        better = now.divergence <= before.divergence
+        if not better:
+            candidate.put(candidate.checkpoint)
+    record = PolishRecord(
+        settings=course.settings.model_copy(update={"learning_rate": rate}),
+        start=start,
+        pilots={f"{name} {each:g}": point for (name, each), point in course.tried.items()},
+        samples=len(candidate.learning[0].train),
+        curve=curve,
+    )
+    if not better:
+        return outcome, record
+    polished = replace(candidate, checkpoint=candidate.read_back(raw))
+    return replace(outcome, candidate=polished, verdict=judge(now, outcome.verdict.moved)), record
+
+
+def train_polish(
+    candidate: Candidate,
+    settings: PolishSettings,
+    run: Run,
+    *,
+    store: StateStore | None = None,
+    identity: str = "",
+    until: int | None = None,
+) -> list[CurvePoint]:
+    """Train the attached model of a candidate, and leave it at the best point of its held-out curve.
+
+    Args:
+        store: where the state of an interrupted run is kept and taken up. identity: see ``polish``.
         until: stop after this many of the steps, with a point of the curve there; the same work goes on from it later.
 
     Returns:
-        The curve; its first point is the graft before the polish.
+        The curve; its first point is the graft before the training.
     """
-    parameters = live.trainable()
-    head = [value for name, value in parameters.items() if _is_head(name)]
-    inner = [value for name, value in parameters.items() if not _is_head(name)]
-    groups = [{"params": inner, "share": 1.0}, {"params": head, "share": settings.head_rate}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], settings.learning_rate)
-    key = hashlib.sha256(f"{identity}{settings.model_dump_json()}".encode()).hexdigest()
-    best = _Best(parameters)
-    state = _load(work, key, parameters, optimizer, best)
-    due = {max(1, round(settings.steps * n / settings.evaluations)) for n in range(1, settings.evaluations + 1)}
+    distillation, attached = candidate.learning
+    student, train = distillation.models.student, distillation.train
     last = settings.steps if until is None else min(until, settings.steps)
-    if not state.curve:
-        start = _add_point(state, measure(live, student, held_out))
-        if live.is_active:  # neutral modules may begin a polish, but are no result of one
-            best.offer(start, parameters)
-    try:
-        for rows in _schedule(lessons, settings, state.step, last):
-            _set_rate(optimizer, settings, state.step)
-            torch.manual_seed(settings.seed * 1_000_003 + state.step)  # dropout, the same after a resume
-            live.model.train()
-            loss = distillation_loss(answers(live, student, lessons, rows).float(), lessons, rows)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.step += 1
-            if state.step in due or state.step == last:
-                best.offer(_add_point(state, measure(live, student, held_out)), parameters)
-                _save(work, key, parameters, optimizer, best, state)
-            if progress:
-                progress("polishing", state.step, last)
-    except KeyboardInterrupt:
-        _save(work, key, parameters, optimizer, best, state)
-        raise
-    best.restore(parameters)
-    live.model.eval()
-    return state.curve
+
+    def loss(rows: list[int]) -> Tensor:
+        return distillation_loss(student_answers(attached, student, train, rows).float(), train, rows)
+
+    def evaluate(step: int) -> Point:
+        found = candidate.measure()
+        # Modules that change nothing may begin a polish, but are no result of one.
+        keep = step > 0 or attached.is_active
+        return Point(step, found.divergence, {"agreement": found.agreement}, keep=keep)
+
+    loop = TrainingLoop(
+        attached.model, train.lengths, loss, settings.schedule(), evaluate, evaluate_start=True, store=store,
+        identity=identity, on_step=lambda step, _: run.progress(_STAGE, step, last),
+    )  # fmt: skip
+    return [
+        CurvePoint(step=point.step, agreement=point.values["agreement"], divergence=point.cost)
+        for point in loop.run(until)
+    ]
 
 
-def _is_head(name: str) -> bool:
-    """Whether a parameter belongs to the head: peft keeps it in ``modules_to_save``, adapters in ``heads``."""
-    return "modules_to_save." in name or name.startswith("heads.")
+def _possible(starts: Sequence[str], candidate: Candidate) -> list[str]:
+    raw = candidate.learning[0].teacher.checkpoint
+    reads = reads_the_gradient(raw)
+    return [start for start in starts if reads or start != "gradient"]
 
 
-class _Best:
-    """The parameters at the best point of the curve."""
+@dataclass
+class _Course:
+    """The arms of a polish: where each begins, how fast it goes, and how far the trials came.
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        self.divergence = float("inf")
-        self.values = {name: value.detach().clone() for name, value in parameters.items()}
+    ``settings``: of one arm, whose steps are those that the trials leave.
+    """
 
-    def offer(self, point: CurvePoint, parameters: dict[str, torch.nn.Parameter]) -> None:
-        if point.divergence < self.divergence:
-            self.divergence = point.divergence
-            self.values = {name: value.detach().clone() for name, value in parameters.items()}
+    outcome: Outcome
+    asked: PolishSettings
+    run: Run
+    identity: str
+    starts: Sequence[str]
+    tried: dict[tuple[str, float], CurvePoint] = field(default_factory=dict)
 
-    def restore(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(self.values[name])
+    def __post_init__(self) -> None:
+        self.pilot = self.asked.steps // PILOT
+        arms = (len(self.starts) + len(RATES) - 2) if self.pilot else 0
+        self.settings = self.asked.model_copy(update={"steps": self.asked.steps - arms * self.pilot})
+        self._checkpoints = {"moved": self.outcome.candidate.checkpoint}
+        self._stores: dict[str, StateStore] = {}
 
+    def choose(self) -> tuple[str, float]:
+        """The start and the rate that came furthest in a trial."""
+        start, rate = self.starts[0], RATES[0]
+        if not self.pilot:
+            return start, rate
+        for each in self.starts:
+            self._try(each, rate)
+        start, _ = self._best()
+        for other in RATES[1:]:
+            self._try(start, other)
+        return self._best()
 
-def _add_point(state: _State, found: Agreement) -> CurvePoint:
-    point = CurvePoint(step=state.step, agreement=found.agreement, divergence=found.divergence)
-    state.curve.append(point)
-    return point
+    def train(self, start: str, rate: float, until: int | None = None) -> list[CurvePoint]:
+        """Train from a start at a rate, from where an earlier call of the same arm stopped."""
+        candidate, arm = self.outcome.candidate, f"{start} {rate:g}"
+        if start not in self._checkpoints:
+            self._checkpoints[start] = self._gradient_start()
+        candidate.put(self._checkpoints[start])
+        folder: Path | None = self.run.work / arm if self.run.work else None
+        store = self._stores.setdefault(arm, StateStore(folder))
+        settings = self.settings.model_copy(update={"learning_rate": rate})
+        return train_polish(candidate, settings, self.run, store=store, identity=self.identity, until=until)
 
+    def _try(self, start: str, rate: float) -> None:
+        curve = self.train(start, rate, self.pilot)
+        # An arm that has gone on before an interruption has later points too.
+        self.tried[start, rate] = next(point for point in curve if point.step == self.pilot)
 
-def _schedule(lessons: Predictions, settings: PolishSettings, start: int, last: int) -> Iterator[list[int]]:
-    """The batches of the steps [start, last); each pass over the text has its own order."""
-    lengths = [len(row["input_ids"]) for row in lessons.inputs]
-    step = epoch = 0
-    while step < last:
-        for rows in batches(lengths, settings.batch_size, settings.seed * 1000 + epoch):
-            if step == last:
-                return
-            if step >= start:
-                yield rows
-            step += 1
-        epoch += 1
+    def _best(self) -> tuple[str, float]:
+        return min(self.tried, key=lambda arm: self.tried[arm].divergence)
 
-
-def _set_rate(optimizer: torch.optim.Optimizer, settings: PolishSettings, step: int) -> None:
-    warm = max(1, int(_WARM_UP * settings.steps))
-    share = min(1.0, (step + 1) / warm) * (1 - step / settings.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * share * group["share"]
-
-
-def _save(
-    work: Path | None,
-    key: str,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    best: _Best,
-    state: _State,
-) -> None:
-    if work is None:
-        return
-    tensors: dict[str, Tensor] = {}
-    for name, value in parameters.items():
-        tensors[f"value/{name}"] = value.detach().clone()
-        tensors[f"best/{name}"] = best.values[name]
-        for part, moment in optimizer.state.get(value, {}).items():
-            tensors[f"{part}/{name}"] = torch.as_tensor(moment).detach().clone()
-    with written_aside(work, force=True) as staging:
-        write_tensors(staging / f"{_STATE}.safetensors", tensors)
-        write_json(
-            staging / f"{_STATE}.json",
-            {
-                "key": key,
-                "step": state.step,
-                "best": best.divergence,
-                "curve": [point.model_dump() for point in state.curve],
-            },
-        )
-
-
-def _load(
-    work: Path | None,
-    key: str,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    best: _Best,
-) -> _State:
-    if work is None or not (work / f"{_STATE}.json").is_file():
-        return _State()
-    found: dict[str, Any] = read_json(work / f"{_STATE}.json")
-    if found.get("key") != key:
-        return _State()
-    tensors = read_tensors(work / f"{_STATE}.safetensors")
-    with torch.no_grad():
-        for name, value in parameters.items():
-            value.copy_(tensors[f"value/{name}"])
-            best.values[name] = tensors[f"best/{name}"].to(value.device)
-            moments = {part: tensors[f"{part}/{name}"] for part in ("step", "exp_avg", "exp_avg_sq")
-                       if f"{part}/{name}" in tensors}  # fmt: skip
-            if moments:
-                optimizer.state[value] = {
-                    part: moment if part == "step" else moment.to(value.device) for part, moment in moments.items()
-                }
-    best.divergence = found["best"]
-    return _State(found["step"], [CurvePoint(**point) for point in found["curve"]])
+    def _gradient_start(self) -> PeftCheckpoint:
+        """Modules that change nothing and read where the gradient points, below a head fitted to such modules if the
+        outcome's is fitted."""
+        candidate = self.outcome.candidate
+        distillation, _ = candidate.learning
+        before = candidate.checkpoint
+        start = replace(before, modules={site: module.neutral() for site, module in before.modules.items()})
+        candidate.put(start)
+        if self.outcome.head == "fitted":
+            start, _ = candidate.fit_head(start)
+            candidate.put(start)
+        _, attached = candidate.learning
+        return candidate.read_back(gradient_start(attached, distillation.models.student, distillation.train))

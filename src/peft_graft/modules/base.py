@@ -103,18 +103,21 @@ class Part:
         """Whether it replaces rows of a language model's output layer, which is no part of the bare model."""
         return False
 
-    def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other) or not isinstance(other, Part):
+    def has_form_of(self, other: Part) -> bool:
+        """Whether another part is the same but for the values of its tensors."""
+        if type(self) is not type(other):
             return False
-        mine, theirs = self.tensors, other.tensors
         plain = [
             field.name for field in fields(self) if isinstance(getattr(self, field.name), str | float | int | tuple)
         ]
-        return (
-            mine.keys() == theirs.keys()
-            and all(getattr(self, name) == getattr(other, name) for name in plain)
-            and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+        return self.tensors.keys() == other.tensors.keys() and all(
+            getattr(self, name) == getattr(other, name) for name in plain
         )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Part) or not self.has_form_of(other):
+            return False
+        return all(torch.equal(value, other.tensors[name]) for name, value in self.tensors.items())
 
     __hash__ = None  # type: ignore[assignment]
 

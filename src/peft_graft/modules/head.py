@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Axis, LabelledTensor
+
+#: Activation functions between a head's layers.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,11 @@ class Head:
     reads: str
     labels: tuple[str, ...]
     activation: str | None = None
+
+    @property
+    def can_be_fitted(self) -> bool:
+        """Whether it can be fitted to predictions: its activation function is a known one."""
+        return not self.has_inner_layer or self.activation in ACTIVATIONS
 
     @property
     def has_inner_layer(self) -> bool:

@@ -152,9 +152,7 @@ class Plan:
         )
 
 
-def _resolved(
-    raw: RawCheckpoint, models: ModelPair, config: GraftConfig
-) -> tuple[PeftCheckpoint, PeftCheckpoint]:
+def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tuple[PeftCheckpoint, PeftCheckpoint]:
     """The whole module tied to the teacher's sites, and the part of it that moves."""
     teacher = models.teacher
     raw = with_teacher_labels(raw, teacher.base.config)

@@ -80,13 +80,17 @@ class ModuleSource:
         """Whether the module is of a kind that becomes a LoRA before it moves."""
         return self.raw.kind == "weights"
 
+    @property
+    def _source(self) -> Any:
+        return self.folder if self.folder is not None else self.live
+
     def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
         """The module to plan with, before weights are loaded."""
-        return stand_in(self.raw, teacher, self.folder) if self.is_converted else self.raw
+        return stand_in(self.raw, teacher, self._source) if self.is_converted else self.raw
 
     def values(self, teacher: ModelHandle) -> RawCheckpoint:
         """The module with its values, as a LoRA where it is of a kind that is converted."""
-        return as_lora(self.raw, teacher, self.folder, self.live) if self.is_converted else self.raw
+        return as_lora(self.raw, teacher, self._source) if self.is_converted else self.raw
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was saved with a module that trains tokens."""

@@ -121,9 +121,7 @@ def _layer_pairs(
                 yield (first, second), source, layer
 
 
-def directions_of_modules(
-    modules: Iterable[Module], method: Method, *, head: str | None, shifts: bool
-) -> Directions:
+def directions_of_modules(modules: Iterable[Module], method: Method, *, head: str | None, shifts: bool) -> Directions:
     """Which maps moving these modules needs.
 
     Args:

@@ -106,6 +106,11 @@ class AdaptersFormat(Format):
         tensors = {re.sub(r"^layers\.", f"heads.{name}.", key): tensor for key, tensor in raw.head.items()}
         return {**raw.head_config, **_model_fields(raw, names)}, tensors
 
+    def tensors_in_model(self, raw: RawCheckpoint, names: StudentNames) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, module and head, by their keys in its files, which are those of the model."""
+        head = self.build_head(raw, names)
+        return self.build(raw, names)[1] | (head[1] if head else {})
+
     def write(self, folder: Path, raw: RawCheckpoint, names: StudentNames) -> None:
         """Write the module's two files, and two more for a head."""
         config, tensors = self.build(raw, names)

@@ -15,7 +15,7 @@ from peft_graft.errors import CheckpointError
 from peft_graft.modules.base import Part
 from peft_graft.modules.prompts import PROMPT, PromptPart, prefix_pairs, prefix_parts
 
-_KEY = "prompt_embeddings"
+KEY = "prompt_embeddings"
 
 
 class _VirtualTokens(Codec):
@@ -25,13 +25,13 @@ class _VirtualTokens(Codec):
 
     def place(self, path: str) -> tuple[str, str] | None:
         """The one tensor, which is at no path."""
-        return ("", _KEY) if path == _KEY else None
+        return ("", KEY) if path == KEY else None
 
     def _checked(self, found: Found, expected: list[int], where: str) -> Tensor:
-        tensor = found.get("", {}).get(_KEY)
+        tensor = found.get("", {}).get(KEY)
         if tensor is None or list(tensor.shape) != expected:
             raise CheckpointError(
-                f"{_KEY} is missing or has another shape than the configuration says",
+                f"{KEY} is missing or has another shape than the configuration says",
                 where=where,
                 expected=expected,
                 found=None if tensor is None else list(tensor.shape),
@@ -68,7 +68,7 @@ class PromptCodec(_VirtualTokens):
 
     def tensors(self, parts: Mapping[str, Part]) -> dict[str, Tensor]:
         """The vectors as the file has them."""
-        return {_KEY: parts[PROMPT].tensors["embeddings"]}
+        return {KEY: parts[PROMPT].tensors["embeddings"]}
 
     def _shape(self, raw: RawCheckpoint, names: StudentNames) -> dict[str, Any]:
         return {
@@ -99,7 +99,7 @@ class PrefixCodec(_VirtualTokens):
 
     def tensors(self, parts: Mapping[str, Part]) -> dict[str, Tensor]:
         """Keys and values as the file has them."""
-        return {_KEY: prefix_pairs(parts).flatten(1)}
+        return {KEY: prefix_pairs(parts).flatten(1)}
 
     def _shape(self, raw: RawCheckpoint, names: StudentNames) -> dict[str, Any]:
         return {

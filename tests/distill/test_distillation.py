@@ -1,4 +1,4 @@
-"""Learning from the teacher's predictions: asked, fitted, polished, judged."""
+"""Learning from the teacher's answers: asked, fitted, polished, judged."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.activations import pad, tokenize
 from peft_graft.alignment.text import Sample
-from peft_graft.checkpoints.attach import attach_raw
-from peft_graft.distill import polish as polishing
+from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.resolve import checkpoint_of_student
 from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
 from peft_graft.distill.fit_head import fit_head
-from peft_graft.distill.gradient_start import reading_the_gradient
-from peft_graft.distill.targets import Predictions, answers, batches, distillation_loss
+from peft_graft.distill.gradient_start import gradient_start
+from peft_graft.distill.targets import Targets, distillation_loss, student_answers
+from peft_graft.distill.training import Schedule, length_batches
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
-from peft_graft.graft import checkpoint_of_student, written_names
 from peft_graft.models.loading import load_model
 from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT
-from peft_graft.modules.head import Head, head_tensors
+from peft_graft.modules.base import Head, head_tensors
 
 
 @pytest.fixture(scope="module")
 def module(world, tmp_path_factory):
     """A LoRA whose head, unlike a random one, gives every class its share."""
-    folder = tmp_path_factory.mktemp("teaching") / "module"
+    folder = tmp_path_factory.mktemp("distillation") / "module"
     model = tiny.peft_lora(folder, world / "teacher")
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
     batch = tokenizer(tiny.sentences(100, seed=3), padding=True, return_tensors="pt")
@@ -135,9 +135,9 @@ def test_a_head_with_an_inner_layer_starts_from_the_mapped_one_and_improves() ->
 
 def test_batches_cover_every_row_once_and_depend_on_the_seed() -> None:
     lengths = [(7 * index) % 31 for index in range(101)]
-    plain = list(batches(lengths, 8))
+    plain = list(length_batches(lengths, 8))
     assert sorted(row for rows in plain for row in rows) == list(range(101))
-    first, again, other = (list(batches(lengths, 8, seed)) for seed in (1, 1, 2))
+    first, again, other = (list(length_batches(lengths, 8, seed)) for seed in (1, 1, 2))
     assert first == again != other
     assert sorted(row for rows in first for row in rows) == list(range(101))
 
@@ -229,31 +229,31 @@ def test_an_interrupted_polish_goes_on_to_the_same_result(world, module, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("pfeiffer", marks=needs_adapters)])
-def test_a_gradient_start_is_idle_and_reads_where_the_gradient_points(world, module, kind: str) -> None:
+def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(world, module, kind: str) -> None:
     """Its directions are those of the exact gradient with respect to the weight that the module stands beside."""
     source = module if kind == "lora" else world / "pfeiffer"
     graft = transfer(world, source, method="copy", student=world / "shallow", head="carry")
     student = load_model(str(world / "shallow"), tokenizer=True)
-    modules = {site: module.neutral() for site, module in graft.checkpoint.modules.items()}
+    modules = {site: module.idle() for site, module in graft.checkpoint.modules.items()}
     raw = checkpoint_of_student(replace(graft.checkpoint, modules=modules), student)
     labels = graft.checkpoint.head.labels
-    live = attach_raw(raw, written_names(student, raw.task), student, labels, trainable=True)
+    attached = attach(raw, student, labels, trainable=True)
     texts = [Sample(text) for text in tiny.sentences(40)]
     inputs, _ = tokenize(student, texts, 64)
-    lessons = Predictions("words", inputs, [[(1, 2), (2, 3)]] * 40, [torch.randn(2, 5).log_softmax(-1) for _ in texts])
-    found = reading_the_gradient(live, student, lessons)
-    idle = attach_raw(found, written_names(student, raw.task), student, labels)
+    targets = Targets("words", inputs, [[(1, 2), (2, 3)]] * 40, [torch.randn(2, 5).log_softmax(-1) for _ in texts])
+    found = gradient_start(attached, student, targets)
+    inactive = attach(found, student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
-    torch.testing.assert_close(idle.forward(batch)[1], idle.forward(batch, module=False)[1], atol=1e-5, rtol=0)
-    path, values = next((path, part.tensors) for path, part in found.parts.items())
+    torch.testing.assert_close(inactive.forward(batch)[1], inactive.forward(batch, module=False)[1], atol=1e-5, rtol=0)
+    path, values = next(iter(found.entries.items()))
     if kind != "lora":
         assert values["down.weight"].abs().sum() > 0
         assert not values["up.weight"].any()
         return
-    layer = live.module_at(path)
+    layer = attached.module_at(path)
     layer.base_layer.weight.requires_grad_(True)
-    for rows in batches([len(row["input_ids"]) for row in inputs], seed=0):
-        distillation_loss(answers(live, student, lessons, rows), lessons, rows).backward()
+    for rows in length_batches(targets.lengths, seed=0):
+        distillation_loss(student_answers(attached, student, targets, rows), targets, rows).backward()
     wanted = torch.linalg.svd(layer.base_layer.weight.grad)[2][: values["A"].shape[0]]
     cosines = (values["A"] @ wanted.T).diagonal().abs()
     torch.testing.assert_close(cosines, torch.ones_like(cosines), atol=1e-3, rtol=0)
@@ -331,13 +331,8 @@ def test_what_cannot_be_learned_is_refused_by_name(world, module, tmp_path) -> N
 
 
 def test_learning_rate_warms_up_and_decays_to_nothing() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([{"params": [parameter], "share": 1.0}], lr=1.0)
-    settings = polishing.PolishSettings(steps=100, learning_rate=2.0)
-    rates = []
-    for step in range(100):
-        polishing._set_rate(optimizer, settings, step)
-        rates.append(optimizer.param_groups[0]["lr"])
+    schedule = Schedule(steps=100, batch_size=1, learning_rate=2.0)
+    rates = [schedule.rate_at(step) for step in range(100)]
     assert max(rates) < 2.0
     assert rates.index(max(rates)) == 5
     assert rates[0] == pytest.approx(2.0 / 6)

@@ -1,0 +1,195 @@
+"""Asking the teacher: what it says with its module about a text that nobody has labelled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_graft.alignment.activations import pad, tokenize
+from peft_graft.alignment.maps import SpaceMap
+from peft_graft.alignment.text import Sample
+from peft_graft.alignment.tokens import Span, pair_tokens
+from peft_graft.checkpoints.attach import AttachedModel, attach
+from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.distill.agreement import Agreement, measure
+from peft_graft.distill.targets import Encoded, Kind, Targets, kind_of, pooled
+from peft_graft.distill.training import length_batches
+from peft_graft.models.loading import ModelHandle, ModelPair
+from peft_graft.models.spaces import TOKENS_OUT, Space
+from peft_graft.run import Run
+
+#: Samples that judge, at most (a fifth of a short text), and that a head is fitted to.
+HELD_OUT, LEAST_HELD_OUT, FIT = 300, 10, 1500
+MAX_LENGTH = 128
+#: The space of the last hidden state.
+TOKENS = Space(-1, TOKENS_OUT)
+
+#: Tokens [start, end) of a sample.
+Place = tuple[int, int]
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_STAGE = "asking the teacher"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a graft learns from and is judged by: the teacher's answers to unlabelled text.
+
+    Attributes:
+        models: teacher and student. teacher: the teacher with its module inside.
+        samples: the text of ``train``.
+        train: to be learned from. held_out: to be judged by; nothing is ever fitted or trained on it.
+        labels: names of the classes, empty without a head. bf16: forward passes in mixed precision.
+    """
+
+    models: ModelPair
+    teacher: AttachedModel
+    samples: Sequence[Sample]
+    train: Targets
+    held_out: Targets
+    labels: tuple[str, ...]
+    bf16: bool
+
+    def attach(self, checkpoint: PeftCheckpoint) -> AttachedModel:
+        """The student with a checkpoint inside, ready to be measured and trained."""
+        raw = checkpoint_of_student(checkpoint, self.models.student)
+        return attach(raw, self.models.student, self.labels, trainable=True, bf16=self.bf16)
+
+    def measure(self, attached: AttachedModel) -> Agreement:
+        """How the student with a module agrees with the teacher on the held-out text."""
+        return measure(attached, self.models.student, self.held_out)
+
+
+def ask_teacher(
+    checkpoint: PeftCheckpoint,
+    models: ModelPair,
+    pool: Sequence[Sample],
+    run: Run,
+    *,
+    train: int,
+    shift_map: SpaceMap | None = None,
+    bf16: bool = False,
+) -> Distillation:
+    """Ask the teacher about a text.
+
+    Args:
+        checkpoint: the teacher's module and, where it shall be carried, its head.
+        pool: the text. The first ``held_out_size(len(pool))`` samples judge, the next ``train`` are learned from;
+            sentence pairs, where there are fewer, are learned from the other way round too.
+        shift_map: the map of the last hidden state from teacher to student, needed for modules without a head.
+        bf16: forward passes in mixed precision.
+    """
+    judging = held_out_size(len(pool))
+    chosen = list(pool[: judging + train])
+    lacking = judging + train - len(chosen)
+    chosen += [Sample(pair.second, pair.first) for pair in chosen[judging:] if pair.second is not None][:lacking]
+    labels = checkpoint.head.labels if checkpoint.head else ()
+    with run.stage(_STAGE):
+        teacher = attach(checkpoint.raw, models.teacher, labels, bf16=bf16)
+        write = (lambda shift: shift_map.apply(shift, 1, "write")) if shift_map else None
+        found = _targets(models, teacher, chosen, kind_of(checkpoint.head), write, run)
+    return Distillation(models, teacher, chosen[judging:], found.part(judging), found.part(0, judging), labels, bf16)
+
+
+def held_out_size(samples: int) -> int:
+    """How many of the samples judge."""
+    return min(HELD_OUT, samples // 5)
+
+
+def _targets(
+    models: ModelPair,
+    teacher: AttachedModel,
+    samples: Sequence[Sample],
+    kind: Kind,
+    write: Callable[[Tensor], Tensor] | None,
+    run: Run,
+) -> Targets:
+    """The teacher's answers.
+
+    Args:
+        write: ``hidden`` only: takes shifts of the teacher's last hidden state [n, d_t] to the student's [n, d_s].
+    """
+    inputs_t, spans_t = tokenize(models.teacher, samples, MAX_LENGTH)
+    inputs_s, spans_s = tokenize(models.student, samples, MAX_LENGTH)
+    places_t, places_s = [], []
+    for row, sample in enumerate(samples):
+        pair = _places(kind, sample, spans_t[row], spans_s[row])
+        places_t.append(pair[0])
+        places_s.append(pair[1])
+    done = 0
+    values: list[Tensor] = [torch.empty(0)] * len(samples)
+    shift: list[Tensor] = [torch.empty(0)] * len(samples) if kind == "hidden" else []
+    with torch.inference_mode():
+        for rows in length_batches([len(row["input_ids"]) for row in inputs_t]):
+            batch = pad(models.teacher, [inputs_t[row] for row in rows], teacher.device)
+            logits, state = teacher.forward(batch)
+            bare = teacher.forward(batch, module=False)[1] if kind == "hidden" else None
+            for index, row in enumerate(rows):
+                if kind == "samples":
+                    assert logits is not None
+                    values[row] = logits[index : index + 1].float().log_softmax(-1).cpu()
+                elif kind == "words":
+                    assert logits is not None
+                    values[row] = pooled(logits[index], places_t[row]).float().log_softmax(-1).cpu()
+                else:
+                    assert bare is not None
+                    assert write is not None
+                    shift[row] = write(pooled(state[index] - bare[index], places_t[row]).float().cpu())
+            done += len(rows)
+            run.progress(_STAGE, done, len(samples))
+        if kind == "hidden":
+            values = [own + by for own, by in zip(_bare_states(models.student, inputs_s, places_s), shift, strict=True)]
+    # Tensors made in inference mode cannot take part in training.
+    clone = [value.clone() for value in values]
+    return Targets(kind, inputs_s, places_s, clone, [value.clone() for value in shift])
+
+
+def _bare_states(student: ModelHandle, inputs: Sequence[Encoded], places: Sequence[Sequence[Place]]) -> list[Tensor]:
+    """The last hidden states of the student without a module, at its places of every sample."""
+    found: list[Tensor] = [torch.empty(0)] * len(inputs)
+    for rows in length_batches([len(row["input_ids"]) for row in inputs]):
+        state = student.base(**pad(student, [inputs[row] for row in rows], student.device)).last_hidden_state
+        for index, row in enumerate(rows):
+            found[row] = pooled(state[index], places[row]).float().cpu()
+    return found
+
+
+def _places(
+    kind: Kind, sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
+) -> tuple[list[Place], list[Place]]:
+    """Token ranges of both models that belong together."""
+    if kind == "samples":
+        return [], []
+    if kind == "hidden":
+        blocks = pair_tokens(teacher, student)
+        return (
+            [(block.teacher_start, block.teacher_end) for block in blocks],
+            [(block.student_start, block.student_end) for block in blocks],
+        )
+    return word_places(sample, teacher, student)
+
+
+def word_places(
+    sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
+) -> tuple[list[Place], list[Place]]:
+    """The first token [start, end) of every word in both models, for words that a token of each begins with."""
+    first_t, first_s = _first_tokens(teacher), _first_tokens(student)
+    starts = [(segment, match.start()) for segment, text in enumerate(sample.texts) for match in _WORD.finditer(text)]
+    shared = [start for start in starts if start in first_t and start in first_s]
+    return (
+        [(first_t[start], first_t[start] + 1) for start in shared],
+        [(first_s[start], first_s[start] + 1) for start in shared],
+    )
+
+
+def _first_tokens(spans: Sequence[Span | None]) -> dict[tuple[int, int], int]:
+    """(segment, character) -> the first token that starts there."""
+    found: dict[tuple[int, int], int] = {}
+    for index, span in enumerate(spans):
+        if span is not None:
+            found.setdefault((span.segment, span.start), index)
+    return found
