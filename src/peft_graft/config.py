@@ -246,6 +246,9 @@ class StudyConfig(_Config):
     only: Annotated[str | None, Option(_WHAT)] = Field(
         default=None, description="Only cells whose id matches this pattern, and what they need."
     )
+    export: Annotated[str | None, Option(_OUTPUT, decides=False)] = Field(
+        None, description="Add the results of the finished cells to this file, a line of JSON each."
+    )
 
 
 def _check_method(name: str, *, allow_auto: bool) -> None:

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 import tiny
 from peft_graft.errors import TextError
-from peft_graft.study.examples import read_examples
+from peft_graft.study.data import read_examples
 from peft_graft.study.ner import IGNORED, TaggedSentence
 from peft_graft.study.tasks import LabelledPair, ner_task, pair_task, sample_of
 

@@ -141,8 +141,13 @@ def demo(
     """Train a module on a real teacher, move it, and compare: a few minutes on two CPU cores."""
     from peft_graft.study.demo import run_demo, show_demo
 
-    with watching() as callbacks:
-        result = run_demo(out, seed=seed, force=force, callbacks=callbacks)
+    try:
+        with watching(lines=True) as callbacks:
+            result = run_demo(out, seed=seed, force=force, callbacks=callbacks)
+    except KeyboardInterrupt:
+        where = escaped(str(out))
+        Console(stderr=True).print(f"interrupted; finished parts are in {where}, and the same command continues there")
+        sys.exit(_INTERRUPTED)
     if as_json:
         _print_json(result)
     else:

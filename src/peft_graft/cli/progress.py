@@ -40,12 +40,25 @@ class Bars(Callback):
         self._display.update(self._tasks[stage], completed=done, total=total)
 
 
+class Lines(Callback):
+    """A line for every stage when it begins, where there is no terminal for bars."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, ""
+
+    def on_stage_begin(self, stage: str) -> None:
+        """Print the stage, once where it comes several times in a row."""
+        if stage != self._last:
+            self._console.print(stage, markup=False, highlight=False, soft_wrap=True)
+        self._last = stage
+
+
 @contextmanager
-def watching() -> Iterator[list[Callback]]:
-    """Callbacks that show progress on standard error; none where that is no terminal."""
+def watching(*, lines: bool = False) -> Iterator[list[Callback]]:
+    """Callbacks that show progress on standard error; where that is no terminal none, or ``lines``."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield []
+        yield [Lines(console)] if lines else []
         return
     columns = (
         SpinnerColumn(),

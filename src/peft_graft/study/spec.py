@@ -8,19 +8,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from peft_graft.alignment.methods import METHODS
-from peft_graft.errors import StudyError
+from peft_graft.config import AUTO, Dtype, GraftConfig, HeadChoice, Library
+from peft_graft.errors import PlanError, StudyError
 from peft_graft.models.tasks import Task
-from peft_graft.options import MAX_TOKENS, HeadChoice
-from peft_graft.study.comparison import Library
+from peft_graft.study.plugins import Plugin, load_plugin
 from peft_graft.study.tasks import METRICS, Metric
-from peft_graft.study.training import TrainingSettings
+from peft_graft.study.training import FITTED_RATE, TrainingSettings
 
 #: The student's own untrained module, the baseline of every comparison.
 FRESH = "fresh"
+#: What tables call a graft by the method ``auto``, and a fresh module that was polished on the teacher's answers.
+DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
 Budget = int | Literal["all"]
+#: Lists of a grid -> the options of ``transfer`` that their values are for.
+GRAFT_OPTIONS = {"layers": "layers", "methods": "method", "heads": "head", "polish": "polish"}
 
 
 class _Spec(BaseModel):
@@ -73,9 +76,9 @@ class TaskSpec(_Spec):
 
 
 class ModuleSpec(_Spec):
-    """A kind of module: the library that trains it and its configuration (``comparison.new_module``)."""
+    """A kind of module: the library that trains it and its configuration (``modules.new_module``)."""
 
-    library: Library = "peft"
+    library: Library = Library.PEFT
     config: dict[str, Any] | str | None = None
 
 
@@ -83,14 +86,36 @@ class Training(_Spec):
     """How modules are trained: the teacher's, and every student's, whatever it starts from.
 
     Attributes:
+        teacher_rates: learning rates of the teachers, by model, where ``teacher.learning_rate`` does not suit.
+        epochs: of the students by budget, where ``student.epochs`` does not suit: ``{ 100 = 20, all = 3 }``.
+        rates: learning rates from which one is chosen for the fresh module, on validation examples, once for each
+            student, module, task, language and budget; every student of that budget takes it. ``student.learning_rate``
+            where it is empty.
         fitted_rate: a start that was polished takes this share of the student's learning rate.
         distillation: weight of the teacher's answers in a start that goes on distilling.
+        keep_best: whether modules keep the epoch that scores best on the validation examples, or the last one.
     """
 
     teacher: TrainingSettings = TrainingSettings()
     student: TrainingSettings = TrainingSettings()
-    fitted_rate: float = 0.1
+    teacher_rates: dict[str, float] = {}
+    epochs: dict[str, float] = {}
+    rates: tuple[float, ...] = ()
+    fitted_rate: float = FITTED_RATE
     distillation: float = 0.5
+    keep_best: bool = True
+
+    def of_teacher(self, model: str) -> TrainingSettings:
+        """The schedule of a teacher, by the short name of its model."""
+        return self.teacher.model_copy(
+            update={"learning_rate": self.teacher_rates.get(model, self.teacher.learning_rate)}
+        )
+
+    def of_student(self, budget: Budget, seed: int) -> TrainingSettings:
+        """The schedule of a student with so many labelled examples."""
+        return self.student.model_copy(
+            update={"epochs": self.epochs.get(str(budget), self.student.epochs), "seed": seed}
+        )
 
 
 class Grid(_Spec):
@@ -98,9 +123,11 @@ class Grid(_Spec):
 
     Attributes:
         teacher, student: short names of models. modules, tasks: short names. languages: of the tasks, all when empty.
-        layers, methods, heads, polish, distil: what grafts are made of, see ``transfer``; method ``default`` is
-            ``transfer``'s own choice, and takes the layers and head that it would. ``distil``: whether the fine-tuning
-            goes on learning from the teacher too.
+        layers, methods, heads, polish: options of ``transfer`` (``GraftConfig``); with the method ``auto`` only the
+            first of ``layers`` is taken.
+        distil: whether the fine-tuning goes on learning from the teacher too.
+        from_fresh: whether the student's own untrained module is polished on the teacher's answers, in place of the
+            teacher's module. It takes ``polish`` and ``distil`` alone, with the method ``auto``.
         budgets: labelled training examples, or ``all``; students are scored before and after they learn from them.
         seeds: of the labels drawn, of what is initialised and of the order of training.
     """
@@ -111,19 +138,24 @@ class Grid(_Spec):
     tasks: tuple[str, ...]
     languages: tuple[str, ...] = ()
     layers: tuple[str, ...] = ("skip",)
-    methods: tuple[str, ...] = ("default",)
+    methods: tuple[str, ...] = (AUTO,)
     heads: tuple[HeadChoice, ...] = ("auto",)
-    polish: tuple[int | Literal["default"], ...] = ("default",)
+    polish: tuple[int | Literal["auto"], ...] = ("auto",)
     distil: tuple[bool, ...] = (False,)
+    from_fresh: tuple[bool, ...] = (False,)
     budgets: tuple[Budget, ...] = ("all",)
     seeds: tuple[int, ...] = (0,)
 
-    @model_validator(mode="after")
-    def _known_methods(self) -> Grid:
-        unknown = [name for name in self.methods if name != "default" and name not in METHODS]
-        if unknown:
-            raise ValueError(f"unknown method {', '.join(unknown)}; known are default, {', '.join(METHODS)}")
-        return self
+    @field_validator(*GRAFT_OPTIONS)
+    @classmethod
+    def _as_transfer_has_them(cls, values: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        option = GRAFT_OPTIONS[str(info.field_name)]
+        for value in values:
+            try:
+                GraftConfig.model_validate({option: value})
+            except PlanError as error:
+                raise ValueError(f"{error.message}; expected {error.expected}, found {error.found}") from error
+        return values
 
 
 class Study(_Spec):
@@ -132,6 +164,7 @@ class Study(_Spec):
     Attributes:
         name: of the study. models: short name -> folder (written like the files of tasks) or hub id.
         tasks, modules: by short name.
+        plugins: Python files that register methods of their own; paths like those of tasks.
         device, dtype: of everything that is run. max_tokens: that alignments see.
     """
 
@@ -142,9 +175,10 @@ class Study(_Spec):
     training: Training = Training()
     defaults: dict[str, Any] = Field(default_factory=dict)
     grid: tuple[Grid, ...]
-    max_tokens: int = MAX_TOKENS
+    plugins: tuple[Plugin, ...] = ()
+    max_tokens: int = GraftConfig.model_fields["max_tokens"].default
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     @model_validator(mode="before")
     @classmethod
@@ -193,13 +227,18 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
         raise StudyError(f"the study file cannot be read ({error})", where=str(path)) from error
     for change in changes:
         _change(content, change)
+    folder = path.resolve().parent
+    if isinstance(content.get("plugins"), list):  # first, so that grids can name the methods that they register
+        content["plugins"] = [
+            load_plugin(str((folder / Path(str(file)).expanduser()).resolve())) for file in content["plugins"]
+        ]
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise StudyError(f"{place}: {first['msg']}", where=str(path), fix="see docs/studies.md") from error
-    folder = path.resolve().parent
+        message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
     tasks = {
         name: task.model_copy(
             update={

@@ -1,25 +1,25 @@
-"""The tables and figures of a study, made from its finished cells' files alone."""
+"""The tables and figures of a study, made from the records of its finished cells alone."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from peft_graft.errors import DependencyError
-from peft_graft.files import read_json
-from peft_graft.study.cells import Cell
-from peft_graft.study.comparison import share_of_gain
-from peft_graft.study.runner import result_path
 from peft_graft.study.spec import FRESH
 
 TEACHER = "teacher"
 MEAN = "mean"
+#: A teacher that is ahead of a fresh module by less, a point of a hundred, has no gain of which there could be a share.
+SMALLEST_GAIN = 0.01
+#: What a table is about.
+_TABLE = ["teacher", "student", "module", "task", "budget"]
 
 
 @dataclass(frozen=True)
@@ -71,103 +71,100 @@ class ResultTable:
         return f"{self.teacher} → {self.student}, {self.module}, {self.task}, {labels} ({self.metric})"
 
 
-@dataclass
-class _Group:
-    """Scores of one table: start -> language -> seed -> score."""
-
-    metric: str = ""
-    scores: dict[str, dict[str, dict[Any, float]]] = field(default_factory=dict)
-
-    def add(self, start: str, language: str, seed: Any, value: float) -> None:
-        self.scores.setdefault(start, {}).setdefault(language, {})[seed] = value
+def share_of_gain(grafted: float, baseline: float, teacher: float) -> float | None:
+    """(grafted - baseline) / (teacher - baseline); None where the teacher is not ahead by ``SMALLEST_GAIN``."""
+    return (grafted - baseline) / (teacher - baseline) if teacher - baseline >= SMALLEST_GAIN else None
 
 
-def finished(cells: Iterable[Cell], out: Path) -> list[dict[str, Any]]:
-    """The records of the cells that are done."""
-    return [read_json(result_path(out, cell.id)) for cell in cells if result_path(out, cell.id).exists()]
+def scores_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for every score: what its table is about, ``metric``, ``start``, ``language``, ``seed``, ``score``.
+
+    A fresh module and a teacher have a row for each pair of models that they belong to; the score of a student before
+    it learned from labels has budget 0.
+    """
+    students = [record for record in records if record["kind"] == "student"]
+    grafted = [record["names"] for record in students if record["names"]["start"] != FRESH]
+    pairs = list(dict.fromkeys((names["teacher"], names["student"]) for names in grafted))
+    rows: list[dict[str, Any]] = []
+    for record in students:
+        names, result = record["names"], record["result"]
+        values = {0: result["before"]} if "before" in result else {}
+        for teacher, student in pairs:
+            if names["student"] == student and names.get("teacher", teacher) == teacher:
+                rows += [
+                    {**names, "teacher": teacher, "metric": result["metric"], "budget": budget, "score": value}
+                    for budget, value in {**values, names["budget"]: result["score"]}.items()
+                ]
+    tables = {tuple(row[name] for name in _TABLE): row["metric"] for row in rows}
+    for record in [record for record in records if record["kind"] == TEACHER]:
+        names = record["names"]
+        for table, metric in tables.items():
+            if (names["teacher"], names["module"], names["task"]) == (table[0], *table[2:4]):
+                about = dict(zip(_TABLE, table, strict=True))
+                score = record["result"]["score"]
+                rows.append({**names, **about, "metric": metric, "start": TEACHER, "seed": 0, "score": score})
+    return pd.DataFrame(rows, columns=[*_TABLE, "metric", "start", "language", "seed", "score"])
 
 
 def result_tables(records: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
     """All tables of the records: one without labels and one for each budget, by pair, module and task."""
-    students = [record for record in records if record["kind"] == "student"]
-    grafted = [record["names"] for record in students if record["names"]["start"] != FRESH]
-    pairs = list(dict.fromkeys((names["teacher"], names["student"]) for names in grafted))
-    groups: dict[tuple[Any, ...], _Group] = {}
-    for record in students:
-        names, result = record["names"], record["result"]
-        for teacher, student in pairs:
-            if names["student"] != student or names.get("teacher", teacher) != teacher:
-                continue  # a fresh module belongs to every teacher of its student
-            values = {0: result["before"], names["budget"]: result["score"]}
-            for budget, value in values.items():
-                key = (teacher, student, names["module"], names["task"], budget)
-                group = groups.setdefault(key, _Group(result["metric"]))
-                group.add(names["start"], names["language"], names["seed"], value)
-    for record in records:
-        if record["kind"] == TEACHER:
-            names = record["names"]
-            for key, group in groups.items():
-                if key[0] == names["teacher"] and key[2:4] == (names["module"], names["task"]):
-                    group.add(TEACHER, names["language"], None, record["result"]["score"])
+    groups = dict(iter(scores_of(records).groupby(_TABLE, sort=False)))
     order = {0: -1.0, "all": math.inf}
     keys = sorted(groups, key=lambda key: (*map(str, key[:4]), order.get(key[4], key[4])))
-    return [_table(key, groups[key]) for key in keys if set(groups[key].scores) - {FRESH, TEACHER}]
+    return [_table(key, groups[key]) for key in keys if set(groups[key]["start"]) - {FRESH, TEACHER}]
 
 
-def _table(key: tuple[Any, ...], group: _Group) -> ResultTable:
-    starts = [name for name in (TEACHER, FRESH) if name in group.scores]
-    starts += sorted(set(group.scores) - {TEACHER, FRESH})
+def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
+    scores = group.pivot_table(index="start", columns=["language", "seed"], values="score")
+    starts = [name for name in (TEACHER, FRESH) if name in scores.index]
+    starts += sorted(set(scores.index) - {TEACHER, FRESH})
+    known = {start: set(scores.loc[start].dropna().index.get_level_values("language")) for start in starts}
     # Means are over the languages in which everything is there, so that rows can be compared.
-    common = sorted(set.intersection(*(set(group.scores[start]) for start in starts)))
-    languages = sorted({language for scores in group.scores.values() for language in scores})
+    common = sorted(set.intersection(*known.values()))
+    languages = sorted(set.union(*known.values()))
     rows = []
     for start in starts:
-        entries = {
-            language: _entry(group, start, [language]) for language in languages if language in group.scores[start]
-        }
+        entries = {language: _entry(scores, start, [language]) for language in languages if language in known[start]}
         if common:
-            entries[MEAN] = _entry(group, start, common)
-        rows.append(Row(start, entries, None if start in (TEACHER, FRESH) else paired_p(group.scores, start)))
+            entries[MEAN] = _entry(scores, start, common)
+        rows.append(Row(start, entries, None if start in (TEACHER, FRESH) else paired_p(scores, start)))
     teacher, student, module, task, budget = key
-    return ResultTable(teacher, student, module, task, budget, group.metric, languages, rows)
+    return ResultTable(teacher, student, module, task, budget, group["metric"].iloc[0], languages, rows)
 
 
-def _entry(group: _Group, start: str, languages: Sequence[str]) -> Entry:
-    def mean_of(name: str) -> tuple[float, float | None, int] | None:
-        by_language = [group.scores.get(name, {}).get(language, {}) for language in languages]
-        if not all(by_language):
+def _entry(scores: pd.DataFrame, start: str, languages: Sequence[str]) -> Entry:
+    def mean_of(name: str) -> float | None:
+        if name not in scores.index:
             return None
-        seeds = set.intersection(*(set(scores) for scores in by_language))
-        means = [statistics.fmean(scores[seed] for scores in by_language) for seed in seeds]
-        overall = statistics.fmean(statistics.fmean(scores.values()) for scores in by_language)
-        return overall, statistics.stdev(means) if len(means) > 1 else None, sum(map(len, by_language))
+        means = scores.loc[name, languages].groupby("language").mean()
+        return None if means.isna().any() else float(means.mean())
 
-    own = mean_of(start)
-    assert own is not None
-    fresh, teacher = mean_of(FRESH), mean_of(TEACHER)
+    own = scores.loc[start, languages].dropna()
+    # Spread is over the seeds that every language has.
+    by_seed = own.unstack("language").dropna().mean(axis=1)
+    score, fresh, teacher = mean_of(start), mean_of(FRESH), mean_of(TEACHER)
+    assert score is not None
+    spread = float(by_seed.std()) if len(by_seed) > 1 else None
     if start in (FRESH, TEACHER) or fresh is None:
-        return Entry(*own)
-    share = share_of_gain(own[0], fresh[0], teacher[0]) if teacher else None
-    return Entry(*own, difference=own[0] - fresh[0], share=share)
+        return Entry(score, spread, len(own))
+    share = share_of_gain(score, fresh, teacher) if teacher is not None else None
+    return Entry(score, spread, len(own), difference=score - fresh, share=share)
 
 
-def paired_p(scores: Mapping[str, Mapping[str, Mapping[Any, float]]], start: str) -> float | None:
+def paired_p(scores: pd.DataFrame, start: str) -> float | None:
     """Two-sided Wilcoxon signed-rank test of a start against the fresh module, paired by language and seed.
 
     None with fewer than six pairs that differ, with which no difference could be significant at 5 %.
+
+    Args:
+        scores: a row for each start, a column for each language and seed.
     """
     from scipy.stats import wilcoxon
 
-    fresh = scores.get(FRESH, {})
-    differences = [
-        value - fresh[language][seed]
-        for language, by_seed in scores[start].items()
-        for seed, value in by_seed.items()
-        if seed in fresh.get(language, {})
-    ]
-    if sum(difference != 0 for difference in differences) < 6:
+    if FRESH not in scores.index:
         return None
-    return float(wilcoxon(differences).pvalue)
+    differences = (scores.loc[start] - scores.loc[FRESH]).dropna()
+    return float(wilcoxon(differences).pvalue) if (differences != 0).sum() >= 6 else None
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
@@ -213,35 +210,30 @@ def latex(tables: Sequence[ResultTable]) -> str:
     parts = []
     for table in tables:
         header, lines = grid_of(table)
-        rows = [" & ".join(map(_tex, line)) + r" \\" for line in lines]
-        parts.append("\n".join([
-            r"\begin{table}", rf"\caption{{{_tex(table.title)}}}", rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule", " & ".join(map(_tex, header)) + r" \\", r"\midrule", *rows, r"\bottomrule",
-            r"\end{tabular}", r"\end{table}",
-        ]))  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def _tex(text: str) -> str:
-    for plain, escaped in (("\\", r"\textbackslash "), ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("#", r"\#"),
-                           ("±", r"$\pm$"), ("→", r"$\rightarrow$"), ("Δ", r"$\Delta$ ")):  # fmt: skip
-        text = text.replace(plain, escaped)
+        frame = pd.DataFrame(lines, columns=header)
+        caption = table.title.replace("_", r"\_")
+        columns = "l" + "r" * (len(header) - 1)
+        parts.append(frame.to_latex(index=False, escape=True, caption=caption, column_format=columns))
+    text = "\n".join(parts)
+    for plain, command in (("±", r"$\pm$"), ("→", r"$\rightarrow$"), ("Δ", r"$\Delta$")):
+        text = text.replace(plain, command)
     return text
 
 
 def comma_separated(tables: Sequence[ResultTable]) -> str:
     """Every entry of every table as one line of CSV."""
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(["teacher", "student", "module", "task", "budget", "metric", "start", "language", "score", "spread",
-                     "runs", "difference", "share_of_gain", "p"])  # fmt: skip
-    for table in tables:
-        for row in table.rows:
-            for language, entry in row.entries.items():
-                writer.writerow([table.teacher, table.student, table.module, table.task, table.budget, table.metric,
-                                 row.start, language, entry.score, entry.spread, entry.runs, entry.difference,
-                                 entry.share, row.p if language == MEAN else None])  # fmt: skip
-    return sink.getvalue()
+    rows = [
+        {
+            "teacher": table.teacher, "student": table.student, "module": table.module, "task": table.task,
+            "budget": table.budget, "metric": table.metric, "start": row.start, "language": language,
+            "score": entry.score, "spread": entry.spread, "runs": entry.runs, "difference": entry.difference,
+            "share_of_gain": entry.share, "p": row.p if language == MEAN else None,
+        }
+        for table in tables
+        for row in table.rows
+        for language, entry in row.entries.items()
+    ]  # fmt: skip
+    return str(pd.DataFrame(rows).to_csv(index=False))
 
 
 def write_tables(records: Sequence[Mapping[str, Any]], folder: Path) -> list[ResultTable]:

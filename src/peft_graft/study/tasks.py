@@ -75,9 +75,13 @@ class StudyTask:
         """Entity F1 of logits [n, length, labels]; accuracy, or mean F1 over the classes, of logits [n, labels]."""
         if self.kind == Task.TOKEN_CLASSIFICATION:
             return ner.entity_f1(logits, targets, self.labels)
-        if self.metric == "macro F1":
-            return _macro_f1(logits.argmax(-1), targets, len(self.labels))
-        return float((logits.argmax(-1) == targets).mean())
+        from sklearn.metrics import accuracy_score, f1_score
+
+        predicted = logits.argmax(-1)
+        if self.metric == "macro F1":  # a class that is neither given nor right counts 0
+            classes = range(len(self.labels))
+            return float(f1_score(targets, predicted, labels=classes, average="macro", zero_division=0))
+        return float(accuracy_score(targets, predicted))
 
     def majority_score(self, test: Sequence[Example]) -> float:
         """The score of always giving the most frequent class: 0 for entities."""
@@ -86,16 +90,6 @@ class StudyTask:
         targets = np.array([self.labels.index(example.label) for example in test if isinstance(example, LabelledPair)])
         commonest = np.eye(len(self.labels))[[Counter(targets.tolist()).most_common(1)[0][0]] * len(targets)]
         return self.score(commonest, targets)
-
-
-def _macro_f1(predicted: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], classes: int) -> float:
-    """The mean of the classes' F1; a class that is neither given nor right counts 0."""
-    scores = []
-    for index in range(classes):
-        right = int(((predicted == index) & (targets == index)).sum())
-        counted = int((predicted == index).sum() + (targets == index).sum())
-        scores.append(2 * right / counted if counted else 0.0)
-    return float(np.mean(scores))
 
 
 def sample_of(example: Example) -> Sample:

@@ -1,0 +1,129 @@
+"""The folder of a study: records of finished and failed cells, what cells leave for others, and locks.
+
+    OUT/study.json        the study as it was last run
+    OUT/cells/ID.json     the record of a finished cell
+    OUT/failures/ID.json  why a cell failed; the next run tries it again
+    OUT/artifacts/ID/     what a cell leaves for others: a checkpoint, an alignment
+    OUT/work/ID/          what an interrupted cell can go on from
+    OUT/locks/ID          held by the process that works on the cell
+
+OUT may be on storage that several machines share, if its files can be locked (``filelock``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_graft.errors import DependencyError, StudyError
+from peft_graft.files import read_json
+
+_PARTS = ("cells", "failures", "artifacts", "work", "locks")
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The files of a study, by the ids of its cells."""
+
+    path: Path
+
+    def prepare(self, study: Mapping[str, Any]) -> None:
+        """Make the folder and note the study in it.
+
+        Raises:
+            StudyError: it cannot be written.
+        """
+        try:
+            for name in _PARTS:
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            _write(self.path / "study.json", study)
+        except OSError as error:
+            raise StudyError(
+                f"cannot be written ({error.strerror})", where=str(self.path), fix="choose another --out"
+            ) from error
+
+    def artifact(self, cell: str) -> Path:
+        """Where a cell leaves what others need."""
+        return self.path / "artifacts" / cell
+
+    def work(self, cell: str) -> Path:
+        """Where an unfinished cell keeps what it can go on from."""
+        return self.path / "work" / cell
+
+    def is_done(self, cell: str) -> bool:
+        """Whether a cell has finished."""
+        return self._record(cell).exists()
+
+    def record(self, cell: str) -> dict[str, Any]:
+        """The record of a finished cell."""
+        return read_json(self._record(cell))
+
+    def records(self, cells: Iterable[str]) -> list[dict[str, Any]]:
+        """The records of those of the cells that have finished."""
+        return [self.record(cell) for cell in cells if self.is_done(cell)]
+
+    def result(self, cell: str) -> dict[str, Any]:
+        """What a finished cell found."""
+        return dict(self.record(cell)["result"])
+
+    def error(self, cell: str) -> str:
+        """Why a cell failed."""
+        return str(read_json(self._failure(cell))["error"])
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a finished cell."""
+        _write(self._record(record["id"]), record)
+        self._failure(record["id"]).unlink(missing_ok=True)
+
+    def keep_failure(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a cell that failed."""
+        _write(self._failure(record["id"]), record)
+
+    @contextmanager
+    def claimed(self, cell: str) -> Iterator[bool]:
+        """Hold the lock of a cell; False when another process has it. The system frees the lock of one that died.
+
+        Raises:
+            DependencyError: ``filelock`` is not installed.
+        """
+        try:
+            from filelock import FileLock, Timeout
+        except ImportError as error:
+            raise DependencyError("filelock is not installed", fix="pip install 'peft-graft[study]'") from error
+        lock = FileLock(self.path / "locks" / cell)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # Removed while it is held: whoever waits for a removed file sees that, and makes a new one.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def _record(self, cell: str) -> Path:
+        return self.path / "cells" / f"{cell}.json"
+
+    def _failure(self, cell: str) -> Path:
+        return self.path / "failures" / f"{cell}.json"
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON aside and rename it into place, so that a file that exists is whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, default=list)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""From a study to its cells: every combination of the lists of its grids, what several share once."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from peft_graft.alignment.methods import METHODS
+from peft_graft.config import AUTO, METHOD_SUMMARIES, AlignConfig, GraftConfig, Library
+from peft_graft.errors import StudyError
+from peft_graft.study.cells import (
+    AlignmentCell,
+    AlignmentConfig,
+    Cell,
+    Examples,
+    FreshPolishCell,
+    FreshPolishConfig,
+    GraftCell,
+    Names,
+    Needs,
+    RateCell,
+    RateConfig,
+    StudentCell,
+    StudentConfig,
+    TeacherCell,
+    TeacherConfig,
+    TransferConfig,
+)
+from peft_graft.study.plugins import Plugin
+from peft_graft.study.spec import DEFAULT, FRESH, GRAFT_OPTIONS, POLISHED_FRESH, Budget, Grid, ModuleSpec, Study
+
+_BUILT_IN = frozenset(METHOD_SUMMARIES)
+
+
+def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
+    """All cells by id, each after those that it needs.
+
+    Args:
+        only: a pattern (``fnmatch``) that the ids of students and teachers must match; what they need comes along.
+
+    Raises:
+        StudyError: nothing matches.
+    """
+    found: dict[str, Cell] = {}
+    for grid in study.grid:
+        for module, task in product(grid.modules, grid.tasks):
+            for language in study.tasks[task].languages:
+                if not grid.languages or language in grid.languages:
+                    for cell in _Comparison(study, grid, module, task, language).cells():
+                        found.setdefault(cell.id, cell)
+    if only is None:
+        return found
+    wanted = [
+        name for name, cell in found.items() if cell.kind in ("student", "teacher") and fnmatch.fnmatch(name, only)
+    ]
+    if not wanted:
+        raise StudyError(
+            "no cell matches", where=f"--only {only}", expected="a pattern of the ids that --dry-run lists"
+        )
+    kept: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        kept.add(name)
+        wanted.extend(found[name].needed)
+    return {name: cell for name, cell in found.items() if name in kept}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a student starts from: a graft, or its own fresh module after a polish, and how it goes on."""
+
+    transfer: GraftConfig
+    from_fresh: bool = False
+    distil: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables: only what is not as usual is named."""
+        return ", ".join([self.graft_name, *(["distilling"] if self.distil else [])])
+
+    @property
+    def graft_name(self) -> str:
+        """The same of the graft alone."""
+        option = self.transfer
+        if self.from_fresh:
+            parts = [POLISHED_FRESH]
+        else:
+            parts = [DEFAULT if option.method == AUTO else f"{option.method}/{option.layers}"]
+        if option.head != AUTO:
+            parts.append(f"head {option.head}")
+        if option.polish != AUTO:
+            parts.append(f"polish {option.polish}")
+        return ", ".join(parts)
+
+    @property
+    def is_polished(self) -> bool:
+        """Whether the module is polished, so that it depends on the seed and takes a lower learning rate."""
+        return self.transfer.polish_steps > 0
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One pair, module, task and language of a grid."""
+
+    study: Study
+    grid: Grid
+    module: str
+    task: str
+    language: str
+
+    def cells(self) -> Iterator[Cell]:
+        teacher = self._teacher()
+        yield teacher
+        for budget, seed in product(self.grid.budgets, self.grid.seeds):
+            yield from self._students(None, None, teacher, budget, seed)
+        for start, seed in product(self._starts(), self.grid.seeds):
+            alignment = self._alignment(start)
+            if alignment:
+                yield alignment
+            graft = self._graft(start, seed, teacher, alignment)
+            yield graft
+            for budget in self.grid.budgets:
+                yield from self._students(start, graft, teacher, budget, seed)
+
+    def _starts(self) -> Iterator[Start]:
+        grid = self.grid
+        shared: dict[str, Any] = {
+            "max_tokens": self.study.max_tokens,
+            "device": self.study.device,
+            "dtype": self.study.dtype,
+        }
+        lists = [getattr(grid, name) for name in GRAFT_OPTIONS]
+        found: dict[str, Start] = {}
+        for from_fresh, *values, distil in product(grid.from_fresh, *lists, grid.distil):
+            option = GraftConfig(**dict(zip(GRAFT_OPTIONS.values(), values, strict=True)), **shared)
+            if option.method == AUTO and option.layers != grid.layers[0]:
+                continue  # the default is one start, not one for each way of choosing layers
+            if from_fresh:
+                option = GraftConfig(polish=option.polish, **shared)
+                if not option.polish_steps:
+                    continue
+            start = Start(option, from_fresh, distil)
+            found.setdefault(start.name, start)
+        yield from found.values()
+
+    def _names(self, **more: str | int | None) -> Names:
+        own = {"student": self.grid.student, "module": self.module, "task": self.task, "language": self.language}
+        return Names.model_validate({**own, **more})
+
+    @property
+    def _spec(self) -> ModuleSpec:
+        return self.study.modules[self.module]
+
+    @property
+    def _examples(self) -> Examples:
+        return Examples(task=self.task, language=self.language, spec=self.study.tasks[self.task])
+
+    @property
+    def _models(self) -> tuple[str, str]:
+        return self.study.models[self.grid.teacher], self.study.models[self.grid.student]
+
+    def _teacher(self) -> TeacherCell:
+        study = self.study
+        config = TeacherConfig(
+            examples=self._examples, device=study.device, model=self._models[0], module=self._spec,
+            training=study.training.of_teacher(self.grid.teacher), keep_best=study.training.keep_best,
+        )  # fmt: skip
+        return TeacherCell(names=self._names(student=None, teacher=self.grid.teacher), config=config)
+
+    def _alignment(self, start: Start) -> AlignmentCell | None:
+        option = start.transfer
+        if start.from_fresh or option.method == AUTO:
+            return None
+        method = METHODS[option.method]
+        if not method.needs_text or method.fits_shifts:
+            return None
+        roles = _roles(self._spec)
+        names = self._names(module=None, teacher=self.grid.teacher, method=option.method, layers=option.layers,
+                            roles="+".join(roles or ["all"]))  # fmt: skip
+        config = AlignmentConfig(
+            examples=self._examples, device=option.device, teacher=self._models[0], student=self._models[1],
+            align=AlignConfig(method=option.method, layers=option.layers, sites=roles, max_tokens=option.max_tokens,
+                              dtype=option.dtype, device=option.device),
+            plugins=self._plugins(option),
+        )  # fmt: skip
+        return AlignmentCell(names=names, config=config)
+
+    def _graft(self, start: Start, seed: int, teacher: Cell, alignment: Cell | None) -> Cell:
+        # Only a polish depends on the seed; without one all seeds share the graft.
+        option = start.transfer.model_copy(update={"seed": seed if start.is_polished else 0})
+        names = self._names(teacher=self.grid.teacher, start=start.graft_name, seed=seed if start.is_polished else None)
+        needs = Needs(teacher=teacher.id, alignment=alignment.id if alignment else None)
+        config = TransferConfig(
+            examples=self._examples, device=option.device, teacher=self._models[0], student=self._models[1],
+            transfer=option, plugins=self._plugins(option),
+        )  # fmt: skip
+        if not start.from_fresh:
+            return GraftCell(names=names, config=config, needs=needs)
+        fresh = FreshPolishConfig(**dict(config), module=self._spec)
+        return FreshPolishCell(names=names, config=fresh, needs=needs)
+
+    def _students(self, start: Start | None, graft: Cell | None, teacher: Cell, budget: Budget,
+                  seed: int) -> Iterator[Cell]:  # fmt: skip
+        """The cell of a student and, before it, that of its learning rate."""
+        training, spec, model = self.study.training, self._spec, self._models[1]
+        settings = training.of_student(budget, seed)
+        common: dict[str, Any] = {"examples": self._examples, "device": self.study.device}
+        rate = None
+        if training.rates and budget:
+            config = RateConfig(**common, model=model, module=spec, rates=training.rates, budget=budget,
+                                training=settings.model_copy(update={"seed": 0}))  # fmt: skip
+            rate = RateCell(names=self._names(budget=budget), config=config)
+            yield rate
+        distil = start is not None and start.distil
+        yield StudentCell(
+            names=self._names(teacher=self.grid.teacher if start else None, start=start.name if start else FRESH,
+                              budget=budget, seed=seed),
+            config=StudentConfig(
+                **common, model=model, module=spec, budget=budget,
+                training=settings.model_copy(update={"distillation": training.distillation if distil else 0.0}),
+                share=training.fitted_rate if start and start.is_polished else 1.0, keep_best=training.keep_best,
+                teacher=self._models[0] if distil else None,
+            ),
+            needs=Needs(graft=graft.id if graft else None, teacher=teacher.id if distil else None,
+                        rate=rate.id if rate else None),
+        )  # fmt: skip
+
+    def _plugins(self, option: GraftConfig) -> tuple[Plugin, ...]:
+        """The study's, where the method is from one of them."""
+        return () if option.method in {AUTO, *_BUILT_IN} else self.study.plugins
+
+
+def _roles(spec: ModuleSpec) -> tuple[str, ...] | None:
+    """The roles that an alignment has to cover for such a module; None for all."""
+    name = spec.config if isinstance(spec.config, str) else (spec.config or {}).get("name", "")
+    if spec.library is Library.ADAPTERS and "lora" not in str(name).lower():
+        return ("adapter",)
+    if spec.library is Library.PEFT and isinstance(spec.config, dict) and "target_modules" in spec.config:
+        return None
+    return ("attn.query", "attn.value")

@@ -1,0 +1,74 @@
+"""Published results: one line of JSON for every cell whose figures a page shows, in a file that grows by runs.
+
+A line is the record of a finished cell: ``id``, ``kind``, ``names``, ``needs``, ``result``, options, software, machine
+and time. Records of several studies can stand in one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_graft.errors import StudyError
+
+Record = Mapping[str, Any]
+#: An alignment has no figures.
+_KINDS = ("teacher", "graft", "polish", "rate", "student")
+
+#: What is published of a configuration.
+_CONFIG = ("module", "training", "transfer", "budget", "share", "rates", "keep_best")
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, in its order.
+
+    Raises:
+        StudyError: the file cannot be read, or a line is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"the results cannot be read ({error})", where=str(path)) from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise StudyError(f"not JSON ({error})", where=f"{path}, line {number}") from error
+        missing = {"id", "kind", "names", "result"} - set(record if isinstance(record, dict) else ())
+        if missing:
+            raise StudyError(
+                "not the record of a cell", where=f"{path}, line {number}", expected=", ".join(sorted(missing))
+            )
+        records.append(record)
+    return records
+
+
+def write_results(records: Sequence[Record], path: Path) -> None:
+    """Write records, a line each."""
+    lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def export(records: Sequence[Record], path: Path, *, study: str) -> int:
+    """Add the records of a study's finished cells to a file, those that it has left alone.
+
+    Returns:
+        How many were added.
+    """
+    there = read_results(path) if path.exists() else []
+    known = {record["id"] for record in there}
+    new = [_published(record, study) for record in records if record["kind"] in _KINDS and record["id"] not in known]
+    write_results([*there, *new], path)
+    return len(new)
+
+
+def _published(record: Record, study: str) -> dict[str, Any]:
+    """A record without the places of models and examples, which mean nothing on another machine."""
+    config = {key: value for key, value in record["config"].items() if key in _CONFIG}
+    if "transfer" in config:
+        config["transfer"] = {key: value for key, value in config["transfer"].items() if value is not None}
+    return {"study": study, **record, "config": config}
