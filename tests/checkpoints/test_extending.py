@@ -18,12 +18,16 @@ from safetensors.torch import save_file
 import peft_graft
 import tiny
 from peft_graft.alignment.maps import Selection
-from peft_graft.checkpoints.formats.base import FORMATS, register_format
+from peft_graft.checkpoints.formats.base import FORMATS, format_of, register_format
+from peft_graft.checkpoints.formats.peft import codec
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve, to_raw
+from peft_graft.checkpoints.student_names import student_names
+from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
 from peft_graft.models.loading import describe_config
 from peft_graft.models.spaces import Site
+from peft_graft.models.tasks import Task
 from peft_graft.modules.base import MODULES, average
 from peft_graft.projection import project
 
@@ -41,7 +45,7 @@ def code_of(heading: str) -> list[str]:
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page's two files, imported, and forgotten afterwards."""
-    kinds, formats = dict(MODULES), dict(FORMATS)
+    before = [(known, dict(known)) for known in (MODULES, FORMATS, codec.CODECS)]
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     (tmp_path / "code").mkdir()
     for heading in ("Add a kind of module", "Add a format"):
@@ -52,9 +56,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield importlib.import_module("offsets_format")
     for name in ("offsets", "offsets_format"):
         sys.modules.pop(name, None)
-    for known, before in ((MODULES, kinds), (FORMATS, formats)):
+    for known, entries in before:
         known.clear()
-        known.update(before)
+        known.update(entries)
 
 
 @pytest.fixture
@@ -111,6 +115,33 @@ def test_the_verbs_take_it(outside, module: Path, base: Path, tmp_path: Path) ->
     graft = peft_graft.transfer(module, student=base, method="copy", out=tmp_path / "graft")
     assert any("not verified" in note for note in graft.report.notes)
     assert read_checkpoint(tmp_path / "graft").parts == read_checkpoint(module).parts
+
+
+def test_a_codec_puts_the_kind_into_files_of_peft(outside, base: Path) -> None:
+    part = sys.modules["offsets"].OffsetPart
+
+    @codec.register_codec
+    class OffsetCodec(codec.Codec):
+        kind, peft_types = "offsets", ("OFFSETS",)
+
+        def place(self, path):
+            owner, _, name = path.rpartition(".")
+            return (owner, name) if name == "offset" else None
+
+        def parts(self, found, config, where):
+            return {path: part(values["offset"]) for path, values in found.items()}
+
+        def tensors(self, parts):
+            return {f"{self.prefix}{path}.offset": each.offset for path, each in parts.items()}
+
+    config = transformers.AutoConfig.from_pretrained(base)
+    names = student_names(str(base), config, Task.BASE, describe_config(config))
+    tensors = {f"base_model.model.{path}.offset": torch.ones(32) for path in PATHS}
+    raw = format_of(Library.PEFT).parse({"peft_type": "OFFSETS", "task_type": None}, tensors)
+    assert (raw.kind, list(raw.parts)) == ("offsets", PATHS)
+    written, again = format_of(Library.PEFT).build(raw, names)
+    assert written["target_modules"] == ["query"]
+    assert again.keys() == tensors.keys()
 
 
 def test_a_part_that_belongs_to_no_kind_is_named(outside, module: Path, base: Path) -> None:

@@ -115,16 +115,18 @@ def _by_merging(adapted: Any, kind: str, where: str) -> tuple[dict[str, Any], di
             layer.merge(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise CheckpointError(
-            f"{kind} modules cannot be merged, so their change of weights cannot be had", where=where,
+            f"{kind} modules cannot be merged, so their change of weights cannot be had",
+            where=where,
             fix="train a LoRA in its place",
-        ) from error  # fmt: skip
+        ) from error
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         merged = layer.get_base_layer()
         if path in biases and not torch.equal(merged.bias, biases[path]):
-            raise CheckpointError(f"{kind} changes the bias of {path}, which no LoRA does", where=where,
-                                  fix="train a LoRA in its place")  # fmt: skip
+            raise CheckpointError(
+                f"{kind} changes the bias of {path}, which no LoRA does", where=where, fix="train a LoRA in its place"
+            )
         u, s, v = torch.linalg.svd((merged.weight.detach() - before[path]).double(), full_matrices=False)
         energy = s.square().cumsum(0)
         if not float(energy[-1]):
@@ -134,8 +136,9 @@ def _by_merging(adapted: Any, kind: str, where: str) -> tuple[dict[str, Any], di
         tensors[f"{_START}{path}.lora_A.weight"] = v[:rank].float()
         tensors[f"{_START}{path}.lora_B.weight"] = (u[:, :rank] * s[:rank]).float()
     if not ranks:
-        raise CheckpointError(f"the {kind} module changes no linear layer", where=where,
-                              fix="check that it was trained at all")  # fmt: skip
+        raise CheckpointError(
+            f"the {kind} module changes no linear layer", where=where, fix="check that it was trained at all"
+        )
     most = max(ranks.values())
     patterns = {path: rank for path, rank in ranks.items() if rank != most}
     return {"r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns)}, tensors

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from peft_graft.checkpoints.formats.adapters.heads import as_before, is_prediction_head, read_head
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import HeadError
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
 from peft_graft.models.spec import HeadForm
-from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head, head_tensors
 
 
@@ -24,8 +23,8 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
     Raises:
         HeadError: its form is not known, or a part of it is missing.
     """
-    if any(key.startswith("layers.") for key in raw.head):
-        return _prediction_head(raw)
+    if is_prediction_head(raw.head):
+        return _labelled(read_head(raw), raw)
     form = architecture.row.heads.get(raw.task)
     if form is None:
         raise HeadError(
@@ -62,26 +61,6 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
     return _labelled(Head(raw.task, head_tensors(values, form.reads), form.reads, (), form.activation), raw)
 
 
-def _prediction_head(raw: RawCheckpoint) -> Head:
-    """AdapterHub's prediction heads are sequences: dropout, linear, activation, dropout, linear."""
-    settings = dict((raw.head_config or {}).get("config") or {})
-    kind = settings.get("head_type")
-    numbers = sorted({int(key.split(".")[1]) for key in raw.head})
-    known = {"tagging": Task.TOKEN_CLASSIFICATION, "classification": Task.SEQUENCE_CLASSIFICATION}
-    if kind not in known or len(numbers) > 2:
-        raise HeadError(
-            f"prediction heads of type {kind!r} with {len(numbers)} layers are not supported yet",
-            where=raw.name,
-            expected="tagging or classification, of one or two layers",
-            fix="leave the head behind with --head drop",
-        )
-    names = dict(zip(numbers, ("dense", "out")[-len(numbers) :], strict=True))
-    values = {f"{names[int(key.split('.')[1])]}.{key.split('.')[2]}": tensor for key, tensor in raw.head.items()}
-    reads = TOKENS_OUT if kind == "tagging" else POOLED_OUT if settings.get("use_pooler") else FIRST_OUT
-    activation = settings.get("activation_function") if len(numbers) == 2 else None
-    return _labelled(Head(known[kind], head_tensors(values, reads), reads, (), activation), raw)
-
-
 def _labelled(head: Head, raw: RawCheckpoint) -> Head:
     labels: Sequence[str] = raw.labels or ()
     if labels and len(labels) != head.num_labels:
@@ -104,7 +83,7 @@ def head_form(head: Head, raw: RawCheckpoint, architecture: Architecture) -> Hea
     Raises:
         HeadError: the student's task model has no such head, or one with another activation function.
     """
-    if any(key.startswith("layers.") for key in raw.head):
+    if is_prediction_head(raw.head):
         return None
     form = architecture.row.heads.get(raw.task)
     same_shape = form is not None and bool(form.dense) == head.has_inner_layer and form.reads == head.reads
@@ -125,12 +104,10 @@ def head_paths(head: Head, raw: RawCheckpoint, architecture: Architecture, start
     """The head's tensors by their paths in the task model, or in AdapterHub's prediction head."""
     form = head_form(head, raw, architecture)
     if form is None:
-        numbers = sorted({int(key.split(".")[1]) for key in raw.head})
-        places = dict(zip(("dense", "out")[-len(numbers) :], (f"layers.{number}" for number in numbers), strict=True))
-    else:
-        places = {"out": form.out}
-        if form.dense:
-            places["dense"] = (start if form.dense_in_base else "") + form.dense
+        return as_before(head, raw.head)
+    places = {"out": form.out}
+    if form.dense:
+        places["dense"] = (start if form.dense_in_base else "") + form.dense
     return {
         f"{places[name.split('.')[0]]}.{name.split('.')[1]}": tensor.values for name, tensor in head.tensors.items()
     }

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from peft_graft.checkpoints.formats.adapters.heads import build_head
 from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import DependencyError, PlanError
-from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
 from peft_graft.models.tasks import Task
-from peft_graft.modules.head import Head
 from peft_graft.modules.lora import LoraModule
 
 #: What AdapterHub calls the places of a LoRA.
@@ -84,40 +83,11 @@ def _as_adapters(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
     config: dict[str, Any] = {"config": settings, "name": raw.name, "version": "adapters"}
     written = _converted(raw, Library.ADAPTERS, Task.PREDICTION_HEADS, config)
     if head is not None:
-        written = replace(written, **_prediction_head(head, raw.name))
+        head_config, tensors = build_head(head, raw.name)
+        written = replace(written, head=tensors, head_config=head_config)
     return replace(checkpoint, raw=written, wrapped=True)
 
 
 def _converted(raw: RawCheckpoint, to: Library, task: Task, config: dict[str, Any]) -> RawCheckpoint:
     suffix = ".safetensors" if to == Library.PEFT else ".bin"  # what each library's loader looks for by itself
     return replace(raw, library=to, task=task, config=config, head={}, head_config=None, weights_suffix=suffix)
-
-
-def _prediction_head(head: Head, name: str) -> dict[str, Any]:
-    """AdapterHub's configuration of a head of this form, and which member of its sequence each layer is.
-
-    Raises:
-        PlanError: AdapterHub has no head that reads this.
-    """
-    places = {"out": "layers.4", "dense": "layers.1"} if head.has_inner_layer else {"out": "layers.1"}
-    kinds = {TOKENS_OUT: "tagging", FIRST_OUT: "classification", POOLED_OUT: "classification"}
-    if head.reads not in kinds:
-        raise PlanError("AdapterHub has no head that reads this", where="--library adapters", found=head.reads,
-                        fix="leave the head behind with --head drop")  # fmt: skip
-    labels = head.labels or tuple(f"LABEL_{index}" for index in range(head.num_labels))
-    settings = {
-        "head_type": kinds[head.reads],
-        "num_labels": head.num_labels,
-        "layers": len(places),
-        "activation_function": head.activation or "tanh",
-        "label2id": {label: index for index, label in enumerate(labels)},
-        "dropout_prob": None,
-    }
-    if head.reads != TOKENS_OUT:
-        settings |= {"bias": True, "use_pooler": head.reads == POOLED_OUT}
-    return {
-        "head": {
-            f"{places[part.split('.')[0]]}.{part.split('.')[1]}": tensor.values for part, tensor in head.tensors.items()
-        },
-        "head_config": {"config": settings, "name": name, "version": "adapters"},
-    }

@@ -92,9 +92,11 @@ def format_of(library: str) -> Format:
     """
     if library not in FORMATS:
         raise CheckpointError(
-            "no format is registered for this library", where=library, expected=", ".join(FORMATS),
+            "no format is registered for this library",
+            where=library,
+            expected=", ".join(FORMATS),
             fix="register it with register_format, and import its file before the checkpoint is read",
-        )  # fmt: skip
+        )
     return FORMATS[library]
 
 
