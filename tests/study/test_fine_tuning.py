@@ -80,7 +80,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(world) -> None:
 
 def test_a_score_does_not_depend_on_how_rows_are_batched(world) -> None:
     setting = Setting(world)
-    setting.run(TrainingSettings(learning_rate=3e-3, epochs=15, batch_size=4))
+    torch.nn.init.normal_(setting.model.classifier.weight)  # which says this here and that there
+    setting.model.eval()
     width = max(len(row["input_ids"]) for row in setting.rows)
     logits, targets = np.zeros((len(setting.rows), width, len(setting.task.labels))), np.full((60, width), IGNORED)
     for number, row in enumerate(setting.rows):
