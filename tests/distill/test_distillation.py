@@ -17,16 +17,18 @@ from conftest import needs_adapters
 from peft_graft.alignment.activations import pad, tokenize
 from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attach import attach
-from peft_graft.checkpoints.resolve import checkpoint_of_student
+from peft_graft.checkpoints.resolve import checkpoint_of_student, read_checkpoint, resolve
 from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.gradient_start import gradient_start
 from peft_graft.distill.targets import Targets, distillation_loss, student_answers
+from peft_graft.distill.teacher import ask_teacher, held_out_size
 from peft_graft.distill.training import Schedule, length_batches
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
-from peft_graft.models.loading import load_model
+from peft_graft.models.loading import ModelPair, load_model
 from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT
-from peft_graft.modules.base import Head, head_tensors
+from peft_graft.modules.head import Head, head_tensors
+from peft_graft.run import Run, UNFINISHED
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,21 @@ def test_batches_cover_every_row_once_and_depend_on_the_seed() -> None:
     first, again, other = (list(length_batches(lengths, 8, seed)) for seed in (1, 1, 2))
     assert first == again != other
     assert sorted(row for rows in first for row in rows) == list(range(101))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_held_out_text_is_never_learned_from(world, module, paired: bool) -> None:
+    models = ModelPair(*(load_model(str(world / name), tokenizer=True) for name in ("teacher", "narrow")))
+    checkpoint = resolve(read_checkpoint(module), models.teacher.architecture, models.teacher.base_tensors())
+    texts = tiny.sentences(200, seed=8)
+    pool = [Sample(a, b if paired else None) for a, b in zip(texts[:100], texts[100:], strict=True)]
+    run = Run()
+    found = ask_teacher(checkpoint, models, pool, run, train=1000)
+    assert len(found.held_out) == held_out_size(100) == 20
+    assert len(found.train) == len(found.samples) == (160 if paired else 80), "pairs the other way round too"
+    judging = {text for sample in pool[:20] for text in sample.texts}
+    assert not judging & {text for sample in found.samples for text in sample.texts}
+    assert "asking the teacher" in run.seconds
 
 
 def test_fitting_the_head_agrees_better_than_carrying_it(world, module) -> None:

@@ -1,4 +1,4 @@
-"""Candidates live in memory: each is attached once, and no file is written where none was asked for."""
+"""Candidates are kept in memory: each is attached once, and no file is written where none was asked for."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def live(world, teacher: str = "teacher", student: str = "narrow") -> dict:
+def in_memory(world, teacher: str = "teacher", student: str = "narrow") -> dict:
     models = [transformers.AutoModel.from_pretrained(world / name) for name in (teacher, student)]
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in (teacher, student)]
     return {"teacher": models[0], "student": models[1], "teacher_tokenizer": tokenizers[0],
@@ -60,7 +60,7 @@ def live(world, teacher: str = "teacher", student: str = "narrow") -> dict:
 
 
 def test_the_default_writes_nothing_and_attaches_every_candidate_once(world, writes, attached) -> None:
-    raw, given = read_checkpoint(world / "lora"), live(world)
+    raw, given = read_checkpoint(world / "lora"), in_memory(world)
     writes.clear()
     graft = peft_graft.transfer_checkpoint(raw, **given, polish=40)
     assert writes == []
@@ -73,7 +73,7 @@ def test_the_default_writes_nothing_and_attaches_every_candidate_once(world, wri
 
 def test_a_module_on_a_bare_model_too(world, tmp_path, writes, attached) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", task="base")
-    raw, given = read_checkpoint(tmp_path / "m"), live(world)
+    raw, given = read_checkpoint(tmp_path / "m"), in_memory(world)
     writes.clear()
     attached.clear()
     graft = peft_graft.transfer_checkpoint(raw, **given, method="prune-align", polish=2)
@@ -88,7 +88,7 @@ def test_a_head_that_shares_the_students_pooler_gets_one_of_its_own(world, tmp_p
     student = transformers.AutoModel.from_pretrained(world / "teacher")
     student.encoder.layer = student.encoder.layer[:2]
     student.config.num_hidden_layers = 2
-    given = {**live(world), "student": student}
+    given = {**in_memory(world), "student": student}
     attached.clear()
     graft = peft_graft.transfer_checkpoint(read_checkpoint(tmp_path / "m"), **given, method="copy", head="fit")
     assert graft.report.head.how == "fitted"

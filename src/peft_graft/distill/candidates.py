@@ -58,7 +58,7 @@ class SiteRecord(_Record):
 
 
 class HeadRecord(_Record):
-    """The head: task, what it reads, label names, the map it came through, inner units dropped for lack of room.
+    """The head: task, what it reads, label names, its map, inner units that the student has no place for.
 
     ``how``: ``carried`` through the map, or ``fitted`` to the teacher's predictions; then ``fit`` says how well.
     """

@@ -1,6 +1,13 @@
 """Choosing among candidates by the teacher's answers on held-out text.
 
 candidates, each moved by one method -> its head fitted -> the best on held-out text (-> polished, ``polish``)
+
+All that a verb has to call, of this package:
+
+    distillation = ask_teacher(checkpoint, models, pool, run, train=...)    # teacher.py; left out without text
+    builder = CandidateBuilder(..., run, distillation)                      # candidates.py
+    outcome = choose(builder, methods, config.head)
+    outcome, record = polish(outcome, settings, run, identity=...)          # polish.py
 """
 
 from __future__ import annotations

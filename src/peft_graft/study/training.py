@@ -144,7 +144,7 @@ def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any
     model.to(_device()).eval()
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    with _quiet(), torch.inference_mode():
+    with _quiet(), torch.no_grad():
         for numbers in length_batches([len(row["input_ids"]) for row in rows], _PREDICT_BATCH):
             batch = collate(tokenizer, [rows[number] for number in numbers]).to(_device())
             labels.extend(batch.pop("labels").cpu())
