@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import tiny
-from peft_graft import _transfer as transferring
+from peft_graft import config
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def short_polish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default polish, but only a few steps of it."""
-    monkeypatch.setattr(transferring, "POLISH", 6)
+    monkeypatch.setattr(config, "POLISH_STEPS", 6)
 
 
 @pytest.fixture(scope="session")

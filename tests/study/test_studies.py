@@ -343,8 +343,9 @@ def test_polished_and_distilling_starts(file: Path, tmp_path: Path) -> None:
 
 
 def test_chosen_rates_and_a_polished_fresh_module(file: Path, tmp_path: Path) -> None:
-    changes = ["grid.0.methods=['auto']", "defaults.polish=[6]", "grid.0.from_fresh=[true]", "defaults.languages=['en']",
-               "training.rates=[1e-5, 1e-2]", "training.teacher.epochs=2", "training.keep_best=false"]  # fmt: skip
+    changes = ["grid.0.methods=['auto']", "defaults.polish=[6]", "grid.0.from_fresh=[true]",
+               "defaults.languages=['en']", "training.rates=[1e-5, 1e-2]", "training.teacher.epochs=2",
+               "training.keep_best=false"]  # fmt: skip
     study = read_study(file, changes)
     outcome = run_study(study, tmp_path / "out", Here(tmp_path / "out"))
     assert not outcome.failed
@@ -363,7 +364,8 @@ def test_chosen_rates_and_a_polished_fresh_module(file: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("method", ["nothing", "prune-align-absolute", "prune-align-scaled", "ridge-half"])
 def test_candidates_of_the_ablation_run(method: str, file: Path, tmp_path: Path) -> None:
     changes = [f"plugins=['{BENCHMARKS / 'candidates.py'}']", f"grid.0.methods=['{method}']", "grid.0.layers=['skip']",
-               "defaults.heads=['fit']", "defaults.budgets=[0]", "defaults.languages=['en']", "training.teacher.epochs=2"]  # fmt: skip
+               "defaults.heads=['fit']", "defaults.budgets=[0]", "defaults.languages=['en']",
+               "training.teacher.epochs=2"]  # fmt: skip
     study = read_study(file, changes)
     run_study(study, tmp_path / "out", Here(tmp_path / "out"), only="student-*head_fit*")
     assert not [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "failures").iterdir()]

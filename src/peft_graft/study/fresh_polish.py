@@ -2,66 +2,66 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.text import read_text
-from peft_graft.checkpoints.resolve import read_checkpoint, resolve, write_checkpoint
+from peft_graft.alignment.text import TextSource
+from peft_graft.checkpoints.formats.base import write_checkpoint
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
+from peft_graft.checkpoints.student_names import written_names
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import judge
-from peft_graft.distill.choose import FIT, Candidate, Outcome, open_classroom, polished
-from peft_graft.distill.polish import PolishSettings
+from peft_graft.distill.agreement import Verdict, judge
+from peft_graft.distill.candidates import Candidate
+from peft_graft.distill.choose import Outcome
+from peft_graft.distill.polish import PolishRecord, PolishSettings, polish
+from peft_graft.distill.teacher import FIT, ask_teacher
 from peft_graft.files import written_aside
-from peft_graft.graft import checkpoint_of_student, written_names
-from peft_graft.models.loading import load_model
-from peft_graft.run import Callback
-from peft_graft.settings import Clock
+from peft_graft.models.loading import ModelHandle
+from peft_graft.planning.sources import ModelSources, ModuleSource
+from peft_graft.run import Run
 
 #: Samples that are looked at, as ``transfer`` does.
 _POOL = 20_000
+#: Stands where a graft names its method.
+_FRESH = "fresh"
 
 
 def polish_fresh_module(
-    teacher_module: Path, fresh: Path, teacher: str, student: str, text: Path, out: Path, config: GraftConfig,
-    *, work: Path, callbacks: Sequence[Callback] = (),
-) -> dict[str, Any]:  # fmt: skip
+    trained: Path, fresh: Path, models: tuple[str, str], text: Path, out: Path, config: GraftConfig, run: Run
+) -> tuple[Verdict, PolishRecord | None]:
     """Polish an untrained module and head as ``transfer`` polishes a graft, and write the checkpoint.
 
     Args:
-        teacher_module, fresh: checkpoints, of the trained module and of the student's untrained one.
-        teacher, student: models by folder or hub id.
-        work: folder for the state of an interrupted polish.
+        trained, fresh: checkpoints, of the teacher's module and of the student's untrained one.
+        models: teacher and student, by folder or hub id.
+        run: its work folder keeps the state of an interrupted polish.
 
     Returns:
-        The verdict, the polish and the seconds that stages took, as a graft's report has them.
+        How the polished module agrees with the teacher, and the record of the polish.
     """
-    start = time.perf_counter()
-    first, second = (load_model(name, device=config.device, dtype=config.dtype, tokenizer=True)
-                     for name in (teacher, student))  # fmt: skip
-    trained = resolve(read_checkpoint(teacher_module), first.architecture, first.base_tensors())
-    checkpoint = resolve(read_checkpoint(fresh), second.architecture, second.base_tensors())
+    module = ModuleSource.of(trained, config)
+    with run.stage("loading models"):
+        pair = ModelSources.of(module, *models, config, None).loaded(tokenizers=True)
+    theirs, own = _resolved(module.raw, pair.teacher), _resolved(read_checkpoint(fresh), pair.student)
+    pool = list(islice(TextSource(text, config.columns, config.seed).samples(), _POOL))
     # An untrained head takes the rate of the module, which is chosen by a trial as for a graft.
     settings = PolishSettings(steps=config.polish_steps, head_rate=1.0, seed=config.seed)
-    clock = Clock(None)
-    room = open_classroom(
-        trained, first, second, list(islice(read_text(text, None, config.seed), _POOL)),
-        lessons=max(FIT, settings.steps * settings.batch_size), write=None,
-        bf16=config.dtype == "bfloat16", clock=clock,
+    distillation = ask_teacher(
+        theirs, pair, pool, run,
+        train=max(FIT, settings.steps * settings.batch_size), bf16=config.dtype == "bfloat16",
     )  # fmt: skip
-    before = Outcome(
-        Candidate("fresh", Alignment("fresh", "", "", {}), checkpoint, [], None), None, judge(None), {}, {}
-    )
-    identity = f"{first.fingerprint}{second.fingerprint}{config.record()}{trained.raw.files}{checkpoint.raw.files}"
-    outcome = polished(room, before, settings, work=work, identity=identity, clock=clock, starts=("moved",))
-    raw = checkpoint_of_student(outcome.candidate.checkpoint, second)
+    empty = Alignment(_FRESH, "", "", {})
+    candidate = Candidate(_FRESH, empty, own, [], None, distillation, distillation.attach(own))
+    identity = f"{pair.fingerprints}{dict(module.raw.files)}{dict(own.raw.files)}{config.record()}{len(pool)}"
+    outcome, record = polish(Outcome(candidate, None, judge(candidate.measure())), settings, run, identity=identity, starts=("moved",))
+    raw = checkpoint_of_student(outcome.candidate.checkpoint, pair.student)
     with written_aside(out, force=True) as staging:
-        write_checkpoint(staging, raw, written_names(second, raw.task))
-    return {
-        "verdict": outcome.verdict.model_dump(mode="json"),
-        "polish": outcome.polish.model_dump(mode="json") if outcome.polish else None,
-        "seconds": {**clock.seconds, "all": round(time.perf_counter() - start, 1)},
-    }
+        write_checkpoint(staging, raw, written_names(pair.student, raw.task))
+    return outcome.verdict, record
+
+
+def _resolved(raw: RawCheckpoint, model: ModelHandle) -> PeftCheckpoint:
+    return resolve(raw, model.architecture, model.base_tensors())

@@ -175,7 +175,7 @@ class _Comparison:
         if start.from_fresh or option.method == AUTO:
             return None
         method = METHODS[option.method]
-        if not method.needs_text or method.fits_shifts:
+        if not method.needs_text or method.fits_layers:
             return None
         roles = _roles(self._spec)
         names = self._names(module=None, teacher=self.grid.teacher, method=option.method, layers=option.layers,
