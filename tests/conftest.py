@@ -15,7 +15,6 @@ import torch
 import transformers
 
 import tiny
-from peft_graft import config
 
 torch.set_num_threads(1)
 
@@ -30,12 +29,6 @@ needs_adapters = pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the library a
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one of them at the end."""
     items.sort(key=lambda item: "real" not in item.keywords)
-
-
-@pytest.fixture(autouse=True)
-def short_polish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default polish, but only a few steps of it."""
-    monkeypatch.setattr(config, "POLISH_STEPS", 6)
 
 
 @pytest.fixture(scope="session")

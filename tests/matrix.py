@@ -22,7 +22,6 @@ import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from families import DECODERS, ENCODER_DECODERS, ENCODERS, MIXTURES, TOWERS
 from peft_graft.alignment.activations import pad
@@ -176,7 +175,7 @@ class World:
             tiny.tokenizer(self.student)
             (root / "text.txt").write_text("\n".join(tiny.sentences(250)))
             roles = [role for role in self.architecture.row.linears if "expert" not in role]
-            self.alignment = peft_graft.align(
+            self.alignment = tiny.align(
                 self.base, self.student, text=root / "text.txt", sites=[*roles, "adapter", "prompt"]
             )
         else:
@@ -192,7 +191,7 @@ class World:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return f"{library} has none: {line}"
         try:
-            peft_graft.transfer(
+            tiny.transfer(
                 folder, student=self.student, alignment=self.alignment, out=out, force=True,
                 method=None if self.alignment else "copy",
             )  # fmt: skip

@@ -41,7 +41,7 @@ class Graft:
         alignment: the maps that were used, reusable for every module of the same pair of models; None for a graft that
             was read back.
         student: the student's base model; described from its configuration, without weights, in a graft read back.
-        folder: where the graft lies, None before it is saved.
+        folder: where the graft lies, None before it is saved. written: the checkpoint of a graft that was read back.
     """
 
     checkpoint: PeftCheckpoint = field(repr=False)
@@ -49,6 +49,7 @@ class Graft:
     alignment: Alignment | None = field(repr=False)
     student: ModelHandle = field(repr=False)
     folder: Path | None = None
+    written: RawCheckpoint | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         report = self.report
@@ -62,8 +63,8 @@ class Graft:
     @property
     def raw(self) -> RawCheckpoint:
         """The checkpoint with the student's own paths, as it is written."""
-        if self.folder is not None:
-            return self.checkpoint.raw
+        if self.written is not None:
+            return self.written
         return checkpoint_of_student(self.checkpoint, self.student, self.report.settings.seed)
 
     @cached_property
@@ -194,7 +195,7 @@ class Graft:
         handle.loading = loading
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)
-        return cls(checkpoint, report, None, handle, folder)
+        return cls(checkpoint, report, None, handle, folder, raw)
 
 
 def _write_labels(folder: Path, config: PretrainedConfig, labels: tuple[str, ...]) -> None:

@@ -26,8 +26,9 @@ from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import pair_tokens
 from peft_graft.errors import AlignmentError
-from peft_graft.models.loading import load_model
+from peft_graft.models.loading import ModelPair, load_model
 from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT, Space
+from peft_graft.run import Run
 
 ALL = ("cross", "teacher", "student")
 SETTINGS = CollectionSettings(max_tokens=1500, batch_tokens=300)
@@ -40,19 +41,20 @@ def samples(count: int = 300) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def models(world):
-    return (
+    return ModelPair(
         load_model(str(world / "teacher"), tokenizer=True),
         load_model(str(world / "narrow"), tokenizer=True),
     )
 
 
-def pairs_of(teacher, student, names: Sequence[str], layers=((0, 0), (1, 1), (2, 1))) -> list[Pair]:
+def pairs_of(models, names: Sequence[str], layers=((0, 0), (1, 1), (2, 1))) -> list[Pair]:
     inner = [(Space(first, name), Space(second, name)) for name in names for first, second in layers]
     return [*inner, *((Space(-1, name),) * 2 for name in (TOKENS_OUT, FIRST_OUT))]
 
 
-def straightforward(teacher, student, text, pairs, settings) -> dict[Pair, PairedStatistics]:
+def straightforward(models, text, pairs, settings) -> dict[Pair, PairedStatistics]:
     """All activations of all samples kept, one sample at a time, every statistic by itself in float64."""
+    teacher, student = models.teacher, models.student
     kept: dict[Pair, list[list[torch.Tensor]]] = {pair: [[], []] for pair in pairs}
     count = 0
     with (
@@ -95,9 +97,9 @@ NAMES = ("attn.in", "attn.query.out", "ffn.mid", "layer.out")
 
 @pytest.mark.parametrize("moments", [("cross",), ALL])
 def test_the_shared_pass_gives_what_a_straightforward_one_gives(models, moments) -> None:
-    pairs = pairs_of(*models, NAMES)
-    expected = straightforward(*models, samples(), pairs, SETTINGS)
-    found, counts = collect(*models, samples(), dict.fromkeys(pairs, moments), SETTINGS)
+    pairs = pairs_of(models, NAMES)
+    expected = straightforward(models, samples(), pairs, SETTINGS)
+    found, counts = collect(models, samples(), dict.fromkeys(pairs, moments), SETTINGS)
     assert counts.pairs >= SETTINGS.max_tokens
     assert found.keys() == expected.keys()
     for pair in pairs:
@@ -106,9 +108,9 @@ def test_the_shared_pass_gives_what_a_straightforward_one_gives(models, moments)
 
 
 def test_held_out_batches_and_the_others_are_all(models) -> None:
-    pairs = pairs_of(*models, NAMES)
-    expected, _ = collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
-    found, _ = collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS, hold_out=True)
+    pairs = pairs_of(models, NAMES)
+    expected, _ = collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
+    found, _ = collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS, hold_out=True)
     for pair in pairs:
         fit, held_out = found[pair]
         assert 0 < held_out.count < fit.count
@@ -116,10 +118,9 @@ def test_held_out_batches_and_the_others_are_all(models) -> None:
 
 
 def test_spaces_that_are_one_tensor_share_their_moments(models) -> None:
-    teacher, student = models
-    pairs = [*pairs_of(teacher, student, ["attn.in", "layer.out"], [(0, 0), (1, 1)]),
+    pairs = [*pairs_of(models, ["attn.in", "layer.out"], [(0, 0), (1, 1)]),
              (Space(3, "layer.out"), Space(1, "layer.out"))]  # fmt: skip
-    found, _ = collect(teacher, student, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
+    found, _ = collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
     out, following = (Space(0, "layer.out"),) * 2, (Space(1, "attn.in"),) * 2
     assert found[out] is found[following], "the output of a layer is the input of the next"
     last, tokens = (Space(3, "layer.out"), Space(1, "layer.out")), (Space(-1, TOKENS_OUT),) * 2
@@ -129,7 +130,7 @@ def test_spaces_that_are_one_tensor_share_their_moments(models) -> None:
 
 def test_only_what_is_wanted_is_kept(models) -> None:
     reads, writes = (Space(0, "attn.in"),) * 2, (Space(0, "attn.query.out"),) * 2
-    found, _ = collect(*models, samples(), {reads: ["student"], writes: ["teacher"]}, SETTINGS)
+    found, _ = collect(models, samples(), {reads: ["student"], writes: ["teacher"]}, SETTINGS)
     assert found[reads][0].teacher_moment is None
     assert found[reads][0].student_moment is not None
     assert found[writes][0].teacher_moment is not None
@@ -137,27 +138,27 @@ def test_only_what_is_wanted_is_kept(models) -> None:
 
 
 def test_layers_past_the_last_needed_one_are_not_computed(models) -> None:
-    teacher, student = models
+    teacher = models.teacher
     ran = [0, 0]
     hooks = [teacher.base.encoder.layer[index].register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
              for at, index in enumerate((1, 2))]  # fmt: skip
     pair = (Space(1, "attn.value.out"), Space(0, "attn.value.out"))
-    found, _ = collect(teacher, student, samples(), {pair: []}, SETTINGS)
+    found, _ = collect(models, samples(), {pair: []}, SETTINGS)
     for hook in hooks:
         hook.remove()
     assert ran == [2, 2], "once for each of the probes"
-    expected = straightforward(teacher, student, samples(), [pair], SETTINGS)
+    expected = straightforward(models, samples(), [pair], SETTINGS)
     assert_close(expected[pair], found[pair][0], 1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_merged_parts_are_the_whole(models, count: int) -> None:
-    pairs = dict.fromkeys(pairs_of(*models, NAMES), ALL)
-    expected, counts = collect(*models, samples(), pairs, SETTINGS, hold_out=True)
-    whole = empty_totals(*models, pairs, hold_out=True)
+    pairs = dict.fromkeys(pairs_of(models, NAMES), ALL)
+    expected, counts = collect(models, samples(), pairs, SETTINGS, hold_out=True)
+    whole = empty_totals(models, pairs, hold_out=True)
     for index in range(count):
-        part, of_part = collect_totals(*models, samples(), pairs, SETTINGS, hold_out=True, shard=Shard(index, count))
-        again = empty_totals(*models, pairs, hold_out=True)
+        part, of_part = collect_totals(models, samples(), pairs, SETTINGS, hold_out=True, shard=Shard(index, count))
+        again = empty_totals(models, pairs, hold_out=True)
         again.load(part.tensors())
         whole.merge(again)
         assert of_part == counts
@@ -169,9 +170,9 @@ def test_merged_parts_are_the_whole(models, count: int) -> None:
 def test_an_interrupted_pass_goes_on_where_it_was(models, tmp_path, monkeypatch) -> None:
     import peft_graft.alignment.collect as collecting
 
-    monkeypatch.setattr(collecting, "_SAVE_EVERY", 0.0)
-    pairs = dict.fromkeys(pairs_of(*models, NAMES), ALL)
-    expected, counts = collect(*models, samples(), pairs, SETTINGS, hold_out=True)
+    monkeypatch.setattr(collecting, "SAVE_EVERY", 0.0)
+    pairs = dict.fromkeys(pairs_of(models, NAMES), ALL)
+    expected, counts = collect(models, samples(), pairs, SETTINGS, hold_out=True)
 
     class BreakError(Exception):
         pass
@@ -184,14 +185,16 @@ def test_an_interrupted_pass_goes_on_where_it_was(models, tmp_path, monkeypatch)
 
     state = Unfinished(tmp_path / "out.unfinished", "this pass")
     with pytest.raises(BreakError):
-        collect_totals(*models, samples(), pairs, SETTINGS, stop, hold_out=True, unfinished=state)
+        collect_totals(
+            models, samples(), pairs, SETTINGS, Run([tiny.OnProgress(stop)]), hold_out=True, unfinished=state
+        )
     ran = []
-    hook = models[0].base.register_forward_pre_hook(lambda *_: ran.append(1))
-    totals, again = collect_totals(*models, samples(), pairs, SETTINGS, hold_out=True, unfinished=state)
+    hook = models.teacher.base.register_forward_pre_hook(lambda *_: ran.append(1))
+    totals, again = collect_totals(models, samples(), pairs, SETTINGS, hold_out=True, unfinished=state)
     rest = len(ran)
     ran.clear()
     other = Unfinished(tmp_path / "out.unfinished", "another pass")
-    collect_totals(*models, samples(), pairs, SETTINGS, hold_out=True, unfinished=other)
+    collect_totals(models, samples(), pairs, SETTINGS, hold_out=True, unfinished=other)
     hook.remove()
     assert rest == len(ran) - 4, "the batches before the break were not run again"
     assert again == counts
@@ -201,12 +204,12 @@ def test_an_interrupted_pass_goes_on_where_it_was(models, tmp_path, monkeypatch)
 
 
 def test_activations_that_are_not_finite_are_left_out(models) -> None:
-    teacher, student = models
+    teacher = models.teacher
     pair = (Space(0, "ffn.up.out"),) * 2
     linear = teacher.base.encoder.layer[0].intermediate.dense
     hook = linear.register_forward_hook(lambda _, __, out: out.index_fill(1, torch.tensor([2]), float("inf")))
     try:
-        found, counts = collect(teacher, student, samples(), {pair: []}, SETTINGS)
+        found, counts = collect(models, samples(), {pair: []}, SETTINGS)
     finally:
         hook.remove()
     assert counts.nonfinite_pairs > 0
@@ -217,16 +220,16 @@ def test_activations_that_are_not_finite_are_left_out(models) -> None:
 def test_statistics_that_do_not_fit_are_refused_before_the_pass(models, monkeypatch) -> None:
     little = namedtuple("Memory", "available")(4000)
     monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: little)
-    pairs = pairs_of(*models, ["attn.in"])
+    pairs = pairs_of(models, ["attn.in"])
     with pytest.raises(AlignmentError, match="do not fit in memory") as caught:
-        collect(*models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
+        collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
     assert "--method" in str(caught.value)
 
 
 def test_passes_take_neighbouring_layers_together_and_share_tensors(models) -> None:
     names = ["attn.in", "attn.query.out", "ffn.mid"]
-    wanted = dict.fromkeys(pairs_of(*models, names), ALL)
-    found = Layout.of(*models, wanted)
+    wanted = dict.fromkeys(pairs_of(models, names), ALL)
+    found = Layout.of(models, wanted)
     assert found.parts(wanted, 10**9, hold_out=True) == [wanted]
     room = found.values(wanted, hold_out=True) // 2
     parts = found.parts(wanted, room, hold_out=True)

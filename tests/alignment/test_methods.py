@@ -10,7 +10,9 @@ from scipy.optimize import linear_sum_assignment
 
 from peft_graft.alignment.alignment import Alignment, copy_alignment, solve_alignment
 from peft_graft.alignment.maps import LinearMap, Selection
-from peft_graft.alignment.methods import METHODS, assign_by_correlation, regress
+from peft_graft.alignment.methods import METHODS
+from peft_graft.alignment.methods.prune_align import assign_by_correlation
+from peft_graft.alignment.methods.ridge import regress
 from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.errors import AlignmentError, OutputError
 from peft_graft.models.spaces import TOKENS_OUT, Space

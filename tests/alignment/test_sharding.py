@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
 import tiny
-from peft_graft import _align as aligning
+from peft_graft.alignment import aligner
 from peft_graft.alignment import cache as caching
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.maps import LinearMap
@@ -68,9 +69,9 @@ def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) 
 
 def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, alone, tmp_path, monkeypatch) -> None:
     passes: list[int] = []
-    whole, solve = aligning.collect_totals, aligning.solve_alignment
-    monkeypatch.setattr(aligning, "room_of_a_pass", lambda *_: 1)
-    monkeypatch.setattr(aligning, "collect_totals", lambda *a, **k: passes.append(len(a[3])) or whole(*a, **k))
+    whole, solve = aligner.collect_totals, aligner.solve_alignment
+    monkeypatch.setattr(aligner, "memory_of_a_pass", lambda *_: 1)
+    monkeypatch.setattr(aligner, "collect_totals", lambda *a, **k: passes.append(len(a[2])) or whole(*a, **k))
 
     def again() -> Alignment:
         return tiny.align(
@@ -83,11 +84,11 @@ def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, a
             raise KeyboardInterrupt
         return solve(*given)
 
-    monkeypatch.setattr(aligning, "solve_alignment", stop_at_the_last)
+    monkeypatch.setattr(aligner, "solve_alignment", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         again()
     assert passes == [1] * len(alone.maps), "every pair of spaces by itself, as nothing fits"
-    monkeypatch.setattr(aligning, "solve_alignment", solve)
+    monkeypatch.setattr(aligner, "solve_alignment", solve)
     assert_same(alone, again())
     assert len(passes) == len(alone.maps) + 1, "what was solved is not streamed again"
 
@@ -96,7 +97,7 @@ def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, a
 _FRAGILE = """
 import os, pathlib, sys
 import peft_graft.alignment.sharding as sharding
-whole = sharding._part
+whole = sharding.run_part
 
 def part(plan, wanted, settings, hold_out, shard, unfinished):
     mark = pathlib.Path(os.environ["MARKS"]) / f"lost-{shard.index}"
@@ -107,7 +108,7 @@ def part(plan, wanted, settings, hold_out, shard, unfinished):
 
 if __name__ == "__main__":
     from peft_graft.cli.main import app
-    sharding._part = part
+    sharding.run_part = part
     app(sys.argv[1:])
 """
 
@@ -132,16 +133,14 @@ def test_shards_without_ray_are_refused(world) -> None:
 
 def _forwards(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every pass over the text from now on."""
-    from peft_graft import _align as aligning
-
     passes: list[object] = []
-    collect = aligning.collect_totals
+    collect = aligner.collect_totals
 
     def counted(*args: object, **options: object) -> object:
         passes.append(1)
         return collect(*args, **options)
 
-    monkeypatch.setattr(aligning, "collect_totals", counted)
+    monkeypatch.setattr(aligner, "collect_totals", counted)
     return passes
 
 
@@ -209,5 +208,5 @@ def test_the_cache_is_bounded_and_may_be_damaged(world, tmp_path, monkeypatch) -
     assert caching.cache_folder(False) is None
     monkeypatch.delenv(caching.VARIABLE)
     assert caching.cache_folder(None) is None
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert caching.cache_folder(True) == tmp_path / "peft-graft"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path))
+    assert caching.cache_folder(True) == tmp_path / "peft-graft" / "cache"

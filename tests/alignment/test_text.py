@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from datasets import Dataset
 
-from peft_graft.alignment.text import Sample, as_samples, read_text
+from peft_graft.alignment.text import Sample, as_samples, load_rows, read_text
+from peft_graft.errors import TextError
 
 ROWS = [{"premise": f"one {i}", "hypothesis": f"two {i}", "tokens": ["a", f"b{i}", "."], "n": i} for i in range(30)]
 
@@ -39,6 +42,28 @@ def test_token_lists_become_text(folder, name: str) -> None:
 
 def test_lines_of_a_text_file_without_the_empty_ones(folder) -> None:
     assert {sample.first for sample in read_text(folder / "d.txt")} == {row["premise"] for row in ROWS}
+
+
+def test_lines_are_read_as_datasets_reads_them(tmp_path) -> None:
+    """The same rows in the same order, so that alignments and studies made before go on."""
+    (tmp_path / "d.txt").write_bytes("one\r\ntwo\rthree\u2028four\n\n  five\x0b six".encode())
+    rows = ['{"text": "one", "n": 1}', "", '{"n": 2, "text": "two"}', '{"n": 3}', '{"text": null}', '{"text": "é"}']
+    (tmp_path / "d.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for name in ("d.txt", "d.jsonl"):
+        load_rows(str(tmp_path / name)).to_parquet(str(tmp_path / "d.parquet"))
+        assert list(read_text(tmp_path / name, seed=3)) == list(read_text(tmp_path / "d.parquet", seed=3))
+
+
+def test_a_jsonl_file_of_one_array(tmp_path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert {sample.first for sample in read_text(tmp_path / "d.jsonl")} == {"one", "two"}
+
+
+@pytest.mark.parametrize(("name", "content"), [("d.txt", b"\xff\xfe"), ("d.jsonl", b"{'a'"), ("d.jsonl", b"3\n")])
+def test_what_is_no_text_is_refused(tmp_path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TextError, match="the text cannot be read"):
+        next(read_text(tmp_path / name))
 
 
 def test_the_order_is_random_and_reproducible(folder) -> None:

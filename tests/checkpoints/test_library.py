@@ -10,7 +10,6 @@ import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 from peft_graft.checkpoints.attach import attach
@@ -39,12 +38,12 @@ def base(tmp_path: Path) -> Path:
 def test_adapterhub_to_peft_and_back(head: str, base: Path, tmp_path: Path) -> None:
     """The same logits in the other library, and on the way back the same tensors."""
     adapted = tiny.adapterhub_module(tmp_path / "hub", base, "lora", head=head)
-    graft = peft_graft.transfer(tmp_path / "hub", student=base, out=tmp_path / "peft", library="peft")
+    graft = tiny.transfer(tmp_path / "hub", student=base, out=tmp_path / "peft", library="peft")
     assert graft.report.verification.library == "peft"
     labels = tiny.LABELS if head == "tagging" else ("LABEL_0", "LABEL_1", "LABEL_2")
     moved = PeftModel.from_pretrained(tiny.task_model(base, WORDS[head], labels), tmp_path / "peft").eval()
     torch.testing.assert_close(logits(moved, base), logits(adapted, base), atol=1e-5, rtol=1e-5)
-    peft_graft.transfer(tmp_path / "peft", student=base, out=tmp_path / "again", library="adapters")
+    tiny.transfer(tmp_path / "peft", student=base, out=tmp_path / "again", library="adapters")
     before, after = read_checkpoint(tmp_path / "hub"), read_checkpoint(tmp_path / "again")
     assert before.parts == after.parts
     assert before.head.keys() == after.head.keys()
@@ -56,7 +55,7 @@ def test_adapterhub_to_peft_and_back(head: str, base: Path, tmp_path: Path) -> N
 @needs_adapters
 def test_a_bare_lora_without_a_head(base: Path, tmp_path: Path) -> None:
     tiny.adapterhub_module(tmp_path / "hub", base, "lora", head=None)
-    peft_graft.transfer(tmp_path / "hub", student=base, out=tmp_path / "peft", library="peft")
+    tiny.transfer(tmp_path / "hub", student=base, out=tmp_path / "peft", library="peft")
     model = PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), tmp_path / "peft")
     assert "encoder.layer.0.attention.self.query" in model.base_model.targeted_module_names
 
@@ -65,18 +64,18 @@ def test_a_bare_lora_without_a_head(base: Path, tmp_path: Path) -> None:
 def test_what_the_other_library_cannot_say(base: Path, tmp_path: Path) -> None:
     tiny.peft_lora(tmp_path / "output", base, targets=["attention.output.dense"])
     with pytest.raises(PlanError, match="AdapterHub has no LoRA at these sites"):
-        peft_graft.transfer(tmp_path / "output", student=base, library="adapters")
+        tiny.transfer(tmp_path / "output", student=base, library="adapters")
     tiny.adapterhub_module(tmp_path / "pfeiffer", base, "seq_bn")
     with pytest.raises(PlanError, match="only a plain LoRA means the same"):
-        peft_graft.transfer(tmp_path / "pfeiffer", student=base, library="peft")
+        tiny.transfer(tmp_path / "pfeiffer", student=base, library="peft")
 
 
 def test_some_sites_alone(base: Path, tmp_path: Path) -> None:
     tiny.peft_lora(tmp_path / "module", base, targets=["query", "value"])
-    whole = peft_graft.transfer(tmp_path / "module", student=base)
-    values = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "values", sites=["*.value"])
+    whole = tiny.transfer(tmp_path / "module", student=base)
+    values = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "values", sites=["*.value"])
     assert {site.role for site in values.checkpoint.modules} == {"attn.value"}
-    first = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "first", sites=["0/attn.query"])
+    first = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "first", sites=["0/attn.query"])
     assert [str(site) for site in first.checkpoint.modules] == ["layer 0 attn.query"]
     config = peft.PeftConfig.from_pretrained(tmp_path / "first")
     assert (
@@ -85,7 +84,7 @@ def test_some_sites_alone(base: Path, tmp_path: Path) -> None:
     assert sum(site.share for site in whole.report.sites) == pytest.approx(1)
     assert all(0 < site.share < 1 for site in whole.report.sites)
     with pytest.raises(PlanError, match=r"--sites attn\.key: the module has no such site"):
-        peft_graft.transfer(tmp_path / "module", student=base, sites=["attn.key"])
+        tiny.transfer(tmp_path / "module", student=base, sites=["attn.key"])
 
 
 @needs_adapters

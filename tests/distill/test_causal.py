@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-import peft_graft
 import tiny
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -89,10 +88,10 @@ def test_a_causal_lora_moves_down_and_up(world, student: str, tmp_path: Path) ->
 
     fresh = loss(transformers.AutoModelForCausalLM.from_pretrained(root / student).eval(), tokenizer, held_out)
     options = {"student": root / student, "text": root / "text.txt", "max_tokens": 5000}
-    graft = peft_graft.transfer(root / "module", out=tmp_path / "graft", polish=300, **options)
+    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=300, **options)
     assert graft.report.verdict.measured.divergence < 1
     grafted = scored(tmp_path / "graft")
     assert grafted < fresh - 0.5 * (fresh - teacher), (teacher, grafted, fresh)
     if student == "shallow":  # a copy is possible
-        peft_graft.transfer(root / "module", out=tmp_path / "copy", method="copy", **options)
+        tiny.transfer(root / "module", out=tmp_path / "copy", method="copy", **options)
         assert grafted < scored(tmp_path / "copy")

@@ -50,7 +50,7 @@ def module(world, tmp_path_factory):
 
 def transfer(world, module, **options):
     options = {"student": world / "narrow", "text": world / "text.txt", "method": "prune-align", **options}
-    return peft_graft.transfer(module, **options)
+    return tiny.transfer(module, **options)
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_the_state_of_other_work_is_not_taken_up(world, module, tmp_path) -> Non
 
 def test_a_module_without_a_head_is_judged_and_polished_by_hidden_states(world, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "module", world / "teacher", task="base")
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=world / "narrow", text=world / "text.txt", method="ridge", polish=60
     )
     curve = graft.report.polish.curve
@@ -284,7 +284,7 @@ def test_functional_grafting_makes_the_student_move_as_the_teacher_does(world, t
     """On a student that computes what the teacher does, by layers fitted to its shifts alone, no weight copied."""
     tiny.peft_lora(tmp_path / "module", world / "teacher", task="base")
     options = {"method": "functional", "polish": 0}
-    same = peft_graft.transfer(tmp_path / "module", student=world / "teacher", text=world / "text.txt", **options)
+    same = tiny.transfer(tmp_path / "module", student=world / "teacher", text=world / "text.txt", **options)
     assert same.report.verdict.measured.agreement > 0.9
     assert all(record.norm_kept > 0.3 and not record.maps for record in same.report.sites)
 
@@ -294,13 +294,13 @@ def test_functional_grafting_refuses_what_it_cannot_fit(world) -> None:
     with pytest.raises(AlignmentError, match="--method functional: functional grafting fits the updates"):
         transfer(world, world / "pfeiffer", method="functional")
     with pytest.raises(TextError, match="--method functional learns from the teacher's predictions"):
-        peft_graft.transfer(world / "lora", student=world / "shallow", method="functional")
+        tiny.transfer(world / "lora", student=world / "shallow", method="functional")
     with pytest.raises(PlanError, match="align with prune-align"):
-        peft_graft.align(world / "teacher", world / "narrow", text=world / "text.txt", method="functional")
+        tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", method="functional")
 
 
 def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
-    report = peft_graft.transfer(module, student=world / "narrow", text=world / "text.txt", polish=0).report
+    report = tiny.transfer(module, student=world / "narrow", text=world / "text.txt", polish=0).report
     best = min(report.tried, key=lambda name: report.tried[name].divergence)
     assert best.startswith(report.method)
     assert report.verdict.measured == report.tried[best]
@@ -309,16 +309,16 @@ def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
 
 
 def test_without_text_nothing_is_measured_and_the_verdict_says_so(world) -> None:
-    report = peft_graft.transfer(world / "lora", student=world / "shallow").report
+    report = tiny.transfer(world / "lora", student=world / "shallow").report
     assert report.verdict.measured is None
     assert "--text" in report.verdict.text
 
 
 def test_what_cannot_be_learned_is_refused_by_name(world, module, tmp_path) -> None:
     with pytest.raises(TextError, match="--polish learns from the teacher's predictions"):
-        peft_graft.transfer(world / "lora", student=world / "shallow", polish=5)
+        tiny.transfer(world / "lora", student=world / "shallow", polish=5)
     with pytest.raises(TextError, match="--head fit"):
-        peft_graft.transfer(world / "lora", student=world / "shallow", head="fit")
+        tiny.transfer(world / "lora", student=world / "shallow", head="fit")
     with pytest.raises(PlanError, match="--polish: must not be negative"):
         transfer(world, module, polish=-1)
     tiny.peft_lora(tmp_path / "bare", world / "teacher", task="base")

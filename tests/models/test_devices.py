@@ -11,7 +11,6 @@ import transformers
 
 import peft_graft
 import tiny
-from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.models.loading import Loading, load_model, wrap_model
 from peft_graft.models.task_models import with_task_head
 from peft_graft.models.tasks import Task
@@ -72,8 +71,8 @@ def test_modules_move_to_quantised_models(shelf, tmp_path, how: str, module: str
     if (how, module) == ("int8", "dora"):
         pytest.skip("on processors, peft loses the scales of 8-bit weights when it takes their norms")
     student = quantised(shelf, "student", how, tmp_path / "quantised")
-    plain = peft_graft.transfer(shelf / module, student=shelf / "student", method="copy")
-    graft = peft_graft.transfer(shelf / module, student=student, method="copy", out=tmp_path / "graft")
+    plain = tiny.transfer(shelf / module, student=shelf / "student", method="copy")
+    graft = tiny.transfer(shelf / module, student=student, method="copy", out=tmp_path / "graft")
     expected, found = values(plain), values(graft)
     assert expected.keys() == found.keys()
     for name, value in expected.items():  # a magnitude or a norm follows the weights, which are rounded
@@ -90,7 +89,7 @@ def test_modules_move_to_quantised_models(shelf, tmp_path, how: str, module: str
 def test_a_module_moves_between_quantised_models_on_text(shelf, tmp_path) -> None:
     teacher = quantised(shelf, "teacher", "nf4", tmp_path / "teacher")
     student = quantised(shelf, "student", "nf4", tmp_path / "student")
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         shelf / "lora", teacher=teacher, student=student, text=shelf / "text.txt", max_tokens=1500, polish=4,
         out=tmp_path / "graft",
     )  # fmt: skip
@@ -108,8 +107,7 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
 
     def moved(models) -> peft_graft.Graft:
         tokenizer = transformers.AutoTokenizer.from_pretrained(shelf / "teacher")
-        return peft_graft.transfer_checkpoint(
-            read_checkpoint(shelf / "lora"), *models, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
+        return tiny.transfer_live(shelf / "lora", *models, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
             text=tiny.sentences(300), method="prune-align", max_tokens=1500,
         )  # fmt: skip
 
@@ -141,7 +139,7 @@ def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_pa
     model = with_task_head(student.base, Task.CAUSAL_LM)
     own = {value.data_ptr() for value in student.base.parameters() if value.ndim > 1}
     assert own <= {value.data_ptr() for value in model.parameters()}
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         shelf / "norms", student=shelf / "student", text=shelf / "text.txt", max_tokens=1500, polish=4,
         dtype="bfloat16", out=tmp_path / "graft",
     )  # fmt: skip

@@ -11,7 +11,6 @@ import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 from families import BART_TARGETS, ENCODER_DECODERS, llama, options, same_module, saved, targets_of, trained
@@ -53,7 +52,7 @@ def test_an_encoder_decoders_spaces_are_the_tensors_they_claim_to_be(family: str
 def test_a_seq2seq_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", family)
     trained(tmp_path / "module", base, targets_of(family))
-    graft = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     same_module(tmp_path / "module", tmp_path / "graft")
     assert graft.report.layers == {"encoder": [[0], [1]], "decoder": [[0], [1], [2]]}
@@ -70,7 +69,7 @@ def test_modules_move_between_encoder_decoders(teacher: str, student: str, tmp_p
     other = saved(tmp_path / "other", student, 1, **shape)
     targets = [name for name in targets_of(teacher) if name != "wi_0" or student == "t5-gated"]
     trained(tmp_path / "module", base, targets)
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     assert graft.report.layers == {"encoder": [[0], [0], [1]], "decoder": [[0], [1]]}
     sites = set(graft.checkpoint.modules)
@@ -92,11 +91,11 @@ def test_a_seq2seq_module_is_judged_and_polished(tmp_path: Path, text: Path) -> 
     base, other = saved(tmp_path / "base", "t5"), saved(tmp_path / "other", "bart", 1)
     trained(tmp_path / "module", base, ["q", "v"])
     text.write_text("\n".join(tiny.sentences(600)))  # several batches, so that there are some to choose a penalty by
-    graft = peft_graft.transfer(tmp_path / "module", student=other, text=text, out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=other, text=text, out=tmp_path / "graft")
     assert {name.split(",")[0] for name in graft.report.tried} >= {"prune-align", "ridge", "functional"}
     assert graft.report.polish is not None
     assert graft.report.verdict.measured.answers > 100
-    same = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "same", **options(text))
+    same = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "same", **options(text))
     assert same.report.verdict.level == "exact"
     same_module(tmp_path / "module", tmp_path / "same")
 
@@ -110,14 +109,14 @@ def test_prompts_move_between_encoder_decoders(teacher: str, student: str, kind,
     adapted = peft.get_peft_model(transformers.AutoModelForSeq2SeqLM.from_pretrained(base), config)
     tiny.randomise_trained(adapted, 1)
     adapted.save_pretrained(tmp_path / "module")
-    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    same = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
     loaded = PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(base), tmp_path / "same")
     ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = adapted.eval()(input_ids=ids, decoder_input_ids=ids).logits
         torch.testing.assert_close(loaded.eval()(input_ids=ids, decoder_input_ids=ids).logits, expected)
     assert same.report.verification.output_change > 0
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text, polish=4))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text, polish=4))
     assert graft.report.polish is not None
     assert graft.report.verification.output_change > 0
     moved = PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(other), tmp_path / "graft")
@@ -130,9 +129,7 @@ def test_classifiers_without_their_heads(family: str, tmp_path: Path, text: Path
     """The stacks of T5's classifiers lie in a base model, other than in its language models."""
     base, other = saved(tmp_path / "base", family), saved(tmp_path / "other", family, 1, d_model=24)
     trained(tmp_path / "module", base, ["q", "q_proj"], "SEQ_CLS", "AutoModelForSequenceClassification")
-    graft = peft_graft.transfer(
-        tmp_path / "module", student=other, head="drop", out=tmp_path / "graft", **options(text)
-    )
+    graft = tiny.transfer(tmp_path / "module", student=other, head="drop", out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     prefix = "transformer" if family == "t5" else "model"
     assert all(path.startswith(f"{prefix}.") for path in read_checkpoint(tmp_path / "graft").parts)
@@ -144,8 +141,8 @@ def test_live_seq2seq_models(tmp_path: Path) -> None:
     trained(tmp_path / "module", base, ["q", "v"])
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    graft = peft_graft.transfer_checkpoint(
-        read_checkpoint(tmp_path / "module"), model, model, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
+    graft = tiny.transfer_live(
+        tmp_path / "module", model, model, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
         text=tiny.sentences(100), method="prune-align", max_tokens=500,
     )  # fmt: skip
     assert graft.report.verdict.level == "exact"
@@ -158,14 +155,14 @@ def bert(folder: Path, **shape) -> Path:
 def test_modules_move_between_an_encoder_and_the_encoder_stack(tmp_path: Path, text: Path) -> None:
     base, bart = bert(tmp_path / "bert", hidden=24), saved(tmp_path / "bart", "bart")
     tiny.peft_lora(tmp_path / "module", base, task="base", targets=["query", "value", "intermediate.dense"])
-    graft = peft_graft.transfer(tmp_path / "module", student=bart, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=bart, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} == {
         "encoder.attn.query", "encoder.attn.value", "encoder.ffn.up"
     }  # fmt: skip
     assert graft.report.layers == {"encoder": [[0], [1]]}
     trained(tmp_path / "of-bart", bart, r"encoder\.layers\.\d+\.self_attn\.[qv]_proj", None, "AutoModel")
-    back = peft_graft.transfer(tmp_path / "of-bart", student=base, out=tmp_path / "back", **options(text))
+    back = tiny.transfer(tmp_path / "of-bart", student=base, out=tmp_path / "back", **options(text))
     assert back.report.verification.done
     assert {site.role for site in back.checkpoint.modules} == {"attn.query", "attn.value"}
 
@@ -174,14 +171,14 @@ def test_modules_move_between_an_encoder_and_the_encoder_stack(tmp_path: Path, t
 def test_modules_move_between_a_decoder_and_the_decoder_stack(family: str, tmp_path: Path, text: Path) -> None:
     base, other = llama(tmp_path / "llama"), saved(tmp_path / "other", family)
     trained(tmp_path / "module", base, ["q_proj", "v_proj", "up_proj"], None, "AutoModel")
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} == {
         "decoder.attn.query", "decoder.attn.value", "decoder.ffn.up"
     }  # fmt: skip
     names = "self_attn.[qv]_proj" if family == "bart" else "layer.0.SelfAttention.[qv]"
     trained(tmp_path / "back-module", other, rf"decoder\..*{names}", None, "AutoModel")
-    back = peft_graft.transfer(tmp_path / "back-module", student=base, out=tmp_path / "back", **options(text))
+    back = tiny.transfer(tmp_path / "back-module", student=base, out=tmp_path / "back", **options(text))
     assert back.report.verification.done
     assert len(back.checkpoint.modules) == 4
 
@@ -190,21 +187,21 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path: Path, text
     bart, base = saved(tmp_path / "bart", "bart"), bert(tmp_path / "bert")
     trained(tmp_path / "module", bart, ["q_proj", "v_proj"])
     with pytest.raises(PlanError, match=r"decoder\.attn\.query: the student has no counterpart.*has no decoder"):
-        peft_graft.transfer(tmp_path / "module", student=base, **options(text))
+        tiny.transfer(tmp_path / "module", student=base, **options(text))
     trained(tmp_path / "cross", bart, r".*encoder_attn\.[qv]_proj")
     with pytest.raises(PlanError, match=r"cross\.query: the student has no counterpart.*without the cross attention"):
-        peft_graft.transfer(tmp_path / "cross", student=llama(tmp_path / "llama"), **options(text))
+        tiny.transfer(tmp_path / "cross", student=llama(tmp_path / "llama"), **options(text))
     gated = saved(tmp_path / "gated", "mt5")
     trained(tmp_path / "gate", gated, ["wi_0"])
     with pytest.raises(PlanError, match=r"coder\.ffn\.gate: the student has no counterpart"):
-        peft_graft.transfer(tmp_path / "gate", student=bart, **options(text))
+        tiny.transfer(tmp_path / "gate", student=bart, **options(text))
 
 
 def test_an_alignment_of_encoder_decoders_serves_every_module(tmp_path: Path, text: Path) -> None:
     base, other = saved(tmp_path / "base", "t5"), saved(tmp_path / "other", "bart", 1)
-    found = peft_graft.align(base, other, text=text, max_tokens=1500, out=tmp_path / "alignment")
+    found = tiny.align(base, other, text=text, max_tokens=1500, out=tmp_path / "alignment")
     trained(tmp_path / "module", base, ["q", "v", "wo"])
-    graft = peft_graft.transfer(tmp_path / "module", student=other, alignment=tmp_path / "alignment")
+    graft = tiny.transfer(tmp_path / "module", student=other, alignment=tmp_path / "alignment")
     assert graft.report.method == "prune-align"
     pair = Space(0, "decoder.cross.memory"), Space(0, "decoder.cross.memory")
     assert torch.equal(graft.alignment.map(pair).indices, found.map(pair).indices)
@@ -218,12 +215,12 @@ def test_layer_maps_by_stack(tmp_path: Path) -> None:
     trained(tmp_path / "module", base, BART_TARGETS)
     student = saved(tmp_path / "student", "bart", 1, encoder_layers=1, decoder_layers=2)
     how = {"student": student, "method": "copy"}
-    graft = peft_graft.transfer(tmp_path / "module", layers="encoder=avg;decoder=0,2", **how)
+    graft = tiny.transfer(tmp_path / "module", layers="encoder=avg;decoder=0,2", **how)
     assert graft.report.layers == {"encoder": [[0, 1]], "decoder": [[0], [2]]}
     with pytest.raises(PlanError, match=r"decoder=0,1: .*expected encoder, decoder.*found decoder"):
-        peft_graft.transfer(tmp_path / "module", layers="decoder=0,1", **how)
+        tiny.transfer(tmp_path / "module", layers="decoder=0,1", **how)
     with pytest.raises(PlanError, match="expected 1 numbers"):
-        peft_graft.transfer(tmp_path / "module", layers="0,2", **how)
+        tiny.transfer(tmp_path / "module", layers="0,2", **how)
 
 
 @needs_adapters
@@ -241,10 +238,10 @@ def test_adapterhub_modules_move_between_encoder_decoders(
     other = saved(tmp_path / "other", student, 1, d_model=24, **depths)
     config = adapters.DoubleSeqBnConfig(cross_adapter=True, leave_out=[1, 2], reduction_factor=8)
     tiny.adapterhub_module(tmp_path / "module", base, config, head=None)
-    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    same = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
     assert same.report.verification.output_change > 0
     same_module(tmp_path / "module", tmp_path / "same")
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.output_change > 0
     sites = {Site(0, "encoder.attn.adapter"), Site(1, "encoder.ffn.adapter"), Site(1, "decoder.cross.adapter")}
     assert sites <= set(graft.checkpoint.modules)
@@ -291,7 +288,7 @@ def test_a_permuted_bart_computes_what_the_teacher_does(tmp_path: Path) -> None:
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft",
         **options(tmp_path / "text.txt", max_tokens=50_000),
     )  # fmt: skip

@@ -11,7 +11,6 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import peft_graft
 import tiny
 from families import DECODERS, ENCODERS, same_module
 from peft_graft.alignment.activations import Capture
@@ -44,14 +43,14 @@ def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
     tiny.peft_lora(tmp_path / "module", base, task="base", targets=targets)
     tiny.peft_lora(tmp_path / "of-bert", bert, task="base")
     assert not describe_config(ENCODERS[family]).inferred
-    same = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
+    same = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
     assert same.report.verification.done
     same_module(tmp_path / "module", tmp_path / "same")
     options = {"text": text, "method": "prune-align", "max_tokens": 1000, "polish": 0}
     if family != "modernbert":  # BERT has no gate
-        there = peft_graft.transfer(tmp_path / "module", student=bert, out=tmp_path / "there", **options)
+        there = tiny.transfer(tmp_path / "module", student=bert, out=tmp_path / "there", **options)
         assert there.report.verification.done
-    back = peft_graft.transfer(tmp_path / "of-bert", student=base, out=tmp_path / "back", **options)
+    back = tiny.transfer(tmp_path / "of-bert", student=base, out=tmp_path / "back", **options)
     assert back.report.verification.done
 
 
@@ -98,7 +97,7 @@ def test_parts_of_projections_are_the_tensors_that_attention_uses(family: str) -
 def test_a_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", family)
     trained(tmp_path / "module", base, family)
-    graft = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     same_module(tmp_path / "module", tmp_path / "graft")
 
@@ -111,7 +110,7 @@ def test_modules_move_between_llama_and_every_family(family: str, tmp_path: Path
     trained(tmp_path / "module", base, family)
     trained(tmp_path / "of-llama", narrow, "llama")
     roles = set(describe_config(DECODERS[family]).row.linears)
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=narrow, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "there"
     )
     assert graft.report.verification.done
@@ -126,9 +125,7 @@ def test_modules_move_between_llama_and_every_family(family: str, tmp_path: Path
         tiny.randomise(trained_without_gate, 1, ("lora_",))
         module = tmp_path / "without-gate"
         trained_without_gate.save_pretrained(module)
-    back = peft_graft.transfer(
-        module, student=base, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "back"
-    )
+    back = tiny.transfer(module, student=base, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "back")
     assert back.report.verification.done
 
 
@@ -158,7 +155,7 @@ def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, 
     )
     tiny.randomise(adapted, 1, ("lora_",))
     adapted.save_pretrained(tmp_path / "module")
-    peft_graft.transfer(
+    tiny.transfer(
         tmp_path / "module", student=gpt2, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "graft"
     )
     raw = read_checkpoint(tmp_path / "graft")
@@ -174,7 +171,7 @@ def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Pa
     """A decoder's classification head moves, is fitted and polished; on its own model it is exact."""
     base = saved(tmp_path / "base", family)
     adapted = trained(tmp_path / "module", base, family, "SEQ_CLS")
-    same = peft_graft.transfer(tmp_path / "module", student=base, text=text, out=tmp_path / "same", max_tokens=1000)
+    same = tiny.transfer(tmp_path / "module", student=base, text=text, out=tmp_path / "same", max_tokens=1000)
     assert same.report.verdict.level == "exact"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).eval()
     moved = PeftModel.from_pretrained(model, tmp_path / "same").eval()
@@ -182,7 +179,7 @@ def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Pa
         torch.testing.assert_close(moved(**batch()).logits, adapted(**batch()).logits, atol=1e-4, rtol=1e-4)
     other = saved(tmp_path / "other", "qwen2", 3, hidden_size=24)
     text.write_text("\n".join(tiny.sentences(1000)))  # of fewer, the fit learns what is not so
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=other, text=text, method="prune-align", head="fit", polish=0, max_tokens=1000
     )
     assert graft.report.head.reads == "last.out"

@@ -10,7 +10,6 @@ import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from conftest import needs_transformers4
 from families import MIXTURES, llama, options, same_module, trained
@@ -40,7 +39,7 @@ def trained_mixture(folder: Path, base: Path, family: str, targets=None):
 def test_a_mixtures_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path) -> None:
     base = mixture(tmp_path / "base", family)
     trained_mixture(tmp_path / "module", base, family)
-    graft = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     same_module(tmp_path / "module", tmp_path / "graft")
     architecture = graft.student.architecture
@@ -117,7 +116,7 @@ def test_a_permuted_mixture_computes_what_the_teacher_does(tmp_path: Path) -> No
     tiny.tokenizer(tmp_path / "student")
     (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
     how = options(tmp_path / "text.txt", max_tokens=50_000)
-    graft = peft_graft.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", **how)
+    graft = tiny.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", **how)
     taken = {site.site: site.teacher_sites for site in graft.report.sites}
     for layer, order in enumerate(orders):
         for own, theirs in enumerate(order):
@@ -134,8 +133,8 @@ def test_a_permuted_mixture_computes_what_the_teacher_does(tmp_path: Path) -> No
             assert (expected - teacher(input_ids=ids).logits).abs().max() > 0.5
         torch.testing.assert_close(moved(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     # A saved alignment knows which experts it matched.
-    peft_graft.align(base, tmp_path / "student", text=tmp_path / "text.txt", out=tmp_path / "alignment")
-    again = peft_graft.transfer(
+    tiny.align(base, tmp_path / "student", text=tmp_path / "text.txt", out=tmp_path / "alignment")
+    again = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", alignment=tmp_path / "alignment", out=tmp_path / "again"
     )
     assert {site.site: site.teacher_sites for site in again.report.sites} == taken
@@ -148,12 +147,12 @@ def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, tex
     """What has no counterpart gets no module, or is left out; between families of mixtures too."""
     base, other = mixture(tmp_path / "base", "mixtral"), mixture(tmp_path / "other", "qwen3_moe", 1, num_experts=number)
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "w1", "w2", "w3"])
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     ups = [site for site in graft.checkpoint.modules if site.role.endswith(".ffn.up")]
     assert len(ups) == 2 * min(number, 4)
     assert any("experts are left out" in note for note in graft.report.notes) == (number == 3)
-    same = peft_graft.transfer(
+    same = tiny.transfer(
         tmp_path / "module", student=mixture(tmp_path / "wide", "mixtral", 1, num_local_experts=number), method="copy"
     )
     experts = {site.role.split(".")[1] for site in same.checkpoint.modules if site.role.startswith("expert.")}
@@ -163,15 +162,15 @@ def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, tex
 def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> None:
     base, other = mixture(tmp_path / "base", "mixtral"), llama(tmp_path / "llama")
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "v_proj"])
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     trained(tmp_path / "of-llama", other, ["q_proj", "o_proj"], "CAUSAL_LM", "AutoModelForCausalLM")
-    back = peft_graft.transfer(tmp_path / "of-llama", student=base, out=tmp_path / "back", **options(text))
+    back = tiny.transfer(tmp_path / "of-llama", student=base, out=tmp_path / "back", **options(text))
     assert back.report.verification.done
     trained_mixture(tmp_path / "experts", base, "mixtral", ["w2"])
     refused = r"expert\.0\.ffn\.down: the student has no counterpart.*without the experts|LoRA with target_parameters="
     with pytest.raises(GraftError, match=refused):  # the latter with transformers 5, whose experts are one tensor
-        peft_graft.transfer(tmp_path / "experts", student=other, **options(text))
+        tiny.transfer(tmp_path / "experts", student=other, **options(text))
 
 
 @needs_transformers4
@@ -179,7 +178,7 @@ def test_a_mixtures_module_is_judged_and_polished(tmp_path: Path, text: Path) ->
     base, other = mixture(tmp_path / "base", "mixtral"), mixture(tmp_path / "other", "mixtral", 1, hidden_size=24)
     text.write_text("\n".join(tiny.sentences(600)))
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "gate", "w1"])
-    graft = peft_graft.transfer(tmp_path / "module", student=other, text=text, out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=other, text=text, out=tmp_path / "graft")
     assert graft.report.polish is not None
     assert graft.report.verification.done
     assert {name.split(",")[0] for name in graft.report.tried} >= {"prune-align", "ridge", "functional"}

@@ -10,7 +10,6 @@ import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from families import TOWERS, options, same_module, trained
 from peft_graft._inspect import inspect
@@ -33,7 +32,7 @@ def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path
     base = tower(tmp_path / "base", family)
     targets = VIT_TARGETS if family in ("vit", "deit") else ["q_proj", "v_proj"]
     trained(tmp_path / "module", base, targets, None, "AutoModel")
-    graft = peft_graft.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     same_module(tmp_path / "module", tmp_path / "graft")
     found = inspect(tmp_path / "module", student=base)
@@ -52,7 +51,7 @@ def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) 
     )
     tiny.randomise(adapted, 1, ("lora_", "modules_to_save.default"))
     adapted.save_pretrained(tmp_path / "module")
-    graft = peft_graft.transfer(tmp_path / "module", student=other, method="copy", layers="avg", out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=other, method="copy", layers="avg", out=tmp_path / "graft")
     assert graft.report.verification.done
     assert graft.report.head.task == "image-classification"
     assert graft.report.layers == [[0, 1]]
@@ -65,13 +64,13 @@ def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) 
 def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:
     both, eye = tower(tmp_path / "clip", "clip"), tower(tmp_path / "eye", "clip_vision_model", 1)
     trained(tmp_path / "module", eye, ["q_proj", "v_proj"], None, "AutoModel")
-    graft = peft_graft.transfer(tmp_path / "module", student=both, method="copy", out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=both, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} == {"vision.attn.query", "vision.attn.value"}
     base = tower(tmp_path / "whisper", "whisper")
     trained(tmp_path / "of-whisper", base, ["q_proj", "v_proj"], None, "AutoModelForSpeechSeq2Seq")
     small = tower(tmp_path / "small", "whisper", 1, encoder_layers=1, decoder_layers=1)
-    graft = peft_graft.transfer(tmp_path / "of-whisper", student=small, method="copy", out=tmp_path / "speech")
+    graft = tiny.transfer(tmp_path / "of-whisper", student=small, method="copy", out=tmp_path / "speech")
     assert graft.report.verification.done
     assert read_checkpoint(tmp_path / "speech").task == "seq2seq-lm"
     assert "AutoModelForSpeechSeq2Seq" in (tmp_path / "speech" / "README.md").read_text()
@@ -84,24 +83,24 @@ def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Pa
     for how in ({}, {"text": text}, {"method": "prune-align"}, {"method": "prune-align", "text": text},
                 {"method": "copy", "polish": 5}):  # fmt: skip
         with pytest.raises(PlanError, match=reason):
-            peft_graft.transfer(tmp_path / "module", student=base, **how)
+            tiny.transfer(tmp_path / "module", student=base, **how)
     model = transformers.AutoModel.from_pretrained(base)
     with pytest.raises(PlanError, match=reason):
-        peft_graft.transfer_checkpoint(read_checkpoint(tmp_path / "module"), model, model)
+        tiny.transfer_live(tmp_path / "module", model, model)
     speech = tower(tmp_path / "whisper", "whisper")
     with pytest.raises(PlanError, match="a whisper model reads sound"):
-        peft_graft.align(speech, speech, text=text)
+        tiny.align(speech, speech, text=text)
     narrow = tower(tmp_path / "narrow", "vit", hidden_size=24)
     with pytest.raises(PlanError, match="can only be aligned on text.*expected 32 units.*found 24"):
-        peft_graft.transfer(tmp_path / "module", student=narrow, method="copy")
+        tiny.transfer(tmp_path / "module", student=narrow, method="copy")
     assert "can only be aligned on text" in inspect(tmp_path / "module", student=narrow).student.problem
     with pytest.raises(PlanError, match="no counterpart"):
-        peft_graft.transfer(tmp_path / "module", student=tiny.base_model(tmp_path / "bert", layers=2), method="copy")
+        tiny.transfer(tmp_path / "module", student=tiny.base_model(tmp_path / "bert", layers=2), method="copy")
 
 
 def test_clips_text_tower_alone_aligns_on_text(tmp_path: Path, text: Path) -> None:
     base, other = tiny.base_model(tmp_path / "bert", layers=2, hidden=24), tower(tmp_path / "clip", "clip_text_model")
     tiny.tokenizer(other)
     tiny.peft_lora(tmp_path / "module", base, task="base", targets=["query", "value", "output.dense"])
-    graft = peft_graft.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done

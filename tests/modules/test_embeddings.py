@@ -12,7 +12,6 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-import peft_graft
 import permutation
 import tiny
 from peft_graft.alignment.vocabulary import Vocabularies
@@ -116,9 +115,7 @@ def test_a_vocabulary_arrives_by_its_tokens_in_a_model_that_numbers_them_otherwi
     base = base_of(tmp_path / "base", family)
     adapted = trained(tmp_path / "module", base, NAMES[family][2], **options_of(what, family))
     student = reordered(tmp_path / "student", base)
-    graft = peft_graft.transfer(
-        tmp_path / "module", teacher=base, student=student, method="copy", out=tmp_path / "graft"
-    )
+    graft = tiny.transfer(tmp_path / "module", teacher=base, student=student, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     ids = torch.randint(SIZE, (3, 8), generator=torch.Generator().manual_seed(2))
     expected = logits(adapted, ORDER[ids])[..., ORDER]  # token i of the student is the teacher's ORDER[i]
@@ -134,7 +131,7 @@ def test_a_vocabulary_arrives_by_its_tokens_in_a_model_that_numbers_them_otherwi
 def test_a_vocabulary_returns_from_its_own_model_bit_for_bit(what: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base")
     trained(tmp_path / "module", base, NAMES["llama"][2], **options_of(what, "llama"))
-    peft_graft.transfer(tmp_path / "module", teacher=base, student=base, method="copy", out=tmp_path / "graft")
+    tiny.transfer(tmp_path / "module", teacher=base, student=base, method="copy", out=tmp_path / "graft")
     before, after = (read_checkpoint(tmp_path / name) for name in ("module", "graft"))
     assert before.parts == after.parts
     config, own = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("graft", "module"))
@@ -157,7 +154,7 @@ def test_a_vocabulary_arrives_where_hidden_units_stand_in_another_order(what: st
     vocabulary(tmp_path / "student", WORDS)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(tiny.sentences(400)))
-    peft_graft.transfer(
+    tiny.transfer(
         tmp_path / "module", teacher=base, student=tmp_path / "student", method="prune-align", text=text,
         out=tmp_path / "graft",
     )  # fmt: skip
@@ -174,13 +171,13 @@ def test_added_tokens_find_their_places_and_those_that_only_the_teacher_has_are_
     adapted = trained(tmp_path / "module", base, ["q_proj"], add=2, modules_to_save=["embed_tokens", "lm_head"])
     vocabulary(tmp_path / "module", [*WORDS, "<one>", "<two>"])
     student = base_of(tmp_path / "student", words=["<two>", *WORDS], seed=0)
-    graft = peft_graft.transfer(tmp_path / "module", teacher=base, student=student, method="copy")
+    graft = tiny.transfer(tmp_path / "module", teacher=base, student=student, method="copy")
     assert any("1 of" in note and "<one>" in note for note in graft.report.notes)
     rows = graft.raw().parts["model.embed_tokens"].rows
     theirs = adapted.get_input_embeddings().weight.detach()
     assert rows.shape == (SIZE + 1, 32)
     assert torch.equal(rows[0], theirs[ids[1]])  # no base had it, so what the teacher learned is all there is
-    graft.save(tmp_path / "graft")
+    graft.save_pretrained(tmp_path / "graft")
     assert torch.equal(loaded(student, tmp_path / "graft").get_input_embeddings().weight[0], theirs[ids[1]])
 
 
@@ -190,7 +187,7 @@ def test_tokens_that_the_student_lacks_altogether_are_refused_with_what_to_do(tm
     trained(tmp_path / "module", base, ["q_proj"], trainable_token_indices={"embed_tokens": [SIZE - 1]})
     student = base_of(tmp_path / "student", words=WORDS[:-1])
     with pytest.raises(PlanError, match=r"none of the tokens") as caught:
-        peft_graft.transfer(tmp_path / "module", teacher=base, student=student, method="copy")
+        tiny.transfer(tmp_path / "module", teacher=base, student=student, method="copy")
     assert WORDS[-1] in str(caught.value)
     assert "resize_token_embeddings" in str(caught.value)
 
@@ -200,7 +197,7 @@ def test_factors_of_a_resized_vocabulary_are_refused(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base")
     trained(tmp_path / "module", base, ["q_proj"], add=2, target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(CheckpointError, match="resized"):
-        peft_graft.transfer(tmp_path / "module", teacher=base, student=base, method="copy")
+        tiny.transfer(tmp_path / "module", teacher=base, student=base, method="copy")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -211,7 +208,7 @@ def test_the_default_moves_fits_and_polishes_a_module_with_a_trained_vocabulary(
     student = base_of(tmp_path / "student", seed=4, hidden_size=24, words=[*WORDS, "<one>"])
     text = tmp_path / "text.txt"
     text.write_text("\n".join(tiny.sentences(400)))
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", teacher=base, student=student, text=text, polish=20, out=tmp_path / "graft"
     )
     assert graft.report.verification.done

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 from peft_graft.checkpoints.attach import attach
@@ -40,7 +39,7 @@ def hidden(base: Path, module: Path) -> torch.Tensor:
 
 
 def test_it_returns_to_its_own_model_as_it_was(language, world, tmp_path) -> None:
-    graft = peft_graft.transfer(language, student=world / "teacher", text=world / "text.txt", out=tmp_path / "same")
+    graft = tiny.transfer(language, student=world / "teacher", text=world / "text.txt", out=tmp_path / "same")
     assert graft.report.method == "copy"
     assert graft.report.verdict.measured.divergence == pytest.approx(0, abs=1e-9)
     before, after = (read_tensors(folder / "pytorch_adapter.bin") for folder in (language, tmp_path / "same"))
@@ -49,21 +48,17 @@ def test_it_returns_to_its_own_model_as_it_was(language, world, tmp_path) -> Non
 
 
 def test_to_a_shallower_student_with_the_same_embeddings(language, world, tmp_path) -> None:
-    graft = peft_graft.transfer(language, student=world / "shallow", method="copy", out=tmp_path / "g")
+    graft = tiny.transfer(language, student=world / "shallow", method="copy", out=tmp_path / "g")
     assert graft.report.verification.done
     original = read_checkpoint(language)
     written = read_checkpoint(tmp_path / "g")
     path = "bert.invertible_adapters"
     assert written.parts[path] == original.parts[path]
     assert next(site for site in graft.report.sites if site.site == "embed.invertible").share > 0
-    bare = peft_graft.transfer(
-        language, student=world / "shallow", method="copy", sites=["*.adapter"], out=tmp_path / "b"
-    )
+    bare = tiny.transfer(language, student=world / "shallow", method="copy", sites=["*.adapter"], out=tmp_path / "b")
     assert INVERTIBLE not in bare.checkpoint.modules
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["config"]["inv_adapter"] is None
-    alone = peft_graft.transfer(
-        language, student=world / "shallow", method="copy", sites=["embed.*"], out=tmp_path / "a"
-    )
+    alone = tiny.transfer(language, student=world / "shallow", method="copy", sites=["embed.*"], out=tmp_path / "a")
     assert list(alone.checkpoint.modules) == [INVERTIBLE]
     assert alone.report.verification.done
     assert not torch.allclose(hidden(world / "shallow", tmp_path / "g"), hidden(world / "shallow", tmp_path / "b"))
@@ -79,10 +74,10 @@ def test_it_runs_here_as_in_its_library(language, world) -> None:
 def test_elsewhere_it_is_refused_and_the_rest_moves(language, world, tmp_path) -> None:
     student = tiny.base_model(tmp_path / "other", "bert", layers=2, hidden=32, seed=9)
     with pytest.raises(AlignmentError, match="can only be copied.*--sites"):
-        peft_graft.transfer(language, student=student, method="prune-align", text=world / "text.txt")
+        tiny.transfer(language, student=student, method="prune-align", text=world / "text.txt")
     with pytest.raises(PlanError, match="embed.invertible: .*expected 32 units in the student, found 24"):
-        peft_graft.transfer(language, student=world / "narrow", text=world / "text.txt")
-    graft = peft_graft.transfer(
+        tiny.transfer(language, student=world / "narrow", text=world / "text.txt")
+    graft = tiny.transfer(
         language, student=world / "narrow", text=world / "text.txt", sites=["*.adapter"], out=tmp_path / "g"
     )
     assert graft.report.verification.done
@@ -94,4 +89,4 @@ def test_a_damaged_one_is_refused(language, world, tmp_path) -> None:
     gone = next(key for key in tensors if "invertible" in key and key.endswith("2.bias"))
     write_tensors(file, {key: value for key, value in tensors.items() if key != gone})
     with pytest.raises(CheckpointError, match="invertible part is not complete"):
-        peft_graft.transfer(language, student=world / "shallow", method="copy")
+        tiny.transfer(language, student=world / "shallow", method="copy")

@@ -10,7 +10,6 @@ import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from peft_graft.checkpoints.read import read_checkpoint
 
@@ -87,7 +86,7 @@ def place(tmp_path_factory) -> Path:
 def test_a_module_returns_from_its_own_model_as_it_was(kind: str, place: Path, tmp_path: Path) -> None:
     base = place / "base"
     adapted = trained(tmp_path / "module", base, KINDS[kind])
-    graft = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
     assert graft.report.verification.done
     before, after = read_checkpoint(tmp_path / "module"), read_checkpoint(tmp_path / "graft")
     assert before.parts == after.parts
@@ -98,7 +97,7 @@ def test_a_module_returns_from_its_own_model_as_it_was(kind: str, place: Path, t
 def test_a_permuted_student_computes_what_the_teacher_does(kind: str, place: Path, tmp_path: Path) -> None:
     base, student = place / "base", place / "permuted"
     adapted = trained(tmp_path / "module", base, KINDS[kind])
-    peft_graft.transfer(
+    tiny.transfer(
         tmp_path / "module", student=student, text=place / "text.txt", out=tmp_path / "graft", method="prune-align"
     )
     expected = logits(adapted, base)
@@ -111,7 +110,7 @@ def test_to_a_narrower_and_deeper_student(kind: str, place: Path, tmp_path: Path
     """Assigned and regressed, then polished: what is written loads and acts (``transfer`` verifies both)."""
     trained(tmp_path / "module", place / "base", KINDS[kind])
     for method, polish in (("prune-align", 0), ("ridge", 4)):
-        graft = peft_graft.transfer(
+        graft = tiny.transfer(
             tmp_path / "module", student=place / "narrow", text=place / "text.txt", out=tmp_path / method,
             method=method, polish=polish,
         )  # fmt: skip
@@ -125,10 +124,10 @@ def test_other_changes_of_weights_become_a_lora(kind: str, place: Path, tmp_path
     base = place / "base"
     config, error = CONVERTED[kind]
     adapted = trained(tmp_path / "module", base, config)
-    found = peft_graft.inspect(tmp_path / "module", student=base)
+    found = tiny.inspect(tmp_path / "module", student=base)
     assert found.student.problem is None
     assert {site.role for site in found.sites} == {"attn.query", "attn.value"}
-    graft = peft_graft.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
+    graft = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
     assert graft.report.module_kind == "lora"
     expected, bare = logits(adapted, base), logits(tiny.task_model(base), base)
     difference = (logits(loaded(base, tmp_path / "graft"), base) - expected).abs().max()

@@ -11,11 +11,18 @@ from conftest import needs_adapters
 from peft_graft.alignment.methods import METHODS
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
+from peft_graft.config import GraftConfig
 from peft_graft.errors import ModelError, PlanError
 from peft_graft.models.loading import describe_config, load_config
 from peft_graft.models.spaces import Site
 from peft_graft.planning.layers import layer_map
-from peft_graft.planning.plan import choose_method, plan_alignment, plan_transfer
+from peft_graft.planning.method_choice import choose_methods
+from peft_graft.planning.sites import SitePlans, plan_sites
+from peft_graft.planning.spaces import spaces_of_roles
+
+
+def plan_transfer(checkpoint, teacher, student, *, method, layers="skip") -> SitePlans:
+    return plan_sites(checkpoint, teacher, student, GraftConfig(layers=layers), method)
 
 
 def test_skip_is_every_kth_layer() -> None:
@@ -116,13 +123,21 @@ def test_a_module_of_another_base_is_refused_by_shape(world) -> None:
 
 def test_the_default_method_depends_on_sizes_and_embeddings(world, parts) -> None:
     checkpoint, teacher = parts
+
+    def chosen(plan, similarity, *, has_text=False):
+        found = choose_methods(GraftConfig(), plan, None, has_text=has_text, similarity=similarity)
+        return [method.name for method in found.methods], found.reason
+
     same = plan_transfer(checkpoint, teacher, teacher, method=METHODS["copy"])
-    assert choose_method(same, 0.97)[0].name == "copy"
-    assert choose_method(same, 0.02)[0].name == "prune-align"
-    assert choose_method(same, None)[0].name == "prune-align"
+    assert chosen(same, 0.97)[0] == ["copy"]
+    assert chosen(same, 0.02)[0] == ["prune-align"]
+    assert chosen(same, None)[0] == ["prune-align"]
+    others = ["prune-align", "procrustes", "ridge", "functional"]
+    assert chosen(same, 0.97, has_text=True)[0] == ["copy", *others]
+    assert chosen(same, 0.02, has_text=True)[0] == others
     narrow = describe_config(load_config(str(world / "narrow")))
-    method, reason = choose_method(plan_transfer(checkpoint, teacher, narrow, method=METHODS["copy"]), 1.0)
-    assert method.name == "prune-align"
+    methods, reason = chosen(plan_transfer(checkpoint, teacher, narrow, method=METHODS["copy"]), 1.0)
+    assert methods == ["prune-align"]
     assert "32" in reason
 
 
@@ -130,10 +145,10 @@ def test_aligning_covers_what_any_module_may_need(world, parts) -> None:
     checkpoint, teacher = parts
     narrow = describe_config(load_config(str(world / "narrow")))
     for layers in ("skip", "avg"):
-        every = plan_alignment(teacher, narrow, layers=layers)
+        every = spaces_of_roles(teacher, narrow, layers=layers)
         needed = plan_transfer(checkpoint, teacher, narrow, layers=layers, method=METHODS["prune-align"])
         assert needed.pairs.items() <= every.items()
-    few = plan_alignment(teacher, narrow, roles=["attn.query"])
+    few = spaces_of_roles(teacher, narrow, roles=["attn.query"])
     assert {pair[0].name for pair in few} == {"attn.in", "attn.query.out", "tokens.out", "first.out"}
     with pytest.raises(PlanError, match=r"ffn\.gate: the models do not share this role"):
-        plan_alignment(teacher, narrow, roles=["ffn.gate"])
+        spaces_of_roles(teacher, narrow, roles=["ffn.gate"])

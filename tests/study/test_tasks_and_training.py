@@ -86,13 +86,13 @@ def test_tags_are_read_with_names_or_numbers(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["words", "samples"])
 def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str) -> None:
-    from peft_graft.study.training import taught
+    from peft_graft.study.training import with_teacher_answers
 
     task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
     teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
     rows = [task.encode(examples, tokenizer) for tokenizer in tokenizers]
-    found = taught(rows[1], teacher, rows[0], tokenizers[0])
+    found = with_teacher_answers(rows[1], teacher, rows[0], tokenizers[0])
     for row, mine, original in zip(rows[0], found, rows[1], strict=True):
         inputs = {key: torch.tensor([value]) for key, value in row.items() if key != "labels"}
         with torch.inference_mode():
@@ -106,24 +106,24 @@ def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str)
         else:
             given = mine["teacher"]
         torch.testing.assert_close(torch.tensor(given), expected, atol=1e-5, rtol=1e-4)
-    silent = taught(rows[1], teacher, rows[0], tokenizers[0], keep_labels=False)
+    silent = with_teacher_answers(rows[1], teacher, rows[0], tokenizers[0], keep_labels=False)
     assert all(label == IGNORED for row in silent for label in np.atleast_1d(row["labels"]))
 
 
 @pytest.mark.parametrize("kind", ["words", "samples"])
-def test_distilling_without_a_label_teaches_the_teachers_answers(world, kind: str) -> None:
-    from peft_graft.study.training import TrainingSettings, fine_tune, taught
+def test_distilling_needs_no_label(world, kind: str) -> None:
+    from peft_graft.study.training import TrainingSettings, fine_tune, with_teacher_answers
 
     task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
     teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
     encoded = task.encode(examples * 8, tokenizer)
-    rows = taught(encoded, teacher, encoded, tokenizer, keep_labels=False)
+    rows = with_teacher_answers(encoded, teacher, encoded, tokenizer, keep_labels=False)
     torch.manual_seed(3)
     student = tiny.task_model(world / "shallow", task.kind, task.labels)
 
     def distance() -> float:
-        answers = taught(encoded, student, encoded, tokenizer)
+        answers = with_teacher_answers(encoded, student, encoded, tokenizer)
         both = [np.array([row["teacher"] for row in side]) if kind == "samples" else
                 np.concatenate([row["teacher"] for row in side]) for side in (rows, answers)]  # fmt: skip
         return float(np.nanmean(np.abs(both[0] - both[1])))

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import cached_assets_path
+from huggingface_hub import cached_assets_path, constants
 
 from peft_graft.alignment.alignment import Alignment, Pair
 from peft_graft.alignment.maps import LinearMap, SpaceMap
@@ -41,7 +41,9 @@ def cache_folder(wanted: bool | None) -> Path | None:
     named = os.environ.get(VARIABLE)
     if wanted is False or (wanted is None and not named):
         return None
-    return Path(named) if named else cached_assets_path("peft-graft", namespace="default")
+    if named:
+        return Path(named)
+    return cached_assets_path("peft-graft", namespace="cache", assets_dir=constants.HF_ASSETS_CACHE).parent
 
 
 @dataclass(frozen=True)

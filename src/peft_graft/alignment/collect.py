@@ -36,7 +36,7 @@ from peft_graft.run import Run
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
-_SAVE_EVERY = 60.0  # seconds
+SAVE_EVERY = 60.0  # seconds
 _STATE = "pass"
 
 
@@ -244,7 +244,7 @@ def collect_totals(
             if batch is not None and seen is not None:
                 totals.update(seen[0], workers, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
                 forward.free.append(seen[1])
-            if unfinished and time.monotonic() - saved > _SAVE_EVERY:
+            if unfinished and time.monotonic() - saved > SAVE_EVERY:
                 _save(totals, unfinished, shard, number + 1)
                 saved = time.monotonic()
             if _on_processor(models):

@@ -161,7 +161,7 @@ def collect_on_ray(
             expected=f"1 CPU and {gpus} GPUs",
             found=f"{offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs in all",
         )
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(_part)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(run_part)
     running = {
         task.remote(plan, dict(wanted), settings, hold_out, Shard(index, plan.shards), unfinished): index
         for index in range(plan.shards)
@@ -183,7 +183,7 @@ def collect_on_ray(
     return totals, counts
 
 
-def _part(
+def run_part(
     plan: RayPass,
     wanted: Wanted,
     settings: CollectionSettings,

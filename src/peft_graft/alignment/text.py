@@ -122,38 +122,73 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
     Raises:
         TextError: no such file or data set, or an unknown file type.
     """
+    suffix = _suffix(source)
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    with _explained(source):
+        if suffix is None:
+            name, config, split = [*source.split(":"), "", ""][:3]
+            return load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        loader = "text" if suffix == ".txt" else _LOADERS[suffix]
+        options = {"delimiter": "\t"} if suffix == ".tsv" else {}
+        return load_dataset(loader, data_files=source, split="train", streaming=streaming, **options)
+
+
+def _suffix(source: str) -> str | None:
+    """The type of a text file; None for a data set of the hub.
+
+    Raises:
+        TextError: no such file, or an unknown type.
+    """
     path = Path(source)
     suffix = path.suffix.lower()
-    with _explained(source):
-        if path.is_file():
-            if suffix == ".txt":
-                return load_dataset("text", data_files=source, split="train", streaming=streaming)
-            if suffix in _LOADERS:
-                options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-                return load_dataset(_LOADERS[suffix], data_files=source, split="train", streaming=streaming, **options)
+    known = (".txt", *_LOADERS)
+    if path.is_file():
+        if suffix not in known:
             raise TextError(
                 "unknown type of text file",
                 where=source,
-                expected=f"one of .txt, {', '.join(_LOADERS)}",
+                expected=f"one of {', '.join(known)}",
                 found=suffix or "no suffix",
             )
-        if path.exists() or suffix in {".txt", *_LOADERS} or source.count("/") > 1:
-            raise TextError("no such text file", where=source, fix="give a file, or a hub data set as owner/name")
-        name, config, split = [*source.split(":"), "", ""][:3]
-        return load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        return suffix
+    if path.exists() or suffix in known or source.count("/") > 1:
+        raise TextError("no such text file", where=source, fix="give a file, or a hub data set as owner/name")
+    return None
 
 
 def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
-    rows = load_rows(source, streaming=True)
+    suffix = _suffix(source)
     with _explained(source):
-        if Path(source).is_file():  # datasets shuffles through threads that it then takes five seconds to shut down
-            yield from _shuffled(rows, seed)
-        else:  # here it shuffles the order of the remote files too
-            yield from rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        if suffix is None:  # ``datasets`` shuffles the order of the remote files too
+            yield from load_rows(source, streaming=True).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        elif suffix == ".txt" or (suffix == ".jsonl" and _has_a_row_a_line(source)):
+            yield from _shuffled(_lines(source, suffix), seed)
+        else:  # not shuffled by ``datasets``, through threads that it takes five seconds to shut down
+            yield from _shuffled(load_rows(source, streaming=True), seed)
+
+
+def _has_a_row_a_line(source: str) -> bool:
+    """Whether a .jsonl file is what its name says, and not one array over many lines."""
+    with Path(source).open(encoding="utf-8") as file:
+        return not next((line for line in file if line.strip()), "{").lstrip().startswith("[")
+
+
+def _lines(source: str, suffix: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file with one a line, without importing ``datasets``, which takes longer than a small pass."""
+    with Path(source).open(encoding="utf-8") as file:
+        columns: dict[str, None] = {}  # of the first row; what a later one lacks is None
+        for line in file:
+            if suffix == ".txt":
+                yield {"text": line.rstrip("\n")}
+            elif line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a line holds no object but {type(row).__name__}")
+                columns = columns or dict.fromkeys(row)
+                yield {**columns, **row}
 
 
 def _shuffled(rows: Iterable[_T], seed: int) -> Iterator[_T]:
@@ -172,12 +207,10 @@ def _shuffled(rows: Iterable[_T], seed: int) -> Iterator[_T]:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Errors of ``datasets`` as ours."""
-    from datasets.exceptions import DatasetNotFoundError
-
+    """Errors of ``datasets`` and of files as ours."""
     try:
         yield
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is one of the latter
         raise TextError(
             f"no such data set, or the hub cannot be reached ({type(error).__name__}: {_first_line(error)})",
             where=source,

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
 from peft_graft.checkpoints.formats.base import format_of
-from peft_graft.checkpoints.formats.peft.format import config_dict, weights_file
+from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
-from peft_graft.files import read_tensors
+from peft_graft.models.sizes import linear_shape
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
-from peft_graft.models.sizes import linear_shape
 from peft_graft.models.task_models import blank_model, quiet_libraries, with_task_head
 from peft_graft.modules.base import Part
 from peft_graft.modules.lora import LoraPart
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PretrainedConfig
 
 #: Share of the squared singular values of every layer's update that the LoRA keeps.
@@ -34,7 +31,7 @@ ENERGY = 1 - 1e-6
 _START = "base_model.model."
 
 
-def as_lora(raw: RawCheckpoint, teacher: ModelHandle, source: Path | PeftModel) -> RawCheckpoint:
+def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     """The LoRA that changes the teacher's weights as a module of another kind does.
 
     peft's own ``convert_to_lora`` where the kind supports it; otherwise the difference that merging the module makes to
@@ -42,22 +39,27 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle, source: Path | PeftModel) 
 
     Args:
         raw: as read, of kind ``weights``. teacher: not touched.
-        source: the folder of the checkpoint, or the live model that it was taken from, which is not touched.
 
     Raises:
         CheckpointError: peft cannot load the module, or its change of weights cannot be had.
     """
-    import peft
-
-    kind, heads = raw.config["peft_type"], _heads(raw, source)
-    where = str(source) if isinstance(source, Path) else "the live model"
+    heads, kind = _heads(raw), raw.config["peft_type"]
+    rows = list(heads.values())[-1].shape[0] if heads else None
+    model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
+    if not is_quantised(teacher.base):
+        model = model.float()
+    where = raw.base_model or raw.name
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
-        adapted = _loaded(source, raw, teacher, heads) if isinstance(source, Path) else copy.deepcopy(source)
+        try:
+            adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**raw.config))
+            peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=where) from error
+        adapted.eval()
         if adapted.supports_lora_conversion():
             config, tensors = peft.convert_to_lora(adapted, ENERGY)
-            options = {"r": config.r, "lora_alpha": config.lora_alpha, "rank_pattern": config.rank_pattern,
-                       "alpha_pattern": config.alpha_pattern}  # fmt: skip
+            options = {name: getattr(config, name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
         else:
             options, tensors = _by_merging(adapted, kind, where)
     lora = peft.LoraConfig(
@@ -68,53 +70,28 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle, source: Path | PeftModel) 
         **options,
     )
     written = {**config_dict(lora), "auto_mapping": raw.config.get("auto_mapping")}
-    found = format_of(Library.PEFT).parse(written, tensors | heads, where=where)
+    found = format_of(Library.PEFT).parse(written, tensors | heads)
     return replace(found, labels=raw.labels, files=raw.files)
 
 
-def _loaded(folder: Path, raw: RawCheckpoint, teacher: ModelHandle, heads: Mapping[str, Tensor]) -> Any:
-    """The teacher with the module inside, a copy of its own."""
-    import peft
-
-    rows = list(heads.values())[-1].shape[0] if heads else None
-    model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
-    if not is_quantised(teacher.base):
-        model = model.float()
-    try:
-        return peft.PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        kind = raw.config["peft_type"]
-        raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=str(folder)) from error
-
-
-def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig, source: Path | PeftModel) -> RawCheckpoint:
+def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
     """A LoRA of rank 1 without values at the layers that the module changes, to plan with before weights are loaded."""
     shapes = {path: linear_shape(module) for path, module in blank_model(teacher, raw.task).named_modules()}
-    heads = _heads(raw, source)
     parts: dict[str, Part] = {}
-    for key in _tensors(source).keys() - heads.keys():
+    for key in raw.unconverted.keys() - _heads(raw).keys():
         path = key.removeprefix(_START)
         while path and not shapes.get(path):
             path = path.rpartition(".")[0]
         if shape := shapes.get(path):
             a, b = (torch.empty(size, device="meta") for size in ((1, shape[0]), (shape[1], 1)))
             parts[path] = LoraPart(a, b, scaling=1.0)
-    return replace(raw, kind="lora", parts=parts)
+    return replace(raw, kind="lora", parts=parts, unconverted={})
 
 
-def _tensors(source: Path | PeftModel) -> dict[str, Tensor]:
-    """What the module's file has, or would have."""
-    if isinstance(source, Path):
-        return read_tensors(weights_file(source))
-    import peft
-
-    return {key: value.detach().cpu() for key, value in peft.get_peft_model_state_dict(source).items()}
-
-
-def _heads(raw: RawCheckpoint, source: Path | PeftModel) -> dict[str, Tensor]:
-    """What was saved beside the module."""
+def _heads(raw: RawCheckpoint) -> dict[str, Tensor]:
+    """What was saved beside the module, as its file has it."""
     saved = raw.config.get("modules_to_save") or []
-    return {key: value for key, value in _tensors(source).items() if any(f".{name}." in f"{key}." for name in saved)}
+    return {key: value for key, value in raw.unconverted.items() if any(f".{name}." in f"{key}." for name in saved)}
 
 
 def _paths(tensors: Mapping[str, Tensor]) -> set[str]:

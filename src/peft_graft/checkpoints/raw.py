@@ -22,7 +22,7 @@ class RawCheckpoint:
     Attributes:
         library: a ``Library``, or the name under which a format from outside this package is registered.
         kind: what sort of module it is, such as ``lora`` or ``bottleneck``; ``weights`` for one that has to become a
-            LoRA first, which has no parts.
+            LoRA first (``convert``), which has no parts.
         name: the adapter's name in its library.
         base_model: name or path of the teacher, as recorded.
         task: ``token-classification``, ... .
@@ -35,6 +35,7 @@ class RawCheckpoint:
         labels: label names in order, where the files have them.
         files: file name -> SHA-256, where it comes from files.
         weights_suffix: ``.safetensors`` or ``.bin``.
+        unconverted: of kind ``weights`` alone, all tensors by their keys in the file.
     """
 
     library: str
@@ -49,6 +50,12 @@ class RawCheckpoint:
     labels: Sequence[str] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     weights_suffix: str = ".safetensors"
+    unconverted: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether it has to become a LoRA before it can be moved."""
+        return self.kind == WEIGHTS
 
     @property
     def is_virtual(self) -> bool:
@@ -82,8 +89,9 @@ class RawCheckpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Number of values in all parts."""
-        return sum(value.numel() for part in self.parts.values() for value in part.tensors.values())
+        """Number of values in all parts, or in the file of a module that has none."""
+        tensors = [value for part in self.parts.values() for value in part.tensors.values()]
+        return sum(value.numel() for value in (*tensors, *self.unconverted.values()))
 
     @property
     def num_labels(self) -> int | None:

@@ -105,17 +105,16 @@ def polish(
         starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read hidden states: LoRA and bottleneck
             adapters inside the layers.
     """
-    before = outcome.verdict.measured
-    if not settings.steps or before is None or before.divergence <= EXACT:
+    before, candidate = outcome.verdict.measured, outcome.candidate
+    if not settings.steps or candidate.attached is None or (before and before.divergence <= EXACT):
         return outcome, None
-    candidate = outcome.candidate
     with run.stage(_STAGE):
         course = _Course(outcome, settings, run, identity, _possible(starts, candidate))
         start, rate = course.choose()
         curve = course.train(start, rate)
         now = candidate.measure()
         raw = candidate.learning[1].raw()
-        better = now.divergence <= before.divergence
+        better = before is None or now.divergence <= before.divergence
         if not better:
             candidate.put(candidate.checkpoint)
     record = PolishRecord(

@@ -139,6 +139,7 @@ class TrainingLoop:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self.schedule.fp16)
         self._step, self._since, self._least = 0, 0, float("inf")
         self._curve: list[Point] = []
+        self._whole = True
         self._best = self._copy() if self.keep_best and self.evaluate else {}
 
     def run(self, until: int | None = None) -> list[Point]:
@@ -153,22 +154,22 @@ class TrainingLoop:
         schedule = self.schedule
         last = schedule.steps if until is None else min(until, schedule.steps)
         self._take_up()
-        if not self._curve and not self._step and self.evaluate and self.evaluate_start:
-            self._add_point()
         try:
+            if self._lacks_point(last):  # also where an interruption came in an evaluation
+                self._add_point()
             for batches in self._updates(last):
                 if self._is_enough():
                     break
                 loss = self._update(batches)
-                self._step += 1
-                if self._step in schedule.evaluations or self._step == last:
-                    if self.evaluate:
+                if self._is_due(last):
+                    if self._lacks_point(last):
                         self._add_point()
                     self._keep()
                 if self.on_step:
                     self.on_step(self._step, loss)
         except KeyboardInterrupt:
-            self._keep()
+            if self._whole:
+                self._keep()
             raise
         self._leave_result()
         return self._curve
@@ -208,9 +209,12 @@ class TrainingLoop:
             total += loss.detach().to(self._device)
         self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _MAX_NORM)
+        self._whole = False  # an interruption in here leaves what no state may hold
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
+        self._step += 1
+        self._whole = True
         return total
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -230,6 +234,15 @@ class TrainingLoop:
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._parameters.items()}
+
+    def _is_due(self, last: int) -> bool:
+        if self._step == 0:
+            return self.evaluate_start
+        return self._step in self.schedule.evaluations or self._step == last
+
+    def _lacks_point(self, last: int) -> bool:
+        known = bool(self._curve) and self._curve[-1].step == self._step
+        return self.evaluate is not None and self._is_due(last) and not known
 
     def _is_enough(self) -> bool:
         return self.schedule.patience is not None and self._since >= self.schedule.patience

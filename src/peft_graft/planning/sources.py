@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -42,14 +42,12 @@ class ModuleSource:
     Attributes:
         name: as the user gave it. raw: what its files say. folder: where they are, None for a live model.
         base: the model that it was trained on, as the files name it or as the live model has it.
-        live: the ``peft.PeftModel`` that it was taken from.
     """
 
     name: str
     raw: RawCheckpoint
     folder: Path | None
     base: ModelLike | None
-    live: Any = None
 
     @staticmethod
     def of(adapter: str | Path | nn.Module, config: GraftConfig) -> ModuleSource:
@@ -67,7 +65,7 @@ class ModuleSource:
             return ModuleSource(str(adapter), raw, folder, raw.base_model)
         if is_peft_model(adapter):
             raw, base = read_live(adapter)
-            return ModuleSource("a live PeftModel", raw, None, base, adapter)
+            return ModuleSource("a live PeftModel", raw, None, base)
         raise CheckpointError(
             "not a trained module",
             expected="a folder, a hub id, or a peft.PeftModel",
@@ -78,19 +76,15 @@ class ModuleSource:
     @property
     def is_converted(self) -> bool:
         """Whether the module is of a kind that becomes a LoRA before it moves."""
-        return self.raw.kind == "weights"
-
-    @property
-    def _source(self) -> Any:
-        return self.folder if self.folder is not None else self.live
+        return self.raw.needs_conversion
 
     def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
         """The module to plan with, before weights are loaded."""
-        return stand_in(self.raw, teacher, self._source) if self.is_converted else self.raw
+        return stand_in(self.raw, teacher) if self.is_converted else self.raw
 
     def values(self, teacher: ModelHandle) -> RawCheckpoint:
         """The module with its values, as a LoRA where it is of a kind that is converted."""
-        return as_lora(self.raw, teacher, self._source) if self.is_converted else self.raw
+        return as_lora(self.raw, teacher) if self.is_converted else self.raw
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was saved with a module that trains tokens."""

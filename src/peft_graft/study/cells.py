@@ -29,7 +29,7 @@ from peft_graft._align import align
 from peft_graft._transfer import transfer
 from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json, written_aside
-from peft_graft.run import Callback, Run
+from peft_graft.run import Callback
 from peft_graft.study.data import read_task, text_file
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
@@ -37,7 +37,7 @@ from peft_graft.study.modules import load_module, new_module, save_module
 from peft_graft.study.plugins import Plugin, load_plugin
 from peft_graft.study.spec import Budget, ModuleSpec, TaskSpec
 from peft_graft.study.tasks import Example, StudyTask
-from peft_graft.study.training import TrainingSettings, Watch, fine_tune, score, taught
+from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
 #: Part of every id; raised when the same configuration comes to stand for other work.
 FORMAT = 2
@@ -165,16 +165,16 @@ class TeacherCell(Cell):
         library, settings = config.module.library, config.training
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = new_module(config.model, library, task, settings.seed, config.module.config)
-        watch = Watch(task.encode(validation, tokenizer), task, tokenizer, patience=settings.patience,
-                      keep_best=config.keep_best)  # fmt: skip
-        seconds = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, watch)
+        scored = Validation(task.encode(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+        state = folder.work(self.id) / "training"
+        tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=state)
         found = score(model, task.encode(test, tokenizer), tokenizer, task)
         with written_aside(folder.artifact(self.id), force=True) as staging:
             save_module(model, staging, library, task)
         return {
-            "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": watch.curve,
+            "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": tuned.curve,
             "examples": len(train), "validation_examples": len(validation), "test_examples": len(test),
-            "training_seconds": round(seconds, 1),
+            "training_seconds": round(tuned.seconds, 1),
         }  # fmt: skip
 
 
@@ -287,16 +287,11 @@ class FreshPolishCell(Cell):
                     config.student, config.module.library, task, config.transfer.seed, config.module.config
                 )
                 save_module(model, staging, config.module.library, task)
-        run = Run(callbacks, work=work / "polish")
         with _unlabelled_text(config.examples, work) as text:
-            verdict, record = polish_fresh_module(
-                folder.artifact(self.needs.teacher), fresh, (config.teacher, config.student), text,
-                folder.artifact(self.id), config.transfer, run,
+            return polish_fresh_module(
+                folder.artifact(self.needs.teacher), fresh, config.teacher, config.student, text,
+                folder.artifact(self.id), config.transfer, work=work / "polish", callbacks=callbacks,
             )  # fmt: skip
-        return {
-            "verdict": verdict.model_dump(mode="json"), "seconds": run.seconds,
-            "polish": record.model_dump(mode="json") if record else None,
-        }  # fmt: skip
 
 
 # ---- students --------------------------------------------------------------------------------------------------------
@@ -370,11 +365,10 @@ class StudentCell(Cell):
             examples = train if budget == len(train) else random.Random(seed).sample(train, budget)
             encoded = task.encode(examples, tokenizer)
             if settings.distillation:
-                encoded = taught(encoded, *self._teacher(folder, task, examples))
-            watch = Watch(task.encode(validation, tokenizer), task, tokenizer, patience=settings.patience,
-                          keep_best=config.keep_best)  # fmt: skip
-            seconds = fine_tune(model, encoded, tokenizer, settings, watch)
-            result |= {"curve": watch.curve, "training_seconds": round(seconds, 1),
+                encoded = with_teacher_answers(encoded, *self._teacher(folder, task, examples))
+            scored = Validation(task.encode(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+            tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=folder.work(self.id) / "training")
+            result |= {"curve": tuned.curve, "training_seconds": round(tuned.seconds, 1),
                        "training": settings.model_dump(mode="json")}  # fmt: skip
             result["score"] = score(model, rows, tokenizer, task)
         return {**result, "examples": budget, "test_examples": len(test)}

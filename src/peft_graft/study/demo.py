@@ -224,7 +224,9 @@ class _Demo:
         rate = STUDENT_SETTINGS.learning_rate * (FITTED_RATE if name.startswith("default") else 1)
         settings = STUDENT_SETTINGS.model_copy(update={"seed": seed, "learning_rate": rate})
         few: list[TaggedSentence] = self.train[number * budget : (number + 1) * budget]
-        seconds = fine_tune(model, task.encode(few, self.tokenizer), self.tokenizer, settings) if few else 0.0
+        seconds = 0.0
+        if few:
+            seconds = fine_tune(model, task.encode(few, self.tokenizer), self.tokenizer, settings).seconds
         found = score(model, task.encode(self.test, self.tokenizer), self.tokenizer, task)
         return {"start": name, "budget": len(few), "seed": seed, "score": found, "seconds": round(seconds, 2)}
 

@@ -2,66 +2,71 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.text import TextSource
+from peft_graft.alignment.text import read_text
 from peft_graft.checkpoints.formats.base import write_checkpoint
-from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import Verdict, judge
+from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.choose import Outcome
-from peft_graft.distill.polish import PolishRecord, PolishSettings, polish
-from peft_graft.distill.teacher import FIT, ask_teacher
+from peft_graft.distill.polish import PolishSettings, polish
+from peft_graft.distill.teacher import FIT, Distillation, ask_teacher
 from peft_graft.files import written_aside
-from peft_graft.models.loading import ModelHandle
-from peft_graft.planning.sources import ModelSources, ModuleSource
-from peft_graft.run import Run
+from peft_graft.models.pair import load_pair
+from peft_graft.run import Callback, Run
 
 #: Samples that are looked at, as ``transfer`` does.
 _POOL = 20_000
-#: Stands where a graft names its method.
-_FRESH = "fresh"
 
 
 def polish_fresh_module(
-    trained: Path, fresh: Path, models: tuple[str, str], text: Path, out: Path, config: GraftConfig, run: Run
-) -> tuple[Verdict, PolishRecord | None]:
+    teacher_module: Path, fresh: Path, teacher: str, student: str, text: Path, out: Path, config: GraftConfig,
+    *, work: Path, callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Polish an untrained module and head as ``transfer`` polishes a graft, and write the checkpoint.
 
     Args:
-        trained, fresh: checkpoints, of the teacher's module and of the student's untrained one.
-        models: teacher and student, by folder or hub id.
-        run: its work folder keeps the state of an interrupted polish.
+        teacher_module, fresh: checkpoints, of the trained module and of the student's untrained one.
+        teacher, student: models by folder or hub id.
+        work: folder for the state of an interrupted polish.
 
     Returns:
-        How the polished module agrees with the teacher, and the record of the polish.
+        The verdict, the polish and the seconds that stages took, as a graft's report has them.
     """
-    module = ModuleSource.of(trained, config)
-    with run.stage("loading models"):
-        pair = ModelSources.of(module, *models, config, None).loaded(tokenizers=True)
-    theirs, own = _resolved(module.raw, pair.teacher), _resolved(read_checkpoint(fresh), pair.student)
-    pool = list(islice(TextSource(text, config.columns, config.seed).samples(), _POOL))
+    start, run = time.perf_counter(), Run(callbacks, work)
+    models = load_pair(teacher, student, config, tokenizers=True)
+    trained = resolve(read_checkpoint(teacher_module), models.teacher.architecture, models.teacher.base_tensors())
+    checkpoint = resolve(read_checkpoint(fresh), models.student.architecture, models.student.base_tensors())
     # An untrained head takes the rate of the module, which is chosen by a trial as for a graft.
     settings = PolishSettings(steps=config.polish_steps, head_rate=1.0, seed=config.seed)
-    distillation = ask_teacher(
-        theirs, pair, pool, run,
-        train=max(FIT, settings.steps * settings.batch_size), bf16=config.dtype == "bfloat16",
-    )  # fmt: skip
-    empty = Alignment(_FRESH, "", "", {})
-    candidate = Candidate(_FRESH, empty, own, [], None, distillation, distillation.attach(own))
-    identity = f"{pair.fingerprints}{dict(module.raw.files)}{dict(own.raw.files)}{config.record()}{len(pool)}"
-    outcome, record = polish(Outcome(candidate, None, judge(candidate.measure())), settings, run, identity=identity, starts=("moved",))
-    raw = checkpoint_of_student(outcome.candidate.checkpoint, pair.student)
+    pool = list(islice(read_text(text, None, config.seed), _POOL))
+    train = max(FIT, settings.steps * settings.batch_size)
+    bf16 = config.dtype == "bfloat16"
+    before = _untrained(ask_teacher(trained, models, pool, run, train=train, bf16=bf16), checkpoint)
+    identity = json.dumps([*models.fingerprints, config.record(), dict(trained.raw.files), dict(checkpoint.raw.files)])
+    outcome, polished = polish(before, settings, run, identity=identity, starts=("moved",))
+    raw = checkpoint_of_student(outcome.candidate.checkpoint, models.student)
     with written_aside(out, force=True) as staging:
-        write_checkpoint(staging, raw, written_names(pair.student, raw.task))
-    return outcome.verdict, record
+        write_checkpoint(staging, raw, written_names(models.student, raw.task))
+    return {
+        "verdict": outcome.verdict.model_dump(mode="json"),
+        "polish": polished.model_dump(mode="json") if polished else None,
+        "seconds": {**run.seconds, "all": round(time.perf_counter() - start, 1)},
+    }
 
 
-def _resolved(raw: RawCheckpoint, model: ModelHandle) -> PeftCheckpoint:
-    return resolve(raw, model.architecture, model.base_tensors())
+def _untrained(distillation: Distillation, checkpoint: PeftCheckpoint) -> Outcome:
+    """The fresh module where a graft stands before its polish."""
+    alignment = Alignment("fresh", "", "", {})
+    candidate = Candidate("fresh", alignment, checkpoint, [], None, distillation, distillation.attach(checkpoint))
+    return Outcome(candidate, None, judge(candidate.measure()))

@@ -1,35 +1,32 @@
-"""Fine-tuning and scoring with transformers' Trainer: the same schedule for a teacher, a fresh and a grafted module."""
+"""Fine-tuning and scoring: the same schedule for a teacher, a fresh and a grafted module."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from peft_graft.models.devices import trainable_attention
+from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop, length_batches
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.study.ner import IGNORED
 from peft_graft.study.tasks import StudyTask
 
 #: A module that has been fitted and polished is trained on with this share of the learning rate that suits a fresh one.
 FITTED_RATE = 0.1
-
-#: Examples of like length together; transformers 5 has another name for it.
-_BY_LENGTH: dict[str, Any] = (
-    {"group_by_length": True}
-    if "group_by_length" in transformers.TrainingArguments.__dataclass_fields__
-    else {"train_sampling_strategy": "group_by_length"}
-)
+_PREDICT_BATCH = 64
 
 
 class TrainingSettings(BaseModel):
@@ -39,8 +36,9 @@ class TrainingSettings(BaseModel):
         batch_size: examples a device and step; ``accumulation`` of them make an update.
         bf16, fp16: forward passes in mixed precision.
         patience: with a validation set, stop after this many epochs without a better score; None trains to the end.
-        distillation: weight of the teacher's answers beside the labels, 0 to 1, for rows that have them (``taught``).
-        report_to: trackers of transformers' Trainer, such as ``wandb`` or ``tensorboard``.
+        distillation: weight of the teacher's answers beside the labels, 0 to 1, for rows that have them
+            (``with_teacher_answers``).
+        report_to: trackers of accelerate, such as ``wandb`` or ``tensorboard``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,58 +53,44 @@ class TrainingSettings(BaseModel):
     distillation: float = 0.0
     report_to: tuple[str, ...] = ()
 
+    def schedule(self, rows: int) -> Schedule:
+        """The same for the training loop, over so many rows; every epoch ends with an evaluation."""
+        updates = math.ceil(math.ceil(rows / self.batch_size) / self.accumulation)
+        steps = math.ceil(updates * self.epochs)
+        return Schedule(
+            steps=steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            accumulation=self.accumulation,
+            seed=self.seed,
+            evaluations=tuple(range(updates, steps + 1, updates)),
+            patience=self.patience,
+            bf16=self.bf16,
+            fp16=self.fp16,
+        )
 
-class Watch:
-    """Scores a model after every epoch of its training, keeps the best parameters, and says when to stop.
 
-    Args:
-        rows: the validation set, from ``StudyTask.encode``. patience: see ``TrainingSettings``.
-        keep_best: whether the best epoch's parameters, or the last one's, shall be left in the model.
+@dataclass(frozen=True)
+class Validation:
+    """Labelled examples that a model is scored on after every epoch of its training.
 
     Attributes:
-        curve: (steps, score) of every epoch.
+        rows: from ``StudyTask.encode``.
+        keep_best: whether the best epoch's parameters, or the last one's, are the result.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[dict[str, Any]],
-        task: StudyTask,
-        tokenizer: Any,
-        *,
-        patience: int | None = None,
-        keep_best: bool = True,
-    ) -> None:
-        self.rows, self.task, self.tokenizer = rows, task, tokenizer
-        self.patience, self.keep_best = patience, keep_best
-        self.curve: list[tuple[int, float]] = []
-        self._best: dict[str, torch.Tensor] = {}
-        self._best_score = -math.inf
-        self._since = 0
-
-    def __call__(self, model: torch.nn.Module, step: int) -> bool:
-        """Score the model; whether to stop."""
-        found = score(model, self.rows, self.tokenizer, self.task)
-        model.train()
-        self.curve.append((step, found))
-        self._since += 1
-        if found > self._best_score:
-            self._best_score, self._since = found, 0
-            if self.keep_best:
-                self._best = {name: value.detach().clone() for name, value in _trainable(model)}
-        return self.patience is not None and self._since >= self.patience
-
-    def restore(self, model: torch.nn.Module) -> None:
-        """Put the best epoch's parameters back."""
-        if not self.keep_best:
-            return
-        with torch.no_grad():
-            for name, value in _trainable(model):
-                if name in self._best:
-                    value.copy_(self._best[name])
+    rows: Sequence[dict[str, Any]]
+    task: StudyTask
+    tokenizer: Any
+    keep_best: bool = True
 
 
-def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+@dataclass(frozen=True)
+class FineTuning:
+    """What a fine-tuning reports: its seconds, and (steps, score) on the validation set after every epoch."""
+
+    seconds: float
+    curve: list[tuple[int, float]]
 
 
 def fine_tune(
@@ -114,105 +98,79 @@ def fine_tune(
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
     settings: TrainingSettings,
-    watch: Watch | None = None,
-) -> float:
-    """Train whatever parameters of a model are free, in place.
+    validation: Validation | None = None,
+    *,
+    folder: Path | None = None,
+) -> FineTuning:
+    """Train whatever parameters of a model are free, in place, on the GPU where there is one.
 
     Args:
         model: a task model with a module inside. rows: from ``StudyTask.encode``.
-        watch: scores a validation set after every epoch.
-
-    Returns:
-        Seconds.
+        validation: what to score after every epoch; ``settings.patience`` counts these.
+        folder: for the state of an interrupted run, saved after every epoch and on a ``KeyboardInterrupt``; the same
+            work that finds it goes on from it, to the same result.
     """
     start = time.perf_counter()
-    steps = int(-(-len(rows) // (settings.batch_size * settings.accumulation)) * settings.epochs)
-    with _trainer(
-        model,
-        tokenizer,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        warmup_steps=int(0.06 * steps),
-        seed=settings.seed,
-        bf16=settings.bf16,
-        fp16=settings.fp16,
-        report_to=list(settings.report_to) or "none",
-        **_BY_LENGTH,
-    ) as trainer:
-        trainer.distillation = settings.distillation
-        trainer.train_dataset = list(rows)
-        if watch:
-            trainer.add_callback(_EachEpoch(watch))
-        trainer.train()
-    if watch:
-        watch.restore(model)
-    model.eval()
-    return time.perf_counter() - start
+    model.to(_device())
+
+    def loss(numbers: list[int]) -> Tensor:
+        batch = collate(tokenizer, [rows[number] for number in numbers]).to(_device())
+        return _loss(model, batch, settings.distillation)
+
+    def evaluate(step: int) -> Point:
+        assert validation is not None
+        found = score(model, validation.rows, validation.tokenizer, validation.task)
+        log(step, {"score": found})
+        return Point(step, -found)
+
+    with _quiet(), _trackers(settings) as log:
+        loop = TrainingLoop(
+            model,
+            [len(row["input_ids"]) for row in rows],
+            loss,
+            settings.schedule(len(rows)),
+            evaluate if validation else None,
+            keep_best=validation is not None and validation.keep_best,
+            store=StateStore(folder) if folder else None,
+            identity=_digest(rows, settings) if folder else "",
+            on_step=lambda step, value: log(step, {"loss": value}),
+        )
+        curve = loop.run()
+    return FineTuning(time.perf_counter() - start, [(point.step, -point.cost) for point in curve])
 
 
 def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any, task: StudyTask) -> float:
     """The task's score of a model on encoded examples."""
-    with _trainer(model, tokenizer, per_device_eval_batch_size=64) as trainer:
-        # Of like length together: a batch is as wide as its longest row.
-        output = trainer.predict(sorted(rows, key=lambda row: len(row["input_ids"])))
-    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    return task.score(logits, output.label_ids)
+    model.to(_device()).eval()
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    with _quiet(), torch.inference_mode():
+        for numbers in length_batches([len(row["input_ids"]) for row in rows], _PREDICT_BATCH):
+            batch = collate(tokenizer, [rows[number] for number in numbers]).to(_device())
+            labels.extend(batch.pop("labels").cpu())
+            logits.extend(model(**batch).logits.float().cpu())
+    if labels[0].ndim:  # one for each token; sentences are as wide as their batch
+        targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return task.score(pad_sequence(logits, batch_first=True).numpy(), targets.numpy())
+    return task.score(torch.stack(logits).numpy(), torch.stack(labels).numpy())
 
 
-class _EachEpoch(transformers.TrainerCallback):  # type: ignore[misc]
-    """Lets a ``Watch`` look at the model after every epoch."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The Trainer's event."""
-        control.should_training_stop |= self.watch(model, state.global_step)
-
-
-class _trainer:  # noqa: N801 - a context manager, used as a function
-    """A Trainer that writes nothing and says nothing."""
-
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, **arguments: Any) -> None:
-        self.model, self.tokenizer, self.arguments = model, tokenizer, {"report_to": "none", **arguments}
-        self.folder = tempfile.TemporaryDirectory()
-        self.quiet = quiet_libraries()
-        self.caught = warnings.catch_warnings()
-
-    def __enter__(self) -> Any:
-        self.quiet.__enter__()
-        self.caught.__enter__()
-        warnings.simplefilter("ignore")
-        arguments = transformers.TrainingArguments(
-            output_dir=str(Path(self.folder.name)),
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            label_names=["labels"],
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused on a CPU
-            **self.arguments,
-        )
-        trainer = _DistillingTrainer(
-            model=self.model,
-            args=arguments,
-            data_collator=partial(_collate, self.tokenizer),
-        )
-        trainer.callback_handler.callbacks = [
-            callback for callback in trainer.callback_handler.callbacks if "Printer" not in type(callback).__name__
-        ]
-        return trainer
-
-    def __exit__(self, *exception: object) -> None:
-        self.caught.__exit__(None, None, None)
-        self.quiet.__exit__(None, None, None)
-        self.folder.cleanup()
+def _loss(model: torch.nn.Module, batch: Any, distillation: float) -> Tensor:
+    """The model's own loss, or (1 - a) labels + a teacher for rows that have the teacher's answers."""
+    teacher = batch.pop("teacher", None)
+    if teacher is None:
+        own: Tensor = model(**batch).loss
+        return own
+    labels = batch.pop("labels")
+    logits = model(**batch).logits.float()
+    known = labels != IGNORED
+    hard = torch.nn.functional.cross_entropy(logits[known], labels[known]) if bool(known.any()) else logits.sum() * 0
+    asked = torch.isfinite(teacher).all(-1)
+    soft: Tensor = -(teacher[asked] * logits[asked].log_softmax(-1)).sum(-1).mean()
+    return (1 - distillation) * hard + distillation * soft
 
 
-def taught(
+def with_teacher_answers(
     rows: Sequence[dict[str, Any]],
     teacher: torch.nn.Module,
     teacher_rows: Sequence[dict[str, Any]],
@@ -226,62 +184,32 @@ def taught(
         rows, teacher_rows: the same examples as the student's and the teacher's tokenizer encode them.
         keep_labels: whether the labels are known; where not, only the teacher's answers count.
     """
-    found = []
-    teacher.eval()
-    for start in range(0, len(rows), 32):
-        batch = [dict(row) for row in teacher_rows[start : start + 32]]
-        inputs = _collate(teacher_tokenizer, batch)
+    found: list[dict[str, Any]] = [{}] * len(rows)
+    teacher.to(_device()).eval()
+    for numbers in length_batches([len(row["input_ids"]) for row in teacher_rows], _PREDICT_BATCH):
+        inputs = collate(teacher_tokenizer, [teacher_rows[number] for number in numbers]).to(_device())
         targets = inputs.pop("labels")
         with torch.inference_mode():
             answers = teacher(**inputs).logits.float().softmax(-1)
-        for index, row in enumerate(rows[start : start + 32]):
-            new = dict(row)
-            if isinstance(row["labels"], list):
-                words = answers[index][targets[index] != IGNORED].tolist()
-                places = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
-                blank = [math.nan] * answers.shape[-1]
-                new["teacher"] = [blank] * len(row["labels"])
-                for place, answer in zip(places, words, strict=False):  # either side may have cut a long sentence
-                    new["teacher"][place] = answer
-                new["labels"] = row["labels"] if keep_labels else [IGNORED] * len(row["labels"])
-            else:
-                new["teacher"] = answers[index].tolist()
-                new["labels"] = row["labels"] if keep_labels else IGNORED
-            found.append(new)
+        for index, number in enumerate(numbers):
+            asked = targets[index] != IGNORED if targets.ndim > 1 else ...
+            found[number] = _with_answers(rows[number], answers[index][asked].tolist(), keep_labels=keep_labels)
     return found
 
 
-class _DistillingTrainer(transformers.Trainer):  # type: ignore[misc]
-    """A Trainer whose loss mixes in the cross entropy with the teacher's answers where rows have them."""
-
-    distillation = 0.0
-
-    def compute_loss_context_manager(self) -> Any:
-        """The Trainer's mixed precision, and an attention whose gradients are cheap."""
-        stack = ExitStack()
-        stack.enter_context(super().compute_loss_context_manager())
-        stack.enter_context(trainable_attention(self.args.device, bf16=self.args.bf16))
-        return stack
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """The Trainer's loss, or (1 - a) labels + a teacher."""
-        teacher = inputs.pop("teacher", None)
-        if teacher is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        logits = outputs.logits.float()
-        known = labels != IGNORED
-        hard = (
-            torch.nn.functional.cross_entropy(logits[known], labels[known]) if bool(known.any()) else logits.sum() * 0
-        )
-        asked = torch.isfinite(teacher).all(-1)
-        soft = -(teacher[asked] * logits[asked].log_softmax(-1)).sum(-1).mean()
-        loss = (1 - self.distillation) * hard + self.distillation * soft
-        return (loss, outputs) if return_outputs else loss
+def _with_answers(row: dict[str, Any], answers: list[Any], *, keep_labels: bool) -> dict[str, Any]:
+    """A row with the teacher's distribution, or with one at the first token of every word, and none elsewhere."""
+    labels = row["labels"]
+    if not isinstance(labels, list):
+        return {**row, "teacher": answers, "labels": labels if keep_labels else IGNORED}
+    places = [place for place, label in enumerate(labels) if label != IGNORED]
+    blank = [math.nan] * len(answers[0])
+    given = dict(zip(places, answers, strict=False))  # either side may have cut a long sentence
+    teacher = [given.get(place, blank) for place in range(len(labels))]
+    return {**row, "teacher": teacher, "labels": labels if keep_labels else [IGNORED] * len(labels)}
 
 
-def _collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
+def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
     """A padded batch; labels, and the teacher's answers, are padded where each token has one."""
     teacher = [row["teacher"] for row in rows] if "teacher" in rows[0] else None
     rows = [{key: value for key, value in row.items() if key != "teacher"} for row in rows]
@@ -294,3 +222,36 @@ def _collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
             teacher = [row + [[math.nan] * len(row[0])] * (width - len(row)) for row in teacher]
         batch["teacher"] = torch.tensor(teacher)
     return batch
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _digest(rows: Sequence[dict[str, Any]], settings: TrainingSettings) -> str:
+    content = json.dumps(list(rows)) + settings.model_dump_json()
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _trackers(settings: TrainingSettings) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A function that tells the trackers what happened at a step."""
+    if not settings.report_to:
+        yield lambda step, values: None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(settings.report_to), project_dir=".")
+    plain = {name: value for name, value in settings if isinstance(value, bool | int | float | str)}
+    accelerator.init_trackers("peft-graft", config=plain)
+    try:
+        yield lambda step, values: accelerator.log({name: float(value) for name, value in values.items()}, step=step)
+    finally:
+        accelerator.end_training()

@@ -47,8 +47,7 @@ class PeftFormat(Format):
         config = read_json(folder / CONFIG)
         _check_type(config, str(folder))
         weights = weights_file(folder)
-        codec = codec_of_type(str(config["peft_type"]))
-        raw = self.parse(config, read_tensors(weights) if codec else {}, where=str(weights))
+        raw = self.parse(config, read_tensors(weights), where=str(weights))
         labels_file = folder / "config.json"
         labels = read_json(labels_file).get("id2label") if labels_file.is_file() else None
         return replace(
@@ -88,6 +87,7 @@ class PeftFormat(Format):
             config=config,
             parts=parts,
             head=others,
+            unconverted={} if codec else dict(tensors),
         )
 
     def build(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
