@@ -43,7 +43,7 @@ def cache_folder(wanted: bool | None) -> Path | None:
         return None
     if named:
         return Path(named)
-    return cached_assets_path("peft-graft", namespace="cache", assets_dir=constants.HF_ASSETS_CACHE).parent
+    return Path(cached_assets_path("peft-graft", namespace="cache", assets_dir=constants.HF_ASSETS_CACHE)).parent
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
-from peft_graft.models.sizes import linear_shape
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.sizes import linear_shape
 from peft_graft.models.task_models import blank_model, quiet_libraries, with_task_head
 from peft_graft.modules.base import Part
 from peft_graft.modules.lora import LoraPart
