@@ -32,6 +32,8 @@ def test_an_interrupted_demo_goes_on_with_the_next_part(tmp_path: Path, monkeypa
 
     short = demo.TEACHER_SETTINGS.model_copy(update={"epochs": 0.1})
     monkeypatch.setattr(demo, "TEACHER_SETTINGS", short)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, callbacks=[StopAt("training the teacher's module")])
     first = StopAt("moving the module: copy, avg")
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path, callbacks=[first])
