@@ -15,10 +15,12 @@ from peft_graft.alignment.maps import LinearMap, Selection
 from peft_graft.alignment.methods import METHODS, register_method
 
 
-@register_method("nothing", summary="move nothing, so that only the head carries")
+@register_method("nothing", summary="prune-align at a thousandth of its scale, so that only the head carries")
 def nothing(fit, held_out):
-    d_s, d_t = fit.cross.shape
-    return LinearMap(torch.zeros(d_t, d_s).double(), torch.zeros(d_s, d_t).double(), torch.zeros(d_t).double()), {}
+    found, diagnostics = METHODS["prune-align"].solve(fit, held_out)
+    writing = found.apply(torch.eye(found.teacher_size, dtype=torch.float64), 0, "write")
+    reading = found.apply(torch.eye(found.teacher_size, dtype=torch.float64), 1, "read")
+    return LinearMap(reading, writing * 1e-3, torch.zeros(found.teacher_size, dtype=torch.float64)), diagnostics
 
 
 @register_method("prune-align-absolute", summary="assignment on absolute correlation; units may change sign")

@@ -35,9 +35,9 @@ def records() -> list[dict]:
         graft = {**fresh, "before": 0.6, "score": 0.7, "curve": [[10, 0.5], [20, 0.6]]}
         found.append({"id": f"fresh-{seed}", "kind": "student", "names": names(start="fresh", budget=1000, seed=seed),
                       "config": {}, "result": fresh})  # fmt: skip
-        called = {"teacher": "T", **names(start="default", budget=1000, seed=seed)}
-        found.append({"id": f"graft-{seed}", "kind": "student", "needs": {"graft": "graft"}, "config": {},
-                      "names": called, "result": graft})  # fmt: skip
+        moved = {"teacher": "T", **names(start="default", budget=1000, seed=seed)}
+        found.append({"id": f"graft-{seed}", "kind": "student", "names": moved, "needs": {"graft": "graft"},
+                      "config": {}, "result": graft})  # fmt: skip
     return found
 
 

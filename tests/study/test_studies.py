@@ -344,8 +344,8 @@ def test_polished_and_distilling_starts(file: Path, tmp_path: Path) -> None:
 
 def test_chosen_rates_and_a_polished_fresh_module(file: Path, tmp_path: Path) -> None:
     changes = ["grid.0.methods=['auto']", "defaults.polish=[6]", "grid.0.from_fresh=[true]",
-               "defaults.languages=['en']", "training.rates=[1e-5, 1e-2]",
-               "training.teacher.epochs=2", "training.keep_best=false"]  # fmt: skip
+               "defaults.languages=['en']", "training.rates=[1e-5, 1e-2]", "training.teacher.epochs=2",
+               "training.keep_best=false"]  # fmt: skip
     study = read_study(file, changes)
     outcome = run_study(study, tmp_path / "out", Here(tmp_path / "out"))
     assert not outcome.failed

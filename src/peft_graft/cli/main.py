@@ -146,7 +146,8 @@ def demo(
             result = run_demo(out, seed=seed, force=force, callbacks=callbacks)
     except KeyboardInterrupt:
         where = escaped(str(out))
-        Console(stderr=True).print(f"interrupted; finished parts are in {where}, and the same command continues there")
+        message = f"interrupted; finished parts are in {where}, and the same command continues there"
+        Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(_INTERRUPTED)
     if as_json:
         _print_json(result)

@@ -148,6 +148,7 @@ class _Demo:
         else:
             self._parts = {}
         self._made_by = made_by
+        self._keep()
         sentences = read_annotated(Path(str(files("peft_graft.study") / "corpus" / "sentences.txt")))
         self.task: StudyTask = ner_task(sentences)
         self.test, self.train = sentences[:TEST_SENTENCES], sentences[TEST_SENTENCES:]
@@ -193,9 +194,12 @@ class _Demo:
         if part not in self._parts:
             with self.run.stage(stage):
                 self._parts[part] = do()
-            seconds = self.seconds + time.perf_counter() - self._started
-            write_json(self._state, {**self._made_by, "parts": self._parts, "seconds": round(seconds, 1)})
+            self._keep()
         return self._parts[part]
+
+    def _keep(self) -> None:
+        seconds = self.seconds + time.perf_counter() - self._started
+        write_json(self._state, {**self._made_by, "parts": self._parts, "seconds": round(seconds, 1)})
 
     def _graft(self, name: str) -> Path:
         return self.folder / STARTS[name][0]

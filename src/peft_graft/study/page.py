@@ -302,7 +302,7 @@ def scores(records: Sequence[Record]) -> list[str]:
         "| task and models | student starts from | no labels | 100 labels | 1,000 labels |",
         "|---|---|---|---|---|",
     ]
-    for place in _places(entries):
+    for place in sorted(_places(entries), key=lambda place: place.metric not in METRICS[Task.TOKEN_CLASSIFICATION]):
         mine = {(entry.start, entry.budget): entry for entry in entries if entry.place == place}
         fresh = {entry.budget: entry.fresh for entry in mine.values()}
         one = next(iter(mine.values()))
@@ -312,10 +312,11 @@ def scores(records: Sequence[Record]) -> list[str]:
         rows = {FRESH: [_scores(fresh.get(budget, {})) for budget in FEW]}
         for start in shown:
             found = [mine.get((start, budget)) for budget in FEW]
-            rows[start] = [_scores(entry.runs) if entry else [] for entry in found]
+            if any(found):
+                rows[start] = [_scores(entry.runs) if entry else [] for entry in found]
         for start, values in rows.items():
             cells = [_one_score(each, bold=start == DEFAULT) for each in values]
-            lines.append(f"| {about if start == FRESH else ''} | {start} | {' | '.join(cells)} |")
+            lines.append(f"| {about if start == FRESH else ''} | {start.partition('/')[0]} | {' | '.join(cells)} |")
     return lines
 
 
