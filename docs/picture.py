@@ -80,7 +80,8 @@ def draw() -> str:
             (x, y), (to_x, to_y) = at[name], at[other]
             x, y, to_x = x + BOX / 2, y + HEIGHT, to_x + BOX / 2
             # What passes other layers goes around them.
-            aside = 0 if level[other] - level[name] == 1 else 90 * (level[other] - level[name])
+            below_by = level[other] - level[name]
+            aside = 0 if below_by == 1 else min(75 + 75 * below_by, 640)
             aside = -aside if x + to_x < WIDTH or (x + to_x == WIDTH and level[name] % 2) else aside
             lines.append(
                 f'<path d="M{x:.0f} {y:.0f}C{x + aside:.0f} {y + GAP:.0f} {to_x + aside:.0f} {to_y - GAP:.0f} '
@@ -92,9 +93,14 @@ def draw() -> str:
             f'<text x="{x + 10:.0f}" y="{y + 19:.0f}" font-size="14" font-weight="bold">{name}</text>'
         )
         for number, line in enumerate(textwrap.wrap(summary(name), WRAP, max_lines=3, placeholder=" ...")):
+<<<<<<< HEAD
             below = y + 33 + 12 * number
             text = escape(line, quote=False)
             lines.append(f'<text x="{x + 10:.0f}" y="{below:.0f}" font-size="11">{text}</text>')
+=======
+            words = escape(line, quote=False)
+            lines.append(f'<text x="{x + 10:.0f}" y="{y + 33 + 12 * number:.0f}" font-size="11">{words}</text>')
+>>>>>>> models
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -193,7 +193,7 @@ class World:
         try:
             tiny.transfer(
                 folder, student=self.student, alignment=self.alignment, out=out, force=True,
-                method=None if self.alignment else "copy",
+                method="auto" if self.alignment else "copy",
             )  # fmt: skip
         except GraftError as error:
             return f"refused: {error.message}"

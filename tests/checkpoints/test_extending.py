@@ -15,7 +15,6 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import peft_graft
 import tiny
 from peft_graft.alignment.maps import Selection
 from peft_graft.checkpoints.formats.base import FORMATS, format_of, register_format
@@ -108,11 +107,11 @@ def test_it_is_projected_averaged_and_switched_off(outside, module: Path, base: 
 
 
 def test_the_verbs_take_it(outside, module: Path, base: Path, tmp_path: Path) -> None:
-    found = peft_graft.inspect(module, student=base)
+    found = tiny.inspect(module, student=base)
     assert (found.module_library, found.kind) == ("offsets", "offsets")
     assert found.student is not None
     assert found.student.problem is None
-    graft = peft_graft.transfer(module, student=base, method="copy", out=tmp_path / "graft")
+    graft = tiny.transfer(module, student=base, method="copy", out=tmp_path / "graft")
     assert any("not verified" in note for note in graft.report.notes)
     assert read_checkpoint(tmp_path / "graft").parts == read_checkpoint(module).parts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft_graft
 import tiny
 from peft_graft.config import POLISH_STEPS, GraftConfig
 
@@ -14,7 +13,7 @@ def test_the_default_polish_at_its_real_length(tmp_path) -> None:
     tiny.peft_lora(tmp_path / "module", tmp_path / "teacher", targets=["value"])
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(line.split()[:4]) for line in tiny.sentences(120)))
-    graft = peft_graft.transfer(
+    graft = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", text=text, polish=POLISH_STEPS, max_tokens=300
     )
     record = graft.report.polish

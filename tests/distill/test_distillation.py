@@ -28,7 +28,7 @@ from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelPair, load_model
 from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT
 from peft_graft.modules.head import Head, head_tensors
-from peft_graft.run import Run, UNFINISHED
+from peft_graft.run import UNFINISHED, Run
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_a_head_that_shares_the_students_pooler_gets_one_of_its_own(world, tmp_p
     student.config.num_hidden_layers = 2
     given = {**in_memory(world), "student": student}
     attached.clear()
-    graft = peft_graft.transfer_checkpoint(read_checkpoint(tmp_path / "m"), **given, method="copy", head="fit")
+    graft = tiny.transfer_live(tmp_path / "m", **given, method="copy", head="fit")
     assert graft.report.head.how == "fitted"
     assert len(attached) == 3
-    assert graft.save(tmp_path / "g").report.verification.done
+    assert graft.save_pretrained(tmp_path / "g").report.verification.done
