@@ -93,14 +93,8 @@ def draw() -> str:
             f'<text x="{x + 10:.0f}" y="{y + 19:.0f}" font-size="14" font-weight="bold">{name}</text>'
         )
         for number, line in enumerate(textwrap.wrap(summary(name), WRAP, max_lines=3, placeholder=" ...")):
-<<<<<<< HEAD
-            below = y + 33 + 12 * number
-            text = escape(line, quote=False)
-            lines.append(f'<text x="{x + 10:.0f}" y="{below:.0f}" font-size="11">{text}</text>')
-=======
             words = escape(line, quote=False)
             lines.append(f'<text x="{x + 10:.0f}" y="{y + 33 + 12 * number:.0f}" font-size="11">{words}</text>')
->>>>>>> models
     return "\n".join([*lines, "</svg>", ""])
 
 

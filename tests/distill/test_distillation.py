@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from peft_graft.options import UNFINISHED
 
 import peft_graft
 import tiny
