@@ -37,19 +37,20 @@ LATE = {
     "matplotlib": set(),
 }
 PUBLIC = [
-    "METHODS",
+    "AlignConfig",
     "Alignment",
+    "Callback",
     "Graft",
+    "GraftConfig",
     "GraftError",
     "GraftReport",
-    "PeftCheckpoint",
     "align",
     "inspect",
-    "load_alignment",
-    "read_checkpoint",
-    "save_alignment",
+    "register_architecture",
+    "register_format",
+    "register_method",
+    "register_module",
     "transfer",
-    "transfer_checkpoint",
 ]
 
 

@@ -75,7 +75,7 @@ class Inspection(_Record):
     """What ``inspect`` found."""
 
     module: str
-    library: str
+    module_library: str
     kind: str
     task: str
     base_model: str | None
@@ -117,7 +117,7 @@ def inspect(
     checkpoint, problem = _resolved(module, teacher, config)
     found = Inspection(
         module=module.name,
-        library=raw.library,
+        module_library=raw.library,
         kind=raw.kind,
         task=raw.task,
         base_model=raw.base_model,

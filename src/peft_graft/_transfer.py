@@ -47,7 +47,7 @@ from peft_graft.run import UNFINISHED, Callback, Run
 _POOL = 20_000
 
 
-def transfer(
+def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
     adapter: str | Path | nn.Module,
     student: ModelLike,
     *,
@@ -58,7 +58,7 @@ def transfer(
     config: GraftConfig | None = None,
     callbacks: Sequence[Callback] = (),
     tokenizers: Tokenizers | None = None,
-) -> Graft:  # what moves, from where, to where, on which text: each an argument, as they are what differs between calls
+) -> Graft:
     """Move a trained module to another model.
 
     Args:

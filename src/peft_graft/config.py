@@ -59,7 +59,7 @@ _WHAT, _HOW, _WHERE, _LOADING, _OUTPUT = "What moves", "How it moves", "Where it
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
 
     @model_validator(mode="wrap")
     @classmethod

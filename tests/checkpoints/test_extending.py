@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 
 import tiny
 from peft_graft.alignment.maps import Selection
+from peft_graft.alignment.methods import METHODS
 from peft_graft.checkpoints.formats.base import FORMATS, format_of, register_format
 from peft_graft.checkpoints.formats.peft import codec
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve, to_raw
 from peft_graft.checkpoints.student_names import student_names
-from peft_graft.config import Library
+from peft_graft.config import METHOD_SUMMARIES, Library
 from peft_graft.errors import CheckpointError
 from peft_graft.models.loading import describe_config
 from peft_graft.models.spaces import Site
@@ -61,6 +62,17 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
+def nearest() -> Iterator[None]:
+    """The page's method, registered, and forgotten afterwards."""
+    before = [(known, dict(known)) for known in (METHODS, METHOD_SUMMARIES)]
+    exec(compile(code_of("Add a method")[0], "nearest.py", "exec"), {})
+    yield
+    for known, entries in before:
+        known.clear()
+        known.update(entries)
+
+
+@pytest.fixture
 def base(tmp_path: Path) -> Path:
     return tiny.base_model(tmp_path / "base", layers=2)
 
@@ -79,6 +91,17 @@ def module(tmp_path: Path, base: Path) -> Path:
 
 def test_the_kind_has_sixty_lines_at_most() -> None:
     assert len(code_of("Add a kind of module in 60 lines")[0].splitlines()) <= 60
+
+
+def test_the_method_aligns_and_moves(nearest, world: Path) -> None:
+    options = {"text": world / "text.txt", "method": "nearest", "polish": 0}
+    graft = tiny.transfer(world / "lora", world / "narrow", **options)
+    assert graft.report.method == "nearest"
+    assert "nearest, as moved" in graft.report.tried
+    alignment = tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", method="nearest")
+    found = alignment.map(next(iter(alignment.maps)))
+    assert isinstance(found, Selection)
+    assert len(set(found.indices.tolist())) < len(found.indices), "units may share one of the teacher's"
 
 
 def test_from_files_to_sites_and_back(outside, module: Path, base: Path) -> None:

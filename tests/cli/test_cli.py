@@ -66,7 +66,7 @@ def test_inspect_a_module(run, world) -> None:
     assert "attn.query" in done.out
     assert "0-3" in done.out
     found = Inspection.model_validate_json(run("inspect", world / "lora", "--json").out)
-    assert (found.library, found.kind, found.task) == ("peft", "lora", "token-classification")
+    assert (found.module_library, found.kind, found.task) == ("peft", "lora", "token-classification")
     assert [site.widths for site in found.sites] == [[4], [4]]
     assert found.student is None
 

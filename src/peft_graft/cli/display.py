@@ -24,7 +24,9 @@ def escaped(text: str) -> str:
 def show_inspection(found: Inspection) -> None:
     """What ``inspect`` found."""
     console = Console()
-    console.print(f"[bold]{escaped(found.module)}[/]: {found.library} {found.kind}, {found.parameters:,} parameters")
+    console.print(
+        f"[bold]{escaped(found.module)}[/]: {found.module_library} {found.kind}, {found.parameters:,} parameters"
+    )
     console.print(f"base model   {escaped(found.base_model or 'not named')}")
     console.print(f"task         {found.task}")
     console.print(f"head         {escaped(found.head or 'none')}")
