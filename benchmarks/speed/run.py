@@ -37,17 +37,19 @@ import torch
 import transformers
 from scipy.optimize import linear_sum_assignment
 
-from peft_graft._align import align, directions_of_roles
+from peft_graft import AlignConfig, align
 from peft_graft.alignment import collect as collecting
 from peft_graft.alignment.layout import SAMPLE_SPACES
-from peft_graft.alignment.methods import METHODS, assign_by_correlation
+from peft_graft.alignment.methods import METHODS
+from peft_graft.alignment.methods.prune_align import assign_by_correlation
 from peft_graft.alignment.moments import Products
 from peft_graft.alignment.text import read_text
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.environment import hardware, versions
-from peft_graft.models.loading import Loading, load_model
+from peft_graft.models.loading import ModelPair
+from peft_graft.models.pair import load_pair
 from peft_graft.models.spaces import GLOBAL_SPACES, TOKENS_OUT
-from peft_graft.planning.plan import plan_alignment
+from peft_graft.planning.spaces import directions_of_roles, spaces_of_roles
 
 L6, L3, E5 = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "multilingual-e5-small"
 QUERY_VALUE = ("attn.query", "attn.value")
@@ -100,21 +102,18 @@ class Bench:
 
     def over_limit(self, first, second, roles, method, device="cpu", dtype="float32", tokens=None):
         tokens = tokens or self.args.tokens
-        teacher, student = (load_model(self.model(name), Loading(device=device, dtype=dtype), tokenizer=True)
-                            for name in (first, second))  # fmt: skip
-        batches = list(prepared(teacher, student, self.args.text, tokens))
+        config = AlignConfig(sites=roles, method=method, max_tokens=tokens, device=device, dtype=dtype)
+        models = load_pair(self.model(first), self.model(second), config, tokenizers=True)
+        batches = list(prepared(models, self.args.text, tokens))
         # Half of the passes before and half after what they are compared with, for a machine's speed drifts.
-        forwards = bare(teacher, student, batches[::2], device)
+        forwards = bare(models, batches[::2], device)
         start = time.perf_counter()
-        align(
-            self.model(first), self.model(second), text=self.args.text, sites=roles, method=method, max_tokens=tokens,
-            device=device, dtype=dtype,
-        )  # fmt: skip
+        align(self.model(first), self.model(second), text=self.args.text, config=config)
         wall = time.perf_counter() - start
-        forwards += bare(teacher, student, batches[1::2], device)
+        forwards += bare(models, batches[1::2], device)
         rows = sum(batch.gather_teacher.count for batch in batches)
         samples = sum(len(batch.teacher["input_ids"]) for batch in batches)
-        flops, precise = needed(teacher, student, roles, method, rows, samples)
+        flops, precise = needed(models, roles, method, rows, samples)
         rate = matmul_rate(torch.float64 if precise else torch.float32, device)
         products = flops / rate
         return {
@@ -164,7 +163,8 @@ class Bench:
 
     def peak(self, text, tokens):
         start = time.perf_counter()
-        found = align(self.model(L6), self.model(L3), text=text, sites=QUERY_VALUE, max_tokens=int(tokens))
+        config = AlignConfig(sites=QUERY_VALUE, max_tokens=int(tokens))
+        found = align(self.model(L6), self.model(L3), text=text, config=config)
         return {
             "tokens": found.details["pairing"]["pairs"],
             "peak_mib": peak_mib(),
@@ -183,14 +183,14 @@ class Bench:
                 self.once(f"growth {name}", lambda point=point: {**point, **self.grown(**point)})
 
     def grown(self, width, depth, tokens, sites):
-        model = self.random_model(width, depth)
-        teacher, student = (load_model(str(model), tokenizer=True) for _ in range(2))
+        model = str(self.random_model(width, depth))
+        models = load_pair(model, model, AlignConfig(), tokenizers=True)
         roles = LINEAR[:sites]
-        pairs = plan_alignment(teacher.architecture, student.architecture, roles=roles)
+        pairs = spaces_of_roles(models.teacher.architecture, models.student.architecture, roles=roles)
         wanted = dict.fromkeys(pairs, ())
         settings = collecting.CollectionSettings(max_tokens=tokens)
         begin = time.perf_counter()
-        statistics, _ = collecting.collect(teacher, student, read_text(self.args.text), wanted, settings)
+        statistics, _ = collecting.collect(models, read_text(self.args.text), wanted, settings)
         middle = time.perf_counter()
         for fit, held_out in statistics.values():
             assign_by_correlation(fit, held_out)
@@ -230,14 +230,12 @@ class Bench:
         return self.moments(E5, L6, slice(OTHER_TEXT), 10**9, "float32")
 
     def moments(self, first, second, part, tokens, dtype):
-        teacher, student = (
-            load_model(self.model(name), Loading(dtype=dtype), tokenizer=True) for name in (first, second)
-        )
-        planned = plan_alignment(teacher.architecture, student.architecture, roles=LINEAR)
+        models = load_pair(self.model(first), self.model(second), AlignConfig(dtype=dtype), tokenizers=True)
+        planned = spaces_of_roles(models.teacher.architecture, models.student.architecture, roles=LINEAR)
         pairs = [pair for pair in planned if pair[1].name not in SAMPLE_SPACES]  # of which tokens say little
         samples = islice(read_text(self.args.text), part.start, part.stop)
         settings = collecting.CollectionSettings(max_tokens=tokens)
-        return collecting.collect(teacher, student, samples, dict.fromkeys(pairs, ()), settings)[0]
+        return collecting.collect(models, samples, dict.fromkeys(pairs, ()), settings)[0]
 
     # ---- whole commands ----------------------------------------------------------------------------------------------
 
@@ -251,8 +249,8 @@ class Bench:
                  "--head", "carry", "--out", self.out / "small"]  # fmt: skip
         alignment = self.out / "alignment"
         if not alignment.exists():
-            align(self.model(L6), self.model(E5), text=self.args.text, sites=QUERY_VALUE, max_tokens=10_000,
-                  out=alignment)  # fmt: skip
+            config = AlignConfig(sites=QUERY_VALUE, max_tokens=10_000)
+            align(self.model(L6), self.model(E5), text=self.args.text, out=alignment, config=config)
         to_e5 = ["--student", self.model(E5), "--alignment", alignment, "--out", self.out / "second"]
         common = ["--teacher", self.model(L6), "--force", "--json"]
         commands = {
@@ -302,15 +300,16 @@ class Bench:
             self.limit("cuda", dtype)
 
 
-def prepared(teacher, student, text, tokens):
+def prepared(models: ModelPair, text, tokens):
     """The batches of the pass, as it would make them."""
     settings = collecting.CollectionSettings(max_tokens=tokens)
-    batches = collecting._batches(teacher, student, read_text(text), settings, PairingCounts())
-    return (collecting._prepare(teacher, student, batch) for batch in batches)
+    batches = collecting._batches(models, read_text(text), settings, PairingCounts())
+    return (collecting._prepare(models, batch) for batch in batches)
 
 
-def bare(teacher, student, batches, device):
+def bare(models: ModelPair, batches, device):
     """Seconds of the forward passes of both models alone."""
+    teacher, student = models.teacher, models.student
     with torch.inference_mode():
         teacher.base(**batches[0].teacher)
         synchronise(device)
@@ -322,13 +321,13 @@ def bare(teacher, student, batches, device):
         return time.perf_counter() - start
 
 
-def needed(teacher, student, roles, method, rows, samples):
+def needed(models: ModelPair, roles, method, rows, samples):
     """Floating-point operations of the products that sites and method need, each distinct one once, and whether they
     must be float64; a symmetric one counts half."""
-    pairs = plan_alignment(teacher.architecture, student.architecture, roles=roles)
-    directions = directions_of_roles(student.architecture, roles)
+    pairs = spaces_of_roles(models.teacher.architecture, models.student.architecture, roles=roles)
+    directions = directions_of_roles(models.student.architecture, roles)
     wanted = {pair: METHODS[method].moments_for(directions.get(pair[1].name, ("read", "write"))) for pair in pairs}
-    totals = collecting.empty_totals(teacher, student, wanted, hold_out=False)
+    totals = collecting.empty_totals(models, wanted, hold_out=False)
     flops = 0
     for (_, group), products in totals.products.items():
         count = samples if group.split()[1] in GLOBAL_SPACES and not group.endswith(TOKENS_OUT) else rows
