@@ -168,12 +168,16 @@ def test_the_public_names() -> None:
         peft_graft.graft_everything  # noqa: B018
 
 
-def test_the_design_page_names_files_that_exist() -> None:
+def test_the_docs_name_files_that_exist() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     tables = [line for line in page.splitlines() if line.startswith("|")]
     names = [name for line in tables for name in re.findall(r"`([\w/]+(?:/|\.py))`", line)]
     assert len(names) > 20
     assert not [name for name in names if not (PACKAGE / name).exists() and name != "src/peft_graft/"]
+    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        paths = re.findall(r"`([a-z_]+/[\w/.]+\.(?:py|toml|md))`", doc.read_text(encoding="utf-8"))
+        missing = [path for path in paths if not any((root / path).exists() for root in (ROOT, PACKAGE, ROOT / "docs"))]
+        assert not missing, f"{doc.name} names what is not there"
     first = {name.split("/")[0].removesuffix(".py") for name in names}
     stages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert stages - {"__init__", "__main__", "templates"} <= first, "a package that the page does not mention"

@@ -150,7 +150,7 @@ _ROWS_OF_PARTIALS = 8192
 
 
 class Doubles(threading.local):
-    """Float64 copies of rows, in room that every thread keeps: to be given fresh pages takes longer than to copy."""
+    """Float64 copies of rows, in buffers that every thread keeps: fresh pages would take longer than the copy."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int, torch.device], Tensor] = {}
@@ -177,7 +177,7 @@ class Products:
         wanted: the pairs of names whose products are kept; a name with itself for a tensor's own second moment.
         precise: take products in float64 and not in the precision of the rows, for methods that invert moments.
         device: of the totals, all float64.
-        doubles: room for copies, which several may share.
+        doubles: buffers for copies, which several may share.
     """
 
     def __init__(

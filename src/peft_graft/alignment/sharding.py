@@ -156,7 +156,7 @@ def collect_on_ray(
     offered = ray.cluster_resources()
     if offered.get("CPU", 0) < 1 or offered.get("GPU", 0) < gpus:
         raise PlanError(
-            "no node has room for a shard",
+            "no node has the resources of a shard",
             where=f"--ray {config.ray}",
             expected=f"1 CPU and {gpus} GPUs",
             found=f"{offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs in all",

@@ -75,7 +75,7 @@ def _numbers(pattern: str, text: str) -> set[int]:
 
 
 def _of_heads(module: Module, chosen: set[int], architecture: Architecture, heads: tuple[int, int]) -> Module:
-    """The module with all but some heads idle: their rows of B, for what reads them their columns of A."""
+    """The module with all but some heads switched off: their rows of B, for what reads them their columns of A."""
     site = module.site
     role = (architecture.row.stack(site.role).local(site.role) or "").rpartition(".")[2]
     attention = role in _OF_QUERIES + _OF_PAIRS
