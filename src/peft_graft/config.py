@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
 from peft_graft.errors import PlanError
 
@@ -90,6 +98,11 @@ class _Config(BaseModel):
         return self.model_dump(mode="json", exclude=_undecided(type(self)))
 
 
+def _as_dict(value: Any) -> Any:
+    """An object of transformers, such as ``BitsAndBytesConfig``, as the dictionary that it is made from."""
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
 def option_name(field: str) -> str:
     """A field as the command line calls it: ``max_tokens`` is ``--max-tokens``."""
     return f"--{field.replace('_', '-')}"
@@ -130,7 +143,7 @@ class PairConfig(_Config):
         description="auto spreads the layers of both models over what is there (accelerate), in place of --device.",
     )
     dtype: Annotated[Dtype, Option(_WHERE)] = Field(default="float32", description="Of the forward passes.")
-    quantization_config: Annotated[dict[str, Any] | None, Option(_WHERE)] = Field(
+    quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_as_dict), Option(_WHERE)] = Field(
         default=None,
         description="Load both models quantised: transformers' quantization_config as JSON, such as "
         '{"load_in_4bit": true}.',

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.formats.base import write_checkpoint
@@ -76,18 +78,19 @@ class Graft:
         Raises:
             DependencyError: the module's library is not installed.
         """
-        student = self.student
-        if student.is_blank:
-            student = load_model(student.name, student.loading, role="student")
-        attached = attach(self.raw, student, self.labels, trainable=True)
-        if self.raw.task is Task.CAUSAL_LM and attached.model.get_output_embeddings() is not None:
-            # A head for scoring is blank; one that speaks is the student's own.
-            weights = student.base_tensors(output=True)
-            output = attached.model.get_output_embeddings()
-            name = next(name for name in weights if name == f"{student.architecture.row.lm_head}.weight")
-            inner = getattr(output, "base_layer", output)
-            inner.weight.data = weights[name].to(inner.weight.device, inner.weight.dtype)
-        return attached.model
+        with torch.inference_mode(mode=False):  # so that it trains, wherever it was first asked for
+            student = self.student
+            if student.is_blank:
+                student = load_model(student.name, student.loading, role="student")
+            attached = attach(self.raw, student, self.labels, trainable=True)
+            if self.raw.task is Task.CAUSAL_LM and attached.model.get_output_embeddings() is not None:
+                # A head for scoring is blank; one that speaks is the student's own.
+                weights = student.base_tensors(output=True)
+                output = attached.model.get_output_embeddings()
+                inner = getattr(output, "base_layer", output)
+                weight = weights[f"{student.architecture.row.lm_head}.weight"]
+                inner.weight.data = weight.to(inner.weight.device, inner.weight.dtype)
+            return attached.model
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.

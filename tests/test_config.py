@@ -1,0 +1,90 @@
+"""One field for every choice of a user: checked, recorded, and an option of the command line."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from transformers import QuantoConfig
+from typer.testing import CliRunner
+
+from peft_graft import AlignConfig, GraftConfig, GraftError
+from peft_graft.cli.main import app
+from peft_graft.cli.options import options_from
+from peft_graft.config import StudyConfig, option_of
+
+COMMANDS = {"inspect": GraftConfig, "transfer": GraftConfig, "align": AlignConfig, "study": StudyConfig}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_field_is_an_option_and_is_explained(command: str) -> None:
+    config = COMMANDS[command]
+    known = typer.main.get_command(app).commands[command].params
+    options = {name for parameter in known for name in parameter.opts}
+    for name, field in config.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in options
+        assert field.description
+        assert option_of(config, name).panel
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--layers", "avg", "--polish", "30", "--head", "fit", "--seed", "3"],
+        ["--sites", "attn.query,ffn.*", "--columns", "premise, hypothesis", "--library", "adapters", "--cache"],
+        ["--quantization-config", '{"load_in_8bit": true}', "--device-map", "auto", "--no-cache"],
+        ["--device-map", '{"": "cpu"}', "--dtype", "bfloat16", "--token", "hf_x", "--trust-remote-code"],
+    ],
+)
+def test_a_command_line_makes_the_config_that_python_would(arguments: list[str]) -> None:
+    made = []
+    small = typer.Typer()
+
+    @small.command()
+    @options_from(GraftConfig)
+    def keep(config: GraftConfig) -> None:
+        made.append(config)
+
+    done = CliRunner().invoke(small, arguments)
+    assert done.exit_code == 0, done.output
+    expected = {
+        (): {},
+        "avg": {"layers": "avg", "polish": 30, "head": "fit", "seed": 3},
+        "attn.query,ffn.*": {"sites": ("attn.query", "ffn.*"), "columns": ("premise", "hypothesis"),
+                             "library": "adapters", "cache": True},
+        '{"load_in_8bit": true}': {"quantization_config": {"load_in_8bit": True}, "device_map": "auto", "cache": False},
+        '{"": "cpu"}': {"device_map": {"": "cpu"}, "dtype": "bfloat16", "token": "hf_x", "trust_remote_code": True},
+    }[arguments[1] if arguments else ()]  # fmt: skip
+    assert made == [GraftConfig(**expected)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("polish", -1, "--polish"),
+        ("polish", "many", "--polish"),
+        ("head", "keep", "auto, carry, fit, drop"),
+        ("method", "svd", "prune-align"),
+        ("max_tokens", 0, "must be positive"),
+        ("dtype", "float8", "float32, float16, bfloat16"),
+        ("step", 1, "there is no such option"),
+    ],
+)
+def test_a_wrong_value_names_its_option_and_what_there_is(field: str, value: object, said: str) -> None:
+    with pytest.raises(GraftError) as caught:
+        GraftConfig(**{field: value})
+    assert said in str(caught.value)
+    assert str(value) in str(caught.value) or field == "step"
+
+
+def test_a_record_holds_what_decides_the_result_and_no_token() -> None:
+    record = GraftConfig(token="hf_secret", force=True, cache=True, sites=("attn.query",)).record()
+    assert record["sites"] == ["attn.query"]
+    assert not {"token", "force", "cache"} & record.keys()
+    assert "hf_secret" not in repr(GraftConfig(token="hf_secret"))
+
+
+def test_objects_of_transformers_are_taken() -> None:
+    config = GraftConfig(quantization_config=QuantoConfig(weights="int8"))
+    assert config.quantization_config["weights"] == "int8"
+    assert GraftConfig(quantization_config=config.record()["quantization_config"]) == config
