@@ -58,7 +58,7 @@ def command(words: list[str], cwd: Path) -> str:
 
 
 def corpus(count: int) -> list[str]:
-    path = Path(peft_graft.__file__).parent / "experiments" / "corpus" / "sentences.txt"
+    path = Path(peft_graft.__file__).parent / "study" / "corpus" / "sentences.txt"
     return [re.sub(r"\[([^\]]+)\]\([A-Z]+\)", r"\1", line) for line in path.read_text().splitlines()[:count]]
 
 

@@ -13,10 +13,11 @@ import transformers
 import tiny
 from conftest import needs_adapters
 from peft_graft.checkpoints.attach import attach, attach_written
+from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.checkpoints.resolve import read_checkpoint, write_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.student_names import written_names
-from peft_graft.models.loading import ModelHandle, handle, load_model
+from peft_graft.models.loading import ModelHandle, load_model, wrap_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CLASSES = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "CAUSAL_LM": "CausalLM"}
@@ -143,7 +144,7 @@ def test_a_module_is_attached_beside_offloaded_weights(base, tmp_path, whole: bo
     adapted.save_pretrained(tmp_path / "m")
     raw = read_checkpoint(tmp_path / "m")
     where = {"embed_tokens": "cpu", "layers": "disk", "norm": "cpu", "rotary_emb": "cpu"}
-    offloaded = handle(
+    offloaded = wrap_model(
         transformers.AutoModel.from_pretrained(base, device_map=where, offload_folder=tmp_path / "offloaded")
     )
     expected = outputs(attach(raw, load_model(str(base))), IDS)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
 
-import peft_graft
 import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.activations import pad, tokenize
-from peft_graft.alignment.text import Sample
+from peft_graft.alignment.text import Sample, read_text
 from peft_graft.checkpoints.attach import attach
-from peft_graft.checkpoints.resolve import checkpoint_of_student, read_checkpoint, resolve
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.resolve import checkpoint_of_student, resolve
 from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.gradient_start import gradient_start
@@ -187,9 +188,7 @@ def test_a_polish_agrees_better_and_says_so_in_the_report(world, module, tmp_pat
 def test_what_was_measured_is_what_was_written(world, module, tmp_path) -> None:
     """The verdict's divergence, computed again from the written checkpoint and the teacher's own library."""
     graft = transfer(world, module, polish=20, out=tmp_path / "graft", seed=4)
-    held_out = [sample.first for sample in peft_graft.transfer.__globals__["read_text"](world / "text.txt", None, 4)][
-        :80
-    ]
+    held_out = [sample.first for sample in islice(read_text(world / "text.txt", None, 4), 80)]
     answers = []
     for base, folder in ((world / "teacher", module), (world / "narrow", tmp_path / "graft")):
         model = PeftModel.from_pretrained(tiny.task_model(base), folder).eval()
@@ -250,7 +249,7 @@ def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(wo
     source = module if kind == "lora" else world / "pfeiffer"
     graft = transfer(world, source, method="copy", student=world / "shallow", head="carry")
     student = load_model(str(world / "shallow"), tokenizer=True)
-    modules = {site: module.idle() for site, module in graft.checkpoint.modules.items()}
+    modules = {site: module.neutral() for site, module in graft.checkpoint.modules.items()}
     raw = checkpoint_of_student(replace(graft.checkpoint, modules=modules), student)
     labels = graft.checkpoint.head.labels
     attached = attach(raw, student, labels, trainable=True)

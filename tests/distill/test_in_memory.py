@@ -10,9 +10,7 @@ import peft
 import pytest
 import transformers
 
-import peft_graft
 import tiny
-from peft_graft.checkpoints.resolve import read_checkpoint
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _watching: list[list[str]] = []
@@ -60,9 +58,9 @@ def in_memory(world, teacher: str = "teacher", student: str = "narrow") -> dict:
 
 
 def test_the_default_writes_nothing_and_attaches_every_candidate_once(world, writes, attached) -> None:
-    raw, given = read_checkpoint(world / "lora"), in_memory(world)
+    given = in_memory(world)
     writes.clear()
-    graft = peft_graft.transfer_checkpoint(raw, **given, polish=40)
+    graft = tiny.transfer_live(world / "lora", **given, polish=40)
     assert writes == []
     methods = {name.split(",")[0] for name in graft.report.tried}
     assert methods == {"prune-align", "procrustes", "ridge", "functional"}
@@ -73,10 +71,10 @@ def test_the_default_writes_nothing_and_attaches_every_candidate_once(world, wri
 
 def test_a_module_on_a_bare_model_too(world, tmp_path, writes, attached) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", task="base")
-    raw, given = read_checkpoint(tmp_path / "m"), in_memory(world)
+    given = in_memory(world)
     writes.clear()
     attached.clear()
-    graft = peft_graft.transfer_checkpoint(raw, **given, method="prune-align", polish=2)
+    graft = tiny.transfer_live(tmp_path / "m", **given, method="prune-align", polish=2)
     assert graft.report.polish is not None
     assert writes == []
     assert len(attached) == 2

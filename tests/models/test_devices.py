@@ -123,7 +123,7 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
     for name, value in values(expected).items():
         torch.testing.assert_close(values(found)[name], value)
     assert all(model.layers[0].mlp.up_proj.weight.is_meta for model in models), "left as they were"
-    assert found.save(tmp_path / "graft").report.verification.output_change > 0
+    assert found.save_pretrained(tmp_path / "graft").report.verification.output_change > 0
 
 
 def test_accelerate_may_choose_the_devices(shelf) -> None:

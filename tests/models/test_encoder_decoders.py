@@ -22,7 +22,7 @@ from peft_graft.files import read_json
 from peft_graft.models.loading import describe_config, wrap_model
 from peft_graft.models.spaces import Site, Space
 from peft_graft.models.task_models import complete
-from peft_graft.planning.plan import plan_alignment
+from peft_graft.planning.spaces import spaces_of_roles
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
@@ -206,7 +206,7 @@ def test_an_alignment_of_encoder_decoders_serves_every_module(tmp_path: Path, te
     pair = Space(0, "decoder.cross.memory"), Space(0, "decoder.cross.memory")
     assert torch.equal(graft.alignment.map(pair).indices, found.map(pair).indices)
     shapes = [describe_config(transformers.AutoConfig.from_pretrained(name)) for name in (base, other)]
-    few = plan_alignment(*shapes, roles=["decoder.cross.query"])
+    few = spaces_of_roles(*shapes, roles=["decoder.cross.query"])
     assert {pair[0].name for pair in few} == {"decoder.cross.in", "decoder.cross.query.out", "tokens.out"}
 
 
