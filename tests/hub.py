@@ -60,6 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.files.setdefault(name, {"main": {}})
             self._answer({"url": f"{self.url}/{name}", "name": name, "id": name})
             return
+        if self.path == "/api/validate-yaml":  # of a model card
+            self._answer({"errors": [], "warnings": []})
+            return
         _, _, _, owner, name, verb, revision = self.path.partition("?")[0].split("/")[:7]
         repository = self.files[f"{owner}/{name}"]
         if verb == "branch":

@@ -29,7 +29,7 @@ LATE = {
     "peft": {"checkpoints", "modules"},
     "adapters": set(),
     "datasets": set(),
-    "pandas": set(),
+    "pandas": {"study"},
     "sklearn": set(),
     "onnx": set(),
     "seqeval": set(),

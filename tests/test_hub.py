@@ -14,12 +14,11 @@ from hub import FakeHub
 _SCRIPT = """
 import json, sys
 from pathlib import Path
-import tiny
 import peft_graft
 from peft_graft import Alignment, Graft, GraftConfig
 
 world = Path(sys.argv[1])
-graft = tiny.transfer(world / "lora", world / "shallow", config=GraftConfig(method="copy"))
+graft = peft_graft.transfer(world / "lora", world / "shallow", config=GraftConfig(method="copy"))
 graft.push_to_hub("me/graft")
 graft.push_to_hub("me/graft", revision="second")
 again = Graft.from_pretrained("me/graft")
@@ -30,7 +29,7 @@ same = all(
     for found in (again, second) for site, module in graft.checkpoint.modules.items()
 )
 # A graft is an ordinary module: it moves on, from the hub, to yet another model.
-onward = tiny.transfer("me/graft", world / "teacher", config=GraftConfig(method="copy", revision="second"))
+onward = peft_graft.transfer("me/graft", world / "teacher", config=GraftConfig(method="copy", revision="second"))
 try:
     Graft.from_pretrained("me/nothing")
     missing = None

@@ -316,11 +316,14 @@ def _split(config: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return config(**chosen | lists), options
 
 
+def _with_short_polish(options: dict[str, Any]) -> dict[str, Any]:
+    by_default = options.get("text") is not None and "method" not in options and "alignment" not in options
+    return {"polish": 6, **options} if by_default else options
+
+
 def transfer(adapter: Any, student: Any, **options: Any) -> Any:
     """``peft_graft.transfer`` with the config's fields as arguments; a polish by default is a few steps long."""
-    if options.get("text") is not None and "method" not in options and "alignment" not in options:
-        options.setdefault("polish", 6)
-    config, others = _split(peft_graft.GraftConfig, options)
+    config, others = _split(peft_graft.GraftConfig, _with_short_polish(options))
     return peft_graft.transfer(adapter, student, config=config, **others)
 
 
@@ -340,5 +343,5 @@ def align(teacher: Any, student: Any, **options: Any) -> Any:
 
 def inspect(adapter: Any, student: Any = None, **options: Any) -> Any:
     """``peft_graft.inspect`` with the config's fields as arguments."""
-    config, others = _split(peft_graft.GraftConfig, options)
+    config, others = _split(peft_graft.GraftConfig, _with_short_polish(options))
     return peft_graft.inspect(adapter, student, config=config, **others)

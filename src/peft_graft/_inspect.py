@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from peft_graft.alignment.methods import Method
 from peft_graft.alignment.text import TextLike, TextSource
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
+from peft_graft.distill.teacher import LEAST_SAMPLES, can_ask
 from peft_graft.errors import GraftError
 from peft_graft.models.loading import ModelHandle
 from peft_graft.modules.base import Module
@@ -189,7 +191,8 @@ def _plan_for(
         raw = module.shapes(models.teacher.base.config)
         plan = Plan.make(raw, models, config, has_text=True if text is not None else None, given=given)
         if text is not None:
-            TextSource(text, config.columns, config.seed).samples()
+            samples = TextSource(text, config.columns, config.seed).samples()
+            can_ask(config, module.raw.library, len(list(islice(samples, LEAST_SAMPLES))))
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     return known.model_copy(update=_outlook(plan))

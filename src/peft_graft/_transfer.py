@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,19 +18,16 @@ from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import Method, map_methods
 from peft_graft.alignment.text import Sample, TextLike, TextSource
 from peft_graft.alignment.vocabulary import Vocabularies
-from peft_graft.checkpoints.attach import library_version
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import EXACT
 from peft_graft.distill.candidates import CandidateBuilder
 from peft_graft.distill.choose import Outcome, choose
 from peft_graft.distill.polish import PolishRecord, PolishSettings, polish
-from peft_graft.distill.teacher import FIT, LEAST_HELD_OUT, TOKENS, ask_teacher, held_out_size
+from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, held_out_size
 from peft_graft.environment import hardware, versions
-from peft_graft.errors import DependencyError, TextError
 from peft_graft.files import check_output
 from peft_graft.graft import Graft
-from peft_graft.planning.checks import asking_option, asks_teacher
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
     ModelLike,
@@ -42,9 +39,6 @@ from peft_graft.planning.sources import (
 )
 from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
-
-#: Samples that are looked at beyond the alignment: to judge, fit and polish.
-_POOL = 20_000
 
 
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
@@ -93,23 +87,25 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     raw = module.shapes(shapes.teacher.base.config)
     plan = Plan.make(raw, shapes, config, has_text=source is not None, given=given)
     samples = source.samples() if source else iter(())
+    pool = list(islice(samples, POOL))
+    asked, remarks = can_ask(config, module.raw.library, len(pool))
 
     run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     with run.stage("loading models"):
         models = sources.loaded(tokenizers=source is not None or module.raw.trains_tokens)
     with run.stage("converting to LoRA") if module.is_converted else nullcontext():
         raw = module.values(models.teacher)
-    pool = list(islice(samples, _POOL))
     plan = plan.bind(raw, models, pool[held_out_size(len(pool)) :])
     vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
-    outcome, polished, aligner, notes = _moved(plan, pool, samples, source, vocabularies, run)
+    of_text = _Text(source, pool, samples, held_out_size(len(pool)) if asked else 0)
+    outcome, polished, aligner, notes = _moved(plan, of_text, vocabularies, run)
 
     report = _report(plan, outcome, polished, aligner, run).model_copy(
         update={
             "module": module.name,
             "text": source.name if source else None,
             "alignment": str(alignment) if isinstance(alignment, str | Path) else None,
-            "notes": [*plan.sites.notes, *notes],
+            "notes": [*plan.sites.notes, *remarks, *notes],
         }
     )
     graft = Graft(outcome.candidate.checkpoint, report, outcome.candidate.alignment, models.student)
@@ -121,24 +117,35 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     return graft
 
 
+@dataclass(frozen=True)
+class _Text:
+    """The unlabelled text: its first samples, of which so many judge and nothing else, and all that follow."""
+
+    source: TextSource | None
+    pool: Sequence[Sample]
+    rest: Iterable[Sample]
+    judging: int
+
+    def to_align(self) -> AlignmentText | None:
+        """All but what judges."""
+        if self.source is None:
+            return None
+        key = json.dumps([self.source.key, self.judging]) if self.source.key else None
+        return AlignmentText(chain(self.pool[self.judging :], self.rest), self.source.name, key)
+
+
 def _moved(
-    plan: Plan,
-    pool: Sequence[Sample],
-    rest: Iterable[Sample],
-    source: TextSource | None,
-    vocabularies: Vocabularies | None,
-    run: Run,
+    plan: Plan, text: _Text, vocabularies: Vocabularies | None, run: Run
 ) -> tuple[Outcome, PolishRecord | None, Aligner, list[str]]:
     """Align, move by every method, choose by the teacher's answers, polish; and remarks for the user."""
     config, models, methods = plan.config, plan.models, plan.methods
-    asked, notes = _can_ask(plan, pool)
-    judging = held_out_size(len(pool)) if asked else 0
+    asked, notes = text.judging > 0, []
     maps_of = map_methods(methods)
     aligner = Aligner(
         models,
         plan.wanted_maps(shifts=asked and plan.moved.head is None),
         list(dict.fromkeys(maps_of.values())),
-        _alignment_text(source, chain(pool[judging:], rest), judging),
+        text.to_align(),
         config,
         run,
         given=plan.given,
@@ -155,7 +162,7 @@ def _moved(
         distillation = ask_teacher(
             plan.module,
             models,
-            pool,
+            text.pool,
             run,
             train=max(fit, polishing.steps * polishing.batch_size),
             shift_map=None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS)),
@@ -163,7 +170,7 @@ def _moved(
         )
         builder = replace(builder, distillation=distillation)
     outcome = choose(builder, methods, config.head)
-    outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, source, len(pool)))
+    outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, text))
     measured = outcome.verdict.measured
     if polishing.steps and polished is None and measured and measured.divergence <= EXACT:
         notes.append("not polished: the graft computes what the teacher does")
@@ -201,24 +208,23 @@ def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner
     )
 
 
-def _alignment_text(source: TextSource | None, samples: Iterable[Sample], skipped: int) -> AlignmentText | None:
-    """The text that is aligned on: all but what judges."""
-    if source is None:
-        return None
-    key = json.dumps([source.key, skipped]) if source.key else None
-    return AlignmentText(iter(samples), source.name, key)
-
-
 def _shift_method(maps_of: dict[str, Method]) -> Method:
     """The method whose map of the last hidden state says where the teacher's shift of it points in the student."""
     return maps_of.get("ridge") or next(iter(maps_of.values()))
 
 
-def _identity(plan: Plan, source: TextSource | None, pool: int) -> str:
+def _identity(plan: Plan, text: _Text) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
-    text = (source.key or source.name) if source else None
+    source = (text.source.key or text.source.name) if text.source else None
     given = [plan.given.method, *map(str, plan.given.details.values())] if plan.given else None
-    parts = [*plan.models.fingerprints, _module_key(plan.module.raw), plan.config.record(), text, given, pool]
+    parts = [
+        *plan.models.fingerprints,
+        _module_key(plan.module.raw),
+        plan.config.record(),
+        source,
+        given,
+        len(text.pool),
+    ]
     return json.dumps(parts, default=str)
 
 
@@ -232,34 +238,3 @@ def _module_key(raw: RawCheckpoint) -> dict[str, str] | str:
             digest.update(f"{path} {name}".encode())
             digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _can_ask(plan: Plan, pool: Sequence[Sample]) -> tuple[bool, list[str]]:
-    """Whether the teacher can be asked about the text, and remarks if not.
-
-    Raises:
-        DependencyError: what was asked for needs the teacher's answers, and its module's library is not installed.
-        TextError: it needs them, and there is too little text.
-    """
-    needed = asks_teacher(plan.config)
-    if not pool:
-        return False, []
-    library = plan.module.raw.library
-    if library_version(library) is None:
-        if needed:
-            raise DependencyError(
-                f"{library} is not installed, so the teacher cannot be asked",
-                where=asking_option(plan.config),
-                fix="pip install 'peft-graft[adapters]'",
-            )
-        return False, [f"neither fitted nor judged: {library} is not installed, so the teacher could not be asked"]
-    if held_out_size(len(pool)) < LEAST_HELD_OUT:
-        if needed:
-            raise TextError(
-                "too few samples to learn from and be judged by",
-                where="--text",
-                expected=f"at least {LEAST_HELD_OUT * 5}",
-                found=len(pool),
-            )
-        return False, [f"neither fitted nor judged: {len(pool)} samples of text are too few"]
-    return True, []

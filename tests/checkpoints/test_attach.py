@@ -108,18 +108,20 @@ def test_values_go_in_and_come_out(world, base, tmp_path, kind: str) -> None:
     before = outputs(attached, IDS)[1]
 
     def changed(values):
-        return {name: value if name == "token_ids" else 1.5 * value for name, value in values.items()}
+        return {name: 1.5 * value for name, value in values.items()}
 
     other = replace(
-        raw, entries={path: changed(values) for path, values in raw.entries.items()}, head=changed(raw.head)
+        raw,
+        parts={path: part.with_tensors(changed(part.tensors)) for path, part in raw.parts.items()},
+        head=changed(raw.head),
     )
     assert attached.takes(other)
     attached.load(other)
     found = attached.raw()
-    assert found.entries.keys() == other.entries.keys()
-    for path, values in other.entries.items():
-        for name, value in values.items():
-            torch.testing.assert_close(found.entries[path][name], value, rtol=0, atol=0)
+    assert found.parts.keys() == other.parts.keys()
+    for path, part in other.parts.items():
+        for name, value in part.tensors.items():
+            torch.testing.assert_close(found.parts[path].tensors[name], value, rtol=0, atol=0)
     for name, value in other.head.items():
         torch.testing.assert_close(found.head[name], value, rtol=0, atol=0)
     after = outputs(attached, IDS)[1]
@@ -128,8 +130,8 @@ def test_values_go_in_and_come_out(world, base, tmp_path, kind: str) -> None:
     attached.load(raw)
     torch.testing.assert_close(outputs(attached, IDS)[1], before, rtol=0, atol=0)
     if raw.kind == "lora":
-        path = next(iter(raw.entries))
-        assert not attached.takes(replace(raw, entries={path: raw.entries[path]}))
+        path = next(iter(raw.parts))
+        assert not attached.takes(replace(raw, parts={path: raw.parts[path]}))
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -260,17 +260,17 @@ def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(wo
     inactive = attach(found, student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
     torch.testing.assert_close(inactive.forward(batch)[1], inactive.forward(batch, module=False)[1], atol=1e-5, rtol=0)
-    path, values = next(iter(found.entries.items()))
+    path, part = next(iter(found.parts.items()))
     if kind != "lora":
-        assert values["down.weight"].abs().sum() > 0
-        assert not values["up.weight"].any()
+        assert part.tensors["down.weight"].abs().sum() > 0
+        assert not part.tensors["up.weight"].any()
         return
     layer = attached.module_at(path)
     layer.base_layer.weight.requires_grad_(True)
     for rows in length_batches(targets.lengths, seed=0):
         distillation_loss(student_answers(attached, student, targets, rows), targets, rows).backward()
-    wanted = torch.linalg.svd(layer.base_layer.weight.grad)[2][: values["A"].shape[0]]
-    cosines = (values["A"] @ wanted.T).diagonal().abs()
+    wanted = torch.linalg.svd(layer.base_layer.weight.grad)[2][: part.rank]
+    cosines = (part.A @ wanted.T).diagonal().abs()
     torch.testing.assert_close(cosines, torch.ones_like(cosines), atol=1e-3, rtol=0)
 
 

@@ -173,7 +173,7 @@ def test_added_tokens_find_their_places_and_those_that_only_the_teacher_has_are_
     student = base_of(tmp_path / "student", words=["<two>", *WORDS], seed=0)
     graft = tiny.transfer(tmp_path / "module", teacher=base, student=student, method="copy")
     assert any("1 of" in note and "<one>" in note for note in graft.report.notes)
-    rows = graft.raw().parts["model.embed_tokens"].rows
+    rows = graft.raw.parts["model.embed_tokens"].rows
     theirs = adapted.get_input_embeddings().weight.detach()
     assert rows.shape == (SIZE + 1, 32)
     assert torch.equal(rows[0], theirs[ids[1]])  # no base had it, so what the teacher learned is all there is
@@ -214,7 +214,7 @@ def test_the_default_moves_fits_and_polishes_a_module_with_a_trained_vocabulary(
     assert graft.report.verification.done
     assert graft.report.polish is not None
     assert "functional, as moved" in graft.report.tried
-    assert graft.raw().parts["model.embed_tokens"].rows.shape == (SIZE + 1, 24)
+    assert graft.raw.parts["model.embed_tokens"].rows.shape == (SIZE + 1, 24)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

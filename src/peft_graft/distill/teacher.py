@@ -13,17 +13,24 @@ from peft_graft.alignment.activations import pad, tokenize
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span, pair_tokens
-from peft_graft.checkpoints.attach import AttachedModel, attach
+from peft_graft.checkpoints.attach import AttachedModel, attach, library_version
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement, measure
 from peft_graft.distill.targets import Encoded, Kind, Targets, kind_of, pooled
 from peft_graft.distill.training import length_batches
+from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
+from peft_graft.planning.checks import asking_option, asks_teacher
 from peft_graft.run import Run
 
-#: Samples that judge, at most (a fifth of a short text), and that a head is fitted to.
-HELD_OUT, LEAST_HELD_OUT, FIT = 300, 10, 1500
+#: Samples that are looked at beyond the alignment: to judge, fit and polish.
+POOL = 20_000
+#: Samples that judge, at most and at least, and their share of a short text; samples that a head is fitted to.
+HELD_OUT, LEAST_HELD_OUT, _HELD_OUT_SHARE, FIT = 300, 10, 5, 1500
+#: Samples with which the teacher can be asked, at least.
+LEAST_SAMPLES = LEAST_HELD_OUT * _HELD_OUT_SHARE
 MAX_LENGTH = 128
 #: The space of the last hidden state.
 TOKENS = Space(-1, TOKENS_OUT)
@@ -95,9 +102,42 @@ def ask_teacher(
     return Distillation(models, teacher, chosen[judging:], found.part(judging), found.part(0, judging), labels, bf16)
 
 
+def can_ask(config: GraftConfig, library: str, samples: int) -> tuple[bool, list[str]]:
+    """Whether the teacher can be run on the text, and remarks if not.
+
+    Args:
+        library: of the teacher's module. samples: how many there are; a count beyond what is needed will do.
+
+    Raises:
+        DependencyError: what the config says needs the teacher's answers, and its module's library is not installed.
+        TextError: it needs them, and there is too little text.
+    """
+    needed = asks_teacher(config)
+    if not samples:
+        return False, []
+    if library_version(library) is None:
+        if needed:
+            raise DependencyError(
+                f"{library} is not installed, so the teacher cannot be asked",
+                where=asking_option(config),
+                fix="pip install 'peft-graft[adapters]'",
+            )
+        return False, [f"neither fitted nor judged: {library} is not installed, so the teacher could not be asked"]
+    if held_out_size(samples) < LEAST_HELD_OUT:
+        if needed:
+            raise TextError(
+                "too few samples to learn from and be judged by",
+                where="--text",
+                expected=f"at least {LEAST_SAMPLES}",
+                found=samples,
+            )
+        return False, [f"neither fitted nor judged: {samples} samples of text are too few"]
+    return True, []
+
+
 def held_out_size(samples: int) -> int:
     """How many of the samples judge."""
-    return min(HELD_OUT, samples // 5)
+    return min(HELD_OUT, samples // _HELD_OUT_SHARE)
 
 
 def _targets(

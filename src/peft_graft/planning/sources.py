@@ -15,6 +15,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.config import GraftConfig, PairConfig
 from peft_graft.errors import CheckpointError, ModelError
+from peft_graft.models.devices import check_device
 from peft_graft.models.loading import (
     ModelHandle,
     ModelPair,
@@ -126,8 +127,12 @@ class ModelSources:
         """Both models without weights, from their configurations; live ones as they are.
 
         Raises:
+            DeviceError: a device that they would be loaded to does not exist.
             ModelError: a model cannot be reached. ArchitectureError: its architecture is unknown.
         """
+        for model, _, role in self._sides:
+            if not isinstance(model, nn.Module):
+                check_device(loading_of(self.config, role).device)
         first, second = (
             wrap_model(model, tokenizer, role=role)
             if isinstance(model, nn.Module)

@@ -29,7 +29,7 @@ from peft_graft._align import align
 from peft_graft._transfer import transfer
 from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json, written_aside
-from peft_graft.run import Callback
+from peft_graft.run import Callback, Run
 from peft_graft.study.data import read_task, text_file
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
@@ -289,9 +289,13 @@ class FreshPolishCell(Cell):
                 save_module(model, staging, config.module.library, task)
         with _unlabelled_text(config.examples, work) as text:
             return polish_fresh_module(
-                folder.artifact(self.needs.teacher), fresh, config.teacher, config.student, text,
-                folder.artifact(self.id), config.transfer, work=work / "polish", callbacks=callbacks,
-            )  # fmt: skip
+                (folder.artifact(self.needs.teacher), fresh),
+                (config.teacher, config.student),
+                text,
+                folder.artifact(self.id),
+                config.transfer,
+                Run(callbacks, work / "polish"),
+            )
 
 
 # ---- students --------------------------------------------------------------------------------------------------------
