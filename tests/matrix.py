@@ -30,7 +30,7 @@ from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.verify import probe
 from peft_graft.errors import GraftError
 from peft_graft.models.architecture import Architecture
-from peft_graft.models.loading import describe_config, load_model
+from peft_graft.models.loading import describe_config, load_model, wrap_model
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import quiet_libraries
 from permutation import permuted
@@ -46,7 +46,7 @@ _TASK = {"task_type": "FEATURE_EXTRACTION"}
 
 def architectures() -> dict[str, Any]:
     """Name -> small configuration, of every family that the tests know."""
-    found = {family: tiny.config(family, hidden=40 if family == "mpnet" else 32) for family in tiny.FAMILIES}
+    found = {family: tiny.config(family, layers=2, hidden=40 if family == "mpnet" else 32) for family in tiny.FAMILIES}
     found |= ENCODERS | DECODERS | ENCODER_DECODERS | MIXTURES | TOWERS
     for name, config in found.items():
         if hasattr(config, "relative_attention_num_buckets") and name != "mpnet":  # 32 is the hidden size here
@@ -180,6 +180,10 @@ class World:
             )
         else:
             self.student = self.base
+        # In memory, for loading them takes longer than anything else here.
+        self.teacher, self.receiver = (
+            transformers.AutoModel.from_pretrained(path) for path in (self.base, self.student)
+        )
 
     def cell(self, kind: str) -> str:
         """``exact``, ``acts`` or why not."""
@@ -191,14 +195,14 @@ class World:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return f"{library} has none: {line}"
         try:
-            tiny.transfer(
-                folder, student=self.student, alignment=self.alignment, out=out, force=True,
+            tiny.transfer_live(
+                folder, self.teacher, self.receiver, alignment=self.alignment, out=out, force=True,
                 method="auto" if self.alignment else "copy",
             )  # fmt: skip
         except GraftError as error:
             return f"refused: {error.message}"
         raw = read_checkpoint(out)
-        attached = attach(raw, load_model(str(self.student), tokenizer=False))
+        attached = attach(raw, wrap_model(self.receiver))
         with torch.inference_mode():
             found = self._state(self._loaded(kind, out))
             # What candidates are judged and polished in computes what the library does.

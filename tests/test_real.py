@@ -32,14 +32,12 @@ def minilm(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """A folder in which ``peft-graft demo`` has run: the project's own after ``make demo``, else a new one."""
-    if (ROOT / "out" / "demo" / "run" / "demo.json").is_file():
-        folder = tmp_path_factory.mktemp("after-make-demo")
-        (folder / "out").mkdir()
-        (folder / "out" / "demo").symlink_to(ROOT / "out" / "demo")
-        return folder
-    folder = tmp_path_factory.mktemp("demo")
-    command(["peft-graft", "demo", "--out", "out/demo"], folder)
+    """A folder in which ``peft-graft demo`` has run, which takes as long as half of the tests."""
+    if not (ROOT / "out" / "demo" / "run" / "demo.json").is_file():
+        pytest.skip("needs what `make demo` leaves")
+    folder = tmp_path_factory.mktemp("after-make-demo")
+    (folder / "out").mkdir()
+    (folder / "out" / "demo").symlink_to(ROOT / "out" / "demo")
     return folder
 
 

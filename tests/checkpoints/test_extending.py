@@ -22,10 +22,10 @@ from peft_graft.checkpoints.formats.base import FORMATS, format_of, register_for
 from peft_graft.checkpoints.formats.peft import codec
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve, to_raw
-from peft_graft.checkpoints.student_names import student_names
+from peft_graft.checkpoints.student_names import written_names
 from peft_graft.config import METHOD_SUMMARIES, Library
 from peft_graft.errors import CheckpointError
-from peft_graft.models.loading import describe_config
+from peft_graft.models.loading import blank_handle, describe_config
 from peft_graft.models.spaces import Site
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import MODULES, average
@@ -157,7 +157,7 @@ def test_a_codec_puts_the_kind_into_files_of_peft(outside, base: Path) -> None:
             return {f"{self.prefix}{path}.offset": each.offset for path, each in parts.items()}
 
     config = transformers.AutoConfig.from_pretrained(base)
-    names = student_names(str(base), config, Task.BASE, describe_config(config))
+    names = written_names(blank_handle(config, str(base)), Task.BASE)
     tensors = {f"base_model.model.{path}.offset": torch.ones(32) for path in PATHS}
     raw = format_of(Library.PEFT).parse({"peft_type": "OFFSETS", "task_type": None}, tensors)
     assert (raw.kind, list(raw.parts)) == ("offsets", PATHS)

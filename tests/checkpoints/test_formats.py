@@ -15,10 +15,10 @@ from conftest import needs_adapters
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.read import read_checkpoint
-from peft_graft.checkpoints.student_names import student_names
+from peft_graft.checkpoints.student_names import written_names
 from peft_graft.config import Library
 from peft_graft.files import read_tensors
-from peft_graft.models.loading import describe_config
+from peft_graft.models.loading import blank_handle
 from peft_graft.models.tasks import Task
 from peft_graft.modules.lora import LoraPart
 
@@ -37,7 +37,7 @@ CONFIGS = {
 
 def names_of(base: Path, task: Task):
     config = transformers.AutoConfig.from_pretrained(base)
-    return student_names(str(base), config, task, describe_config(config))
+    return written_names(blank_handle(config, str(base)), task)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

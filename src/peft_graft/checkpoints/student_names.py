@@ -15,7 +15,7 @@ from peft_graft.models.task_models import blank_model
 from peft_graft.models.tasks import Task
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,16 @@ class StudentNames:
         return sorted(targets)
 
 
-def student_names(name: str, config: PretrainedConfig, task: Task, architecture: Architecture) -> StudentNames:
-    """What a checkpoint written for this student says about it."""
+def written_names(model: ModelHandle, task: Task) -> StudentNames:
+    """What a checkpoint for this model says about it."""
+    config, architecture = model.base.config, model.architecture
     task_model = blank_model(config, task)
     heads, kv_heads = head_counts(config)
     return StudentNames(
-        name=name,
+        name=model.name,
         model_type=config.model_type,
         hidden_size=int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0)),
-        base_class=type(blank_model(config, Task.BASE)).__name__,
+        base_class=type(model.base).__name__,
         task_class=type(task_model).__name__,
         prefix=architecture.prefix,
         modules=frozenset(path for path, _ in task_model.named_modules()),
@@ -102,11 +103,6 @@ def student_names(name: str, config: PretrainedConfig, task: Task, architecture:
         num_kv_heads=kv_heads,
         attentions=_attentions(architecture),
     )
-
-
-def written_names(model: ModelHandle, task: Task) -> StudentNames:
-    """What a checkpoint for this model says about it."""
-    return student_names(model.name, model.base.config, task, model.architecture)
 
 
 def _attentions(architecture: Architecture) -> tuple[str, ...]:
