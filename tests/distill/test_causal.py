@@ -87,8 +87,8 @@ def test_a_causal_lora_moves_down_and_up(world, student: str, tmp_path: Path) ->
         return loss(peft.PeftModel.from_pretrained(model, folder).eval(), tokenizer, held_out)
 
     fresh = loss(transformers.AutoModelForCausalLM.from_pretrained(root / student).eval(), tokenizer, held_out)
-    options = {"student": root / student, "text": root / "text.txt", "max_tokens": 5000}
-    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=300, **options)
+    options = {"student": root / student, "text": root / "text.txt", "max_tokens": 3000}
+    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=150, **options)
     assert graft.report.verdict.measured.divergence < 1
     grafted = scored(tmp_path / "graft")
     assert grafted < fresh - 0.5 * (fresh - teacher), (teacher, grafted, fresh)

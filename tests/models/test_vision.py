@@ -12,7 +12,6 @@ from peft import PeftModel
 
 import tiny
 from families import TOWERS, options, same_module, trained
-from peft_graft._inspect import inspect
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.errors import PlanError
 
@@ -35,7 +34,7 @@ def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path
     graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
     same_module(tmp_path / "module", tmp_path / "graft")
-    found = inspect(tmp_path / "module", student=base)
+    found = tiny.inspect(tmp_path / "module", student=base, method="copy" if family != "clip_text_model" else "auto")
     assert found.teacher_problem is None
     assert found.student.problem is None
     stacks = {"clip": {"text", "vision"}, "siglip": {"text", "vision"}, "whisper": {"encoder", "decoder"}}
@@ -93,7 +92,8 @@ def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Pa
     narrow = tower(tmp_path / "narrow", "vit", hidden_size=24)
     with pytest.raises(PlanError, match="can only be aligned on text.*expected 32 units.*found 24"):
         tiny.transfer(tmp_path / "module", student=narrow, method="copy")
-    assert "can only be aligned on text" in inspect(tmp_path / "module", student=narrow).student.problem
+    for method, said in (("copy", "can only be aligned on text"), ("auto", "choosing a method works on text")):
+        assert said in tiny.inspect(tmp_path / "module", student=narrow, method=method).student.problem
     with pytest.raises(PlanError, match="no counterpart"):
         tiny.transfer(tmp_path / "module", student=tiny.base_model(tmp_path / "bert", layers=2), method="copy")
 
