@@ -7,6 +7,7 @@ import typer
 from transformers import QuantoConfig
 from typer.testing import CliRunner
 
+import peft_graft
 from peft_graft import AlignConfig, GraftConfig, GraftError
 from peft_graft.cli.main import app
 from peft_graft.cli.options import options_from
@@ -82,6 +83,21 @@ def test_a_record_holds_what_decides_the_result_and_no_token() -> None:
     assert record["sites"] == ["attn.query"]
     assert not {"token", "force", "cache"} & record.keys()
     assert "hf_secret" not in repr(GraftConfig(token="hf_secret"))
+
+
+def test_no_file_holds_the_token(world, tmp_path) -> None:
+    aligned = peft_graft.align(
+        world / "teacher", world / "narrow", text=world / "text.txt", out=tmp_path / "alignment",
+        config=AlignConfig(token="hf_secret", max_tokens=1000),
+    )  # fmt: skip
+    graft = peft_graft.transfer(
+        world / "lora", world / "narrow", alignment=aligned, out=tmp_path / "graft",
+        config=GraftConfig(token="hf_secret"),
+    )  # fmt: skip
+    assert graft.report.settings.token == "hf_secret"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 4
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
 
 
 def test_objects_of_transformers_are_taken() -> None:

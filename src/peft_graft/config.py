@@ -155,7 +155,7 @@ class PairConfig(_Config):
         default=None, description="Hub revision of the student."
     )
     token: Annotated[str | None, Option(_LOADING, decides=False)] = Field(
-        default=None, description="Hub token, for private repositories.", repr=False
+        default=None, description="Hub token, for private repositories.", repr=False, exclude=True
     )
     trust_remote_code: Annotated[bool, Option(_LOADING)] = Field(
         default=False, description="Run model code that comes with a repository."
