@@ -25,7 +25,7 @@ from peft_graft.modules.base import Module
 from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.method_choice import same_sizes
 from peft_graft.planning.plan import Plan
-from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, given_alignment
+from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, described, given_alignment
 
 
 class _Record(BaseModel):
@@ -123,7 +123,7 @@ def inspect(
         kind=raw.kind,
         task=raw.task,
         base_model=raw.base_model,
-        parameters=sum(tensor.numel() for part in raw.parts.values() for tensor in part.tensors.values()),
+        parameters=raw.num_parameters,
         sites=_summaries(checkpoint) if checkpoint else [],
         paths=sorted(raw.parts),
         head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
@@ -140,10 +140,7 @@ def _resolved(
 ) -> tuple[PeftCheckpoint | None, str | None]:
     """The module at the sites of its teacher, or why that cannot be said."""
     try:
-        # A pair of the teacher with itself: nothing is planned for a student here.
-        base = teacher or module.base
-        sources = ModelSources.of(module, teacher, base if base is not None else "", config, None)
-        handle = sources.described().teacher
+        handle = described(module.teacher(teacher), config, "teacher")
         raw = module.shapes(handle.base.config)
         return resolve(raw, handle.architecture, handle.base_tensors(output=raw.trains_output)), None
     except GraftError as error:

@@ -1,4 +1,4 @@
-"""Reading and writing tensors and JSON on disk: lazily where the format allows, never through unrestricted pickle."""
+"""Reading and writing tensors, JSON and folders, never through unrestricted pickle; and copies from the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_graft.errors import CheckpointError, OutputError
+from peft_graft.errors import CheckpointError, GraftError, OutputError
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -74,6 +74,35 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         full = shutil.disk_usage(path.parent).free < needed
         reason = os.strerror(errno.ENOSPC) if full else (str(error).splitlines() or ["write failed"])[0]
         raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(path)) from error
+
+
+def downloaded(
+    name: str,
+    patterns: Sequence[str],
+    error: type[GraftError],
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | bool | None,
+) -> Path:
+    """Some files of a repository of the hub, in a local copy of the repository.
+
+    Args:
+        patterns: of the files, in the sub-folder where there is one. error: raised where it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    start = f"{subfolder.strip('/')}/" if subfolder else ""
+    wanted = [f"{start}{pattern}" for pattern in patterns]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as reason:
+        raise error(
+            f"no such folder, and the hub has no such repository or cannot be reached ({type(reason).__name__})",
+            where=name,
+            fix="check the name, or give a local folder",
+        ) from reason
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -70,6 +70,12 @@ class Graft:
         return checkpoint_of_student(self.checkpoint, self.student, self.report.settings.seed)
 
     @cached_property
+    def _loaded_student(self) -> ModelHandle:
+        """The student with weights, which are loaded only now for a graft that was read back."""
+        student = self.student
+        return load_model(student.name, student.loading, role="student") if student.is_blank else student
+
+    @cached_property
     def model(self) -> Any:
         """The student with the module inside: a ``PeftModel``, or a model of ``adapters``.
 
@@ -79,9 +85,7 @@ class Graft:
             DependencyError: the module's library is not installed.
         """
         with torch.inference_mode(mode=False):  # so that it trains, wherever it was first asked for
-            student = self.student
-            if student.is_blank:
-                student = load_model(student.name, student.loading, role="student")
+            student = self._loaded_student
             attached = attach(self.raw, student, self.labels, trainable=True)
             if self.raw.task is Task.CAUSAL_LM and attached.model.get_output_embeddings() is not None:
                 # A head for scoring is blank; one that speaks is the student's own.
@@ -106,9 +110,7 @@ class Graft:
             VerificationError: the written checkpoint does not load cleanly, or changes nothing.
         """
         out, raw = Path(folder), self.raw
-        student = self.student
-        if student.is_blank:
-            student = load_model(student.name, student.loading, role="student")
+        student = self._loaded_student
         with written_aside(out, force=force) as staging:
             write_checkpoint(staging, raw, written_names(student, raw.task))
             if self.labels and raw.library == Library.PEFT:

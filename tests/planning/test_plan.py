@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,3 +153,11 @@ def test_aligning_covers_what_any_module_may_need(world, parts) -> None:
     assert {pair[0].name for pair in few} == {"attn.in", "attn.query.out", "tokens.out", "first.out"}
     with pytest.raises(PlanError, match=r"ffn\.gate: the models do not share this role"):
         spaces_of_roles(teacher, narrow, roles=["ffn.gate"])
+
+
+def test_a_kind_that_is_converted_has_parameters_too(world, tmp_path) -> None:
+    model = peft.get_peft_model(tiny.task_model(world / "teacher"), peft.LoHaConfig(r=2, target_modules=["query"]))
+    model.save_pretrained(tmp_path / "loha")
+    saved = peft.get_peft_model_state_dict(model)
+    found = tiny.inspect(tmp_path / "loha")
+    assert found.parameters == sum(value.numel() for value in saved.values())

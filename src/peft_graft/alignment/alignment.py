@@ -15,7 +15,7 @@ from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
 from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.errors import AlignmentError, CheckpointError
-from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
+from peft_graft.files import downloaded, read_json, read_tensors, write_json, write_tensors, written_aside
 from peft_graft.models.spaces import Space
 
 Pair = tuple[Space, Space]  # teacher space, student space
@@ -104,19 +104,9 @@ class Alignment:
 def _located(name: str | Path, revision: str | None, token: str | None, subfolder: str | None) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        start = f"{subfolder}/" if subfolder else ""
-        try:
-            folder = Path(snapshot_download(str(name), revision=revision, token=token,
-                                            allow_patterns=[f"{start}{CONFIG}", f"{start}{MAPS}"]))  # fmt: skip
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise AlignmentError(
-                f"no such folder, and the hub has no such repository or cannot be reached ({type(error).__name__})",
-                where=str(name),
-                fix="check the name, or give a local folder",
-            ) from error
+        folder = downloaded(
+            str(name), (CONFIG, MAPS), AlignmentError, revision=revision, subfolder=subfolder, token=token
+        )
     return folder / subfolder if subfolder else folder
 
 

@@ -44,11 +44,6 @@ class SpaceMap(ABC):
         """[d_t]: what a reading map leaves to the bias of the layer that reads, None for nothing."""
         return None
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether every unit stands for itself."""
-        return False
-
     def _check(self, values: Tensor, axis: int) -> None:
         if values.shape[axis] != self.teacher_size:
             raise AlignmentError(
@@ -82,11 +77,6 @@ class Selection(SpaceMap):
     def student_size(self) -> int:
         """Number of student units, d_s."""
         return len(self.indices)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every unit stands for itself."""
-        return self.teacher_size == self.student_size and bool((self.indices == torch.arange(self.student_size)).all())
 
     def apply(self, values: Tensor, axis: int, direction: Direction) -> Tensor:
         """Pick the units; unmatched ones are zero, or one where they scale."""

@@ -51,7 +51,7 @@ class Vocabularies:
             trained_with: the tokenizer that was saved with the module, where tokens were added for it.
         """
         student = models.student
-        similarity = embedding_similarity(models.teacher, student)
+        similarity = embedding_similarity(models.teacher.base, student.base)
         return cls(
             trained_with or models.teacher.tokenizer,
             student.tokenizer,

@@ -7,6 +7,7 @@ from pathlib import Path
 from peft_graft.checkpoints.formats.base import FORMATS
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import CheckpointError
+from peft_graft.files import downloaded
 
 _CONFIG = "adapter_config.json"
 #: Files that belong to a module, whatever its format.
@@ -38,29 +39,11 @@ def locate(
                 where=name,
                 fix="give the folder that holds adapter_config.json, or a hub id owner/name",
             )
-        path = _downloaded(name, revision, subfolder, token)
+        path = downloaded(name, _FILES, CheckpointError, revision=revision, subfolder=subfolder, token=token)
     place = path / subfolder if subfolder else path
     if not place.is_dir():
         raise CheckpointError("no such sub-folder", where=name, found=subfolder, fix="check its name")
     return place
-
-
-def _downloaded(name: str, revision: str | None, subfolder: str | None, token: str | bool | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    start = f"{subfolder.strip('/')}/" if subfolder else ""
-    try:
-        found = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=[f"{start}{pattern}" for pattern in _FILES]
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"no such folder, and the hub has no such repository or cannot be reached ({type(error).__name__})",
-            where=name,
-            fix="check the name, or give a local folder",
-        ) from error
-    return Path(found)
 
 
 def read_checkpoint(folder: Path) -> RawCheckpoint:

@@ -56,13 +56,6 @@ class PeftCheckpoint:
         """Layers that carry a module."""
         return tuple(sorted({site.layer for site in self.modules if site.layer >= 0}))
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of values in the modules and the head."""
-        tensors = [tensor for module in self.modules.values() for tensor in module.tensors.values()]
-        tensors += list(self.head.tensors.values()) if self.head else []
-        return sum(tensor.values.numel() for tensor in tensors)
-
 
 def resolve(
     raw: RawCheckpoint,

@@ -376,14 +376,12 @@ def fingerprint(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def embedding_similarity(teacher: ModelHandle, student: ModelHandle, rows: int = 4096) -> float | None:
-    """Mean cosine between the two models' word embeddings, row by row; None where they differ in shape or have none.
+def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 4096) -> float | None:
+    """Mean cosine between the two models' word embeddings, row by row; None where their shapes differ.
 
     Near 1 for a model and one made from it (distilled, pruned, tuned further), near 0 for unrelated ones.
     """
-    if not (teacher.architecture.row.reads_text and student.architecture.row.reads_text):
-        return None
-    first, second = (_word_embeddings(model.base) for model in (teacher, student))
+    first, second = (_word_embeddings(model) for model in (teacher, student))
     if first.shape != second.shape:
         return None
     step = max(1, len(first) // rows)

@@ -37,7 +37,7 @@ def choose_methods(
     Args:
         given: an alignment that the user made before. has_text: whether candidates can be compared on text.
         similarity: mean cosine of the two models' word embeddings, row by row (``loading.embedding_similarity``), None
-            where there is nothing to compare.
+            where they differ in shape, or where the choice does not depend on it.
 
     Raises:
         AlignmentError: the given alignment was made with another method than the one asked for.

@@ -110,9 +110,9 @@ class Plan:
         """
         config, given = self.config, self.given
         module, moved = _resolved(raw, models, config)
-        check_reading(models, config, has_text=bool(self.has_text))
         sites = _sites(moved, models, config, method_of_spaces(config, given))
-        similarity = embedding_similarity(models.teacher, models.student)
+        open_choice = given is None and config.method == AUTO
+        similarity = embedding_similarity(models.teacher.base, models.student.base) if open_choice else None
         choice = choose_methods(config, sites, given, has_text=bool(self.has_text), similarity=similarity)
         experts = self._experts(moved, models, choice.methods, samples)
         if experts is not None:

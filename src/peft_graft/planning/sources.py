@@ -79,6 +79,19 @@ class ModuleSource:
         """Whether the module is of a kind that becomes a LoRA before it moves."""
         return self.raw.needs_conversion
 
+    def teacher(self, named: ModelLike | None) -> ModelLike:
+        """The model that it was trained on: its own base unless another is named.
+
+        Raises:
+            ModelError: neither names one.
+        """
+        base = named or self.base
+        if base is None:
+            raise ModelError(
+                "the module's configuration names no base model", where=self.name, fix="name it with --teacher"
+            )
+        return base
+
     def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
         """The module to plan with, before weights are loaded."""
         return stand_in(self.raw, teacher) if self.is_converted else self.raw
@@ -116,12 +129,7 @@ class ModelSources:
         Raises:
             ModelError: neither names a teacher.
         """
-        base = teacher or module.base
-        if base is None:
-            raise ModelError(
-                "the module's configuration names no base model", where=module.name, fix="name it with --teacher"
-            )
-        return ModelSources(base, student, config, tokenizers or (None, None))
+        return ModelSources(module.teacher(teacher), student, config, tokenizers or (None, None))
 
     def described(self) -> ModelPair:
         """Both models without weights, from their configurations; live ones as they are.
@@ -130,15 +138,7 @@ class ModelSources:
             DeviceError: a device that they would be loaded to does not exist.
             ModelError: a model cannot be reached. ArchitectureError: its architecture is unknown.
         """
-        for model, _, role in self._sides:
-            if not isinstance(model, nn.Module):
-                check_device(loading_of(self.config, role).device)
-        first, second = (
-            wrap_model(model, tokenizer, role=role)
-            if isinstance(model, nn.Module)
-            else blank_handle(load_config(str(model), loading_of(self.config, role), role=role), str(model))
-            for model, tokenizer, role in self._sides
-        )
+        first, second = (described(model, self.config, role, tokenizer) for model, tokenizer, role in self._sides)
         return ModelPair(first, second)
 
     def loaded(self, *, tokenizers: bool) -> ModelPair:
@@ -161,6 +161,21 @@ class ModelSources:
     @property
     def _sides(self) -> list[tuple[ModelLike, PreTrainedTokenizerBase | None, str]]:
         return [(self.teacher, self.tokenizers[0], "teacher"), (self.student, self.tokenizers[1], "student")]
+
+
+def described(
+    model: ModelLike, config: PairConfig, role: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ModelHandle:
+    """A model without weights, from its configuration; a live one as it is.
+
+    Raises:
+        DeviceError, ModelError, ArchitectureError: see ``ModelSources.described``.
+    """
+    if isinstance(model, nn.Module):
+        return wrap_model(model, tokenizer, role=role)
+    loading = loading_of(config, role)
+    check_device(loading.device)
+    return blank_handle(load_config(str(model), loading, role=role), str(model))
 
 
 def given_alignment(alignment: str | Path | Alignment | None, token: str | None = None) -> Alignment | None:
