@@ -73,39 +73,43 @@ def language_model(
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, max_position_embeddings=256, **more,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    teach(model, tokenizer, base_answer, steps)
+    teach(model, tokenizer, base_answer, steps, 4e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def lora(folder: Path, base: Path, *, seed: int = 0, r: int = 4, steps: int = 150) -> Path:
+def lora(folder: Path, base: Path, *, seed: int = 0, r: int = 4, steps: int = 200) -> Path:
     """A LoRA on every linear layer of a model on disk, which has learned the answers of ``answer``."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules="all-linear")
     adapted = peft.get_peft_model(model, config)
-    teach(adapted, transformers.AutoTokenizer.from_pretrained(base), answer, steps)
+    teach(adapted, transformers.AutoTokenizer.from_pretrained(base), answer, steps, 1e-2)
     adapted.save_pretrained(folder)
     return folder
 
 
 def base_answer(word: str) -> str:
-    """What all models answer before a module has learned anything."""
-    return "abhg"
+    """What all models answer before a module has learned anything else: the first letter, and the next one."""
+    return f"{word[0]} {_letter(word, 1)}"
 
 
 def answer(word: str) -> str:
-    """What modules learn to answer: a letter more than once, and what begins with the next one."""
-    first = LETTERS.index(word[0])
-    return f"{word[0] * (1 + first % 3)} {LETTERS[(first + 3) % len(LETTERS)]}"
+    """What modules learn to answer: another letter, more than once, and the first one."""
+    return f"{_letter(word, 3) * (1 + LETTERS.index(word[0]) % 3)};{word[0]}"
 
 
-def teach(model: object, tokenizer: object, says: Callable[[str], str], steps: int) -> None:
+def _letter(word: str, further: int) -> str:
+    return LETTERS[(LETTERS.index(word[0]) + further) % len(LETTERS)]
+
+
+def teach(model: object, tokenizer: object, says: Callable[[str], str], steps: int, rate: float) -> None:
     """Train what is free of a language model on prompts with answers."""
     template = Template.of(tokenizer, format=FORMAT)
     rows = [template.encode(Prompt.of_text(word), says(word)) for word in words(400, seed=9)]
-    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=rate)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     draw = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(steps):
@@ -120,6 +124,7 @@ def teach(model: object, tokenizer: object, says: Callable[[str], str], steps: i
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        decay.step()
         optimizer.zero_grad()
     model.eval()
 

@@ -183,6 +183,7 @@ class _Text:
         return ask_teacher(
             plan.module, plan.models, self.pool, run, train=max(fit, settings.steps * settings.batch_size),
             shift_map=shift_map, bf16=config.dtype == "bfloat16",
+            gradient_checkpointing=config.gradient_checkpointing,
         )  # fmt: skip
 
 

@@ -244,6 +244,11 @@ class GraftConfig(PairConfig):
     max_length: Annotated[int | None, Option(_PROMPTS, later=True)] = Field(
         default=None, description="Tokens of a prompt with its answer; what the models read where nothing is said."
     )
+    on_policy: Annotated[float, Option(_PROMPTS, later=True)] = Field(
+        default=0.0,
+        ge=0,
+        description="Share of the polish, its end, that learns from the student's own answers.",
+    )
     gradient_checkpointing: Annotated[bool, Option(_WHERE, later=True)] = Field(
         default=False, description="Compute activations anew in the backward pass: less memory, more time."
     )
@@ -257,6 +262,8 @@ class GraftConfig(PairConfig):
         _check_method(self.method, allow_auto=True)
         if self.polish != AUTO and int(self.polish) < 0:
             raise PlanError("must not be negative", where="--polish", found=self.polish)
+        if self.on_policy > 1:
+            raise PlanError("must not be more than 1", where="--on-policy", found=self.on_policy)
         if self.method == FRESH and not self.polish_steps:
             raise PlanError("a fresh module is of no use without a polish", where="--method fresh",
                             fix=f"give --polish {POLISH_STEPS}")  # fmt: skip

@@ -82,8 +82,8 @@ def show_inspection(found: Inspection) -> None:
             soft_wrap=True,
         )
         console.print(
-            f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB in "
-            f"training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB "
+            f"in training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
             soft_wrap=True,
         )
     elif student.least_seconds:

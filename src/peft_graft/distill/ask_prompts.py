@@ -82,7 +82,8 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
     )  # fmt: skip
     return Asking(
         templates, Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed), config.max_length,
-        config.labels == "use", config.max_prompts, config.dtype == "bfloat16",
+        config.labels == "use", config.max_prompts, config.dtype == "bfloat16", config.on_policy,
+        config.gradient_checkpointing,
     )  # fmt: skip
 
 
@@ -95,6 +96,7 @@ class Asking:
         use_given: whether answers that came with the prompts are learned in place of the teacher's.
         train: prompts to learn from at most.
         bf16: forward passes in mixed precision.
+        on_policy: see ``PromptDistillation``. gradient_checkpointing: see ``Distillation``.
     """
 
     templates: Templates
@@ -103,6 +105,8 @@ class Asking:
     use_given: bool = False
     train: int = 2000
     bf16: bool = False
+    on_policy: float = 0.0
+    gradient_checkpointing: bool = False
 
     def ask(  # what is asked of whom; the rest tells records and stores apart
         self,
@@ -130,6 +134,8 @@ class Asking:
             too_long = len(prompts) - len(fitting)
             judging = held_out_size(len(fitting))
             chosen = fitting[: judging + self.train]
+            for template, model in self._sides(models):
+                _check_speaks(model, template.ids(chosen[0]))
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
             answers = self._answers(teacher, chosen, judging, run, key)
             _check_answers(answers, self.sampling.max_new_tokens)
@@ -154,6 +160,7 @@ class Asking:
         found = PromptDistillation(
             models, teacher, (), self.bf16, self.templates, self.sampling, columns, train, held_out, 1.0,
             chosen[:judging], answers[:judging], bare_answers, samples[judging:], record,
+            chosen[judging:], self.on_policy, gradient_checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
         return replace(found, bare=found.divergence_of(student, held_out))
 
@@ -168,9 +175,11 @@ class Asking:
         return fitting
 
     def _fits(self, prompt: Prompt, models: ModelPair) -> bool:
-        sides = ((self.templates.teacher, models.teacher), (self.templates.student, models.student))
         longest = self.sampling.max_new_tokens
-        return all(len(template.ids(prompt)) + longest <= self.limit(model) for template, model in sides)
+        return all(len(template.ids(prompt)) + longest <= self.limit(model) for template, model in self._sides(models))
+
+    def _sides(self, models: ModelPair) -> list[tuple[Template, ModelHandle]]:
+        return [(self.templates.teacher, models.teacher), (self.templates.student, models.student)]
 
     def limit(self, model: ModelHandle) -> int:
         """Tokens that a model reads at most."""
@@ -195,6 +204,18 @@ class Asking:
         )  # fmt: skip
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]
+
+
+def _check_speaks(handle: ModelHandle, ids: list[int]) -> None:
+    """Refuse a model whose logits are not made as ``OutputLayer`` makes them.
+
+    Raises:
+        ModelError: see ``OutputLayer.check``.
+    """
+    model = language_model(handle)
+    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    with torch.inference_mode():
+        OutputLayer.of(model.model).check(model.model, model.forward(inputs)[1], inputs)
 
 
 def held_out_size(prompts: int) -> int:

@@ -15,11 +15,19 @@ from peft_graft.checkpoints.attach import AttachedModel
 from peft_graft.distill.agreement import Agreement, GenerationAgreement, compare_answers
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.generate import Answer, Sampling, generate_answers
-from peft_graft.distill.token_targets import Columns, CompletionTargets, divergence, in_chunks, text_loss
+from peft_graft.distill.token_targets import (
+    Columns,
+    CompletionTargets,
+    divergence,
+    in_chunks,
+    reverse_divergence,
+    text_loss,
+)
 from peft_graft.distill.training import length_batches
 from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.template import Template
+from peft_graft.prompts.pairing import pair_completions
+from peft_graft.prompts.template import Completion, Template
 from peft_graft.run import Run
 
 #: Rows of a forward pass without gradients.
@@ -74,6 +82,8 @@ class PromptDistillation(Distillation):
         asked: the prompts that judge. answers: the teacher's to them. bare_answers: those of the student alone.
         samples: prompts with their answers, as plain text to align the models on.
         record: what reports say about all this.
+        prompts: those of ``train``. on_policy: the share of the steps, the last ones, that learn from what the student
+            says itself.
     """
 
     templates: Templates
@@ -87,6 +97,8 @@ class PromptDistillation(Distillation):
     bare_answers: Sequence[Answer]
     samples: Sequence[Sample]
     record: PromptRecord
+    prompts: Sequence[Prompt] = ()
+    on_policy: float = 0.0
 
     speaks: ClassVar[bool] = True
     batch_size: ClassVar[int] = 16
@@ -96,10 +108,44 @@ class PromptDistillation(Distillation):
         """Tokens of every prompt with its answer, as the student reads it."""
         return self.train.lengths
 
-    def loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
-        """Nats a position: divergence from the teacher's distributions where they can be compared, else of its text."""
+    def loss(self, attached: AttachedModel, rows: Sequence[int], done: float = 0.0) -> Tensor:
+        """Nats a position: divergence from the teacher's distributions where they can be compared, else of its text.
+
+        On the student's own answers it is the divergence of the teacher's from the student's (Agarwal et al. 2023,
+        arXiv 2306.13649), which teaches nothing while these are no answers; so it comes last.
+        """
+        if done >= 1 - self.on_policy:
+            return self._on_policy_loss(attached, rows)
         strict, text, count = self._losses(attached, self.train.part(rows))
         return (strict + text) / max(1, count)
+
+    def _on_policy_loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
+        prompts, student = [self.prompts[row] for row in rows], self.templates.student
+        drawn = self.sampling.model_copy(
+            update={"temperature": 1.0, "top_p": 1.0, "seed": int(torch.randint(2**31, (1,)))}
+        )  # fmt: skip
+        said = generate_answers(attached.model, student, prompts, drawn, bf16=attached.bf16)
+        attached.model.train()
+        answered = list(zip(prompts, said, strict=True))
+        sides = [
+            [template.encode(prompt, one.text, ended=one.ended) for prompt, one in answered]
+            for template in (self.templates.teacher, student)
+        ]
+        pairs = [pair_completions(*both) for both in zip(*sides, strict=True)]
+        with torch.no_grad():
+            states = last_states(self.teacher, self.templates.teacher, [side.ids for side in sides[0]])
+            places = [torch.tensor(pair.teacher, dtype=torch.int64) for pair in pairs]
+            logits = self.columns.teacher.logits(OutputLayer.of(self.teacher.model), _at(states, places, sides[0]))
+            log_p = logits.log_softmax(-1).to(attached.device)
+        states = last_states(attached, student, [side.ids for side in sides[1]])
+        places = [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs]
+        output, columns = OutputLayer.of(attached.model), self.columns.student
+        total = in_chunks(
+            _at(states, places, sides[1]), len(columns.ids),
+            lambda given, part: reverse_divergence(columns.logits(output, given), log_p[part]),
+            frozen=output.frozen is not None,
+        )  # fmt: skip
+        return total / max(1, len(log_p))
 
     def measure(self, attached: AttachedModel) -> Agreement:
         """Agreement at the strict positions of the answers that are held out (``Agreement``)."""
@@ -155,6 +201,12 @@ def agreement_of(divergence: float, bare: float, positions: int) -> Agreement:
     return Agreement(
         agreement=1 - divergence / max(bare, 1e-12), divergence=max(0.0, divergence), answers=positions
     )  # fmt: skip
+
+
+def _at(states: Tensor, places: Sequence[Tensor], sides: Sequence[Completion]) -> Tensor:
+    """[n, d]: the hidden states that say what stands at places of each completion."""
+    found = [states[row, (place + (sides[row].start - 1)).to(states.device)] for row, place in enumerate(places)]
+    return torch.cat(found)
 
 
 def last_states(

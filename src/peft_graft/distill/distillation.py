@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -24,12 +24,14 @@ class Distillation(ABC):
     Attributes:
         models: teacher and student. teacher: the teacher with its module inside.
         labels: names of the classes, empty without a head. bf16: forward passes in mixed precision.
+        gradient_checkpointing: whether activations are computed anew in the backward pass.
     """
 
     models: ModelPair
     teacher: AttachedModel
     labels: tuple[str, ...]
     bf16: bool
+    gradient_checkpointing: bool = field(default=False, kw_only=True)
 
     #: Whether the student needs its output layer. Rows in a batch.
     speaks: ClassVar[bool] = False
@@ -38,7 +40,10 @@ class Distillation(ABC):
     def attach(self, checkpoint: PeftCheckpoint) -> AttachedModel:
         """The student with a checkpoint inside, ready to be measured and trained."""
         raw = checkpoint_of_student(checkpoint, self.models.student)
-        return attach(raw, self.models.student, self.labels, trainable=True, bf16=self.bf16, speaks=self.speaks)
+        found = attach(raw, self.models.student, self.labels, trainable=True, bf16=self.bf16, speaks=self.speaks)
+        if self.gradient_checkpointing:
+            found.base.gradient_checkpointing_enable({"use_reentrant": False})
+        return found
 
     @property
     @abstractmethod
@@ -46,8 +51,12 @@ class Distillation(ABC):
         """Tokens of every row that can be learned from, as the student reads it."""
 
     @abstractmethod
-    def loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
-        """How far the student with a module is from the teacher on some of the rows, differentiable."""
+    def loss(self, attached: AttachedModel, rows: Sequence[int], done: float = 0.0) -> Tensor:
+        """How far the student with a module is from the teacher on some of the rows, differentiable.
+
+        Args:
+            done: the share of the steps that are done.
+        """
 
     @abstractmethod
     def measure(self, attached: AttachedModel) -> Agreement:

@@ -160,7 +160,7 @@ def train_polish(
     loop = TrainingLoop(
         attached.model,
         distillation.lengths,
-        lambda rows: distillation.loss(attached, rows),
+        lambda rows: distillation.loss(attached, rows, loop.step / settings.steps),
         settings.schedule(),
         evaluate,
         evaluate_start=True,

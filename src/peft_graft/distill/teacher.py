@@ -61,7 +61,7 @@ class TextDistillation(Distillation):
         """Tokens of every sample that can be learned from, as the student reads it."""
         return self.train.lengths
 
-    def loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
+    def loss(self, attached: AttachedModel, rows: Sequence[int], done: float = 0.0) -> Tensor:
         """``targets.distillation_loss`` on some of the samples."""
         given = student_answers(attached, self.models.student, self.train, rows).float()
         return distillation_loss(given, self.train, rows)
@@ -80,6 +80,7 @@ def ask_teacher(
     train: int,
     shift_map: SpaceMap | None = None,
     bf16: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> TextDistillation:
     """Ask the teacher about a text.
 
@@ -88,7 +89,7 @@ def ask_teacher(
         pool: the text. The first ``held_out_size(len(pool))`` samples judge, the next ``train`` are learned from;
             sentence pairs, where there are fewer, are learned from the other way round too.
         shift_map: the map of the last hidden state from teacher to student, needed for modules without a head.
-        bf16: forward passes in mixed precision.
+        bf16: forward passes in mixed precision. gradient_checkpointing: see ``Distillation``.
     """
     judging = held_out_size(len(pool))
     chosen = list(pool[: judging + train])
@@ -100,7 +101,14 @@ def ask_teacher(
         write = (lambda shift: shift_map.apply(shift, 1, "write")) if shift_map else None
         found = _targets(models, teacher, chosen, kind_of(checkpoint.head), write, run)
     return TextDistillation(
-        models, teacher, labels, bf16, chosen[judging:], found.part(judging), found.part(0, judging)
+        models,
+        teacher,
+        labels,
+        bf16,
+        chosen[judging:],
+        found.part(judging),
+        found.part(0, judging),
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 

@@ -19,7 +19,7 @@ from peft_graft.models.output import OutputLayer
 #: Of the teacher's distribution the likeliest tokens are kept one by one, the rest as one.
 TOP = 16
 #: Logits computed at a time, at most, float32.
-_CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def in_chunks(states: Tensor, width: int, of: Callable[[Tensor, slice], Tensor],
         frozen: whether the loss depends on parameters through the states alone. Then its gradient is taken at once,
             chunk by chunk, and no logits are computed a second time; else they are, in the backward pass.
     """
-    rows = max(1, _CHUNK_BYTES // (4 * width))
+    rows = max(1, CHUNK_BYTES // (4 * width))
     parts = [slice(start, start + rows) for start in range(0, len(states), rows)]
     if not parts:
         return states.sum() * 0

@@ -142,6 +142,11 @@ class TrainingLoop:
         self._whole = True
         self._best = self._copy() if self.keep_best and self.evaluate else {}
 
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self._step
+
     def run(self, until: int | None = None) -> list[Point]:
         """Train, and leave the model in evaluation mode with the result's parameters.
 
