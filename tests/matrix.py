@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import sys
@@ -216,9 +217,7 @@ class World:
         if kind in HUB_KINDS:
             adapted = tiny.adapterhub_module(folder, self.base, HUB_KINDS[kind], head=None)
         else:
-            adapted = peft.get_peft_model(
-                transformers.AutoModel.from_pretrained(self.base), PEFT_KINDS[kind](self.architecture)
-            )
+            adapted = peft.get_peft_model(copy.deepcopy(self.teacher), PEFT_KINDS[kind](self.architecture))
             tiny.randomise_trained(adapted, 1)
             adapted.save_pretrained(folder)
         with torch.inference_mode():
@@ -231,7 +230,7 @@ class World:
             model = adapters.AutoAdapterModel.from_pretrained(self.student)
             model.load_adapter(str(folder), set_active=True)
             return model.eval()
-        return PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(self.student), folder).eval()
+        return PeftModel.from_pretrained(copy.deepcopy(self.receiver), folder).eval()
 
     def _state(self, model: Any) -> torch.Tensor:
         """What the model makes of a batch, [..., d]."""

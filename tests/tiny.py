@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 import peft_graft
@@ -81,26 +81,41 @@ def sentences(count: int = 400, seed: int = 0) -> list[str]:
 
 
 def tokenizer(folder: Path, *, kind: str = "wordpiece") -> transformers.PreTrainedTokenizerFast:
-    """Save a fast tokenizer: lower-casing WordPiece, or cased Unigram with the blank in the token."""
-    fast = _trained_tokenizer(kind)
+    """Save a fast tokenizer: lower-casing WordPiece, or cased Unigram with the blank in the token.
+
+    Some words are one token and others two; of kind ``words``, which is lower-casing too, all are one.
+    """
+    fast = _made_tokenizer(kind)
     fast.save_pretrained(folder)
     return fast
 
 
-@functools.cache  # training breaks ties at random: a teacher and its permuted copy must share one
-def _trained_tokenizer(kind: str, vocab: int = 120) -> transformers.PreTrainedTokenizerFast:
-    if kind == "wordpiece":
-        core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def _halves(words: Sequence[str], *, every: int) -> list[str]:
+    """Every so manyth word as one piece and the others as two, ``ri ##ver``."""
+    cut = [word if index % every == 0 else f"{word[: len(word) // 2]} ##{word[len(word) // 2 :]}"
+           for index, word in enumerate(words)]  # fmt: skip
+    return sorted({piece for pieces in cut for piece in pieces.split()})
+
+
+@functools.cache
+def _made_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
+    lower = [word.lower() for word in WORDS]
+    if kind == "unigram":
+        pieces = [piece.removeprefix("##") if "##" in piece else f"▁{piece}" for piece in _halves(WORDS, every=3)]
+        likely = dict.fromkeys([*pieces, "▁", "."], -4.0)
+        letters = dict.fromkeys(sorted(set("".join(WORDS))), -9.0)
+        table = [*((special, 0.0) for special in SPECIALS), *(letters | likely).items()]
+        core = Tokenizer(models.Unigram(table, unk_id=SPECIALS.index("[UNK]")))
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        letters = sorted(set("".join(lower)))
+        pieces = [*SPECIALS, ".", *letters, *(f"##{letter}" for letter in letters)]
+        pieces += _halves(lower, every=1 if kind == "words" else 2)
+        vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+        core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
         core.normalizer = normalizers.BertNormalizer(lowercase=True)
         core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer: Any = trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=SPECIALS, show_progress=False)
-    else:
-        core = Tokenizer(models.Unigram())
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=vocab, special_tokens=SPECIALS, unk_token="[UNK]", show_progress=False
-        )
-    core.train_from_iterator(sentences(300, seed=7), trainer)
+    core.add_special_tokens(SPECIALS)
     cls, sep = core.token_to_id("[CLS]"), core.token_to_id("[SEP]")
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]

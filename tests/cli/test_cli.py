@@ -14,32 +14,15 @@ import time
 import pytest
 
 from peft_graft._inspect import Inspection
-from peft_graft.cli import main as cli
 from peft_graft.report import GraftReport
 
 COMMAND = [sys.executable, "-m", "peft_graft"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process, for starting one takes longer than what it does here."""
-
-    def command(*arguments: object, code: int = 0):
-        monkeypatch.setenv("COLUMNS", "120")
-        monkeypatch.setattr(sys, "argv", ["peft-graft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        done = capsys.readouterr()
-        assert ended.value.code == code, done.out + done.err
-        return done
-
-    return command
-
-
-def test_transfer_writes_a_checkpoint_and_says_what_it_did(run, world, tmp_path) -> None:
-    done = run("transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt", "--polish", "6",
-               "--out", tmp_path / "g")  # fmt: skip
+def test_transfer_writes_a_checkpoint_and_says_what_it_did(command, world, tmp_path) -> None:
+    done = command("transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt",
+                   "--polish", "6", "--out", tmp_path / "g")  # fmt: skip
     assert "its graft agrees best with the teacher on held-out text" in done.out
     assert "tried   prune-align, as moved: agreement" in done.out
     assert "agreement after steps 0:" in done.out
@@ -52,30 +35,30 @@ def test_transfer_writes_a_checkpoint_and_says_what_it_did(run, world, tmp_path)
     }
 
 
-def test_json_is_all_that_goes_to_standard_output(run, world, tmp_path) -> None:
-    done = run("transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--layers", "avg",
-               "--out", tmp_path / "g", "--head", "drop", "--json")  # fmt: skip
+def test_json_is_all_that_goes_to_standard_output(command, world, tmp_path) -> None:
+    done = command("transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--layers", "avg",
+                   "--out", tmp_path / "g", "--head", "drop", "--json")  # fmt: skip
     report = GraftReport.model_validate_json(done.out)
     assert report.layers == [[0, 1], [2, 3]]
     assert report.head is None
     assert report == GraftReport.model_validate_json((tmp_path / "g" / "graft.json").read_text())
 
 
-def test_inspect_a_module(run, world) -> None:
-    done = run("inspect", world / "lora")
+def test_inspect_a_module(command, world) -> None:
+    done = command("inspect", world / "lora")
     assert "attn.query" in done.out
     assert "0-3" in done.out
-    found = Inspection.model_validate_json(run("inspect", world / "lora", "--json").out)
+    found = Inspection.model_validate_json(command("inspect", world / "lora", "--json").out)
     assert (found.module_library, found.kind, found.task) == ("peft", "lora", "token-classification")
     assert [site.widths for site in found.sites] == [[4], [4]]
     assert found.student is None
 
 
-def test_inspect_plans_a_transfer_without_weights(run, world, tmp_path) -> None:
+def test_inspect_plans_a_transfer_without_weights(command, world, tmp_path) -> None:
     student = tmp_path / "weightless"
     student.mkdir()
     (student / "config.json").write_text((world / "narrow" / "config.json").read_text())
-    found = Inspection.model_validate_json(run("inspect", world / "lora", "--student", student, "--json").out)
+    found = Inspection.model_validate_json(command("inspect", world / "lora", "--student", student, "--json").out)
     assert found.student is not None
     assert found.student.problem is None
     assert found.student.layers == [[0], [2]]
@@ -85,25 +68,25 @@ def test_inspect_plans_a_transfer_without_weights(run, world, tmp_path) -> None:
     # Four layers of 4 x 32 x 32 + 2 x 32 x 48 and two of 4 x 24 x 24 + 2 x 24 x 48, and the teacher's pooler.
     assert found.student.forwards_per_token == 4 * 7168 + 2 * 4608 + 32 * 32
     assert found.student.least_seconds > 0
-    assert "prune-align" in run("inspect", world / "lora", "--student", student).out
+    assert "prune-align" in command("inspect", world / "lora", "--student", student).out
 
 
-def test_inspect_reports_problems_and_fails(run, world, tmp_path) -> None:
-    done = run("inspect", world / "lora", "--student", tmp_path / "none", code=1)
+def test_inspect_reports_problems_and_fails(command, world, tmp_path) -> None:
+    done = command("inspect", world / "lora", "--student", tmp_path / "none", code=1)
     assert "cannot:" in done.out
-    done = run("inspect", world / "lora", "--teacher", world / "wide")
+    done = command("inspect", world / "lora", "--teacher", world / "wide")
     assert "not the base of this module" in done.out
 
 
-def test_align_once_and_transfer_from_it(run, world, tmp_path) -> None:
-    done = run("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "a",
-               "--sites", "attn.query,attn.value")  # fmt: skip
+def test_align_once_and_transfer_from_it(command, world, tmp_path) -> None:
+    done = command("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "a",
+                   "--sites", "attn.query,attn.value")  # fmt: skip
     assert "layer 2 attn.in" in done.out
-    done = run("transfer", world / "lora", "--student", world / "narrow", "--alignment", tmp_path / "a",
-               "--out", tmp_path / "g")  # fmt: skip
+    done = command("transfer", world / "lora", "--student", world / "narrow", "--alignment", tmp_path / "a",
+                   "--out", tmp_path / "g")  # fmt: skip
     assert "the method of the given alignment" in done.out
-    done = run("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "b",
-               "--json")  # fmt: skip
+    done = command("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "b",
+                   "--json")  # fmt: skip
     assert "0/attn.in -> 0/attn.in" in json.loads(done.out)["pairs"]
 
 
@@ -117,9 +100,11 @@ def test_align_once_and_transfer_from_it(run, world, tmp_path) -> None:
         (["align", "a", "b", "--text", "t.txt", "--out", "o", "--method", "wish"], 1, "expected copy, prune-align"),
     ],
 )
-def test_mistakes_end_in_one_line_and_a_code(run, tmp_path, monkeypatch, arguments, code: int, message: str) -> None:
+def test_mistakes_end_in_one_line_and_a_code(
+    command, tmp_path, monkeypatch, arguments, code: int, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    done = run(*arguments, code=code)
+    done = command(*arguments, code=code)
     assert message in done.err
     assert "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
@@ -191,8 +176,8 @@ def _read_until(terminal: int, text: bytes | None, seconds: float = 120) -> byte
     return seen
 
 
-def test_help_names_every_option_of_the_documentation(run) -> None:
-    text = " ".join(run("transfer", "--help").out.split())
+def test_help_names_every_option_of_the_documentation(command) -> None:
+    text = " ".join(command("transfer", "--help").out.split())
     options = """--student --out --teacher --layers --method --text --max-tokens --alignment --head --polish --seed
         --device --dtype --force --json --columns"""
     for option in options.split():

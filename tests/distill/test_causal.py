@@ -59,21 +59,21 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("causal")
     known, new = language(1), language(2)
     text = lines(known, 1000, 0)
-    for seed, (name, hidden, layers) in enumerate((("teacher", 48, 3), ("shallow", 48, 2), ("larger", 64, 4))):
+    for seed, (name, hidden, layers) in enumerate((("teacher", 32, 3), ("shallow", 32, 2), ("larger", 48, 4))):
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
             vocab_size=150, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
         )  # fmt: skip
-        model, tokenizer = transformers.LlamaForCausalLM(config), tiny.tokenizer(root / name)
-        train(model, tokenizer, text, 120)
+        model, tokenizer = transformers.LlamaForCausalLM(config), tiny.tokenizer(root / name, kind="words")
+        train(model, tokenizer, text, 100)
         model.save_pretrained(root / name)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(root / "teacher")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=LINEAR)
     adapted = peft.get_peft_model(teacher, config)
     train(adapted, tokenizer, lines(new, 1000, 1), 120)
     adapted.save_pretrained(root / "module")
-    (root / "text.txt").write_text("\n".join(lines(new, 800, 2)))
+    (root / "text.txt").write_text("\n".join(lines(new, 400, 2)))
     return root, tokenizer, lines(new, 200, 9), loss(adapted, tokenizer, lines(new, 200, 9))
 
 
@@ -87,8 +87,8 @@ def test_a_causal_lora_moves_down_and_up(world, student: str, tmp_path: Path) ->
         return loss(peft.PeftModel.from_pretrained(model, folder).eval(), tokenizer, held_out)
 
     fresh = loss(transformers.AutoModelForCausalLM.from_pretrained(root / student).eval(), tokenizer, held_out)
-    options = {"student": root / student, "text": root / "text.txt", "max_tokens": 3000}
-    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=150, **options)
+    options = {"student": root / student, "text": root / "text.txt", "max_tokens": 2000}
+    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=80, **options)
     assert graft.report.verdict.measured.divergence < 1
     grafted = scored(tmp_path / "graft")
     assert grafted < fresh - 0.5 * (fresh - teacher), (teacher, grafted, fresh)

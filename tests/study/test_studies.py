@@ -28,7 +28,7 @@ from peft_graft.study.command import PAPER, show_tables
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import Start, cells_of
 from peft_graft.study.results import read_results
-from peft_graft.study.runner import Here, estimate, run_study
+from peft_graft.study.runner import Here, Outcome, estimate, run_study
 from peft_graft.study.spec import FRESH, Study, paper_study, read_study
 from peft_graft.study.tables import MEAN, grid_of, latex, markdown, result_tables, write_tables
 
@@ -77,10 +77,8 @@ layers = ["skip", "avg"]
 """
 
 
-@pytest.fixture
-def file(world: Path, tmp_path: Path) -> Path:
+def made(world: Path, folder: Path) -> Path:
     """A study of tiny models on a task that they can learn: which words are names."""
-    folder = tmp_path / "study"
     folder.mkdir()
     for number, language in enumerate(("en", "de")):
         rows = [line.rstrip(".").split() for line in tiny.sentences(80, seed=number)]
@@ -89,6 +87,29 @@ def file(world: Path, tmp_path: Path) -> Path:
     path = folder / "study.toml"
     path.write_text(STUDY.format(models=world))
     return path
+
+
+@pytest.fixture
+def file(world: Path, tmp_path: Path) -> Path:
+    """A study that the test may change."""
+    return made(world, tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def kept(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that stays as it is, beside which results that several tests need lie."""
+    return made(world, tmp_path_factory.mktemp("kept") / "study")
+
+
+@pytest.fixture(scope="module")
+def whole(kept: Path) -> tuple[Study, Outcome, Path]:
+    """The study, what became of its cells, and where: undisturbed, in one process."""
+    out = kept.parent / "whole"
+    return *run(kept, out), out
+
+
+def table(study: Study, out: Path) -> str:
+    return markdown(result_tables(records(study, out)))
 
 
 def run(file: Path, out: Path, **options):
@@ -295,9 +316,8 @@ def test_starts_are_named_by_what_is_not_as_usual() -> None:
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_study_runs_and_what_is_done_is_not_done_again(file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    study, outcome = run(file, out)
+def test_a_study_runs_and_what_is_done_is_not_done_again(kept: Path, whole) -> None:
+    study, outcome, out = whole
     assert not outcome.failed
     assert len(outcome.done) == 12
     tables = write_tables(records(study, out), out / "tables")
@@ -312,10 +332,10 @@ def test_a_study_runs_and_what_is_done_is_not_done_again(file: Path, tmp_path: P
     lines = list(csv.DictReader((out / "tables" / "results.csv").open()))
     assert len(lines) == 2 * 4 * 3
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
-    _, again = run(file, out)
+    _, again = run(kept, out)
     assert sorted(again.done) == sorted(outcome.done)
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
-    left, seconds = estimate(cells_of(read_study(file, ["defaults.seeds=[0, 1]"])), StudyFolder(out))
+    left, seconds = estimate(cells_of(read_study(kept, ["defaults.seeds=[0, 1]"])), StudyFolder(out))
     assert left == {"student": 6}
     assert seconds == pytest.approx(
         6 * sum(json.loads(p.read_text())["seconds"] for p in before if p.name.startswith("student")) / 6
@@ -363,20 +383,21 @@ def test_chosen_rates_and_a_polished_fresh_module(file: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["nothing", "prune-align-absolute", "prune-align-scaled", "ridge-half"])
-def test_candidates_of_the_ablation_run(method: str, file: Path, tmp_path: Path) -> None:
+def test_candidates_of_the_ablation_run(method: str, kept: Path) -> None:
+    out = kept.parent / "ablation"  # of one teacher
     changes = [f"plugins=['{BENCHMARKS / 'candidates.py'}']", f"grid.0.methods=['{method}']", "grid.0.layers=['skip']",
                "defaults.heads=['fit']", "defaults.budgets=[0]", "defaults.languages=['en']",
                "training.teacher.epochs=2"]  # fmt: skip
-    study = read_study(file, changes)
-    run_study(study, tmp_path / "out", Here(tmp_path / "out"), only="student-*head_fit*")
-    assert not [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "failures").iterdir()]
-    (graft,) = [record["result"] for record in records(study, tmp_path / "out") if record["kind"] == "graft"]
+    study = read_study(kept, changes)
+    run_study(study, out, Here(out), only="student-*head_fit*")
+    assert not [json.loads(path.read_text())["error"] for path in (out / "failures").iterdir()]
+    (graft,) = [record["result"] for record in records(study, out) if record["kind"] == "graft"]
     tried = {name: found["divergence"] for name, found in graft["tried"].items()}
     exact = tried[f"{method}, as moved"] <= EXACT  # and left alone
     assert tried.keys() == {f"{method}, as moved"} | (set() if exact else {f"{method}, head fitted"})
 
 
-def test_a_failed_cell_says_why_and_the_rest_goes_on(file: Path, tmp_path: Path) -> None:
+def test_a_failed_cell_says_why_and_the_rest_goes_on(command, file: Path, tmp_path: Path) -> None:
     (file.parent / "de.parquet").unlink()
     out = tmp_path / "out"
     _, outcome = run(file, out)
@@ -386,21 +407,15 @@ def test_a_failed_cell_says_why_and_the_rest_goes_on(file: Path, tmp_path: Path)
     assert (
         "de.parquet: no such text file" in json.loads(next((out / "failures").glob("teacher-*")).read_text())["error"]
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "peft_graft", "study", str(file), "--out", str(out)], capture_output=True, text=True,
-        check=False, env={**os.environ, "COLUMNS": "150"},
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "6 cells done, 2 failed, 4 blocked" in done.stdout
-    assert "no such text file" in done.stdout
+    shown = " ".join(command("study", file, "--out", out, code=1).out.split())
+    assert "6 cells done, 2 failed, 4 blocked" in shown
+    assert "no such text file" in shown
 
 
-def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(file: Path, tmp_path: Path) -> None:
-    study, _ = run(file, tmp_path / "whole")
-    wanted = markdown(result_tables(records(study, tmp_path / "whole")))
+def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(kept: Path, whole, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "peft_graft", "study", str(file), "--out", str(out)]
-    kept: dict[Path, int] = {}
+    command = [sys.executable, "-m", "peft_graft", "study", str(kept), "--out", str(out)]
+    before: dict[Path, int] = {}
     for cells in (2, 6):
         # One thread, as this process has: sums in another order end in other scores now and then.
         threads = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -411,14 +426,14 @@ def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(file: Path, t
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL
-        for path, time_then in kept.items():
+        for path, time_then in before.items():
             assert path.stat().st_mtime_ns == time_then, "a finished cell was done again"
-        kept = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
-        assert cells <= len(kept) < 12
-    _, outcome = run(file, out)
+        before = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+        assert cells <= len(before) < 12
+    study, outcome = run(kept, out)
     assert len(outcome.done) == 12
-    assert all(path.stat().st_mtime_ns == time_then for path, time_then in kept.items())
-    assert markdown(result_tables(records(study, out))) == wanted
+    assert all(path.stat().st_mtime_ns == time_then for path, time_then in before.items())
+    assert table(study, out) == table(study, whole[2])
 
 
 def test_a_lock_holds_while_its_owner_lives(tmp_path: Path) -> None:
@@ -468,8 +483,12 @@ def test_two_processes_never_do_a_cell_twice(tmp_path: Path) -> None:
 
 
 @needs_ray
-def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) -> None:
-    """A study on a local Ray cluster of two nodes; one of its workers is killed in the middle of a cell."""
+def test_on_two_nodes_a_killed_worker_costs_nothing(kept: Path, whole, tmp_path: Path) -> None:
+    """A study on a local Ray cluster of two nodes; one of its workers is killed in the middle of a cell.
+
+    In one of the study's languages, for every worker takes long to start.
+    """
+    changes = ["defaults.languages=['en']"]
     script = tmp_path / "cluster.py"
     script.write_text(
         "import json, os, sys, threading, time\n"
@@ -479,7 +498,7 @@ def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) 
         "from ray.cluster_utils import Cluster\n"
         "from peft_graft.study.runner import OnRay, run_study\n"
         "from peft_graft.study.spec import read_study\n"
-        "file, out = map(Path, sys.argv[1:])\n"
+        "file, out = map(Path, sys.argv[1:3])\n"
         "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
         "cluster.add_node(num_cpus=1)\n"
         "killed = []\n"
@@ -498,26 +517,23 @@ def test_on_two_nodes_a_killed_worker_costs_nothing(file: Path, tmp_path: Path) 
         "                return\n"
         "        time.sleep(0.05)\n"
         "threading.Thread(target=kill, daemon=True).start()\n"
-        "outcome = run_study(read_study(file), out, OnRay(out, cluster.address, 1, 0))\n"
+        "outcome = run_study(read_study(file, sys.argv[3:]), out, OnRay(out, cluster.address, 1, 0))\n"
         "print(json.dumps({'done': outcome.done, 'failed': outcome.failed, 'killed': killed}))\n"
         "ray.shutdown()\n"
         "cluster.shutdown()\n"
     )
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, str(script), str(file), str(out)], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        [sys.executable, str(script), str(kept), str(out), *changes], capture_output=True, text=True, check=False,
+        timeout=300, env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(found["done"]) == 12
+    assert len(found["done"]) == 6
     assert not found["failed"]
     assert found["killed"], "no worker was killed"
-    study, _ = run(file, tmp_path / "here")
-    tables = [
-        result_tables(records(study, folder)) for folder in (out, tmp_path / "here")
-    ]  # fmt: skip
-    assert markdown(tables[0]) == markdown(tables[1])
+    study = read_study(kept, changes)
+    assert table(study, out) == table(study, whole[2])
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
