@@ -235,6 +235,11 @@ class GraftConfig(PairConfig):
         default="ignore",
         description="Answers that come with the prompts: ignore, or use: learn them in place of the teacher's.",
     )
+    learn: Annotated[Literal["distributions", "text"], Option(_PROMPTS, later=True)] = Field(
+        default="distributions",
+        description="Of the teacher's answers: distributions, its next-token distributions wherever tokens pair, or text, "
+        "their text alone.",
+    )
     max_prompts: Annotated[int, Option(_PROMPTS, later=True)] = Field(
         default=MAX_PROMPTS, ge=1, description="Prompts that the teacher answers at most."
     )

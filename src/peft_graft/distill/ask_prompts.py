@@ -83,7 +83,7 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
     return Asking(
         templates, Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed), config.max_length,
         config.labels == "use", config.max_prompts, config.dtype == "bfloat16", config.on_policy,
-        config.gradient_checkpointing,
+        config.gradient_checkpointing, config.learn == "text",
     )  # fmt: skip
 
 
@@ -96,6 +96,8 @@ class Asking:
         use_given: whether answers that came with the prompts are learned in place of the teacher's.
         train: prompts to learn from at most.
         bf16: forward passes in mixed precision.
+        text_only: whether the text of the answers is all that is learned (sequence-level distillation, Kim and Rush
+            2016, arXiv 1606.07947).
         on_policy: see ``PromptDistillation``. gradient_checkpointing: see ``Distillation``.
     """
 
@@ -107,6 +109,7 @@ class Asking:
     bf16: bool = False
     on_policy: float = 0.0
     gradient_checkpointing: bool = False
+    text_only: bool = False
 
     def ask(  # what is asked of whom; the rest tells records and stores apart
         self,
@@ -304,7 +307,12 @@ class _Targets:
                 fix="give prompts of the task that the module was trained for, in the format that it was trained with",
             )  # fmt: skip
         rows = range(len(targets))
-        return targets.part(rows[self.judging :]), targets.part(rows[: self.judging]), columns, shares, effect
+        train = targets.part(rows[self.judging :])
+        if self.asking.text_only:
+            none = torch.empty(0, top[0].shape[1], dtype=torch.int64)
+            blank = [none] * len(train)
+            train = replace(train, strict=[none[:, 0]] * len(train), top=blank, log_p=[none.float()] * len(train))
+        return train, targets.part(rows[: self.judging]), columns, shares, effect
 
     def _encoded(self, template: Template) -> list[Completion]:
         return [
@@ -315,7 +323,7 @@ class _Targets:
     def _text(self, number: int, side: Completion, strict: Sequence[int], index: Tensor) -> Tensor:
         """Positions whose text is learned: those that are not strict; all of an answer that was given."""
         given = self.asking.use_given and number >= self.judging and self.prompts[number].answer is not None
-        known = set() if given else set(strict)
+        known = set() if given or self.asking.text_only else set(strict)
         rows = [
             (place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known
         ]  # fmt: skip
