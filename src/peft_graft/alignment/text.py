@@ -67,11 +67,7 @@ class TextSource:
     @cached_property
     def key(self) -> str | None:
         """What tells its samples and their order from any other's; None for what may change: hub data, iterators."""
-        if not isinstance(self.text, str | Path) or not Path(self.text).is_file():
-            return None
-        with Path(self.text).open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        return json.dumps([content, self.columns, self.seed])
+        return content_key(self.text, self.columns, self.seed)
 
     def samples(self) -> Iterator[Sample]:
         """The samples; the first is read at once, so that a bad source fails here.
@@ -84,6 +80,15 @@ class TextSource:
         else:
             found = _not_empty(as_samples(self.text), self.name)
         return chain([next(found)], found)
+
+
+def content_key(text: object, columns: Sequence[str] | None, seed: int) -> str | None:
+    """What tells the rows of a file and their order from any other's; None for what is no file and so may change."""
+    if not isinstance(text, str | Path) or not Path(text).is_file():
+        return None
+    with Path(text).open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps([content, columns, seed])
 
 
 def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: int = 0) -> Iterator[Sample]:
@@ -100,7 +105,7 @@ def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: in
         TextError: no such file or data set, an unknown file type, a missing column, or no text in it.
     """
     name = str(source)
-    return _not_empty(_samples(name, _rows(name, seed), columns), name)
+    return _not_empty(_samples(name, (row for _, row in shuffled_rows(name, seed)), columns), name)
 
 
 def as_samples(texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample]) -> Iterator[Sample]:
@@ -112,8 +117,16 @@ def as_samples(texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample]) 
             yield Sample(text)
         elif isinstance(text, tuple):
             yield Sample(*text)
-        else:
+        elif isinstance(text, Sequence):
             yield Sample(" ".join(text))
+        else:  # prompts, of which an iterator shows none before it is read
+            raise TextError(
+                "this is no text",
+                where="given in memory",
+                expected="strings, pairs of strings or lists of tokens",
+                found=type(text).__name__,
+                fix="give prompts as a list, which can be read more than once",
+            )
 
 
 def load_rows(source: str, *, streaming: bool = False) -> Any:
@@ -159,15 +172,34 @@ def _suffix(source: str) -> str | None:
     return None
 
 
-def _rows(source: str, seed: int) -> Iterator[dict[str, Any]]:
+def shuffled_rows(source: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a source in random order, each with its place (``line 3``; ``a row`` of hub data); see ``read_text``.
+
+    Raises:
+        TextError: no such file or data set, an unknown file type, or rows that cannot be read.
+    """
+    if _suffix(source) is not None:  # not shuffled by ``datasets``, through threads that take five seconds to end
+        yield from shuffled(_placed_rows(source), seed)
+        return
+    with _explained(source):  # ``datasets`` shuffles the order of the remote files too
+        for row in load_rows(source, streaming=True).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
+            yield "a row", row
+
+
+def first_row(source: str) -> dict[str, Any] | None:
+    """The first row as it stands in a source, None in an empty one; its errors are those of ``shuffled_rows``."""
+    return next((row for _, row in _placed_rows(source)), None)
+
+
+def _placed_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows as they stand in a source, each with its place."""
     suffix = _suffix(source)
     with _explained(source):
-        if suffix is None:  # ``datasets`` shuffles the order of the remote files too
-            yield from load_rows(source, streaming=True).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        elif suffix == ".txt" or (suffix == ".jsonl" and _has_a_row_a_line(source)):
-            yield from _shuffled(_lines(source, suffix), seed)
-        else:  # not shuffled by ``datasets``, through threads that it takes five seconds to shut down
-            yield from _shuffled(load_rows(source, streaming=True), seed)
+        if suffix == ".txt" or (suffix == ".jsonl" and _has_a_row_a_line(source)):
+            yield from _lines(source, suffix)
+        else:
+            for number, row in enumerate(load_rows(source, streaming=True), start=1):
+                yield f"row {number}", row
 
 
 def _has_a_row_a_line(source: str) -> bool:
@@ -176,22 +208,23 @@ def _has_a_row_a_line(source: str) -> bool:
         return not next((line for line in file if line.strip()), "{").lstrip().startswith("[")
 
 
-def _lines(source: str, suffix: str) -> Iterator[dict[str, Any]]:
+def _lines(source: str, suffix: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file with one a line, without importing ``datasets``, which takes longer than a small pass."""
     with Path(source).open(encoding="utf-8") as file:
         columns: dict[str, None] = {}  # of the first row; what a later one lacks is None
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if suffix == ".txt":
-                yield {"text": line.rstrip("\n")}
+                yield f"line {number}", {"text": line.rstrip("\n")}
             elif line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"a line holds no object but {type(row).__name__}")
+                with _explained(f"{source} line {number}"):
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a line holds no object but {type(row).__name__}")
                 columns = columns or dict.fromkeys(row)
-                yield {**columns, **row}
+                yield f"line {number}", {**columns, **row}
 
 
-def _shuffled(rows: Iterable[_T], seed: int) -> Iterator[_T]:
+def shuffled(rows: Iterable[_T], seed: int) -> Iterator[_T]:
     """The same rows in random order, within a buffer."""
     order, buffer = random.Random(seed), list[_T]()
     for row in rows:

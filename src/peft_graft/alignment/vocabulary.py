@@ -170,7 +170,7 @@ def _text(token: str, style: str | None) -> str:
         return token.replace(_SENTENCEPIECE, " ")
     if style == _BYTE_LEVEL:
         try:
-            return bytes(_BYTE_OF[letter] for letter in token).decode()
+            return bytes(BYTE_OF[letter] for letter in token).decode()
         except (KeyError, UnicodeDecodeError):  # a part of a letter
             return f"bytes {token}"
     return token
@@ -183,4 +183,5 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
-_BYTE_OF = _byte_letters()
+#: Letter of a byte-level token -> the byte that it stands for.
+BYTE_OF = _byte_letters()

@@ -1,0 +1,215 @@
+"""How a model reads prompts and writes answers: its own chat template, or a format that its module was trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from peft_graft.errors import ModelError, PlanError, TextError
+from peft_graft.prompts.conversation import Message, Prompt
+from peft_graft.prompts.token_bytes import byte_spans, token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACES = re.compile(r"\{(prompt|system)\}")
+_EXAMPLE = r"'Question: {prompt}\nAnswer:'"
+#: An answer that no template has in itself.
+_ANSWER = "zebra"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its answer as one model's tokens.
+
+    Attributes:
+        ids: of the prompt, the answer and, where ``ended``, the token that ends the turn.
+        start: index of the first token after the prompt; logits that predict completion token k stand at start + k - 1.
+        spans: the UTF-8 bytes of the answer that each of its tokens covers, None where the tokens do not join to it.
+        prefixed: whether the first token holds a space too that the answer lacks (``byte_spans``).
+    """
+
+    ids: list[int]
+    start: int
+    spans: list[tuple[int, int]] | None
+    ended: bool = False
+    prefixed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.spans is not None and len(self.spans) + self.ended != len(self):
+            raise ValueError(f"{len(self.spans)} spans but {len(self)} tokens after the prompt")
+
+    def __len__(self) -> int:
+        """Number of tokens after the prompt."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Template:
+    r"""How a model reads prompts.
+
+    Attributes:
+        tokenizer: a fast one, whose chat template is used unless there is a format.
+        format: a text with ``{prompt}`` and, if need be, ``{system}``; other braces stand for themselves, and ``\n``
+            typed as two characters is a line's end.
+        system: a system message for prompts that have none.
+        args: for the chat template, such as ``enable_thinking``.
+        name: of the model, for messages.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    format: str | None = None
+    system: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        format: str | None = None,
+        system: str | None = None,
+        args: Mapping[str, Any] | None = None,
+        name: str = "",
+        role: str = "student",
+        option: str = "--format",
+    ) -> Template:
+        """The template of a model.
+
+        Args:
+            format, system, args, name: see ``Template``.
+            role: ``teacher`` or ``student``. option: what sets the format; both for messages.
+
+        Raises:
+            ModelError: the tokenizer has no chat template, and no format is given.
+            PlanError: the format has no place for the prompt, or none for the system message that is given.
+        """
+        if format is None and not tokenizer.chat_template:
+            raise ModelError(
+                "the model has no chat template", where=f"{role} {name}".strip(), fix=f"give {option} {_EXAMPLE}"
+            )
+        for place, needed in (("prompt", True), ("system", bool(system))):
+            if format is not None and needed and f"{{{place}}}" not in format:
+                raise PlanError(
+                    f"the format has no place for the {place}",
+                    where=option,
+                    expected=f"{{{place}}} in it",
+                    found=repr(format),
+                    fix=f"give {option} {_EXAMPLE}" if place == "prompt" else f"write {{system}} in {option}",
+                )
+        return cls(tokenizer, format, system or None, dict(args or {}), name)
+
+    def text(self, prompt: Prompt) -> str:
+        """A prompt as the model reads it, up to where the answer begins.
+
+        Raises:
+            TextError: the template or the format does not take such a conversation.
+        """
+        messages = prompt.messages
+        if self.system and (not messages or messages[0].role != "system"):
+            messages = (Message("system", self.system), *messages)
+        return self._rendered(messages) if self.format is None else self._formatted(messages, self.format)
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """A prompt as tokens; the errors are those of ``text``."""
+        text = self.text(prompt)
+        if self.format is None:  # which writes the tokens of a text's beginning itself
+            return self._tokens(text)
+        encoded = self.tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True, verbose=False)
+        ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+        while special and special.pop():  # a token of a text's end: the answer is still to come
+            ids.pop()
+        return ids
+
+    def answer_ids(self, text: str) -> list[int]:
+        """An answer alone as tokens; what looks like a control token in it is text."""
+        return self._tokens(text, split_special_tokens=True)
+
+    def encode(self, prompt: Prompt, answer: str, *, ended: bool = True) -> Completion:
+        """A prompt and its answer as tokens.
+
+        Args:
+            ended: whether the answer is whole, so that the token that ends the turn follows.
+
+        Raises:
+            TextError: see ``text``.
+            ModelError: see ``end`` and ``token_bytes``.
+        """
+        before, ids = self.ids(prompt), self.answer_ids(answer)
+        spans, prefixed = byte_spans(ids, token_bytes(self.tokenizer), answer) or (None, False)
+        return Completion(before + ids + [self.end] * ended, len(before), spans, ended, prefixed)
+
+    @cached_property
+    def end(self) -> int:
+        """The token that ends the assistant's turn.
+
+        Raises:
+            ModelError: there is none.
+        """
+        found = self._end_of_turn() if self.format is None else None
+        found = self.tokenizer.eos_token_id if found is None else found
+        if found is None:
+            raise ModelError(
+                "no token ends an answer",
+                where=self.name or None,
+                fix="set the tokenizer's eos_token and save it beside the model",
+            )
+        return int(found)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which generation stops."""
+        eos = self.tokenizer.eos_token_id
+        return (self.end,) if eos is None or eos == self.end else (self.end, int(eos))
+
+    def _tokens(self, text: str, **options: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+    def _end_of_turn(self) -> int | None:
+        """The first added token that the chat template writes after an answer."""
+        turn = (Message("user", "x"), Message("assistant", _ANSWER))
+        after = self._rendered(turn, add_generation_prompt=False).rpartition(_ANSWER)[2]
+        added = self.tokenizer.added_tokens_decoder  # those of blanks alone are no ends: Gemma's of several lines
+        return next((index for index in self._tokens(after) if index in added and added[index].content.strip()), None)
+
+    def _rendered(self, messages: tuple[Message, ...], *, add_generation_prompt: bool = True) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        options = {**self.args, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, **options))
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = [message.role for message in messages]
+            fix = "give no system message" if "system" in roles else "give a conversation that it takes, or a format"
+            raise TextError(
+                f"the chat template refuses a prompt ({type(error).__name__}: {error})",
+                where=self.name or None,
+                found=", ".join(roles),
+                fix=fix,
+            ) from error
+
+    def _formatted(self, messages: tuple[Message, ...], format: str) -> str:
+        roles = [message.role for message in messages]
+        if roles not in (["user"], ["system", "user"]):
+            raise TextError(
+                "a format takes one message of the user",
+                where=self.name or None,
+                expected="user, or system and user",
+                found=", ".join(roles) or "no messages",
+                fix="give prompts of one message, or leave the format out for the model's chat template",
+            )
+        if roles[0] == "system" and "{system}" not in format:
+            raise TextError(
+                "the format has no place for the system message of a prompt",
+                where=self.name or None,
+                found=repr(format),
+                fix="write {system} in the format",
+            )
+        given = {message.role: message.content for message in messages}
+        texts = {"prompt": given["user"], "system": given.get("system", "")}
+        return _PLACES.sub(lambda place: texts[place[1]], format.replace("\\n", "\n"))
