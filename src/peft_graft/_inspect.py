@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,14 +19,21 @@ from peft_graft.alignment.methods import Method
 from peft_graft.alignment.text import TextLike, TextSource
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
+from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
+from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.teacher import LEAST_SAMPLES, can_ask
 from peft_graft.errors import GraftError
-from peft_graft.models.loading import ModelHandle
+from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.modules.base import Module
 from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.method_choice import same_sizes
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, described, given_alignment
+from peft_graft.prompts.pairing import PairingShares, pair_completions
+from peft_graft.prompts.read import PromptLike, PromptSource
+
+#: Prompts whose answers are paired for an outlook, and values that a layer keeps for the backward pass, in widths.
+_PAIRED, _STORED = 200, 24
 
 
 class _Record(BaseModel):
@@ -42,6 +50,23 @@ class SiteSummary(_Record):
     inactive_layers: list[int]
 
 
+class PromptOutlook(_Record):
+    """Prompts that the teacher would answer.
+
+    ``prompt_tokens``, ``answer_tokens``: of the student, on average; the latter from the answers that came with the
+    prompts, else a quarter of the longest. ``strict_share``, ``strict_digits``: of the positions of such answers, and
+    of those with digits, where the models' distributions can be compared; None where there are none.
+    """
+
+    prompts: int
+    too_long: int
+    duplicates: int
+    prompt_tokens: float
+    answer_tokens: float
+    strict_share: float | None
+    strict_digits: float | None
+
+
 class StudentSummary(_Record):
     """What a transfer to a student would do, or why it cannot.
 
@@ -49,7 +74,8 @@ class StudentSummary(_Record):
     depends on the models' weights. ``statistics_mib``: memory of the statistics that these methods gather; ``passes``:
     over the text, so that they fit in this machine's memory; ``products_per_token``: multiply-adds for them;
     ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in float32;
-    ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here.
+    ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here; where
+    there are prompts, those of all their answers and of learning from them. ``training_mib``: memory of that, about.
     """
 
     name: str
@@ -68,6 +94,8 @@ class StudentSummary(_Record):
     forwards_per_token: int = 0
     weights_mib: float = 0.0
     least_seconds: float = 0.0
+    prompts: PromptOutlook | None = None
+    training_mib: float | None = None
     head: bool = False
     notes: list[str] = []
     problem: str | None = None
@@ -95,7 +123,7 @@ def inspect(
     student: ModelLike | None = None,
     *,
     teacher: ModelLike | None = None,
-    text: TextLike | None = None,
+    text: TextLike | PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
     config: GraftConfig | None = None,
 ) -> Inspection:
@@ -174,7 +202,7 @@ def _unknown(module: Module) -> bool:
 def _plan_for(
     module: ModuleSource,
     ends: tuple[ModelLike | None, ModelLike],
-    text: TextLike | None,
+    text: TextLike | PromptLike | None,
     given: Alignment | None,
     config: GraftConfig,
 ) -> StudentSummary:
@@ -182,17 +210,65 @@ def _plan_for(
     name = str(student) if isinstance(student, str | Path) else type(student).__name__
     known = StudentSummary(name=name, max_tokens=config.max_tokens)
     try:
-        models = ModelSources.of(module, teacher, student, config, None).described()
+        sources = ModelSources.of(module, teacher, student, config, None)
+        models = sources.described()
         architecture = models.student.architecture
         known = known.model_copy(update={"model_type": architecture.model_type, "num_layers": architecture.num_layers})
         raw = module.shapes(models.teacher.base.config)
-        plan = Plan.make(raw, models, config, has_text=True if text is not None else None, given=given)
-        if text is not None:
-            samples = TextSource(text, config.columns, config.seed).samples()
+        prompts = prompts_of(text, module.raw, config)
+        asked = None
+        if prompts is not None:
+            asked = _prompts_for(prompts, asking_of(config, sources, models, module.raw.library), models, config)
+        elif text is not None:
+            samples = TextSource(cast(TextLike, text), config.columns, config.seed).samples()
             can_ask(config, module.raw.library, len(list(islice(samples, LEAST_SAMPLES))))
+        has_text = True if text is not None else None
+        plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
-    return known.model_copy(update=_outlook(plan))
+    if asked is None:
+        return known.model_copy(update=_outlook(plan))
+    return known.model_copy(update=_outlook(plan) | {"prompts": asked, **_cost_of_prompts(plan, asked)})
+
+
+def _prompts_for(source: PromptSource, asking: Asking, models: ModelPair, config: GraftConfig) -> PromptOutlook:
+    """What is known of prompts before any answer; of the answers that came with them, if any, how they pair."""
+    found = list(islice(source.prompts(), config.max_prompts + HELD_OUT))
+    fitting = asking.check(found, models)
+    templates, shares = asking.templates, PairingShares()
+    answered = [prompt for prompt in fitting if prompt.answer][:_PAIRED]
+    for prompt in answered:
+        assert prompt.answer is not None
+        teacher, student = (side.encode(prompt, prompt.answer) for side in (templates.teacher, templates.student))
+        shares.add(pair_completions(teacher, student), student, prompt.answer)
+    lengths = [len(templates.student.ids(prompt)) for prompt in fitting[:_PAIRED]]
+    answer = shares.tokens / len(answered) if answered else asking.sampling.max_new_tokens / 4
+    return PromptOutlook(
+        prompts=len(fitting),
+        too_long=len(found) - len(fitting),
+        duplicates=source.dropped_duplicates,
+        prompt_tokens=round(sum(lengths) / len(lengths), 1),
+        answer_tokens=round(answer, 1),
+        strict_share=shares.share if answered else None,
+        strict_digits=shares.digit_share,
+    )
+
+
+def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
+    """Multiply-adds and memory: every answer generated, read once, and learned from in some passes."""
+    (teacher, _), (student, size) = _costs(plan.models.teacher), _costs(plan.models.student)
+    tokens = asked.prompt_tokens + asked.answer_tokens
+    batch = PromptDistillation.batch_size
+    steps = plan.config.polish_steps_on(asked.prompts, batch)
+    # Backward passes take another product for every one of the forward pass; the modules' own are small.
+    operations = 2 * asked.prompts * tokens * teacher + 2 * steps * batch * tokens * student
+    hidden = plan.models.student.architecture.hidden_size
+    layers = plan.models.student.architecture.num_layers
+    activations = 4 * batch * tokens * hidden * layers * _STORED
+    return {
+        "least_seconds": round(operations / _products_per_second(), 1),
+        "training_mib": round((size + activations) / 2**20, 1),
+    }
 
 
 def _outlook(plan: Plan) -> dict[str, object]:

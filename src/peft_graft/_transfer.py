@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -20,14 +21,19 @@ from peft_graft.alignment.text import Sample, TextLike, TextSource
 from peft_graft.alignment.vocabulary import Vocabularies
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import EXACT
+from peft_graft.distill.agreement import EXACT, judge
+from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
+from peft_graft.distill.ask_prompts import held_out_size as prompts_held_out
 from peft_graft.distill.candidates import CandidateBuilder
 from peft_graft.distill.choose import Outcome, choose
-from peft_graft.distill.polish import PolishRecord, PolishSettings, polish
+from peft_graft.distill.completions import PromptDistillation
+from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
 from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, held_out_size
 from peft_graft.environment import hardware, versions
 from peft_graft.files import check_output
 from peft_graft.graft import Graft
+from peft_graft.models.loading import ModelPair
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
     ModelLike,
@@ -37,8 +43,13 @@ from peft_graft.planning.sources import (
     config_of_live,
     given_alignment,
 )
-from peft_graft.report import GraftReport
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.read import PromptLike, PromptSource
+from peft_graft.report import AnswerSample, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
+
+#: Answers that the report shows.
+_SAMPLES = 20
 
 
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
@@ -46,7 +57,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     student: ModelLike,
     *,
     teacher: ModelLike | None = None,
-    text: TextLike | None = None,
+    text: TextLike | PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
     out: str | Path | None = None,
     config: GraftConfig | None = None,
@@ -82,30 +93,32 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     module = ModuleSource.of(adapter, config)
     sources = ModelSources.of(module, teacher, student, config, tokenizers)
     given = given_alignment(alignment, config.token)
-    source = TextSource(text, config.columns, config.seed) if text is not None else None
     shapes = sources.described()
     raw = module.shapes(shapes.teacher.base.config)
-    plan = Plan.make(raw, shapes, config, has_text=source is not None, given=given)
-    samples = source.samples() if source else iter(())
-    pool = list(islice(samples, POOL))
-    asked, remarks = can_ask(config, module.raw.library, len(pool))
+    taught = _text_of(text, module, sources, shapes, config)
+    plan = Plan.make(
+        raw, shapes, config, has_text=taught.source is not None, has_prompts=isinstance(taught, _Prompts), given=given
+    )
 
     run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     with run.stage("loading models"):
-        models = sources.loaded(tokenizers=source is not None or module.raw.trains_tokens)
+        models = sources.loaded(tokenizers=taught.source is not None or module.raw.trains_tokens)
     with run.stage("converting to LoRA") if module.is_converted else nullcontext():
         raw = module.values(models.teacher)
-    plan = plan.bind(raw, models, pool[held_out_size(len(pool)) :])
+    plan = plan.bind(raw, models, taught.plain)
     vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
-    of_text = _Text(source, pool, samples, held_out_size(len(pool)) if asked else 0)
-    outcome, polished, aligner, notes = _moved(plan, of_text, vocabularies, run)
+    outcome, polished, aligner, notes = _moved(plan, taught, vocabularies, run)
+    told: dict[str, object] = {}
+    if isinstance(taught, _Prompts):
+        outcome, told = taught.judged(outcome, run)
 
     report = _report(plan, outcome, polished, aligner, run).model_copy(
         update={
             "module": module.name,
-            "text": source.name if source else None,
+            "text": taught.source.name if taught.source else None,
             "alignment": str(alignment) if isinstance(alignment, str | Path) else None,
-            "notes": [*plan.sites.notes, *remarks, *notes],
+            "notes": [*plan.sites.notes, *taught.remarks, *notes],
+            **told,
         }
     )
     graft = Graft(outcome.candidate.checkpoint, report, outcome.candidate.alignment, models.student)
@@ -119,12 +132,34 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
 
 @dataclass(frozen=True)
 class _Text:
-    """The unlabelled text: its first samples, of which so many judge and nothing else, and all that follow."""
+    """Unlabelled text: its first samples, of which so many judge and nothing else, and all that follow.
+
+    ``judging`` is 0 where the teacher is not asked, for the reason that ``remarks`` give.
+    """
 
     source: TextSource | None
     pool: Sequence[Sample]
     rest: Iterable[Sample]
     judging: int
+    remarks: Sequence[str]
+
+    @staticmethod
+    def of(source: TextSource | None, library: str, config: GraftConfig) -> _Text:
+        """The text, and whether the teacher can be asked about it (``can_ask``)."""
+        samples = source.samples() if source else iter(())
+        pool = list(islice(samples, POOL))
+        asked, remarks = can_ask(config, library, len(pool))
+        return _Text(source, pool, samples, held_out_size(len(pool)) if asked else 0, remarks)
+
+    @property
+    def plain(self) -> Sequence[Sample]:
+        """Samples that do not judge."""
+        return self.pool[held_out_size(len(self.pool)) :]
+
+    @property
+    def size(self) -> int:
+        """How much there is to tell it from others by."""
+        return len(self.pool)
 
     def to_align(self) -> AlignmentText | None:
         """All but what judges."""
@@ -133,17 +168,122 @@ class _Text:
         key = json.dumps([self.source.key, self.judging]) if self.source.key else None
         return AlignmentText(chain(self.pool[self.judging :], self.rest), self.source.name, key)
 
+    def polishing(self, config: GraftConfig) -> PolishSettings:
+        """How the polish trains."""
+        return PolishSettings(steps=config.polish_steps if self.judging else 0, seed=config.seed)
+
+    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation | None:
+        """The teacher's classes or hidden states; None where it is not asked."""
+        if not self.judging:
+            return None
+        check_tokenizers(plan.models)
+        config, settings = plan.config, self.polishing(plan.config)
+        fit = FIT if config.head in ("auto", "fit") else 0
+        shift_map = None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS))
+        return ask_teacher(
+            plan.module, plan.models, self.pool, run, train=max(fit, settings.steps * settings.batch_size),
+            shift_map=shift_map, bf16=config.dtype == "bfloat16",
+        )  # fmt: skip
+
+
+@dataclass
+class _Prompts:
+    """Prompts for the teacher to answer. ``asked``: what came of it."""
+
+    source: PromptSource
+    prompts: Sequence[Prompt]
+    asking: Asking
+    key: str
+    asked: PromptDistillation | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the report says about the text."""
+        return []
+
+    @property
+    def plain(self) -> Sequence[Sample]:
+        """The prompts alone, as text."""
+        return [Sample(prompt.text) for prompt in self.prompts[prompts_held_out(len(self.prompts)) :]]
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.prompts)
+
+    def to_align(self) -> AlignmentText:
+        """Prompts with their answers, those left out that judge; there once the teacher has been asked."""
+
+        def samples() -> Iterator[Sample]:
+            assert self.asked is not None
+            yield from self.asked.samples
+
+        return AlignmentText(samples(), self.source.name, None)
+
+    def polishing(self, config: GraftConfig) -> PolishSettings:
+        """How the polish trains."""
+        size, known = PromptDistillation.batch_size, len(self.asked.lengths) if self.asked else len(self.prompts)
+        return PolishSettings(
+            steps=config.polish_steps_on(known, size), batch_size=size, rates=PROMPT_RATES, seed=config.seed
+        )
+
+    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
+        """The teacher's answers."""
+        key = json.dumps([self.key, _module_key(plan.module.raw), *plan.models.fingerprints])
+        duplicates = self.source.dropped_duplicates
+        self.asked = self.asking.ask(plan.module, plan.models, self.prompts, run, key=key, duplicates=duplicates)
+        return self.asked
+
+    def judged(self, outcome: Outcome, run: Run) -> tuple[Outcome, dict[str, object]]:
+        """The outcome with a verdict by what it generates, and what the report says about prompts and answers."""
+        asked, attached = self.asked, outcome.candidate.attached
+        assert asked is not None
+        assert attached is not None
+        with run.stage("asking the graft"):
+            said, generated = asked.generate(attached, run)
+        verdict = judge(outcome.verdict.measured, outcome.verdict.moved, generated)
+        samples = [
+            AnswerSample(prompt=prompt.text, teacher=teacher.text, graft=own.text, bare=bare.text)
+            for prompt, teacher, own, bare in zip(asked.asked, asked.answers, said, asked.bare_answers, strict=True)
+        ]
+        return replace(outcome, verdict=verdict), {"prompts": asked.record, "answers": samples[:_SAMPLES]}
+
+
+def _text_of(
+    text: TextLike | PromptLike | None,
+    module: ModuleSource,
+    sources: ModelSources,
+    shapes: ModelPair,
+    config: GraftConfig,
+) -> _Text | _Prompts:
+    """The text as what it is: prompts for a language model, else plain text.
+
+    Raises:
+        GraftError: see ``asking_of`` and ``can_ask``.
+    """
+    prompts = prompts_of(text, module.raw, config)
+    if prompts is None:
+        # Rows that are no prompts, in memory, are what a text source refuses.
+        source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
+        return _Text.of(source, module.raw.library, config)
+    asking = asking_of(config, sources, shapes, module.raw.library)
+    found = list(islice(prompts.prompts(), config.max_prompts + HELD_OUT))
+    asking.check(found, shapes)
+    settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
+    return _Prompts(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
+
 
 def _moved(
-    plan: Plan, text: _Text, vocabularies: Vocabularies | None, run: Run
+    plan: Plan, text: _Text | _Prompts, vocabularies: Vocabularies | None, run: Run
 ) -> tuple[Outcome, PolishRecord | None, Aligner, list[str]]:
     """Align, move by every method, choose by the teacher's answers, polish; and remarks for the user."""
     config, models, methods = plan.config, plan.models, plan.methods
-    asked, notes = text.judging > 0, []
+    notes = []
     maps_of = map_methods(methods)
+    shifts = isinstance(text, _Text) and text.judging > 0 and plan.moved.head is None
     aligner = Aligner(
         models,
-        plan.wanted_maps(shifts=asked and plan.moved.head is None),
+        plan.wanted_maps(shifts=shifts),
         list(dict.fromkeys(maps_of.values())),
         text.to_align(),
         config,
@@ -153,23 +293,16 @@ def _moved(
     if vocabularies:
         notes += [note for module in plan.moved.modules.values() if (note := vocabularies.left_out(module))]
     builder = CandidateBuilder(
-        plan.moved, plan.sites, models, vocabularies, lambda method: aligner.alignment(maps_of[method.name]), run
+        plan.moved,
+        plan.sites,
+        models,
+        vocabularies,
+        lambda method: aligner.alignment(maps_of[method.name]),
+        run,
+        text.ask(plan, aligner, maps_of, run),
     )
-    polishing = PolishSettings(steps=config.polish_steps if asked else 0, seed=config.seed)
-    if asked:
-        check_tokenizers(models)
-        fit = FIT if config.head in ("auto", "fit") else 0
-        distillation = ask_teacher(
-            plan.module,
-            models,
-            text.pool,
-            run,
-            train=max(fit, polishing.steps * polishing.batch_size),
-            shift_map=None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS)),
-            bf16=config.dtype == "bfloat16",
-        )
-        builder = replace(builder, distillation=distillation)
     outcome = choose(builder, methods, config.head)
+    polishing = text.polishing(config)
     outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, text))
     measured = outcome.verdict.measured
     if polishing.steps and polished is None and measured and measured.divergence <= EXACT:
@@ -213,7 +346,7 @@ def _shift_method(maps_of: dict[str, Method]) -> Method:
     return maps_of.get("ridge") or next(iter(maps_of.values()))
 
 
-def _identity(plan: Plan, text: _Text) -> str:
+def _identity(plan: Plan, text: _Text | _Prompts) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
     source = (text.source.key or text.source.name) if text.source else None
     given = [plan.given.method, *map(str, plan.given.details.values())] if plan.given else None
@@ -223,7 +356,7 @@ def _identity(plan: Plan, text: _Text) -> str:
         plan.config.record(),
         source,
         given,
-        len(text.pool),
+        text.size,
     ]
     return json.dumps(parts, default=str)
 

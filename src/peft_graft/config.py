@@ -27,6 +27,11 @@ AUTO = "auto"
 MAX_TOKENS = 50_000
 #: Steps of the polish where nothing else is said.
 POLISH_STEPS = 1000
+#: Prompts that the teacher answers, and passes over them in a polish of at most ``POLISH_STEPS``, where nothing else is
+#: said.
+MAX_PROMPTS, PROMPT_PASSES = 2000, 4
+#: The method that moves nothing.
+FRESH = "fresh"
 #: Built-in methods in one line each, in the order of help pages; ``alignment.methods.register_method`` adds to them.
 METHOD_SUMMARIES: dict[str, str] = {
     "copy": "leave the weights as they are; for a student that shares the teacher's spaces",
@@ -34,6 +39,7 @@ METHOD_SUMMARIES: dict[str, str] = {
     "procrustes": "rotate one space onto the other, with one scale",
     "ridge": "regress one space on the other, one map for reading and one for writing",
     "functional": "fit a LoRA layer by layer so that the student's layers move as the teacher's do",
+    "fresh": "begin from a module of the same form that changes nothing, and leave it all to the polish",
     "prune-align-published": "prune-align with LoRA's output rows pruned by the indices of its input, as in the "
     "paper's code",
 }
@@ -57,13 +63,16 @@ class Option:
     Attributes:
         panel: the part of the help page that it stands in.
         decides: whether the result depends on it; what does not is left out of keys and records.
+        later: whether it came after results were published: at its default it is left out too, so that keys stay.
     """
 
     panel: str
     decides: bool = True
+    later: bool = False
 
 
 _WHAT, _HOW, _WHERE, _LOADING, _OUTPUT = "What moves", "How it moves", "Where it runs", "Loading", "Output"
+_PROMPTS = "Prompts, for language models"
 
 
 class _Config(BaseModel):
@@ -95,7 +104,13 @@ class _Config(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """What the result depends on, as JSON."""
-        return self.model_dump(mode="json", exclude=_undecided(type(self)))
+        return self.model_dump(mode="json", exclude=_undecided(type(self)) | self._new_defaults)
+
+    @property
+    def _new_defaults(self) -> set[str]:
+        fields = type(self).model_fields
+        return {name for name, field in fields.items()
+                if option_of(type(self), name).later and getattr(self, name) == field.default}  # fmt: skip
 
 
 def _as_dict(value: Any) -> Any:
@@ -202,6 +217,36 @@ class GraftConfig(PairConfig):
     library: Annotated[Library | None, Option(_WHAT)] = Field(
         default=None, description="Write a LoRA for peft or for adapters; for the module's own library by default."
     )
+    format: Annotated[str | None, Option(_PROMPTS, later=True)] = Field(
+        default=None,
+        description="How the module was trained to read a prompt, where not by its model's chat template, and how the "
+        "student shall: 'Question: {prompt}\\nAnswer:'.",
+    )
+    student_format: Annotated[str | None, Option(_PROMPTS, later=True)] = Field(
+        default=None, description="The student's format, where it differs: chat for its chat template."
+    )
+    system: Annotated[str | None, Option(_PROMPTS, later=True)] = Field(
+        default=None, description="System message of prompts that have none."
+    )
+    template_args: Annotated[dict[str, Any] | None, Option(_PROMPTS, later=True)] = Field(
+        default=None, description='Arguments of the chat templates as JSON, such as {"enable_thinking": false}.'
+    )
+    labels: Annotated[Literal["ignore", "use"], Option(_PROMPTS, later=True)] = Field(
+        default="ignore",
+        description="Answers that come with the prompts: ignore, or use: learn them in place of the teacher's.",
+    )
+    max_prompts: Annotated[int, Option(_PROMPTS, later=True)] = Field(
+        default=MAX_PROMPTS, ge=1, description="Prompts that the teacher answers at most."
+    )
+    max_new_tokens: Annotated[int, Option(_PROMPTS, later=True)] = Field(
+        default=256, ge=1, description="Tokens of an answer; a longer one is cut."
+    )
+    max_length: Annotated[int | None, Option(_PROMPTS, later=True)] = Field(
+        default=None, description="Tokens of a prompt with its answer; what the models read where nothing is said."
+    )
+    gradient_checkpointing: Annotated[bool, Option(_WHERE, later=True)] = Field(
+        default=False, description="Compute activations anew in the backward pass: less memory, more time."
+    )
     revision: Annotated[str | None, Option(_LOADING)] = Field(default=None, description="Hub revision of the module.")
     subfolder: Annotated[str | None, Option(_LOADING)] = Field(
         default=None, description="Folder of the module in its repository."
@@ -212,6 +257,9 @@ class GraftConfig(PairConfig):
         _check_method(self.method, allow_auto=True)
         if self.polish != AUTO and int(self.polish) < 0:
             raise PlanError("must not be negative", where="--polish", found=self.polish)
+        if self.method == FRESH and not self.polish_steps:
+            raise PlanError("a fresh module is of no use without a polish", where="--method fresh",
+                            fix=f"give --polish {POLISH_STEPS}")  # fmt: skip
         return self
 
     @property
@@ -220,6 +268,11 @@ class GraftConfig(PairConfig):
         if self.polish == AUTO:
             return POLISH_STEPS if self.method == AUTO else 0
         return int(self.polish)
+
+    def polish_steps_on(self, prompts: int, batch_size: int) -> int:
+        """Steps of the polish on so many prompts: some passes over them where nothing is said."""
+        steps = self.polish_steps
+        return min(steps, -(-PROMPT_PASSES * prompts // batch_size)) if self.polish == AUTO else steps
 
 
 class AlignConfig(PairConfig):

@@ -86,15 +86,8 @@ class Graft:
         """
         with torch.inference_mode(mode=False):  # so that it trains, wherever it was first asked for
             student = self._loaded_student
-            attached = attach(self.raw, student, self.labels, trainable=True)
-            if self.raw.task is Task.CAUSAL_LM and attached.model.get_output_embeddings() is not None:
-                # A head for scoring is blank; one that speaks is the student's own.
-                weights = student.base_tensors(output=True)
-                output = attached.model.get_output_embeddings()
-                inner = getattr(output, "base_layer", output)
-                weight = weights[f"{student.architecture.row.lm_head}.weight"]
-                inner.weight.data = weight.to(inner.weight.device, inner.weight.dtype)
-            return attached.model
+            speaks = self.raw.task is Task.CAUSAL_LM
+            return attach(self.raw, student, self.labels, trainable=True, speaks=speaks).model
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.

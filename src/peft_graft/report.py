@@ -14,9 +14,20 @@ from peft_graft.checkpoints.verify import Verification
 from peft_graft.config import GraftConfig, Library
 from peft_graft.distill.agreement import Agreement, Verdict
 from peft_graft.distill.candidates import HeadRecord, SiteRecord
+from peft_graft.distill.completions import PromptRecord
 from peft_graft.distill.polish import PolishRecord
 from peft_graft.models.loading import ModelRecord
 from peft_graft.models.tasks import Task
+
+
+class AnswerSample(BaseModel):
+    """A held-out prompt, and what the teacher, the graft and the student without it say to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    prompt: str
+    teacher: str
+    graft: str
+    bare: str
 
 
 class GraftReport(BaseModel):
@@ -24,6 +35,7 @@ class GraftReport(BaseModel):
 
     ``layers``: the teacher layers of each student layer, by stack where the student has several.
     ``tried``: agreement with the teacher on held-out text of everything that the default chose from.
+    ``prompts``, ``answers``: what a language model was asked, and some of what was answered.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +58,8 @@ class GraftReport(BaseModel):
     verdict: Verdict
     tried: dict[str, Agreement] = {}
     polish: PolishRecord | None = None
+    prompts: PromptRecord | None = None
+    answers: list[AnswerSample] = []
     notes: list[str]
     verification: Verification | None = None
     seconds: dict[str, float]

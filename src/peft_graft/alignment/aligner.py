@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import tee
 
-from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, solve_alignment
+from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, shape_alignment, solve_alignment
 from peft_graft.alignment.cache import AlignmentCache
 from peft_graft.alignment.collect import CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
 from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
@@ -104,7 +104,9 @@ class Aligner:
             TextError: it needs text, and there is none.
         """
         if method.name not in self._made:
-            if not method.needs_text:
+            if method.moves_nothing:
+                self._made[method.name] = shape_alignment(self.wanted.pairs, *self.models.fingerprints)
+            elif not method.needs_text:
                 self._made[method.name] = copy_alignment(self.wanted.pairs, *self.models.fingerprints)
             else:
                 if self.text is None:

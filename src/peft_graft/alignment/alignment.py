@@ -174,6 +174,15 @@ def copy_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student:
     return Alignment("copy", teacher, student, {pair: Selection.identity(sizes[0]) for pair, sizes in pairs.items()})
 
 
+def shape_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student: str) -> Alignment:
+    """The alignment of ``fresh``: maps that say how large the student's spaces are, and nothing else."""
+    maps = {
+        pair: Selection(torch.where(torch.arange(wide) < size, torch.arange(wide), -1), size)
+        for pair, (size, wide) in pairs.items()
+    }
+    return Alignment("fresh", teacher, student, maps)
+
+
 def solve_alignment(
     method: Method,
     statistics: Mapping[Pair, tuple[PairedStatistics, PairedStatistics]],

@@ -28,6 +28,7 @@ from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.files import read_json
 from peft_graft.models.devices import device_of, is_quantised, trainable_attention
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.output import fill_output
 from peft_graft.models.task_models import prefix_of, quiet_libraries, with_task_head
 from peft_graft.models.tasks import Task
 
@@ -101,7 +102,7 @@ class AttachedModel:
         return device_of(self.model)
 
     @contextmanager
-    def _without(self) -> Iterator[Any]:
+    def without(self) -> Iterator[Any]:
         """The model with the module switched off."""
         if not self._is_peft:
             self.model.set_active_adapters(None)
@@ -129,14 +130,17 @@ class AttachedModel:
                 layer.bias.data = trained[path]
 
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
-        """Logits (None without a head) and last hidden state [batch, length, d] of one padded batch.
+        """Logits (None without a head, and of language models) and last hidden state [batch, length, d] of a batch.
 
         Args:
             module: whether the module is switched on.
         """
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         attention = trainable_attention(self.device, bf16=self.bf16)
-        with nullcontext(self.model) if module else self._without() as model, mixed, attention:
+        with nullcontext(self.model) if module else self.without() as model, mixed, attention:
+            if self.checkpoint.task is Task.CAUSAL_LM and not self.checkpoint.is_virtual:
+                # The output layer's logits would be computed at every token of the text, and are not asked for.
+                return None, self.base(**inputs).last_hidden_state
             output = model(**inputs, output_hidden_states=True)
         state, logits = _last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0
@@ -219,6 +223,7 @@ def attach(
     *,
     trainable: bool = False,
     bf16: bool = False,
+    speaks: bool = False,
 ) -> AttachedModel:
     """Put a checkpoint into a copy of its model, where that is, with the checkpoint's own library.
 
@@ -228,6 +233,8 @@ def attach(
         raw: the checkpoint. handle: its base model, not touched. labels: names of its classes.
         trainable: whether module and head shall require gradients. bf16: compute in bfloat16 also where the weights
             are float32.
+        speaks: whether a language model shall have its own output layer, which is blank where only its hidden states
+            are asked for.
 
     Raises:
         VerificationError: the library does not take it, or found keys missing or unexpected.
@@ -237,11 +244,11 @@ def attach(
     names = written_names(handle, raw.task)
     with _quiet():
         if raw.library == Library.PEFT:
-            attached = _attach_peft(raw, names, handle, labels, trainable=trainable)
+            attached = _attach_peft(raw, names, handle, labels, trainable=trainable, speaks=speaks)
         else:
             with tempfile.TemporaryDirectory() as folder:  # it loads from folders only
                 write_checkpoint(Path(folder), raw, names)
-                attached = _load_adapters(Path(folder), raw, names, handle, labels, trainable=trainable)
+                attached = _load_adapters(Path(folder), raw, names, handle, labels, trainable=trainable, speaks=speaks)
     return _ready(attached, bf16=bf16)
 
 
@@ -280,9 +287,13 @@ def _ready(attached: AttachedModel, *, bf16: bool) -> AttachedModel:
     return attached
 
 
-def _task_model(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...]) -> tuple[Any, dict[str, Tensor]]:
+def _task_model(
+    raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], *, speaks: bool = False
+) -> tuple[Any, dict[str, Tensor]]:
     """The model that a peft checkpoint is put into, as large as its vocabulary, and biases that it replaces."""
     model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
+    if speaks:
+        fill_output(model, handle)
     own = {
         path: model.get_submodule(path).bias.detach().clone() for path, part in raw.parts.items() if part.replaces_bias
     }
@@ -293,12 +304,18 @@ def _task_model(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...]
 
 
 def _attach_peft(
-    raw: RawCheckpoint, names: StudentNames, handle: ModelHandle, labels: tuple[str, ...], *, trainable: bool
+    raw: RawCheckpoint,
+    names: StudentNames,
+    handle: ModelHandle,
+    labels: tuple[str, ...],
+    *,
+    trainable: bool,
+    speaks: bool,
 ) -> AttachedModel:
     """What ``PeftModel.from_pretrained`` does, without files."""
     import peft
 
-    model, own = _task_model(raw, handle, labels)
+    model, own = _task_model(raw, handle, labels, speaks=speaks)
     settings, tensors = format_of(raw.library).build(raw, names)
     known = list(model.parameters())
     prompts = raw.is_virtual  # peft takes these for inference only, and they train nevertheless
@@ -372,6 +389,7 @@ def _load_adapters(
     labels: tuple[str, ...],
     *,
     trainable: bool = False,
+    speaks: bool = False,
 ) -> AttachedModel:
     import adapters
     from transformers.modeling_utils import no_init_weights
@@ -393,6 +411,8 @@ def _load_adapters(
                 own[key].zero_()  # such as a pooler, which the checkpoint may lack
     else:
         model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
+        if speaks:
+            fill_output(model, handle)
         adapters.init(model)
     info: dict[str, Any] = {}
     try:

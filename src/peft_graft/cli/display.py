@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from peft_graft.report import GraftReport
 
 
+#: Answers that a terminal shows.
+_SHOWN = 3
+
+
 def escaped(text: str) -> str:
     """Text as rich prints it unchanged."""
     return text.replace("[", "\\[")
@@ -64,7 +68,25 @@ def show_inspection(found: Inspection) -> None:
         f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
         f"{student.forwards_per_token / 1e6:.1f} M"
     )
-    if student.least_seconds:
+    if student.prompts:
+        asked = student.prompts
+        dropped = f", {asked.too_long} too long, {asked.duplicates} given twice" * bool(
+            asked.too_long or asked.duplicates
+        )
+        pairs = "" if asked.strict_share is None else f"; {asked.strict_share:.0%} of the answers' tokens pair"
+        if asked.strict_digits is not None:
+            pairs += f", {asked.strict_digits:.0%} of those with digits"
+        console.print(
+            f"prompts      {asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on "
+            f"average{pairs}",
+            soft_wrap=True,
+        )
+        console.print(
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB in "
+            f"training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
+            soft_wrap=True,
+        )
+    elif student.least_seconds:
         console.print(
             f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {student.max_tokens:,} tokens take "
             f"{student.least_seconds:,.0f} s on this processor at the least"
@@ -117,8 +139,15 @@ def show_graft(report: GraftReport, out: Path) -> None:
         console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}")
     for note in report.notes:
         console.print(f"[bold]note[/]    {escaped(note)}", soft_wrap=True)
-    measured = report.verdict.measured
+    if report.prompts:
+        _show_prompts(report, console)
+    measured, generated = report.verdict.measured, report.verdict.generated
     on = f" (agreement {measured.agreement:.2f} over {measured.answers:,} held-out answers)" if measured else ""
+    if generated:
+        on = (
+            f" (of {generated.answers} held-out answers {generated.exact:.0%} are the teacher's, without the graft "
+            f"{generated.bare_exact:.0%}; word F1 {generated.token_f1:.2f}, without {generated.bare_token_f1:.2f})"
+        )
     console.print(f"[bold]verdict[/] {report.verdict.level or 'none'}: {report.verdict.text}{on}", soft_wrap=True)
     check = report.verification
     if check and check.done:
@@ -127,6 +156,27 @@ def show_graft(report: GraftReport, out: Path) -> None:
             f"changes the output by {check.output_change:.1%} of its range"
         )
     console.print(f"[bold green]written[/] {escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
+
+
+def _show_prompts(report: GraftReport, console: Console) -> None:
+    """What a language model was asked, and three of the answers."""
+    asked = report.prompts
+    assert asked is not None
+    left_out = [f"{asked.too_long} too long"] * bool(asked.too_long) + [f"{asked.duplicates} given twice"] * bool(
+        asked.duplicates
+    )
+    odd = [f"{asked.cut} answers cut"] * bool(asked.cut) + [f"{asked.empty} empty"] * bool(asked.empty)
+    aside = "".join(f"; {part}" for part in (*left_out, *odd))
+    digits = "" if asked.strict_digits is None else f", {asked.strict_digits:.0%} of those with digits"
+    console.print(
+        f"[bold]prompts[/] {asked.prompts:,} to learn from, {asked.held_out} held out{aside}; the module makes the "
+        f"teacher's answers {asked.module_effect:.2f} nats a token likelier; {asked.strict_share:.0%} of the answers' "
+        f"tokens pair{digits}", soft_wrap=True,
+    )  # fmt: skip
+    table = Table("prompt", "teacher", "graft", title="answers to prompts that were held out", show_lines=True)
+    for sample in report.answers[:_SHOWN]:
+        table.add_row(*(escaped(text) for text in (sample.prompt, sample.teacher, sample.graft)))
+    console.print(table)
 
 
 def show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:

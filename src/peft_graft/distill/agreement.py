@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,12 +12,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.distill.generate import Answer
 from peft_graft.distill.targets import Kind, Targets, student_answers
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 
 #: A graft this close to its teacher, in nats, is exact: it is left alone.
 EXACT = 1e-6
+_WORD = re.compile(r"\w+|[^\w\s]")
 Level = Literal["exact", "strong", "useful", "weak", "none"]
 
 #: Least agreement of each level, and what to expect of such a graft. Chance-corrected, so a graft that always gives the
@@ -37,12 +42,32 @@ class Agreement(BaseModel):
             state that the student's shift reproduces, 1 - squared error / squared shift.
         divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
             distribution, nats. Without a head 1 - agreement.
-        answers: words, samples or tokens compared.
+            For prompts the mean divergence at strict positions, over tokens that both models know, and as agreement
+            1 - divergence / the bare student's.
+        answers: words, samples, tokens or positions compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     agreement: float
     divergence: float
+    answers: int
+
+
+class GenerationAgreement(BaseModel):
+    """Agreement of greedy answers with the teacher's on held-out prompts.
+
+    Attributes:
+        agreement: (token F1 - the bare student's) / (1 - the bare student's): 0 for an idle graft, 1 for a perfect one.
+        exact: share of answers that are the teacher's, white space aside. token_f1: mean F1 of their words.
+        bare_exact, bare_token_f1: the same of the student without the module. answers: how many.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    agreement: float
+    exact: float
+    token_f1: float
+    bare_exact: float
+    bare_token_f1: float
     answers: int
 
 
@@ -60,14 +85,43 @@ class Verdict(BaseModel):
     text: str
     measured: Agreement | None = None
     moved: Agreement | None = None
+    generated: GenerationAgreement | None = None
 
 
-def judge(measured: Agreement | None, moved: Agreement | None = None) -> Verdict:
-    """The verdict on a graft."""
+def judge(
+    measured: Agreement | None, moved: Agreement | None = None, generated: GenerationAgreement | None = None
+) -> Verdict:
+    """The verdict on a graft; by what it generates where that is known, which a small divergence does not promise."""
     if measured is None:
         return Verdict(level=None, text="not measured: give --text to compare the graft with its teacher")
-    level, _, text = next(entry for entry in LEVELS if measured.agreement >= entry[1] or entry[0] == "none")
-    return Verdict(level=level, text=text, measured=measured, moved=moved)
+    agreement = measured.agreement if generated is None else generated.agreement
+    level, _, text = next(entry for entry in LEVELS if agreement >= entry[1] or entry[0] == "none")
+    return Verdict(level=level, text=text, measured=measured, moved=moved, generated=generated)
+
+
+def compare_answers(given: Sequence[Answer], teacher: Sequence[Answer], bare: Sequence[Answer]) -> GenerationAgreement:
+    """Agreement of a graft's answers with the teacher's, beside that of the student without the module."""
+    exact, f1 = _same(given, teacher), _word_f1(given, teacher)
+    own_exact, own_f1 = _same(bare, teacher), _word_f1(bare, teacher)
+    corrected = (f1 - own_f1) / (1 - own_f1) if own_f1 < 1 else float(f1 == 1)
+    return GenerationAgreement(
+        agreement=corrected, exact=exact, token_f1=f1, bare_exact=own_exact, bare_token_f1=own_f1, answers=len(given)
+    )
+
+
+def _same(given: Sequence[Answer], wanted: Sequence[Answer]) -> float:
+    pairs = zip(given, wanted, strict=True)
+    return sum(first.text.split() == second.text.split() for first, second in pairs) / max(1, len(given))
+
+
+def _word_f1(given: Sequence[Answer], wanted: Sequence[Answer]) -> float:
+    """Mean F1 of the words, and of the marks between them, of each answer."""
+    total = 0.0
+    for first, second in zip(given, wanted, strict=True):
+        words, others = (Counter(_WORD.findall(answer.text)) for answer in (first, second))
+        both = words.total() + others.total()
+        total += 2 * (words & others).total() / both if both else 1.0
+    return total / max(1, len(given))
 
 
 def compare(given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None) -> Agreement:

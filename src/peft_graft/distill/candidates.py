@@ -16,9 +16,10 @@ from peft_graft.checkpoints.heads import head_form
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
 from peft_graft.distill.agreement import Agreement
+from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.fit_head import features, fit_head
 from peft_graft.distill.fit_layers import fit_modules
-from peft_graft.distill.teacher import FIT, Distillation
+from peft_graft.distill.teacher import FIT, TextDistillation
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
@@ -124,6 +125,7 @@ class Candidate:
             checkpoint: what the attached model holds, with a head.
         """
         distillation, attached = self.learning
+        assert isinstance(distillation, TextDistillation)  # nothing else has a head
         assert checkpoint.head is not None
         student = distillation.models.student
         read, wanted = features(attached, student, distillation.train.part(0, FIT), checkpoint.head.reads)
@@ -168,10 +170,13 @@ class CandidateBuilder:
         with self.run.stage("projecting"):
             modules, sites = project_modules(self.checkpoint, self.plan, alignment, method, self.vocabularies)
             head, record = project_head(self.checkpoint, self.plan, alignment, self.models.student.architecture)
+        if method.moves_nothing:
+            seeds = enumerate(sorted(modules, key=str))
+            modules = {site: modules[site].untrained(seed) for seed, site in seeds}
         moved = replace(self.checkpoint, modules=modules, head=head)
         attached: AttachedModel | None = None
         if method.fits_layers:
-            assert self.distillation is not None  # the plan has refused it without
+            assert isinstance(self.distillation, TextDistillation)  # the plan has refused it without
             with self.run.stage("fitting layers"):
                 moved, attached = fit_modules(moved, self.plan, self.distillation, self.run)
             sites = _refitted_records(sites, self.checkpoint, moved.modules)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,16 +17,15 @@ from torch import Tensor
 
 from peft_graft.checkpoints.attach import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.distill.targets import Targets, distillation_loss, student_answers
+from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.training import length_batches
-from peft_graft.models.loading import ModelHandle
 from peft_graft.modules.base import Part
 
 _BATCHES = 16
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 4
 
 
-def gradient_start(attached: AttachedModel, student: ModelHandle, targets: Targets) -> RawCheckpoint:
+def gradient_start(attached: AttachedModel, distillation: Distillation) -> RawCheckpoint:
     """The attached checkpoint with modules that read the directions that the gradient points out.
 
     LoRA: A [r, d_in] has the first r right singular vectors of the gradient as rows. Bottleneck adapters: the same for
@@ -33,18 +33,16 @@ def gradient_start(attached: AttachedModel, student: ModelHandle, targets: Targe
 
     Args:
         attached: with trainable modules that change nothing yet; their gradient is taken without dropout.
-        student: for its tokenizer. targets: what the loss compares with.
+        distillation: gives the loss.
     """
     raw = attached.checkpoint
     sums: dict[str, Tensor] = {}
     hooks = [attached.module_at(path).register_forward_hook(_gather(sums, path)) for path in raw.parts]
     attached.model.eval()
     try:
-        for number, rows in enumerate(length_batches(targets.lengths, seed=0)):
-            if number == _BATCHES:
-                break
-            given = student_answers(attached, student, targets, rows).float()
-            distillation_loss(given, targets, rows).backward()  # type: ignore[no-untyped-call]
+        batches = length_batches(distillation.lengths, distillation.batch_size, seed=0)
+        for rows in islice(batches, _BATCHES):
+            distillation.loss(attached, rows).backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,14 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.distill.agreement import EXACT, judge
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.choose import Outcome
 from peft_graft.distill.gradient_start import gradient_start, reads_the_gradient
-from peft_graft.distill.targets import distillation_loss, student_answers
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop
 from peft_graft.run import Run
 
@@ -22,7 +20,7 @@ from peft_graft.run import Run
 #: points.
 STARTS = ("moved", "gradient")
 #: Learning rates to choose from, and the share of the steps that one trial takes (one part in ``PILOT``).
-RATES, PILOT = (3e-3, 1e-2), 20
+RATES, PROMPT_RATES, PILOT = (3e-3, 1e-2), (2e-3, 5e-3), 20
 _STAGE = "polishing"
 _WEIGHT_DECAY = 0.01
 
@@ -33,6 +31,7 @@ class PolishSettings(BaseModel):
     Attributes:
         steps: batches. batch_size: samples in one. learning_rate: of the module, at its height.
         head_rate: the head's learning rate over the module's; a fitted head, full matrices, needs care.
+        rates: that are tried for it.
         evaluations: points of the held-out curve, the start not counted. seed: of the order and of dropout.
     """
 
@@ -40,6 +39,7 @@ class PolishSettings(BaseModel):
     steps: int
     batch_size: int = 32
     learning_rate: float = 3e-3
+    rates: tuple[float, ...] = RATES
     head_rate: float = 0.1
     evaluations: int = 6
     seed: int = 0
@@ -121,7 +121,7 @@ def polish(
         settings=course.settings.model_copy(update={"learning_rate": rate}),
         start=start,
         pilots={f"{name} {each:g}": point for (name, each), point in course.tried.items()},
-        samples=len(candidate.learning[0].train),
+        samples=len(candidate.learning[0].lengths),
         curve=curve,
     )
     if not better:
@@ -149,11 +149,7 @@ def train_polish(
         The curve; its first point is the graft before the training.
     """
     distillation, attached = candidate.learning
-    student, train = distillation.models.student, distillation.train
     last = settings.steps if until is None else min(until, settings.steps)
-
-    def loss(rows: list[int]) -> Tensor:
-        return distillation_loss(student_answers(attached, student, train, rows).float(), train, rows)
 
     def evaluate(step: int) -> Point:
         found = candidate.measure()
@@ -162,9 +158,16 @@ def train_polish(
         return Point(step, found.divergence, {"agreement": found.agreement}, keep=keep)
 
     loop = TrainingLoop(
-        attached.model, train.lengths, loss, settings.schedule(), evaluate, evaluate_start=True, store=store,
-        identity=identity, on_step=lambda step, _: run.progress(_STAGE, step, last),
-    )  # fmt: skip
+        attached.model,
+        distillation.lengths,
+        lambda rows: distillation.loss(attached, rows),
+        settings.schedule(),
+        evaluate,
+        evaluate_start=True,
+        store=store,
+        identity=identity,
+        on_step=lambda step, _: run.progress(_STAGE, step, last),
+    )
     return [
         CurvePoint(step=point.step, agreement=point.values["agreement"], divergence=point.cost)
         for point in loop.run(until)
@@ -193,20 +196,20 @@ class _Course:
 
     def __post_init__(self) -> None:
         self.pilot = self.asked.steps // PILOT
-        arms = (len(self.starts) + len(RATES) - 2) if self.pilot else 0
+        arms = (len(self.starts) + len(self.asked.rates) - 2) if self.pilot else 0
         self.settings = self.asked.model_copy(update={"steps": self.asked.steps - arms * self.pilot})
         self._checkpoints = {"moved": self.outcome.candidate.checkpoint}
         self._stores: dict[str, StateStore] = {}
 
     def choose(self) -> tuple[str, float]:
         """The start and the rate that came furthest in a trial."""
-        start, rate = self.starts[0], RATES[0]
+        start, rate = self.starts[0], self.asked.rates[0]
         if not self.pilot:
             return start, rate
         for each in self.starts:
             self._try(each, rate)
         start, _ = self._best()
-        for other in RATES[1:]:
+        for other in self.asked.rates[1:]:
             self._try(start, other)
         return self._best()
 
@@ -241,4 +244,4 @@ class _Course:
             start, _ = candidate.fit_head(start)
             candidate.put(start)
         _, attached = candidate.learning
-        return candidate.read_back(gradient_start(attached, distillation.models.student, distillation.train))
+        return candidate.read_back(gradient_start(attached, distillation))

@@ -14,10 +14,11 @@ from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span, pair_tokens
 from peft_graft.checkpoints.attach import AttachedModel, attach, library_version
-from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement, measure
-from peft_graft.distill.targets import Encoded, Kind, Targets, kind_of, pooled
+from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.targets import Encoded, Kind, Targets, distillation_loss, kind_of, pooled, student_answers
 from peft_graft.distill.training import length_batches
 from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
@@ -43,28 +44,27 @@ _STAGE = "asking the teacher"
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """What a graft learns from and is judged by: the teacher's answers to unlabelled text.
+class TextDistillation(Distillation):
+    """The teacher's classes, or hidden states, on unlabelled text.
 
     Attributes:
-        models: teacher and student. teacher: the teacher with its module inside.
         samples: the text of ``train``.
         train: to be learned from. held_out: to be judged by; nothing is ever fitted or trained on it.
-        labels: names of the classes, empty without a head. bf16: forward passes in mixed precision.
     """
 
-    models: ModelPair
-    teacher: AttachedModel
     samples: Sequence[Sample]
     train: Targets
     held_out: Targets
-    labels: tuple[str, ...]
-    bf16: bool
 
-    def attach(self, checkpoint: PeftCheckpoint) -> AttachedModel:
-        """The student with a checkpoint inside, ready to be measured and trained."""
-        raw = checkpoint_of_student(checkpoint, self.models.student)
-        return attach(raw, self.models.student, self.labels, trainable=True, bf16=self.bf16)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample that can be learned from, as the student reads it."""
+        return self.train.lengths
+
+    def loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
+        """``targets.distillation_loss`` on some of the samples."""
+        given = student_answers(attached, self.models.student, self.train, rows).float()
+        return distillation_loss(given, self.train, rows)
 
     def measure(self, attached: AttachedModel) -> Agreement:
         """How the student with a module agrees with the teacher on the held-out text."""
@@ -80,7 +80,7 @@ def ask_teacher(
     train: int,
     shift_map: SpaceMap | None = None,
     bf16: bool = False,
-) -> Distillation:
+) -> TextDistillation:
     """Ask the teacher about a text.
 
     Args:
@@ -99,7 +99,9 @@ def ask_teacher(
         teacher = attach(checkpoint.raw, models.teacher, labels, bf16=bf16)
         write = (lambda shift: shift_map.apply(shift, 1, "write")) if shift_map else None
         found = _targets(models, teacher, chosen, kind_of(checkpoint.head), write, run)
-    return Distillation(models, teacher, chosen[judging:], found.part(judging), found.part(0, judging), labels, bf16)
+    return TextDistillation(
+        models, teacher, labels, bf16, chosen[judging:], found.part(judging), found.part(0, judging)
+    )
 
 
 def can_ask(config: GraftConfig, library: str, samples: int) -> tuple[bool, list[str]]:

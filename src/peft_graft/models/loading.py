@@ -106,7 +106,8 @@ class ModelHandle:
         name: as the user gave it. base: the bare model, in evaluation mode.
         architecture: its layers, roles and sizes. tokenizer: a fast one, None when no text is needed.
         missing: base tensors that the checkpoint lacked and that transformers initialised at random.
-        output: [V, d], the output layer's weight, where the model was given as a language model.
+        output, output_bias: [V, d] and [V], the output layer's weight and bias, where the model was given as a language
+            model, or once they have been asked for.
         loading: how it was loaded by its name.
     """
 
@@ -116,6 +117,7 @@ class ModelHandle:
     tokenizer: PreTrainedTokenizerBase | None = None
     missing: frozenset[str] = field(default_factory=frozenset)
     output: Tensor | None = field(default=None, repr=False)
+    output_bias: Tensor | None = field(default=None, repr=False)
     loading: Loading = DEFAULT_LOADING
 
     @cached_property
@@ -169,8 +171,10 @@ class ModelHandle:
         else:
             options = {**self.loading.source, **self.loading.weights, "dtype": self.base.dtype}
             with _explained(self.name, "output layer"):
-                weight = transformers.AutoModelForCausalLM.from_pretrained(self.name, **options)
-            weight = weight.get_output_embeddings().weight
+                model = transformers.AutoModelForCausalLM.from_pretrained(self.name, **options)
+            layer = model.get_output_embeddings()
+            weight = layer.weight
+            self.output_bias = layer.bias.detach() if getattr(layer, "bias", None) is not None else None
         assert isinstance(weight, Tensor)
         return weight.detach()
 
@@ -355,7 +359,9 @@ def wrap_model(
     if tokenizer is None and find_tokenizer and base.config.name_or_path:
         tokenizer = load_tokenizer(base.config.name_or_path, role=role)
     found = ModelHandle(name, base.eval(), architecture, tokenizer)
-    found.output = output.weight.detach() if output is not None else None
+    if output is not None:
+        found.output = output.weight.detach()
+        found.output_bias = output.bias.detach() if getattr(output, "bias", None) is not None else None
     return found
 
 

@@ -234,6 +234,10 @@ class Module(ABC):
         own = {name: values[base] for name, base in self.RELATIVE_TO.items() if name in values}
         return self.with_values({**values, **zero, **own})
 
+    def untrained(self, seed: int) -> Self:
+        """A module of this form as training begins with it: it changes nothing."""
+        return self.neutral()
+
     @property
     def differs_from_base(self) -> bool:
         """Whether a value that is relative to the base model is another than the base model's own."""

@@ -81,6 +81,14 @@ class LoraModule(Module):
     RELATIVE_TO: ClassVar = {"magnitude": "row_norm", "base_bias": "base_bias_was"}
     scaling: float = 1.0
 
+    def untrained(self, seed: int) -> Self:
+        """B = 0, and A as peft draws it: uniform within 1 / sqrt(d_in)."""
+        found = self.neutral()
+        reading = found.values["A"]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (2 * torch.rand(reading.shape, generator=generator) - 1) / reading.shape[1] ** 0.5
+        return found.with_values({**found.values, "A": drawn.to(reading.dtype)})
+
     @property
     def width(self) -> int:
         """The rank r."""

@@ -10,7 +10,7 @@ from peft_graft.alignment.methods import METHODS
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import AUTO, GraftConfig
-from peft_graft.errors import AlignmentError, HeadError, TextError
+from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import POOLED_OUT, Space
 from peft_graft.models.task_models import own_labels
@@ -73,12 +73,18 @@ def check_head_fit(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
         )
 
 
-def check_method(raw: RawCheckpoint, config: GraftConfig) -> None:
-    """Refuse a method that fits layers for modules other than LoRA.
+def check_method(raw: RawCheckpoint, config: GraftConfig, *, has_prompts: bool = False) -> None:
+    """Refuse a method that fits layers for modules other than LoRA, and to prompts.
 
     Raises:
-        AlignmentError: the module is of another kind.
+        AlignmentError: the module is of another kind. PlanError: the text is prompts.
     """
+    if config.method != AUTO and METHODS[config.method].fits_layers and has_prompts:
+        raise PlanError(
+            "functional grafting fits layers on plain text, and this is prompts",
+            where="--method functional",
+            fix="leave --method out, or give plain text",
+        )
     if config.method != AUTO and METHODS[config.method].fits_layers and raw.kind != "lora":
         raise AlignmentError(
             "functional grafting fits the updates of linear layers",

@@ -7,7 +7,7 @@ from typing import Final
 
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method, automatic_methods
-from peft_graft.config import AUTO, GraftConfig
+from peft_graft.config import AUTO, FRESH, GraftConfig
 from peft_graft.errors import AlignmentError
 from peft_graft.planning.sites import SitePlans
 
@@ -30,7 +30,13 @@ def method_of_spaces(config: GraftConfig, given: Alignment | None) -> Method:
 
 
 def choose_methods(
-    config: GraftConfig, sites: SitePlans, given: Alignment | None, *, has_text: bool, similarity: float | None
+    config: GraftConfig,
+    sites: SitePlans,
+    given: Alignment | None,
+    *,
+    has_text: bool,
+    similarity: float | None,
+    has_prompts: bool = False,
 ) -> MethodChoice:
     """The methods to try.
 
@@ -38,6 +44,7 @@ def choose_methods(
         given: an alignment that the user made before. has_text: whether candidates can be compared on text.
         similarity: mean cosine of the two models' word embeddings, row by row (``loading.embedding_similarity``), None
             where they differ in shape, or where the choice does not depend on it.
+        has_prompts: whether the polish learns from the teacher's answers to prompts.
 
     Raises:
         AlignmentError: the given alignment was made with another method than the one asked for.
@@ -49,11 +56,15 @@ def choose_methods(
     first, reason = _without_text(sites, similarity)
     if not has_text:
         return MethodChoice((first,), reason)
+    if has_prompts:
+        return _with_prompts(sites, first, reason)
     tried = [method for method in automatic_methods() if method.needs_text or method is first]
     return MethodChoice(tuple(tried), reason)
 
 
-def expected_methods(config: GraftConfig, sites: SitePlans, given: Alignment | None) -> list[Method]:
+def expected_methods(
+    config: GraftConfig, sites: SitePlans, given: Alignment | None, *, has_prompts: bool = False
+) -> list[Method]:
     """What may be tried, as far as shapes tell.
 
     Raises:
@@ -63,6 +74,8 @@ def expected_methods(config: GraftConfig, sites: SitePlans, given: Alignment | N
         return list(_of_alignment(config, given).methods)
     if config.method != AUTO:
         return [METHODS[config.method]]
+    if has_prompts:
+        return [METHODS[name] for name in (("copy", "prune-align", FRESH) if same_sizes(sites) else (FRESH,))]
     return [method for method in automatic_methods() if method.needs_text or same_sizes(sites)]
 
 
@@ -84,6 +97,17 @@ def _of_alignment(config: GraftConfig, given: Alignment) -> MethodChoice:
             fix="leave --method out, or align again",
         )
     return MethodChoice((wanted,), "asked for")
+
+
+def _with_prompts(sites: SitePlans, first: Method, reason: str) -> MethodChoice:
+    """What is worth trying beside an untrained module, where the teacher's answers to prompts are learned.
+
+    Between models of unlike sizes weights carry over next to nothing (docs/results/decoders.md), and an alignment takes
+    the time of many steps.
+    """
+    if same_sizes(sites):
+        return MethodChoice((first, METHODS[FRESH]), reason)
+    return MethodChoice((METHODS[FRESH],), f"{reason}, and learning from the teacher's answers does better from afresh")
 
 
 def _without_text(sites: SitePlans, similarity: float | None) -> tuple[Method, str]:

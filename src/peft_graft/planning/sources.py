@@ -20,6 +20,7 @@ from peft_graft.models.loading import (
     ModelHandle,
     ModelPair,
     blank_handle,
+    check_tokenizer,
     load_config,
     load_model,
     load_tokenizer,
@@ -157,6 +158,27 @@ class ModelSources:
             for model, tokenizer, role in self._sides
         )
         return ModelPair(first, second)
+
+    def tokenizer_pair(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+        """Both tokenizers, before any weights.
+
+        Raises:
+            ModelError: there is none, or a slow one.
+        """
+        first, second = (self._tokenizer(*side) for side in self._sides)
+        return first, second
+
+    def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
+        if given is not None:
+            return check_tokenizer(given, "", role)
+        if isinstance(model, nn.Module):
+            name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+            if not name:
+                raise ModelError(
+                    "the model came without its tokenizer", where=role, fix="pass tokenizers=(teacher's, student's)"
+                )
+            return load_tokenizer(name, role=role)
+        return load_tokenizer(str(model), loading_of(self.config, role), role=role)
 
     @property
     def _sides(self) -> list[tuple[ModelLike, PreTrainedTokenizerBase | None, str]]:

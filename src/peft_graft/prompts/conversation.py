@@ -205,7 +205,7 @@ def _message(value: Any, where: str) -> Message:
             found=", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__,
         )
     role = value[keys[0]]
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise TextError("unknown role", where=where, expected=f"one of {', '.join(_ROLES)}", found=role)
     return Message(_ROLES[role], _content(value[keys[1]], where))
 

@@ -65,8 +65,10 @@ def pair_completions(teacher: Completion, student: Completion) -> CompletionPair
     """The strict positions of one answer; without the bytes of both sides only the ends of the turn are."""
     strict, groups = list[tuple[int, int]](), 0
     if teacher.spans is not None and student.spans is not None:
-        ends = [[end for _, end in spans] for spans in (teacher.spans, student.spans)]
-        for first, last in _groups(*ends):
+        ends, others = ([end for _, end in spans] for spans in (teacher.spans, student.spans))
+        if ends and others and ends[-1] != others[-1]:
+            raise ValueError(f"tokens of two answers, of {ends[-1]} and {others[-1]} bytes")
+        for first, last in _groups(ends, others):
             groups += 1
             # A space before the answer on one side only makes the first tokens other ones in a shared vocabulary.
             unlike = groups == 1 and teacher.prefixed != student.prefixed

@@ -151,6 +151,7 @@ class Template:
 
         Raises:
             ModelError: there is none.
+            TextError: the chat template refuses a question and its answer.
         """
         found = self._end_of_turn() if self.format is None else None
         found = self.tokenizer.eos_token_id if found is None else found

@@ -28,6 +28,7 @@ class Method:
         automatic: whether ``auto`` tries it.
         fits_layers: the maps carry the head alone; the modules are fitted so that the student's layers move as the
             teacher's do (``distill.fit_layers``).
+        moves_nothing: the modules begin as untrained ones, and the maps only say how large they are.
         writes_through_input: LoRA's output rows are mapped with the map of its input space (published shortcut).
     """
 
@@ -37,6 +38,7 @@ class Method:
     holds_out: bool = False
     automatic: bool = False
     fits_layers: bool = False
+    moves_nothing: bool = False
     writes_through_input: bool = False
 
     @property

@@ -1,0 +1,382 @@
+"""Putting prompts to the teacher, and making of its answers what the student learns from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peft_graft.alignment.text import KNOWN_COLUMNS, Sample, TextLike
+from peft_graft.checkpoints.attach import AttachedModel, attach, library_version
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.config import GraftConfig
+from peft_graft.distill.completions import BATCH, PromptDistillation, PromptRecord, Templates, last_states
+from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
+from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest, text_loss
+from peft_graft.distill.training import length_batches
+from peft_graft.errors import DependencyError, TextError
+from peft_graft.models.loading import ModelHandle, ModelPair
+from peft_graft.models.output import OutputLayer, language_model
+from peft_graft.models.tasks import Task
+from peft_graft.planning.sources import ModelSources
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.pairing import PairingShares, pair_completions
+from peft_graft.prompts.read import PromptLike, PromptSource
+from peft_graft.prompts.template import Completion, Template
+from peft_graft.prompts.token_bytes import shared_tokens, token_bytes
+from peft_graft.run import Run
+
+#: Prompts that judge, at most and at least, and their share of a short list.
+HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 100, 8, 5
+#: Tokens beside the shared ones that a student of a larger vocabulary is watched for: the likeliest by its own answer.
+_OTHERS, _ASKED_FOR_OTHERS = 4096, 64
+#: Nats a token by which the module must change the teacher's answers, to be worth moving on these prompts.
+_LEAST_CHANGE = 1e-3
+#: Length limits beyond this stand for none.
+_NO_LIMIT = 1 << 20
+#: What ``--student-format`` takes for the chat template.
+_CHAT = "chat"
+_STAGE = "asking the teacher"
+
+
+def prompts_of(text: TextLike | PromptLike | None, raw: RawCheckpoint, config: GraftConfig) -> PromptSource | None:
+    """The text as prompts, where the module is a language model's and it is no plain text; else None.
+
+    Raises:
+        TextError: the text cannot be read.
+    """
+    if text is None or raw.task is not Task.CAUSAL_LM or config.columns in KNOWN_COLUMNS:
+        return None
+    return PromptSource.of(text, config.columns, config.seed)
+
+
+def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, library: str) -> Asking:
+    """How prompts are put to the models; tokenizers are loaded, and no weights.
+
+    Args:
+        library: of the module. shapes: of the models that ``sources`` name.
+
+    Raises:
+        DependencyError: the module's library is not installed. ModelError: a tokenizer cannot be loaded, or reads no
+            prompts. PlanError: a format has no place for the prompt.
+    """
+    if library_version(library) is None:
+        raise DependencyError(
+            f"{library} is not installed, so the teacher cannot be asked", where="--text",
+            fix="pip install 'peft-graft[adapters]'",
+        )  # fmt: skip
+    teacher, student = sources.tokenizer_pair()
+    own = config.format if config.student_format is None else config.student_format
+    templates = Templates(
+        Template.of(teacher, format=config.format, name=shapes.teacher.name, role="teacher", system=config.system,
+            args=config.template_args),
+        Template.of(
+            student, format=None if own == _CHAT else own, name=shapes.student.name,
+            option="--format" if config.format else "--student-format",
+            system=config.system, args=config.template_args,
+        ),
+    )  # fmt: skip
+    return Asking(
+        templates, Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed), config.max_length,
+        config.labels == "use", config.max_prompts, config.dtype == "bfloat16",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How prompts are put to the teacher.
+
+    Attributes:
+        templates, sampling: see ``PromptDistillation``. max_length: tokens of prompt and answer, None for the models'.
+        use_given: whether answers that came with the prompts are learned in place of the teacher's.
+        train: prompts to learn from at most.
+        bf16: forward passes in mixed precision.
+    """
+
+    templates: Templates
+    sampling: Sampling
+    max_length: int | None = None
+    use_given: bool = False
+    train: int = 2000
+    bf16: bool = False
+
+    def ask(  # what is asked of whom; the rest tells records and stores apart
+        self,
+        checkpoint: PeftCheckpoint,
+        models: ModelPair,
+        prompts: Sequence[Prompt],
+        run: Run,
+        *,
+        key: str = "",
+        duplicates: int = 0,
+    ) -> PromptDistillation:
+        """Let the teacher answer, and prepare what the student learns from that.
+
+        Args:
+            checkpoint: the teacher's module. prompts: the first judge, the next are learned from.
+            key: of the teacher, its module and the prompts; names the file that answers are kept in (``run.work``).
+            duplicates: prompts that were left out before.
+
+        Raises:
+            TextError: too few prompts, all too long, answers that teach nothing, or a module that changes nothing.
+            PairingError: the tokenizers share no token.
+        """
+        with run.stage(_STAGE):
+            fitting = self.check(prompts, models)
+            too_long = len(prompts) - len(fitting)
+            judging = held_out_size(len(fitting))
+            chosen = fitting[: judging + self.train]
+            teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
+            answers = self._answers(teacher, chosen, judging, run, key)
+            _check_answers(answers, self.sampling.max_new_tokens)
+            work = _Targets(self, models, teacher, chosen, answers, judging)
+            train, held_out, columns, shares, effect = work.made(run)
+        with run.stage("asking the student"):
+            student = language_model(models.student, bf16=self.bf16)
+            bare_answers = generate_answers(
+                student.model, self.templates.student, chosen[:judging], self.sampling, bf16=student.bf16,
+                store=AnswerStore(run.work, "student-answers", key) if run.work and key else None,
+                progress=lambda done, total: run.progress("asking the student", done, total),
+            )  # fmt: skip
+        record = PromptRecord(
+            prompts=len(train), held_out=len(held_out), too_long=too_long, duplicates=duplicates,
+            cut=sum(not answer.ended for answer in answers), empty=sum(not answer.text.strip() for answer in answers),
+            given=sum(prompt.answer is not None for prompt in chosen[judging:]) if self.use_given else 0,
+            answer_tokens=sum(len(row) - start for row, start in zip(train.inputs, train.starts, strict=True)),
+            shared_tokens=columns.shared, strict_share=shares.share, strict_digits=shares.digit_share,
+            module_effect=effect,
+        )  # fmt: skip
+        samples = [Sample(f"{prompt.text}\n{answer.text}") for prompt, answer in zip(chosen, answers, strict=True)]
+        found = PromptDistillation(
+            models, teacher, (), self.bf16, self.templates, self.sampling, columns, train, held_out, 1.0,
+            chosen[:judging], answers[:judging], bare_answers, samples[judging:], record,
+        )  # fmt: skip
+        return replace(found, bare=found.divergence_of(student, held_out))
+
+    def check(self, prompts: Sequence[Prompt], models: ModelPair) -> list[Prompt]:
+        """The prompts that both models can read with the longest answer; what ``models`` have of weights is not used.
+
+        Raises:
+            TextError: there are too few.
+        """
+        fitting = [prompt for prompt in prompts if self._fits(prompt, models)]
+        check_enough(len(fitting), len(prompts) - len(fitting))
+        return fitting
+
+    def _fits(self, prompt: Prompt, models: ModelPair) -> bool:
+        sides = ((self.templates.teacher, models.teacher), (self.templates.student, models.student))
+        longest = self.sampling.max_new_tokens
+        return all(len(template.ids(prompt)) + longest <= self.limit(model) for template, model in sides)
+
+    def limit(self, model: ModelHandle) -> int:
+        """Tokens that a model reads at most."""
+        config = getattr(model.base.config, "text_config", model.base.config)
+        own = [getattr(config, "max_position_embeddings", None), self.max_length]
+        given = [size for size in own if size and size < _NO_LIMIT]
+        return min(given, default=_NO_LIMIT)
+
+    def _answers(
+        self, teacher: AttachedModel, prompts: Sequence[Prompt], judging: int, run: Run, key: str
+    ) -> list[Answer]:
+        """The teacher's answers; those that are given instead, where they are to be used and do not judge."""
+        given = {
+            number: Answer(prompt.answer, ended=True) for number, prompt in enumerate(prompts)
+            if self.use_given and number >= judging and prompt.answer is not None
+        }  # fmt: skip
+        asked = [number for number in range(len(prompts)) if number not in given]
+        store = AnswerStore(run.work, "teacher-answers", key) if run.work and key else None
+        found = generate_answers(
+            teacher.model, self.templates.teacher, [prompts[number] for number in asked], self.sampling,
+            bf16=teacher.bf16, store=store, progress=lambda done, total: run.progress(_STAGE, done, total),
+        )  # fmt: skip
+        answers = given | dict(zip(asked, found, strict=True))
+        return [answers[number] for number in range(len(prompts))]
+
+
+def held_out_size(prompts: int) -> int:
+    """How many of the prompts judge."""
+    return min(HELD_OUT, prompts // HELD_OUT_SHARE)
+
+
+def check_enough(prompts: int, too_long: int = 0) -> None:
+    """Refuse too few prompts.
+
+    Raises:
+        TextError: there are none but too long ones, or too few.
+    """
+    if too_long and not prompts:
+        raise TextError(
+            "all prompts are longer than the models read, with the answer", where="--text", found=too_long,
+            fix="give shorter prompts, lower --max-new-tokens, or raise --max-length",
+        )  # fmt: skip
+    if held_out_size(prompts) < LEAST_HELD_OUT:
+        raise TextError(
+            "too few prompts to learn from and be judged by", where="--text",
+            expected=f"at least {LEAST_HELD_OUT * HELD_OUT_SHARE}",
+            found=f"{prompts}, and {too_long} that are too long" if too_long else prompts,
+        )  # fmt: skip
+
+
+def _check_answers(answers: Sequence[Answer], longest: int) -> None:
+    """Refuse answers from which nothing can be learned.
+
+    Raises:
+        TextError: all of them are empty, cut, or the same.
+    """
+    where, check = (
+        "the teacher's answers",
+        "check that the prompts are of the module's task, and --format",
+    )
+    if not any(answer.text.strip() for answer in answers):
+        raise TextError(
+            "all of them are empty", where=where,
+            fix=check,
+        )  # fmt: skip
+    if not any(answer.ended for answer in answers):
+        raise TextError(
+            "all of them were cut before the teacher came to an end", where=where, expected="an end",
+            found=f"{longest} tokens and more", fix="raise --max-new-tokens, or check --format",
+        )  # fmt: skip
+    commonest, count = Counter(answer.text for answer in answers).most_common(1)[0]
+    if count == len(answers):
+        raise TextError(
+            "all of them are the same", where=where, found=repr(commonest[:80]),
+            fix=check,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Makes the student's targets of the teacher's answers."""
+
+    asking: Asking
+    models: ModelPair
+    teacher: AttachedModel
+    prompts: Sequence[Prompt]
+    answers: Sequence[Answer]
+    judging: int
+
+    def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
+        """Of what is learned from and of what judges, the columns, shares of pairs, and the module's effect."""
+        templates = self.asking.templates
+        sides = [self._encoded(template) for template in (templates.teacher, templates.student)]
+        pairs = [pair_completions(*both) for both in zip(*sides, strict=True)]
+        shares = PairingShares()
+        for pair, student, answer in zip(pairs, sides[1], self.answers, strict=True):
+            shares.add(pair, student, answer.text)
+        columns = self._columns(sides[1], [pair.student for pair in pairs])
+        top, log_p, effect = self._teacher_says(sides[0], [pair.teacher for pair in pairs], columns, run)
+        index = columns.index()
+        text = [self._text(number, side, pairs[number].student, index) for number, side in enumerate(sides[1])]
+        targets = CompletionTargets(
+            [side.ids for side in sides[1]], [side.start for side in sides[1]],
+            [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs], top, log_p, text,
+        )  # fmt: skip
+        if effect < _LEAST_CHANGE:
+            raise TextError(
+                "the module makes the teacher's answers no likelier, so nothing of it can be seen on these prompts",
+                where="--text", expected=f"at least {_LEAST_CHANGE} nats a token", found=f"{effect:.5f}",
+                fix="give prompts of the task that the module was trained for, in the format that it was trained with",
+            )  # fmt: skip
+        rows = range(len(targets))
+        return targets.part(rows[self.judging :]), targets.part(rows[: self.judging]), columns, shares, effect
+
+    def _encoded(self, template: Template) -> list[Completion]:
+        return [
+            template.encode(prompt, answer.text, ended=answer.ended)
+            for prompt, answer in zip(self.prompts, self.answers, strict=True)
+        ]
+
+    def _text(self, number: int, side: Completion, strict: Sequence[int], index: Tensor) -> Tensor:
+        """Positions whose text is learned: those that are not strict; all of an answer that was given."""
+        given = self.asking.use_given and number >= self.judging and self.prompts[number].answer is not None
+        known = set() if given else set(strict)
+        rows = [
+            (place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known
+        ]  # fmt: skip
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+    def _columns(self, students: Sequence[Completion], strict: Sequence[Sequence[int]]) -> Columns:
+        """Shared tokens and the ends of turns, then tokens of the answers' text, then what else the student may say."""
+        templates = self.asking.templates
+        bytes_t, bytes_s = token_bytes(templates.teacher.tokenizer), token_bytes(templates.student.tokenizer)
+        first, second = shared_tokens(bytes_t, bytes_s)
+        first = torch.cat([first, torch.tensor([templates.teacher.end])])
+        second = torch.cat([second, torch.tensor([templates.student.end])])
+        size = len(bytes_s)
+        known = torch.zeros(size, dtype=torch.bool)
+        known[second] = True
+        wanted = torch.tensor(sorted({token for side in students for token in side.ids[side.start :]}))
+        more = wanted[~known[wanted]]
+        known[more] = True
+        if 2 * int(known.sum()) < size:
+            likely = self._likely(students, known)
+            more = torch.cat([more, likely])
+        else:
+            more = torch.cat([more, (~known).nonzero().flatten()])
+        return Columns(VocabularyPart(torch.cat([second, more]), size), VocabularyPart(first, len(bytes_t)))
+
+    def _likely(self, students: Sequence[Completion], known: Tensor) -> Tensor:
+        """Tokens that the bare student thinks likeliest in these answers, among those that are not known yet."""
+        student = language_model(self.models.student, bf16=self.asking.bf16)
+        output, total = OutputLayer.of(student.model), torch.zeros(len(known))
+        asked = students[self.judging :][:_ASKED_FOR_OTHERS]
+        with torch.inference_mode():
+            for rows in length_batches([len(side.ids) for side in asked], BATCH):
+                states = last_states(student, self.asking.templates.student, [asked[row].ids for row in rows])
+                for index, row in enumerate(rows):
+                    side = asked[row]
+                    logits = output.logits(states[index, side.start - 1 : len(side.ids) - 1])[:, : len(known)]
+                    total += logits.softmax(-1).sum(0).cpu()
+        total[known] = -1.0
+        return total.topk(min(_OTHERS, int((~known).sum()))).indices
+
+    def _teacher_says(
+        self, sides: Sequence[Completion], strict: Sequence[Sequence[int]], columns: Columns, run: Run
+    ) -> tuple[list[Tensor], list[Tensor], float]:
+        """Columns and log-probabilities of its likeliest tokens at strict positions, and the module's effect."""
+        template, output = self.asking.templates.teacher, OutputLayer.of(self.teacher.model)
+        top: list[Tensor] = [torch.empty(0)] * len(sides)
+        log_p: list[Tensor] = [torch.empty(0)] * len(sides)
+        effect = _Mean()
+        done = 0
+        with torch.inference_mode():
+            for rows in length_batches([len(side.ids) for side in sides], BATCH):
+                inputs = [sides[row].ids for row in rows]
+                states = last_states(self.teacher, template, inputs)
+                judging = [row < self.judging for row in rows]
+                bare = last_states(self.teacher, template, inputs, module=False) if any(judging) else states
+                for index, row in enumerate(rows):
+                    side = sides[row]
+                    said = states[index, side.start - 1 : len(side.ids) - 1]
+                    logits = columns.teacher.logits(output, said[list(strict[row])])
+                    values = likeliest(logits.log_softmax(-1))
+                    top[row], log_p[row] = (value.cpu().clone() for value in values)
+                    if judging[index]:
+                        wanted = torch.tensor(side.ids[side.start :], device=said.device)
+                        without = bare[index, side.start - 1 : len(side.ids) - 1]
+                        with self.teacher.without():
+                            before = text_loss(OutputLayer.of(self.teacher.model).logits(without), wanted)
+                        effect.add(before - text_loss(output.logits(said), wanted))
+                done += len(rows)
+                run.progress(_STAGE, done, len(sides))
+        return top, log_p, effect.value
+
+
+class _Mean:
+    """A mean over values that come in parts."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, values: Tensor) -> None:
+        self.total += float(values.sum())
+        self.count += len(values)
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.count)

@@ -1,0 +1,169 @@
+"""Learning from the teacher's answers to prompts: its text, and its next-token distributions in other tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from peft_graft.alignment.text import Sample
+from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.distill.agreement import Agreement, GenerationAgreement, compare_answers
+from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.generate import Answer, Sampling, generate_answers
+from peft_graft.distill.token_targets import Columns, CompletionTargets, divergence, in_chunks, text_loss
+from peft_graft.distill.training import length_batches
+from peft_graft.models.output import LanguageModel, OutputLayer
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.template import Template
+from peft_graft.run import Run
+
+#: Rows of a forward pass without gradients.
+BATCH = 32
+#: Rows are padded to multiples of this, so that processors do not keep a kernel for every length.
+_MULTIPLE = 8
+
+
+class PromptRecord(BaseModel):
+    """What was asked, and how the answers paired.
+
+    Attributes:
+        prompts: that are learned from. held_out: that judge.
+        too_long: left out, their prompt and the longest answer being longer than a model reads. duplicates: left out.
+        cut: answers that came to no end. empty: answers without text. given: answers that came with the prompts.
+        answer_tokens: of the student, those that are learned from. shared_tokens: in both vocabularies.
+        strict_share: of the answers' positions, those where distributions are compared; ``strict_digits`` of digits.
+        module_effect: by how many nats a token the module makes the teacher's answers likelier.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    prompts: int
+    held_out: int
+    too_long: int
+    duplicates: int
+    cut: int
+    empty: int
+    given: int
+    answer_tokens: int
+    shared_tokens: int
+    strict_share: float
+    strict_digits: float | None
+    module_effect: float
+
+
+@dataclass(frozen=True)
+class Templates:
+    """How each model reads prompts."""
+
+    teacher: Template
+    student: Template
+
+
+@dataclass(frozen=True)
+class PromptDistillation(Distillation):
+    """The teacher's answers to prompts.
+
+    Attributes:
+        templates: how the models read prompts. sampling: how answers are drawn when a graft is judged.
+        columns: the tokens that distributions are taken over.
+        train: to be learned from. held_out: to be judged by. bare: divergence of the student without a module there.
+        asked: the prompts that judge. answers: the teacher's to them. bare_answers: those of the student alone.
+        samples: prompts with their answers, as plain text to align the models on.
+        record: what reports say about all this.
+    """
+
+    templates: Templates
+    sampling: Sampling
+    columns: Columns
+    train: CompletionTargets
+    held_out: CompletionTargets
+    bare: float
+    asked: Sequence[Prompt]
+    answers: Sequence[Answer]
+    bare_answers: Sequence[Answer]
+    samples: Sequence[Sample]
+    record: PromptRecord
+
+    speaks: ClassVar[bool] = True
+    batch_size: ClassVar[int] = 16
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt with its answer, as the student reads it."""
+        return self.train.lengths
+
+    def loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
+        """Nats a position: divergence from the teacher's distributions where they can be compared, else of its text."""
+        strict, text, count = self._losses(attached, self.train.part(rows))
+        return (strict + text) / max(1, count)
+
+    def measure(self, attached: AttachedModel) -> Agreement:
+        """Agreement at the strict positions of the answers that are held out (``Agreement``)."""
+        return agreement_of(self.divergence_of(attached, self.held_out), self.bare, self.held_out.positions)
+
+    def generate(self, attached: AttachedModel, run: Run) -> tuple[list[Answer], GenerationAgreement]:
+        """The student's own answers to the prompts that judge, and how they agree with the teacher's."""
+        found = generate_answers(
+            attached.model, self.templates.student, self.asked, self.sampling, bf16=attached.bf16,
+            progress=lambda done, total: run.progress("asking the graft", done, total),
+        )  # fmt: skip
+        return found, compare_answers(found, self.answers, self.bare_answers)
+
+    def divergence_of(self, attached: AttachedModel | LanguageModel, targets: CompletionTargets) -> float:
+        """Mean divergence at strict positions, nats."""
+        attached.model.eval()
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for rows in length_batches(targets.lengths, BATCH):
+                part = targets.part(rows)
+                total += float(self._losses(attached, part)[0])
+                count += part.positions
+        return total / max(1, count)
+
+    def _losses(
+        self, attached: AttachedModel | LanguageModel, targets: CompletionTargets
+    ) -> tuple[Tensor, Tensor, int]:
+        """Summed losses at strict positions and of text, and how many positions there are."""
+        states = last_states(attached, self.templates.student, targets.inputs)
+        output = OutputLayer.of(attached.model)
+        frozen = output.frozen is not None
+        at = [torch.as_tensor(targets.starts[row]) - 1 for row in range(len(targets))]
+
+        def gathered(places: Sequence[Tensor]) -> Tensor:
+            return torch.cat([states[row, (place + at[row]).to(states.device)] for row, place in enumerate(places)])
+
+        top, log_p = (torch.cat(list(of)).to(states.device) for of in (targets.top, targets.log_p))
+        column = torch.cat([place[:, 1] for place in targets.text]).to(states.device)
+        student, width = self.columns.student, len(self.columns.student.ids)
+        strict = in_chunks(
+            gathered(targets.strict), width,
+            lambda rows, part: divergence(student.logits(output, rows), top[part], log_p[part]), frozen=frozen,
+        )  # fmt: skip
+        text = in_chunks(
+            gathered([place[:, 0] for place in targets.text]), width,
+            lambda rows, part: text_loss(student.logits(output, rows), column[part]), frozen=frozen,
+        )  # fmt: skip
+        return strict, text, len(top) + len(column)
+
+
+def agreement_of(divergence: float, bare: float, positions: int) -> Agreement:
+    """Agreement of next-token distributions: 0 for a student without a module, 1 for one that speaks as the teacher."""
+    return Agreement(
+        agreement=1 - divergence / max(bare, 1e-12), divergence=max(0.0, divergence), answers=positions
+    )  # fmt: skip
+
+
+def last_states(
+    model: AttachedModel | LanguageModel, template: Template, rows: Sequence[Sequence[int]], *, module: bool = True
+) -> Tensor:
+    """Last hidden states [rows, longest row, d], rows padded on the right."""
+    pad = template.tokenizer.pad_token_id if template.tokenizer.pad_token_id is not None else template.end
+    width = max(map(len, rows))
+    width += -width % _MULTIPLE
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    return model.forward({"input_ids": ids, "attention_mask": mask}, module=module)[1]

@@ -1,0 +1,160 @@
+"""Answers of language models to prompts: batched, in groups of like length, kept so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from peft_graft.distill.training import length_batches
+from peft_graft.models.task_models import quiet_libraries
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.template import Template
+
+#: Prompts that are answered at a time.
+BATCH = 48
+#: Prompts are padded to multiples of this, so that processors do not keep a kernel for every length.
+_MULTIPLE = 16
+
+
+class Sampling(BaseModel):
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: an answer that is longer is cut, and counts as not ended.
+        temperature: 0 takes the likeliest token always. top_p: the least set of tokens with this probability.
+        seed: of the draws.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: without special tokens. ended: whether the model ended it, or it was cut.
+    """
+
+    text: str
+    ended: bool
+
+
+class AnswerStore:
+    """Answers in a file, a line of JSON each, added batch by batch.
+
+    Args:
+        folder: where the file is made. name: says whose answers these are.
+        key: what the answers depend on; answers of another key are in another file.
+    """
+
+    def __init__(self, folder: Path, name: str, key: str) -> None:
+        self.path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+
+    def load(self) -> dict[int, Answer]:
+        """The answers so far, by the number of their prompt; a last line that a kill cut off is left out."""
+        found: dict[int, Answer] = {}
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                found[row["prompt"]] = Answer(row["text"], row["ended"])
+        return found
+
+    def add(self, answers: dict[int, Answer]) -> None:
+        """Add answers by the number of their prompt."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            if cut_off:
+                file.write("\n")
+            for number, answer in answers.items():
+                row = {"prompt": number, "text": answer.text, "ended": answer.ended}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def generate_answers(  # the model, what it is asked and how; the rest says where answers are kept and who watches
+    model: Any,
+    template: Template,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    batch_size: int = BATCH,
+    store: AnswerStore | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    bf16: bool = False,
+) -> list[Answer]:
+    """What a language model answers to prompts.
+
+    Args:
+        model: a language model of transformers, or one with a module inside, in evaluation mode.
+        template: how it reads prompts.
+        store: answers that are in it are not generated again. progress: told of (answers so far, prompts).
+        bf16: forward passes in mixed precision.
+
+    Returns:
+        An answer to every prompt, in their order.
+    """
+    inputs = [template.ids(prompt) for prompt in prompts]
+    found = store.load() if store else {}
+    left = [number for number in range(len(prompts)) if number not in found]
+    model.eval()
+    for batch in length_batches([len(inputs[number]) for number in left], batch_size):
+        rows = [left[index] for index in batch]
+        texts = _generate(model, template, [inputs[row] for row in rows], sampling, bf16=bf16)
+        answers = dict(zip(rows, texts, strict=True))
+        found |= answers
+        if store:
+            store.add(answers)
+        if progress:
+            progress(len(found), len(prompts))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _generate(
+    model: Any, template: Template, rows: Sequence[Sequence[int]], sampling: Sampling, *, bf16: bool
+) -> list[Answer]:
+    """Answers to one batch of encoded prompts, which are padded on the left."""
+    from transformers import GenerationConfig
+
+    tokenizer, stops = template.tokenizer, list(template.stops)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    width = max(map(len, rows))
+    width += -width % _MULTIPLE
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=pad, use_cache=True, **drawn
+    )
+    mixed = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    fork = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=fork), torch.inference_mode(), quiet_libraries(), mixed:
+        seed = hashlib.sha256(repr((sampling.seed, rows)).encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:7]))
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return [_answer(template, row.tolist()) for row in output[:, width:]]
+
+
+def _answer(template: Template, ids: Sequence[int]) -> Answer:
+    """The text up to the first token that ends an answer."""
+    end = next((index for index, token in enumerate(ids) if token in template.stops), None)
+    text = template.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(text, end is not None)
