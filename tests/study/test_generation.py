@@ -15,15 +15,20 @@ from datasets import Dataset
 from tokenizers import decoders
 
 import families
+import speech
 import tiny
 from peft_graft.config import Library
 from peft_graft.errors import ModelError, StudyError, TextError
 from peft_graft.prompts.conversation import Message, Prompt
 from peft_graft.study.data import read_prompts, read_task, text_file
+from peft_graft.study.folder import StudyFolder
 from peft_graft.study.generation import answers_of, collate_completions, completion_loss, generation_task, logits_at
+from peft_graft.study.grids import cells_of
 from peft_graft.study.modules import new_module
 from peft_graft.study.ner import IGNORED
-from peft_graft.study.spec import GenerationSpec, paper_study, read_study
+from peft_graft.study.runner import Here, run_study
+from peft_graft.study.spec import FRESH, GenerationSpec, paper_study, read_study
+from peft_graft.study.tables import result_tables
 from peft_graft.study.tasks import sample_of
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score
 
@@ -285,6 +290,39 @@ budgets = [0, 2]
 """
 
 
+MOVING = """
+name = "speech"
+
+[models]
+big = "./big"
+small = "./small"
+
+[tasks.letters]
+kind = "generation"
+train = "./train.jsonl"
+test = "./test.jsonl"
+format = "{prompt} ="
+max_new_tokens = 6
+max_length = 40
+validation_examples = 4
+
+[modules.lora]
+config = { r = 8, lora_alpha = 16, target_modules = "all-linear" }
+
+[training]
+teacher = { learning_rate = 1e-2, epochs = 8, batch_size = 8 }
+
+[[grid]]
+teacher = "big"
+student = "small"
+modules = ["lora"]
+tasks = ["letters"]
+methods = ["fresh"]
+polish = [60]
+budgets = [0]
+"""
+
+
 @pytest.fixture
 def file(model_folder: Path, tmp_path: Path) -> Path:
     rows = [{"prompt": prompt.text, "completion": prompt.answer} for prompt in PROMPTS]
@@ -310,10 +348,12 @@ def test_a_study_of_generation_is_declared_and_read(file: Path) -> None:
     [
         ("tasks.next.metric=macro F1", "tasks.next: generation is not scored by macro F1, but by exact or accuracy or"),
         ("tasks.next.format=Answer", "tasks.next: the format has no place for the prompt; .* found Answer"),
+        ("tasks.next.system=s", "tasks.next: the format has no place for the system; expected {system} in it"),
         ("tasks.next.label=x", "tasks.next.label: Extra inputs"),
         ("tasks.next.kind=writing", "tasks.next: Input tag 'writing'"),
         ("tasks.next.max_length=1", "tasks.next.max_length: Input should be greater"),
         ("modules.lora.library=adapters", "grid 0: next is a task of generation, which takes modules of peft"),
+        ("tasks.next.max_new_tokens=1024", "tasks.next: max_length 1024 leaves a prompt no room beside max_new_tokens"),
         ("grid.0.distil=[true]", "grid 0: next is a task of generation, which takes neither distil nor from_fresh"),
     ],
 )
@@ -323,9 +363,6 @@ def test_what_a_task_of_generation_cannot_be(file: Path, change: str, message: s
 
 
 def test_a_student_of_generation_is_run(file: Path, tmp_path: Path) -> None:
-    from peft_graft.study.grids import cells_of
-    from peft_graft.study.runner import Here, run_study
-
     out = tmp_path / "out"
     study = read_study(file, ["training.student.epochs=1", "training.teacher.epochs=1"])
     cells = cells_of(study, "student-*fresh*")
@@ -337,10 +374,54 @@ def test_a_student_of_generation_is_run(file: Path, tmp_path: Path) -> None:
     assert results[0]["before"] == results[0]["score"] == results[1]["before"]
 
 
+def test_grafts_are_asked_as_the_task_says_and_align_by_themselves(file: Path) -> None:
+    changes = ["methods=['auto', 'fresh', 'procrustes']", "polish=['auto', 0]", "layers=['skip', 'avg']"]
+    task = ["format='{system} {prompt}'", "system='s'", "template_args={ enable_thinking = false }", "max_length=99"]
+    study = read_study(
+        file, [*(f"grid.0.{change}" for change in changes), *(f"tasks.next.{change}" for change in task)]
+    )
+    cells = list(cells_of(study).values())
+    assert {cell.kind for cell in cells} == {"teacher", "graft", "student"}
+    options = {cell.names.start: cell.config.transfer for cell in cells if cell.kind == "graft"}
+    assert list(options) == [
+        "default", "default, polish 0", "fresh/skip, polish 1000", "procrustes/skip", "procrustes/skip, polish 0",
+        "procrustes/avg", "procrustes/avg, polish 0",
+    ]  # fmt: skip
+    for option in options.values():
+        assert (option.format, option.system, option.template_args) == (
+            "{system} {prompt}",
+            "s",
+            {"enable_thinking": False},
+        )
+        assert (option.max_new_tokens, option.max_length) == (4, 99)
+
+
+def test_a_study_of_generation_moves_what_the_teacher_learned(tmp_path: Path) -> None:
+    """Between tokenizers of unlike makes, by prompts in the task's format."""
+    for name, tokenizer in (("big", speech.byte_level(speech.MERGED)), ("small", speech.sentence_piece())):
+        speech.language_model(tmp_path / name, tokenizer, steps=20)
+    words = speech.words(64, length=2)
+    for name, chosen in (("train", words), ("test", words[::3])):
+        speech.prompt_file(tmp_path / f"{name}.jsonl", chosen, ["ab" if word[1] < "e" else "h" for word in chosen])
+    path = tmp_path / "study.toml"
+    path.write_text(MOVING)
+    out, study = tmp_path / "out", read_study(path)
+    assert not run_study(study, out, Here(out)).failed
+    records = {
+        f"{record['kind']} {record['names'].get('start')}": record
+        for record in StudyFolder(out).records(cells_of(study))
+    }
+    start = "fresh/skip, polish 60"
+    assert set(records) == {"teacher None", "student fresh", f"graft {start}", f"student {start}"}
+    assert records[f"graft {start}"]["result"]["method"] == "fresh"
+    scores = [records[name]["result"]["score"] for name in ("teacher None", "student fresh", f"student {start}")]
+    assert min(scores[0], scores[2]) > 0.3 > scores[1]
+    (table,) = result_tables(list(records.values()))
+    assert (table.metric, [row.start for row in table.rows]) == ("exact", ["teacher", FRESH, start])
+
+
 def test_tasks_of_labels_keep_the_ids_of_their_cells() -> None:
     """Published results are found by them."""
-    from peft_graft.study.grids import cells_of
-
     cells = list(cells_of(read_study(paper_study("matching"))))
     assert cells[0] == "teacher-mBERT-adapter-ner-de-5b303a7466"
     assert (

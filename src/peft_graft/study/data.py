@@ -47,7 +47,7 @@ def read_task(
         train, validation = train[:cut], train[cut:]
     train, test = train[: spec.train_examples], read(spec.test)[: spec.test_examples]
     if isinstance(spec, GenerationSpec):
-        options = spec.model_dump(include={"format", "max_new_tokens", "max_length"})
+        options = spec.model_dump(include=set(spec.ASKING))
         return generation_task(name, spec.metric, **options), train, validation, test
     everything = [*train, *validation, *test]
     if spec.labels:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from peft_graft.distill.generate import Sampling, generate_answers
 from peft_graft.errors import TextError
 from peft_graft.metrics import score_answers
 from peft_graft.models.tasks import Task
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("peft_graft")
 #: How the rows of a batch are filled up, by what they hold.
 _FILLING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-_GENERATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class GenerationTask(StudyTask):
 
     Attributes:
         metric: one of ``peft_graft.metrics.METRICS``. labels: none.
-        format: how a prompt is written, with ``{prompt}`` in it; the tokenizer's chat template where None.
+        format, system, template_args: see ``Template``; the tokenizer's chat template is used where there is no format.
         max_new_tokens: of an answer, when it is scored. max_length: tokens of prompt and answer, in training.
     """
 
     format: str | None = None
+    system: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 256
     max_length: int = 1024
 
@@ -48,8 +50,17 @@ class GenerationTask(StudyTask):
 
         Raises:
             ModelError: there is neither a format nor a chat template.
+            PlanError: the format has no place for the prompt or the system message.
         """
-        return Template.of(tokenizer, format=self.format, name=tokenizer.name_or_path, option="format")
+        return Template.of(
+            tokenizer,
+            format=self.format,
+            system=self.system,
+            args=self.template_args,
+            name=tokenizer.name_or_path,
+            role="model",
+            option="format",
+        )
 
     def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
         """Tokens of prompts, answers and ends, labelled from the answer on; not padded.
@@ -152,24 +163,6 @@ def _chosen(values: Tensor, wanted: Tensor) -> Tensor:
 
 
 def answers_of(model: Any, task: GenerationTask, tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """What a model answers to prompts, the likeliest token always; the model is in evaluation mode."""
-    template = task.template(tokenizer)
-    device = next(model.parameters()).device
-    filling = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else template.end
-    found = []
-    for start in range(0, len(prompts), _GENERATION_BATCH):
-        rows = [template.ids(prompt) for prompt in prompts[start : start + _GENERATION_BATCH]]
-        width = max(map(len, rows))
-        ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=task.max_new_tokens,
-            do_sample=False, eos_token_id=list(template.stops), pad_token_id=filling,
-        )  # fmt: skip
-        found += [_text(template, row[width:].tolist()) for row in output]
-    return found
-
-
-def _text(template: Template, ids: Sequence[int]) -> str:
-    end = next((place for place, token in enumerate(ids) if token in template.stops), len(ids))
-    return str(template.tokenizer.decode(ids[:end], skip_special_tokens=True))
+    """What a model answers to prompts, the likeliest token always; the model is left in evaluation mode."""
+    sampling = Sampling(max_new_tokens=task.max_new_tokens)
+    return [answer.text for answer in generate_answers(model, task.template(tokenizer), prompts, sampling)]

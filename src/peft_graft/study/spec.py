@@ -6,11 +6,11 @@ import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from peft_graft.config import AUTO, Dtype, GraftConfig, HeadChoice, Library
+from peft_graft.config import AUTO, POLISH_STEPS, Dtype, GraftConfig, HeadChoice, Library
 from peft_graft.errors import PlanError, StudyError
 from peft_graft.metrics import METRICS as TEXT_METRICS
 from peft_graft.models.tasks import Task
@@ -85,10 +85,13 @@ class GenerationSpec(_Spec):
         columns: names of the columns of prompt and answer, where they are not the usual ones.
         metric: one of ``peft_graft.metrics``.
         format: how a prompt is written, such as ``"Question: {prompt}\\nAnswer:"``; the tokenizer's chat template
-            where it is left out.
+            where it is left out. system: a message for prompts that have none.
+        template_args: for the chat template, such as ``{ enable_thinking = false }``.
         max_new_tokens: of an answer, when it is scored. max_length: tokens of prompt and answer, in training.
     """
 
+    #: What says how prompts are put to a model.
+    ASKING: ClassVar = ("format", "system", "template_args", "max_new_tokens", "max_length")
     kind: Literal["generation"]
     train: str
     validation: str | None = None
@@ -100,6 +103,8 @@ class GenerationSpec(_Spec):
     test_examples: int | None = None
     metric: str = "exact"
     format: str | None = None
+    system: str | None = None
+    template_args: dict[str, Any] = {}
     max_new_tokens: int = Field(256, ge=1)
     max_length: int = Field(1024, ge=2)
 
@@ -108,9 +113,21 @@ class GenerationSpec(_Spec):
         known = [name for name, metric in TEXT_METRICS.items() if metric.more_is_better]
         if self.metric not in known:
             raise ValueError(f"generation is not scored by {self.metric}, but by {' or '.join(known)}")
-        if self.format is not None and "{prompt}" not in self.format:
-            raise ValueError(f"the format has no place for the prompt; expected {{prompt}} in it, found {self.format}")
+        for place in ("prompt", *(["system"] if self.system else [])):
+            if self.format is not None and f"{{{place}}}" not in self.format:
+                message = f"the format has no place for the {place}; expected {{{place}}} in it"
+                raise ValueError(f"{message}, found {self.format}")
+        if self.max_length <= self.max_new_tokens:
+            raise ValueError(f"max_length {self.max_length} leaves a prompt no room beside max_new_tokens")
         return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # which frozen models with dictionaries do not have by themselves
+
+    @property
+    def transfer_options(self) -> dict[str, Any]:
+        """The same for ``transfer``."""
+        return {name: getattr(self, name) or None for name in self.ASKING}
 
 
 SomeTask = Annotated[TaskSpec | GenerationSpec, Field(discriminator="kind")]
@@ -193,7 +210,7 @@ class Grid(_Spec):
         option = GRAFT_OPTIONS[str(info.field_name)]
         for value in values:
             try:
-                GraftConfig.model_validate({option: value})
+                GraftConfig.model_validate({"polish": POLISH_STEPS, option: value})  # without which fresh is refused
             except PlanError as error:
                 raise ValueError(f"{error.message}; expected {error.expected}, found {error.found}") from error
         return values
@@ -257,7 +274,7 @@ class Study(_Spec):
         if any(self.modules[name].library is not Library.PEFT for name in grid.modules):
             raise ValueError(f"{what} takes modules of peft")
         if any(grid.distil) or any(grid.from_fresh):
-            raise ValueError(f"{what} takes neither distil nor from_fresh")
+            raise ValueError(f"{what} takes neither distil nor from_fresh, but the method fresh")
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
