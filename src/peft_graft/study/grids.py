@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 from peft_graft.alignment.methods import METHODS
-from peft_graft.config import AUTO, METHOD_SUMMARIES, AlignConfig, GraftConfig, Library
+from peft_graft.config import AUTO, METHOD_SUMMARIES, POLISH_STEPS, AlignConfig, GraftConfig, Library
+from peft_graft.config import FRESH as METHOD_FRESH
 from peft_graft.errors import StudyError
 from peft_graft.study.cells import (
     AlignmentCell,
@@ -30,7 +31,17 @@ from peft_graft.study.cells import (
     TransferConfig,
 )
 from peft_graft.study.plugins import Plugin
-from peft_graft.study.spec import DEFAULT, FRESH, GRAFT_OPTIONS, POLISHED_FRESH, Budget, Grid, ModuleSpec, Study
+from peft_graft.study.spec import (
+    DEFAULT,
+    FRESH,
+    GRAFT_OPTIONS,
+    POLISHED_FRESH,
+    Budget,
+    GenerationSpec,
+    Grid,
+    ModuleSpec,
+    Study,
+)
 
 _BUILT_IN = frozenset(METHOD_SUMMARIES)
 
@@ -132,12 +143,20 @@ class _Comparison:
             "device": self.study.device,
             "dtype": self.study.dtype,
         }
+        task = self.study.tasks[self.task]
+        if isinstance(task, GenerationSpec):
+            shared |= task.transfer_options
         lists = [getattr(grid, name) for name in GRAFT_OPTIONS]
         found: dict[str, Start] = {}
         for from_fresh, *values, distil in product(grid.from_fresh, *lists, grid.distil):
-            option = GraftConfig(**dict(zip(GRAFT_OPTIONS.values(), values, strict=True)), **shared)
-            if option.method == AUTO and option.layers != grid.layers[0]:
-                continue  # the default is one start, not one for each way of choosing layers
+            chosen = dict(zip(GRAFT_OPTIONS.values(), values, strict=True))
+            if chosen["method"] == METHOD_FRESH:  # nothing but its polish
+                chosen["polish"] = POLISH_STEPS if chosen["polish"] == AUTO else chosen["polish"]
+                if not chosen["polish"]:
+                    continue
+            option = GraftConfig(**chosen, **shared)
+            if option.method in (AUTO, METHOD_FRESH) and option.layers != grid.layers[0]:
+                continue  # each of them is one start, not one for each way of choosing layers
             if from_fresh:
                 option = GraftConfig(polish=option.polish, **shared)
                 if not option.polish_steps:
@@ -174,6 +193,8 @@ class _Comparison:
         option = start.transfer
         if start.from_fresh or option.method == AUTO:
             return None
+        if isinstance(self.study.tasks[self.task], GenerationSpec):
+            return None  # transfer aligns on prompts and the teacher's answers to them, which differ with the module
         method = METHODS[option.method]
         if not method.needs_text or method.fits_layers:
             return None
