@@ -16,7 +16,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools setuptools-scm wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,adapters,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,evaluate,adapters,dev]"
 	touch $@
 
 demo: install

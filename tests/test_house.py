@@ -33,6 +33,8 @@ LATE = {
     "sklearn": set(),
     "onnx": set(),
     "seqeval": set(),
+    "sacrebleu": set(),
+    "rouge_score": set(),
     "ray": set(),
     "matplotlib": set(),
 }

@@ -35,7 +35,7 @@ from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
 from peft_graft.study.modules import load_module, new_module, save_module
 from peft_graft.study.plugins import Plugin, load_plugin
-from peft_graft.study.spec import Budget, ModuleSpec, TaskSpec
+from peft_graft.study.spec import Budget, ModuleSpec, SomeTask
 from peft_graft.study.tasks import Example, StudyTask
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
@@ -72,7 +72,7 @@ class Examples(_Record):
 
     task: str
     language: str
-    spec: TaskSpec
+    spec: SomeTask
 
     def read(self) -> tuple[StudyTask, list[Example], list[Example], list[Example]]:
         """The task and its training, validation and test examples."""
@@ -165,10 +165,10 @@ class TeacherCell(Cell):
         library, settings = config.module.library, config.training
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = new_module(config.model, library, task, settings.seed, config.module.config)
-        scored = Validation(task.encode(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+        scored = Validation(task.questions(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
         state = folder.work(self.id) / "training"
         tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=state)
-        found = score(model, task.encode(test, tokenizer), tokenizer, task)
+        found = score(model, task.questions(test, tokenizer), tokenizer, task)
         with written_aside(folder.artifact(self.id), force=True) as staging:
             save_module(model, staging, library, task)
         return {
@@ -324,7 +324,7 @@ class RateCell(Cell):
         budget = _RATE_EXAMPLES if config.budget == "all" else config.budget
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         chosen = task.encode(random.Random(_RATE_SEED).sample(train, min(budget, len(train))), tokenizer)
-        held_out = task.encode(validation, tokenizer)
+        held_out = task.questions(validation, tokenizer)
         for rate in config.rates:
             model = new_module(config.model, config.module.library, task, _RATE_SEED, config.module.config)
             settings = config.training.model_copy(update={"learning_rate": rate, "seed": _RATE_SEED})
@@ -361,7 +361,7 @@ class StudentCell(Cell):
             model = load_module(config.model, folder.artifact(self.needs.graft), module.library, task)
         else:
             model = new_module(config.model, module.library, task, seed, module.config)
-        rows = task.encode(test, tokenizer)
+        rows = task.questions(test, tokenizer)
         before = score(model, rows, tokenizer, task)
         result: dict[str, Any] = {"metric": task.metric, "before": before, "score": before}
         budget = len(train) if config.budget == "all" else min(config.budget, len(train))
@@ -370,7 +370,7 @@ class StudentCell(Cell):
             encoded = task.encode(examples, tokenizer)
             if settings.distillation:
                 encoded = with_teacher_answers(encoded, *self._teacher(folder, task, examples))
-            scored = Validation(task.encode(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+            scored = Validation(task.questions(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
             tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=folder.work(self.id) / "training")
             result |= {"curve": tuned.curve, "training_seconds": round(tuned.seconds, 1),
                        "training": settings.model_dump(mode="json")}  # fmt: skip

@@ -12,8 +12,10 @@ from typing import Any
 from peft_graft.alignment.text import KNOWN_COLUMNS, load_rows
 from peft_graft.errors import TextError
 from peft_graft.models.tasks import Task
+from peft_graft.prompts.conversation import Prompt, prompts_of_row
+from peft_graft.study.generation import generation_task
 from peft_graft.study.ner import TaggedSentence, tag_names
-from peft_graft.study.spec import TaskSpec
+from peft_graft.study.spec import GenerationSpec, SomeTask
 from peft_graft.study.tasks import Example, LabelledPair, StudyTask
 
 #: Seed of the order in which training examples are taken.
@@ -22,16 +24,18 @@ _ORDER = 0
 
 @lru_cache(maxsize=4)
 def read_task(
-    name: str, spec: TaskSpec, language: str
+    name: str, spec: SomeTask, language: str
 ) -> tuple[StudyTask, list[Example], list[Example], list[Example]]:
     """The task and its training, validation and test examples in one language.
 
     Raises:
-        TextError: see ``read_examples``.
+        TextError: see ``read_examples`` and ``read_prompts``.
     """
 
     def read(source: str) -> list[Example]:
         place = source.format(language=language)
+        if isinstance(spec, GenerationSpec):
+            return list(read_prompts(place, spec.columns))
         return read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
 
     train = read(spec.train)
@@ -42,6 +46,9 @@ def read_task(
         cut = max(len(train) // 2, len(train) - spec.validation_examples)
         train, validation = train[:cut], train[cut:]
     train, test = train[: spec.train_examples], read(spec.test)[: spec.test_examples]
+    if isinstance(spec, GenerationSpec):
+        options = spec.model_dump(include={"format", "max_new_tokens", "max_length"})
+        return generation_task(name, spec.metric, **options), train, validation, test
     everything = [*train, *validation, *test]
     if spec.labels:
         labels = spec.labels
@@ -88,6 +95,43 @@ def read_examples(
     ]
 
 
+def read_prompts(source: str, columns: Sequence[str] = ()) -> list[Prompt]:
+    """The prompts of a file or a data set of the hub, each with an answer, in their order.
+
+    Args:
+        columns: of the prompt and of the answer; ``prompt`` and ``completion``, or the other forms of
+            ``prompts_of_row``, when not given. The column of the answer may hold a list, of all answers that are
+            accepted, or be missing where there is one called ``references``.
+
+    Raises:
+        TextError: the source cannot be read, holds no prompts, lacks columns, or a prompt has no answer.
+    """
+    found: list[Prompt] = []
+    for number, row in enumerate(load_rows(source), start=1):
+        where = f"{source} row {number}"
+        prompts = prompts_of_row(*_with_references(row, columns), where)
+        if prompts is None:
+            raise TextError("there is no prompt", where=where, expected="prompt and completion", found=", ".join(row))
+        if not all(prompt.references for prompt in prompts):
+            expected = " or ".join([*columns[1:], "references"]) if columns else "completion or references"
+            raise TextError("a prompt has no answer", where=where, expected=expected, found=", ".join(row))
+        found += prompts
+    if not found:
+        raise TextError("there are no prompts", where=source)
+    return found
+
+
+def _with_references(row: dict[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], Sequence[str]]:
+    """A row and its columns, where an answer that is a list of texts is called references."""
+    if len(columns) != 2:
+        return row, columns
+    prompt, answer = columns
+    given = row.get(answer)
+    if isinstance(given, list) and all(isinstance(one, str) for one in given):
+        return {prompt: row.get(prompt), "references": given}, (prompt,)
+    return row, (prompt,) if answer not in row and "references" in row else columns
+
+
 def _usual_columns(kind: str, names: Sequence[str], source: str) -> tuple[str, ...]:
     if kind == Task.TOKEN_CLASSIFICATION:
         return ("tokens",)
@@ -118,10 +162,13 @@ def _namer(feature: Any, labels: Sequence[str], source: str) -> Callable[[Any], 
 
 
 def text_file(examples: list[Example], path: Path) -> None:
-    """Write the examples without their labels, for ``transfer --text``."""
-    rows = []
+    """Write the examples without their labels and answers, for ``transfer --text``."""
+    rows: list[dict[str, Any]] = []
     for example in examples:
-        if isinstance(example, TaggedSentence):
+        if isinstance(example, Prompt):
+            turns = [{"role": message.role, "content": message.content} for message in example.messages]
+            rows.append({"prompt": example.text if [turn["role"] for turn in turns] == ["user"] else turns})
+        elif isinstance(example, TaggedSentence):
             rows.append({"text": " ".join(example.tokens)})
         elif example.second is None:
             rows.append({"text": example.first})

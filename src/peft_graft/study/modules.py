@@ -19,7 +19,7 @@ ModuleConfig = dict[str, Any] | str | None
 
 
 def new_module(base: Path | str, library: Library, task: StudyTask, seed: int, config: ModuleConfig = None) -> Any:
-    """A student with an untrained module and head.
+    """A student with an untrained module and head; a causal model keeps its own head.
 
     BERT's sentence head sits behind a pooler that many encoders lack; it is trained and saved with the head.
 
@@ -37,11 +37,10 @@ def new_module(base: Path | str, library: Library, task: StudyTask, seed: int, c
             inside = model.base_model
             options: dict[str, Any] = {"r": 8, "lora_alpha": 16, **(config if isinstance(config, dict) else {})}
             options.setdefault("target_modules", _query_and_value(inside))
-            pooler = getattr(inside, "pooler", None) is not None
-            heads = ["classifier", "pooler"] if pooler else ["classifier"]
-            return peft.get_peft_model(
-                model, peft.LoraConfig(task_type=task.peft_type, modules_to_save=heads, **options)
-            )  # fmt: skip
+            if task.kind != Task.CAUSAL_LM:
+                pooler = getattr(inside, "pooler", None) is not None
+                options["modules_to_save"] = ["classifier", "pooler"] if pooler else ["classifier"]
+            return peft.get_peft_model(model, peft.LoraConfig(task_type=task.peft_type, **options))
         adapters = _adapters()
         model = adapters.AutoAdapterModel.from_pretrained(base, dtype=torch.float32)
         if isinstance(config, dict):
@@ -78,6 +77,8 @@ def load_module(base: Path | str, module: Path | str, library: Library, task: St
 
 
 def _task_model(base: Path | str, task: StudyTask) -> Any:
+    if task.kind == Task.CAUSAL_LM:
+        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     auto = {
         Task.TOKEN_CLASSIFICATION: transformers.AutoModelForTokenClassification,
         Task.SEQUENCE_CLASSIFICATION: transformers.AutoModelForSequenceClassification,

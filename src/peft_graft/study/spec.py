@@ -6,12 +6,13 @@ import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from peft_graft.config import AUTO, Dtype, GraftConfig, HeadChoice, Library
 from peft_graft.errors import PlanError, StudyError
+from peft_graft.metrics import METRICS as TEXT_METRICS
 from peft_graft.models.tasks import Task
 from peft_graft.study.plugins import Plugin, load_plugin
 from peft_graft.study.tasks import METRICS, Metric
@@ -73,6 +74,46 @@ class TaskSpec(_Spec):
         if self.metric not in METRICS[self.kind]:
             raise ValueError(f"{self.kind} is not scored by {self.metric}, but by {' or '.join(METRICS[self.kind])}")
         return self
+
+
+class GenerationSpec(_Spec):
+    """A task of generated text and where its examples are.
+
+    Attributes:
+        kind: ``generation``: columns ``prompt`` and ``completion``, or ``references``, a list of accepted answers.
+        train, validation, test, languages, train_examples, validation_examples, test_examples: see ``TaskSpec``.
+        columns: names of the columns of prompt and answer, where they are not the usual ones.
+        metric: one of ``peft_graft.metrics``.
+        format: how a prompt is written, such as ``"Question: {prompt}\\nAnswer:"``; the tokenizer's chat template
+            where it is left out.
+        max_new_tokens: of an answer, when it is scored. max_length: tokens of prompt and answer, in training.
+    """
+
+    kind: Literal["generation"]
+    train: str
+    validation: str | None = None
+    test: str
+    columns: tuple[str, ...] = Field((), max_length=2)
+    languages: tuple[str, ...] = ("en",)
+    train_examples: int | None = None
+    validation_examples: int = 100
+    test_examples: int | None = None
+    metric: str = "exact"
+    format: str | None = None
+    max_new_tokens: int = Field(256, ge=1)
+    max_length: int = Field(1024, ge=2)
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> GenerationSpec:
+        known = [name for name, metric in TEXT_METRICS.items() if metric.more_is_better]
+        if self.metric not in known:
+            raise ValueError(f"generation is not scored by {self.metric}, but by {' or '.join(known)}")
+        if self.format is not None and "{prompt}" not in self.format:
+            raise ValueError(f"the format has no place for the prompt; expected {{prompt}} in it, found {self.format}")
+        return self
+
+
+SomeTask = Annotated[TaskSpec | GenerationSpec, Field(discriminator="kind")]
 
 
 class ModuleSpec(_Spec):
@@ -170,7 +211,7 @@ class Study(_Spec):
 
     name: str
     models: dict[str, str]
-    tasks: dict[str, TaskSpec]
+    tasks: dict[str, SomeTask]
     modules: dict[str, ModuleSpec]
     training: Training = Training()
     defaults: dict[str, Any] = Field(default_factory=dict)
@@ -208,7 +249,15 @@ class Study(_Spec):
                 missing = set(grid.languages) - set(self.tasks[task].languages)
                 if missing == set(grid.languages) and missing:
                     raise ValueError(f"grid {number}: {task} has none of the languages {', '.join(grid.languages)}")
+                if isinstance(self.tasks[task], GenerationSpec):
+                    self._check_generation(f"grid {number}: {task} is a task of generation, which", grid)
         return self
+
+    def _check_generation(self, what: str, grid: Grid) -> None:
+        if any(self.modules[name].library is not Library.PEFT for name in grid.modules):
+            raise ValueError(f"{what} takes modules of peft")
+        if any(grid.distil) or any(grid.from_fresh):
+            raise ValueError(f"{what} takes neither distil nor from_fresh")
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
@@ -236,7 +285,9 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
         study = Study.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
+        # A task's kind stands after its name.
+        parts = [str(part) for index, part in enumerate(first["loc"]) if (first["loc"][0], index) != ("tasks", 2)]
+        place = ".".join(parts) or "the file"
         message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
         raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
     tasks = {

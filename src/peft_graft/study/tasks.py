@@ -11,6 +11,7 @@ import numpy as np
 
 from peft_graft.alignment.text import Sample
 from peft_graft.models.tasks import Task
+from peft_graft.prompts.conversation import Prompt
 from peft_graft.study import ner
 from peft_graft.study.ner import TaggedSentence
 
@@ -35,7 +36,7 @@ class LabelledPair:
     label: str
 
 
-Example = TaggedSentence | LabelledPair
+Example = TaggedSentence | LabelledPair | Prompt
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class StudyTask:
 
     Attributes:
         name: as in files and tables. labels: class names, in the order of the model's outputs.
-        kind: ``token-classification`` or ``sequence-classification``.
+        kind: ``token-classification`` or ``sequence-classification``; ``causal-lm`` of a ``GenerationTask``.
         metric: how it is scored, one of ``METRICS``.
     """
 
     name: str
     kind: Task
     labels: tuple[str, ...]
-    metric: Metric
+    metric: str
 
     @property
     def peft_type(self) -> str:
@@ -70,6 +71,10 @@ class StudyTask:
             encoding = tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)
             rows.append({**{key: encoding[key] for key in encoding}, "labels": self.labels.index(example.label)})
         return rows
+
+    def questions(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """What a model is scored on: the same rows that it is trained on."""
+        return self.encode(examples, tokenizer)
 
     def score(self, logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
         """Entity F1 of logits [n, length, labels]; accuracy, or mean F1 over the classes, of logits [n, labels]."""
@@ -96,6 +101,8 @@ def sample_of(example: Example) -> Sample:
     """The example's text without its label."""
     if isinstance(example, TaggedSentence):
         return Sample(" ".join(example.tokens))
+    if isinstance(example, Prompt):
+        return Sample(example.text)
     return Sample(example.first, example.second)
 
 

@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop, length_batches
 from peft_graft.models.task_models import quiet_libraries
+from peft_graft.models.tasks import Task
+from peft_graft.study.generation import GenerationTask, answers_of, collate_completions, completion_loss
 from peft_graft.study.ner import IGNORED
 from peft_graft.study.tasks import StudyTask
 
@@ -75,7 +77,7 @@ class Validation:
     """Labelled examples that a model is scored on after every epoch of its training.
 
     Attributes:
-        rows: from ``StudyTask.encode``.
+        rows: from ``StudyTask.questions``.
         keep_best: whether the best epoch's parameters, or the last one's, are the result.
     """
 
@@ -112,8 +114,12 @@ def fine_tune(
     """
     start = time.perf_counter()
     model.to(_device())
+    generates = Task.of_class(type(model).__name__) is Task.CAUSAL_LM
 
     def loss(numbers: list[int]) -> Tensor:
+        if generates:
+            batch = collate_completions([rows[number] for number in numbers])
+            return completion_loss(model, {key: value.to(_device()) for key, value in batch.items()})
         batch = collate(tokenizer, [rows[number] for number in numbers]).to(_device())
         return _loss(model, batch, settings.distillation)
 
@@ -140,8 +146,12 @@ def fine_tune(
 
 
 def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any, task: StudyTask) -> float:
-    """The task's score of a model on encoded examples."""
+    """The task's score of a model on the rows of ``StudyTask.questions``."""
     model.to(_device()).eval()
+    if isinstance(task, GenerationTask):
+        prompts = [row["prompt"] for row in rows]
+        with _quiet():
+            return task.score_texts(answers_of(model, task, tokenizer, prompts), prompts)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     with _quiet(), torch.no_grad():

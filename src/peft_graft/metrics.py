@@ -1,0 +1,241 @@
+"""How well generated answers agree with references: one registry of scores, each over a whole list of answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_graft.errors import DependencyError, GraftError
+
+#: What an answer may be compared with: one text, or several of which the best counts.
+References = Sequence["str | Sequence[str]"]
+Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_WORD = re.compile(r"[^\W_]+")
+_NOT_JSON = object()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way of scoring answers.
+
+    Attributes:
+        name: as in study files and tables.
+        function: from n answers and the references of each, at least one, to a number.
+        more_is_better: whether a greater number is a better one.
+    """
+
+    name: str
+    function: Score
+    more_is_better: bool = True
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def register_metric(name: str, *, more_is_better: bool = True) -> Callable[[Score], Score]:
+    """Decorator: score answers by this function under a name. See ``Metric`` for what it takes and gives."""
+
+    def register(function: Score) -> Score:
+        METRICS[name] = Metric(name, function, more_is_better)
+        return function
+
+    return register
+
+
+def score_answers(name: str, answers: Sequence[str], references: References) -> float:
+    """The score of answers against references, from 0 to 1 by every metric of this module.
+
+    Args:
+        name: one of ``METRICS``. answers: n texts, of which any may be empty.
+        references: for each answer one text or several; where there are several the best counts.
+
+    Raises:
+        GraftError: no such metric, no answers, an answer without a reference, or lists of unequal lengths.
+        DependencyError: the library that the metric needs is not installed.
+    """
+    if name not in METRICS:
+        raise GraftError("no such metric", expected=", ".join(METRICS), found=name)
+    if len(answers) != len(references):
+        found = f"{len(answers)} answers and {len(references)} lists of references"
+        raise GraftError("answers and references differ in number", where=name, found=found)
+    if not answers:
+        raise GraftError("there is no answer to score", where=name)
+    several = [[given] if isinstance(given, str) else list(given) for given in references]
+    for number, given in enumerate(several):
+        if not given:
+            raise GraftError("an answer has no reference", where=f"{name}, answer {number}")
+    return METRICS[name].function(answers, several)
+
+
+# ---- of whole answers ------------------------------------------------------------------------------------------------
+
+
+@register_metric("exact")
+def exact(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of answers that equal a reference, but for white space; as JSON where both are JSON."""
+    return _mean(
+        any(_equal(answer, reference) for reference in given) for answer, given in zip(answers, references, strict=True)
+    )
+
+
+@register_metric("accuracy")
+def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of answers in which the label that comes first is a reference's; labels are all texts that are references.
+
+    Case and punctuation do not matter, labels are found as whole words, and of two that begin together the longer one
+    counts.
+    """
+    right = [{_plain(reference) for reference in given} for given in references]
+    labels = sorted(set().union(*right) - {""}, key=len, reverse=True)
+    if not labels:
+        raise GraftError("no reference is a label", where="accuracy", expected="words")
+    any_label = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)")
+    found = [any_label.search(_plain(answer)) for answer in answers]
+    return _mean(label is not None and label[0] in given for label, given in zip(found, right, strict=True))
+
+
+def _equal(answer: str, reference: str) -> bool:
+    if _collapsed(answer) == _collapsed(reference):
+        return True
+    first, second = _parsed(answer), _parsed(reference)
+    return first is not _NOT_JSON and second is not _NOT_JSON and bool(_comparable(first) == _comparable(second))
+
+
+def _comparable(value: Any) -> Any:
+    """A JSON value that equals another where JSON says so: Python holds ``True`` to be 1."""
+    if isinstance(value, dict):
+        return {key: _comparable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_comparable(inner) for inner in value]
+    if isinstance(value, bool):
+        return (value,)
+    return _collapsed(value) if isinstance(value, str) else value
+
+
+# ---- of JSON ---------------------------------------------------------------------------------------------------------
+
+
+@register_metric("json-f1")
+def json_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Micro F1 over the keys and values of JSON objects, all answers' together.
+
+    A pair is the path of keys to a value and the value, as text without spare white space; the order of a list does not
+    matter. An answer that is no JSON object or list has no pair.
+
+    Raises:
+        GraftError: no reference has a pair.
+    """
+    right, given, wanted = 0, 0, 0
+    for answer, alternatives in zip(answers, references, strict=True):
+        own = Counter(_pairs_of(answer))
+        candidates = [Counter(_pairs_of(reference)) for reference in alternatives]
+        best = max(candidates, key=lambda pairs: _f1((own & pairs).total(), own.total(), pairs.total()))
+        right, given, wanted = right + (own & best).total(), given + own.total(), wanted + best.total()
+    if not wanted:
+        raise GraftError("no reference is a JSON object with a value", where="json-f1", found=references[0][0][:80])
+    return _f1(right, given, wanted)
+
+
+def _pairs_of(text: str) -> list[tuple[tuple[str, ...], str]]:
+    value = _parsed(text)
+    return list(_pairs(value)) if isinstance(value, dict | list) and value else []
+
+
+def _pairs(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _pairs(inner, (*path, key))
+    elif isinstance(value, list) and value:
+        for inner in value:
+            yield from _pairs(inner, (*path, "[]"))
+    elif isinstance(value, str):
+        yield path, _collapsed(value)
+    else:
+        whole = isinstance(value, float) and value.is_integer()
+        yield path, json.dumps(int(value) if whole else value)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _NOT_JSON
+
+
+# ---- of words --------------------------------------------------------------------------------------------------------
+
+
+@register_metric("token-f1")
+def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean F1 over the words of an answer and a reference, as SQuAD counts: without case, punctuation and articles."""
+
+    def one(answer: str, reference: str) -> float:
+        own, other = (Counter(_ARTICLES.sub(" ", _plain(text)).split()) for text in (answer, reference))
+        return _f1((own & other).total(), own.total(), other.total()) if own or other else 1.0
+
+    return _mean(max(one(answer, text) for text in given) for answer, given in zip(answers, references, strict=True))
+
+
+@register_metric("rouge")
+def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean F1 of the longest common subsequence of words (ROUGE-L of rouge-score, without stemming).
+
+    Words are of letters and digits of every script; of those of ASCII the score is what rouge-score's own words give.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _missing("rouge-score") from error
+
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return _WORD.findall(text.lower())
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
+    return _mean(
+        max(float(scorer.score(reference, answer)["rougeL"].fmeasure) for reference in given)
+        for answer, given in zip(answers, references, strict=True)
+    )
+
+
+@register_metric("bleu")
+def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU of the whole list of answers (sacrebleu with its usual tokens and smoothing), from 0 to 1."""
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError as error:
+        raise _missing("sacrebleu") from error
+    most = max(map(len, references))
+    streams = [[given[place] if place < len(given) else None for given in references] for place in range(most)]
+    return min(1.0, float(corpus_bleu(list(answers), streams).score) / 100)
+
+
+# ---- what they share -------------------------------------------------------------------------------------------------
+
+
+def _mean(values: Iterator[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _f1(right: int, given: int, wanted: int) -> float:
+    return 2 * right / (given + wanted) if right else 0.0
+
+
+def _collapsed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+    """In lower case, without punctuation and spare white space."""
+    return _collapsed(_PUNCTUATION.sub("", text.lower()))
+
+
+def _missing(library: str) -> DependencyError:
+    return DependencyError(f"{library} is not installed", fix="pip install 'peft-graft[evaluate]'")

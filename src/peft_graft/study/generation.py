@@ -1,0 +1,175 @@
+"""Tasks of generated text: a prompt is read by a model's own template, and its whole answer is trained and scored."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from peft_graft.errors import TextError
+from peft_graft.metrics import score_answers
+from peft_graft.models.tasks import Task
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.template import Template
+from peft_graft.study.ner import IGNORED
+from peft_graft.study.tasks import Example, StudyTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("peft_graft")
+#: How the rows of a batch are filled up, by what they hold.
+_FILLING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+_GENERATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class GenerationTask(StudyTask):
+    """A task whose answers are text.
+
+    Attributes:
+        metric: one of ``peft_graft.metrics.METRICS``. labels: none.
+        format: how a prompt is written, with ``{prompt}`` in it; the tokenizer's chat template where None.
+        max_new_tokens: of an answer, when it is scored. max_length: tokens of prompt and answer, in training.
+    """
+
+    format: str | None = None
+    max_new_tokens: int = 256
+    max_length: int = 1024
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """How a model with this tokenizer reads prompts.
+
+        Raises:
+            ModelError: there is neither a format nor a chat template.
+        """
+        return Template.of(tokenizer, format=self.format, name=tokenizer.name_or_path, option="format")
+
+    def encode(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """Tokens of prompts, answers and ends, labelled from the answer on; not padded.
+
+        What is longer than ``max_length`` is cut, and a row whose prompt alone is that long has no label.
+
+        Raises:
+            TextError: no row has a label. ModelError: see ``template``.
+        """
+        template = self.template(tokenizer)
+        rows, cut = [], 0
+        for example in examples:
+            assert isinstance(example, Prompt)
+            before, answer = template.ids(example), template.answer_ids(example.answer or "")
+            ids = [*before, *answer, template.end]
+            labels = [*[IGNORED] * len(before), *ids[len(before) :]]
+            cut += len(ids) > self.max_length
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+        if rows and all(row["labels"][-1] == IGNORED for row in rows):
+            expected = f"prompts of less than max_length = {self.max_length} tokens"
+            raise TextError("no prompt leaves room for its answer", where=self.name, expected=expected)
+        if cut:
+            logger.warning("%s: %d of %d examples are cut at %d tokens", self.name, cut, len(rows), self.max_length)
+        return rows
+
+    def questions(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """The prompts that a model is scored on, as ``prompt``."""
+        return [{"prompt": example} for example in examples]
+
+    def score_texts(self, answers: Sequence[str], prompts: Sequence[Prompt]) -> float:
+        """The metric of answers to prompts, against the prompts' references."""
+        return score_answers(self.metric, answers, [prompt.references for prompt in prompts])
+
+    def majority_score(self, test: Sequence[Example]) -> float:
+        """The score of always giving the most frequent answer."""
+        prompts = [example for example in test if isinstance(example, Prompt)]
+        commonest = Counter(prompt.references[0] for prompt in prompts).most_common(1)[0][0]
+        return self.score_texts([commonest] * len(prompts), prompts)
+
+
+def generation_task(name: str, metric: str = "exact", **options: Any) -> GenerationTask:
+    """A task of generated text; options are its other attributes."""
+    return GenerationTask(name, Task.CAUSAL_LM, (), metric, **options)
+
+
+def collate_completions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch [rows, tokens] of ``GenerationTask.encode``'s rows, filled up on the right."""
+    return {
+        key: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=filling)
+        for key, filling in _FILLING.items()
+    }
+
+
+def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of a causal model over the labelled tokens of a batch, as its own loss is.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask`` and ``labels`` [rows, tokens], the last ``IGNORED`` where nothing is to
+            be learnt.
+    """
+    labels = batch["labels"]
+    next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    wanted = next_labels != IGNORED
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = logits_at(model, inputs, wanted).float()
+    if not bool(wanted.any()):
+        return logits.sum() * 0
+    return torch.nn.functional.cross_entropy(logits, next_labels[wanted].to(logits.device))
+
+
+def logits_at(model: Any, inputs: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of a causal model after those n tokens of a batch that are wanted, row by row.
+
+    The output layer is given these hidden states alone, so that the logits of a whole batch, which a large vocabulary
+    makes the greatest tensor of all, never exist. What a model does to logits after that layer (Gemma caps, Cohere and
+    Granite scale them) it does itself.
+
+    Args:
+        model: of transformers, or one with a module inside. wanted: bool [rows, tokens].
+    """
+    narrowed = False
+
+    def narrow(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal narrowed
+        narrowed = True
+        return (_chosen(arguments[0], wanted)[None], *arguments[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits[0] if narrowed else _chosen(logits, wanted)
+
+
+def _chosen(values: Tensor, wanted: Tensor) -> Tensor:
+    """Rows [n, width] of values [rows, tokens, width], before whose tokens those of a learned prompt may stand."""
+    return values[:, -wanted.shape[1] :][wanted.to(values.device)]
+
+
+def answers_of(model: Any, task: GenerationTask, tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """What a model answers to prompts, the likeliest token always; the model is in evaluation mode."""
+    template = task.template(tokenizer)
+    device = next(model.parameters()).device
+    filling = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else template.end
+    found = []
+    for start in range(0, len(prompts), _GENERATION_BATCH):
+        rows = [template.ids(prompt) for prompt in prompts[start : start + _GENERATION_BATCH]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=task.max_new_tokens,
+            do_sample=False, eos_token_id=list(template.stops), pad_token_id=filling,
+        )  # fmt: skip
+        found += [_text(template, row[width:].tolist()) for row in output]
+    return found
+
+
+def _text(template: Template, ids: Sequence[int]) -> str:
+    end = next((place for place, token in enumerate(ids) if token in template.stops), len(ids))
+    return str(template.tokenizer.decode(ids[:end], skip_special_tokens=True))

@@ -1,0 +1,349 @@
+"""Tasks of generated text: read, encoded, trained on their completions and scored by answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from tokenizers import decoders
+
+import families
+import tiny
+from peft_graft.config import Library
+from peft_graft.errors import ModelError, StudyError, TextError
+from peft_graft.prompts.conversation import Message, Prompt
+from peft_graft.study.data import read_prompts, read_task, text_file
+from peft_graft.study.generation import answers_of, collate_completions, completion_loss, generation_task, logits_at
+from peft_graft.study.modules import new_module
+from peft_graft.study.ner import IGNORED
+from peft_graft.study.spec import GenerationSpec, paper_study, read_study
+from peft_graft.study.tasks import sample_of
+from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="the extra study is not installed"
+)
+
+#: A word and another, for a model to learn by heart; in lower case as its tokenizer has them.
+WORDS = [word for word in tiny.WORDS if word.islower()]
+PROMPTS = [Prompt.of_text(word, answer) for word, answer in zip(WORDS[:4], WORDS[6:10], strict=True)]
+TASK = generation_task("next", format="{prompt} :", max_new_tokens=8, max_length=32)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose tokenizer begins texts, ends answers, and joins the pieces of words."""
+    folder = families.llama(tmp_path_factory.mktemp("causal"), tie_word_embeddings=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(model_folder: Path):
+    return transformers.AutoTokenizer.from_pretrained(model_folder)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_are_read_with_answers_in_their_order(tmp_path: Path) -> None:
+    usual = write(tmp_path / "usual.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
+    assert read_prompts(usual) == [Prompt.of_text("a", "b"), Prompt.of_text("c", "d")]
+    named = write(tmp_path / "named.jsonl", {"question": "a", "says": "b", "prompt": "no"})
+    assert read_prompts(named, ("question", "says")) == [Prompt.of_text("a", "b")]
+    several = write(tmp_path / "several.jsonl", {"prompt": "a", "references": ["b", "c"]})
+    expected = [Prompt((Message("user", "a"),), "b", ("b", "c"))]
+    assert read_prompts(several) == expected
+    assert read_prompts(several, ("prompt", "references")) == expected
+    assert read_prompts(several, ("prompt", "completion")) == expected
+    Dataset.from_list([{"prompt": "a", "references": ["b", "c"]}]).to_parquet(tmp_path / "several.parquet")
+    assert read_prompts(str(tmp_path / "several.parquet")) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"text": "a"}, (), "row 1: there is no prompt; expected prompt and completion, found text"),
+        ({"prompt": "a"}, (), "row 1: a prompt has no answer; expected completion or references, found prompt"),
+        ({"prompt": "a", "says": None}, ("prompt", "says"), "a prompt has no answer; expected says or references"),
+        ({"prompt": "a"}, ("prompt", "says"), "the text has no such columns; expected prompt, says, found prompt"),
+        ({"prompt": " ", "completion": "a"}, (), "there are no prompts"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named(tmp_path: Path, row: dict, columns: tuple, message: str) -> None:
+    with pytest.raises(TextError, match=message):
+        read_prompts(write(tmp_path / "rows.jsonl", row), columns)
+
+
+def test_what_a_transfer_reads_has_no_answers(tmp_path: Path) -> None:
+    turns = (Message("system", "s"), Message("user", "b"))
+    examples = [PROMPTS[0], Prompt(turns, "c")]
+    text_file(examples, tmp_path / "text.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    system, user = ({"role": turn.role, "content": turn.content} for turn in turns)
+    assert rows == [{"prompt": "river"}, {"prompt": [system, user]}]
+    assert [sample_of(example).texts for example in examples] == [("river",), ("b",)]
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_answer_and_its_end_are_labelled(tokenizer) -> None:
+    (row,) = TASK.encode([Prompt.of_text("river bridge", "green harbour")], tokenizer)
+    before = tokenizer("river bridge :")["input_ids"][:-1]  # begun, not ended
+    assert before[0] == tokenizer.cls_token_id
+    answer = [*tokenizer("green harbour", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert row == {
+        "input_ids": before + answer,
+        "attention_mask": [1] * len(before + answer),
+        "labels": [IGNORED] * len(before) + answer,
+    }
+    batch = collate_completions([row, *TASK.encode(PROMPTS[:1], tokenizer)])
+    short = int(batch["attention_mask"][1].sum())
+    assert short < len(row["labels"]) == batch["labels"].shape[1]
+    assert (batch["labels"][1, short:] == IGNORED).all()
+
+
+def test_a_chat_template_is_used_where_no_format_is_given(tokenizer) -> None:
+    task = generation_task("chat")
+    with pytest.raises(ModelError, match="no chat template"):
+        task.encode(PROMPTS, tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}[MASK] {{ message.content }} [SEP]{% endfor %}"
+        "{% if add_generation_prompt %}[MASK]{% endif %}"
+    )
+    (row,) = task.encode([Prompt.of_text("river", "green")], tokenizer)
+    river, green = (tokenizer.tokenize(word) for word in ("river", "green"))
+    turns = ["[MASK]", *river, "[SEP]", "[MASK]", *green, "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == turns
+    answer = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.convert_ids_to_tokens(answer) == [*green, "[SEP]"]
+
+
+def test_what_is_too_long_is_cut(tokenizer, caplog) -> None:
+    room = 1 + len(tokenizer.tokenize("river"))  # of the prompt, with the token that begins it
+    task = generation_task("short", format="{prompt}", max_length=room + 2)
+    long = Prompt.of_text("river river", "green")
+    with caplog.at_level(logging.WARNING, "peft_graft"):
+        rows = task.encode([Prompt.of_text("river", "."), Prompt.of_text("river", "green"), long], tokenizer)
+    assert [len(row["input_ids"]) for row in rows] == [room + 2] * 3
+    assert [sum(label != IGNORED for label in row["labels"]) for row in rows] == [2, 2, 0]
+    assert rows[0]["input_ids"][-1] == tokenizer.eos_token_id != rows[1]["input_ids"][-1]
+    assert f"2 of 3 examples are cut at {room + 2} tokens" in caplog.text
+    with pytest.raises(TextError, match="short: no prompt leaves room for its answer; expected prompts of less than"):
+        task.encode([long], tokenizer)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def causal(family: str):
+    special = {"cohere": {"logit_scale": 0.25}, "gemma2": {"final_logit_softcapping": 2.0}}.get(family, {})
+    if family == "granite":
+        config = transformers.GraniteConfig(
+            **families.COMMON, **families.FFN, num_key_value_heads=2, logits_scaling=3.0
+        )
+    else:
+        config = families.DECODERS[family]
+        config = type(config)(**{**config.to_dict(), **special})
+    torch.manual_seed(0)
+    return tiny.lively(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def batch_of(rows: int = 3, length: int = 9) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[:, :4] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2", "bloom", "opt"])
+def test_the_loss_is_the_models_own_and_of_few_logits(family: str) -> None:
+    model, batch, sizes = causal(family), batch_of(), []
+    handle = model.get_output_embeddings().register_forward_hook(lambda layer, given, out: sizes.append(out.shape))
+    found = completion_loss(model, batch)
+    handle.remove()
+    wanted = int((batch["labels"][:, 1:] != IGNORED).sum())
+    assert sizes == [(1, wanted, 200)]
+    torch.testing.assert_close(found, model(**batch).loss)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora of the output", "prompt"])
+def test_the_loss_of_a_model_with_a_module_has_its_gradients(kind: str) -> None:
+    settings = {"target_modules": ["q_proj", "lm_head"] if "output" in kind else ["q_proj"], "init_lora_weights": False}
+    config = (
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        if kind == "prompt"
+        else peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
+    model, batch = peft.get_peft_model(causal("llama"), config), batch_of()
+    gradients = []
+    for loss in (completion_loss(model, batch), model(**batch).loss):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([value.grad.clone() for value in model.parameters() if value.requires_grad])
+    assert gradients[0]
+    for mine, own in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, own)
+
+
+def test_a_batch_without_labels_has_no_loss_and_odd_models_work_too() -> None:
+    model, batch = causal("llama"), batch_of()
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    assert completion_loss(model, nothing) == 0
+    whole = model(batch["input_ids"], batch["attention_mask"]).logits
+
+    class Odd(torch.nn.Module):  # its forward pass does not call its output layer
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return torch.nn.Identity()
+
+        def forward(self, **inputs) -> object:
+            return transformers.modeling_outputs.CausalLMOutput(logits=whole)
+
+    wanted = batch["labels"] != IGNORED
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(logits_at(Odd(), inputs, wanted), logits_at(model, inputs, wanted))
+
+
+# ---- training and scoring --------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_module_is_lora_on_query_and_value_and_changes_nothing(model_folder: Path, tokenizer) -> None:
+    model = new_module(model_folder, Library.PEFT, TASK, 0)
+    config = model.peft_config["default"]
+    assert config.task_type == "CAUSAL_LM"
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+    assert config.modules_to_save is None
+    bare = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    assert answers_of(model.eval(), TASK, tokenizer, PROMPTS) == answers_of(bare, TASK, tokenizer, PROMPTS)
+
+
+def test_a_module_learns_its_answers_by_heart_and_is_scored_by_them(model_folder: Path, tokenizer) -> None:
+    everything = {"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
+    model = new_module(model_folder, Library.PEFT, TASK, 0, everything)
+    rows, questions = TASK.encode(PROMPTS * 15, tokenizer), TASK.questions(PROMPTS, tokenizer)
+    assert score(model, questions, tokenizer, TASK) == 0
+    settings = TrainingSettings(learning_rate=1e-2, epochs=8, batch_size=4)
+    tuned = fine_tune(model, rows, tokenizer, settings, Validation(questions, TASK, tokenizer))
+    assert max(value for _, value in tuned.curve) == 1
+    assert score(model, questions, tokenizer, TASK) == 1
+    assert answers_of(model, TASK, tokenizer, PROMPTS) == [prompt.answer for prompt in PROMPTS]
+
+
+def test_the_score_of_the_commonest_answer() -> None:
+    prompts = [Prompt.of_text("a", "yes"), Prompt.of_text("b", "no"), Prompt.of_text("c", "yes")]
+    assert generation_task("x", "accuracy").majority_score(prompts) == pytest.approx(2 / 3)
+
+
+# ---- studies ---------------------------------------------------------------------------------------------------------
+
+STUDY = """
+name = "words"
+max_tokens = 2000
+
+[models]
+big = "{model}"
+small = "{model}"
+
+[tasks.next]
+kind = "generation"
+train = "./words.jsonl"
+test = "./words.jsonl"
+format = "{{prompt}} :"
+max_new_tokens = 4
+validation_examples = 2
+
+[modules.lora]
+
+[[grid]]
+teacher = "big"
+student = "small"
+modules = ["lora"]
+tasks = ["next"]
+methods = ["copy"]
+polish = [0]
+budgets = [0, 2]
+"""
+
+
+@pytest.fixture
+def file(model_folder: Path, tmp_path: Path) -> Path:
+    rows = [{"prompt": prompt.text, "completion": prompt.answer} for prompt in PROMPTS]
+    write(tmp_path / "words.jsonl", *rows)
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(model=model_folder))
+    return path
+
+
+def test_a_study_of_generation_is_declared_and_read(file: Path) -> None:
+    study = read_study(file)
+    spec = study.tasks["next"]
+    assert isinstance(spec, GenerationSpec)
+    task, train, validation, test = read_task("next", spec, "en")
+    assert (task.metric, task.peft_type, task.labels) == ("exact", "CAUSAL_LM", ())
+    assert (task.format, task.max_new_tokens, task.max_length) == ("{prompt} :", 4, 1024)
+    assert (len(train), len(validation)) == (2, 2)
+    assert test == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tasks.next.metric=macro F1", "tasks.next: generation is not scored by macro F1, but by exact or accuracy or"),
+        ("tasks.next.format=Answer", "tasks.next: the format has no place for the prompt; .* found Answer"),
+        ("tasks.next.label=x", "tasks.next.label: Extra inputs"),
+        ("tasks.next.kind=writing", "tasks.next: Input tag 'writing'"),
+        ("tasks.next.max_length=1", "tasks.next.max_length: Input should be greater"),
+        ("modules.lora.library=adapters", "grid 0: next is a task of generation, which takes modules of peft"),
+        ("grid.0.distil=[true]", "grid 0: next is a task of generation, which takes neither distil nor from_fresh"),
+    ],
+)
+def test_what_a_task_of_generation_cannot_be(file: Path, change: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        read_study(file, [change])
+
+
+def test_a_student_of_generation_is_run(file: Path, tmp_path: Path) -> None:
+    from peft_graft.study.grids import cells_of
+    from peft_graft.study.runner import Here, run_study
+
+    out = tmp_path / "out"
+    study = read_study(file, ["training.student.epochs=1", "training.teacher.epochs=1"])
+    cells = cells_of(study, "student-*fresh*")
+    assert [cell.config.budget for cell in cells.values()] == [0, 2]
+    run_study(study, out, Here(out), only="student-*fresh*")
+    results = [json.loads((out / "cells" / f"{name}.json").read_text())["result"] for name in cells]
+    assert [result["examples"] for result in results] == [0, 2]
+    assert {result["metric"] for result in results} == {"exact"}
+    assert results[0]["before"] == results[0]["score"] == results[1]["before"]
+
+
+def test_tasks_of_labels_keep_the_ids_of_their_cells() -> None:
+    """Published results are found by them."""
+    from peft_graft.study.grids import cells_of
+
+    cells = list(cells_of(read_study(paper_study("matching"))))
+    assert cells[0] == "teacher-mBERT-adapter-ner-de-5b303a7466"
+    assert (
+        next(cell for cell in cells if cell.startswith("student-"))
+        == "student-DistilmBERT-adapter-ner-de-fresh-all-0-d934f20821"
+    )
