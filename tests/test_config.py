@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import peft_graft
 from peft_graft import AlignConfig, GraftConfig, GraftError
+from peft_graft.cli.late import with_options
 from peft_graft.cli.main import app
 from peft_graft.cli.options import options_from
 from peft_graft.config import StudyConfig, option_of
@@ -19,7 +20,8 @@ COMMANDS = {"inspect": GraftConfig, "transfer": GraftConfig, "align": AlignConfi
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_field_is_an_option_and_is_explained(command: str) -> None:
     config = COMMANDS[command]
-    known = typer.main.get_command(app).commands[command].params
+    assert command in typer.main.get_command(app).commands
+    known = with_options(command).params
     options = {name for parameter in known for name in parameter.opts}
     for name, field in config.model_fields.items():
         assert f"--{name.replace('_', '-')}" in options
@@ -42,7 +44,7 @@ def test_a_command_line_makes_the_config_that_python_would(arguments: list[str])
     small = typer.Typer()
 
     @small.command()
-    @options_from(GraftConfig)
+    @options_from
     def keep(config: GraftConfig) -> None:
         made.append(config)
 

@@ -15,18 +15,19 @@ from rich.console import Console
 
 import peft_graft
 from peft_graft.cli.display import escaped, show_alignment, show_graft, show_inspection
-from peft_graft.cli.options import options_from
+from peft_graft.cli.late import CommandsOnCall, command
 from peft_graft.cli.progress import watching
-from peft_graft.config import AlignConfig, GraftConfig, StudyConfig
 from peft_graft.errors import GraftError
 from peft_graft.run import UNFINISHED
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from peft_graft.config import AlignConfig, GraftConfig, StudyConfig
+
 app = typer.Typer(
     name="peft-graft",
-    help="Move trained LoRA and adapter modules from one transformer to another.",
+    cls=CommandsOnCall,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,8 +37,7 @@ _INTERRUPTED = 130
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
-@app.command()
-@options_from(GraftConfig)
+@command
 def inspect(
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a module.")],
     config: GraftConfig,
@@ -57,8 +57,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-@app.command()
-@options_from(GraftConfig)
+@command
 def transfer(
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a trained module of peft or adapters.")],
     config: GraftConfig,
@@ -83,8 +82,7 @@ def transfer(
         show_graft(graft.report, out)
 
 
-@app.command()
-@options_from(AlignConfig)
+@command
 def align(
     teacher: Annotated[str, typer.Argument(help="Folder or hub id.")],
     student: Annotated[str, typer.Argument(help="Folder or hub id.")],
@@ -103,8 +101,7 @@ def align(
         show_alignment(found, out, as_json=as_json)
 
 
-@app.command()
-@options_from(StudyConfig)
+@command
 def study(
     config: StudyConfig,
     file: Annotated[Path | None, typer.Argument(help="The study, a TOML file (docs/studies.md).")] = None,
@@ -120,10 +117,10 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, what is done, and an estimate.")] = False,
 ) -> None:
     """Train teachers, move their modules, and compare: many models, tasks and languages, declared in one file."""
-    from peft_graft.study import command
+    from peft_graft.study import command as studies
 
     with watching() as callbacks:
-        failed = command.study(
+        failed = studies.study(
             file, paper=paper, out=out, changes=changes or [], config=config, dry_run=dry_run, callbacks=callbacks,
             console=Console(),
         )  # fmt: skip
@@ -131,7 +128,7 @@ def study(
         raise typer.Exit(1)
 
 
-@app.command()
+@command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the models, modules and results.")] = Path("out/demo"),
     seed: Annotated[int, typer.Option(help="Of the first student; two more follow.")] = 0,
@@ -153,6 +150,11 @@ def demo(
         _print_json(result)
     else:
         show_demo(result, Console())
+
+
+@app.callback()
+def _about() -> None:
+    """Move trained LoRA and adapter modules from one transformer to another."""
 
 
 def main() -> None:

@@ -12,47 +12,38 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import peft_graft.config as configs
 from peft_graft.config import METHOD_SUMMARIES, method_help, option_of
 from peft_graft.errors import PlanError
 
 
-def options_from(config: type[BaseModel], **differing: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for every field of a config, and call it with ``config=``.
+def options_from(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with an option for every field of the config that it takes as ``config``, if it does."""
+    hints = get_type_hints(command, localns=vars(configs), include_extras=True)
+    config: type[BaseModel] | None = hints.pop("config", None)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name in hints
+    ]
+    taken = {parameter.name for parameter in own}
+    fields = {name: field for name, field in (config.model_fields if config else {}).items() if name not in taken}
 
-    Args:
-        differing: defaults that differ on the command line.
-    """
+    def run(**values: Any) -> None:
+        if config:
+            chosen = {name: _value(field, values.pop(name)) for name, field in fields.items()}
+            values["config"] = config(**{name: value for name, value in chosen.items() if value is not None})
+        command(**values)
 
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        own = [
-            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name != "config"
-        ]
-        taken = {parameter.name for parameter in own}
-        made = [
-            _parameter(config, name, field, differing.get(name, field.default))
-            for name, field in config.model_fields.items()
-            if name not in taken
-        ]
-
-        def run(**values: Any) -> None:
-            chosen = {name: _value(field, values.pop(name)) for name, field in config.model_fields.items()
-                      if name not in taken}  # fmt: skip
-            command(**values, config=config(**{name: value for name, value in chosen.items() if value is not None}))
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        parameters = [*own, *made]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return run
-
-    return wrap
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    parameters = [*own, *(_parameter(config, name, field) for name, field in fields.items() if config)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
-def _parameter(config: type[BaseModel], name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
-    option = option_of(config, name)
+def _parameter(config: type[BaseModel], name: str, field: FieldInfo) -> inspect.Parameter:
+    option, default = option_of(config, name), field.default
     kind = _kind(field)
     # A switch that may be left open needs both of its names; others have the one that changes something.
     names = [f"--{name.replace('_', '-')}"] if kind is bool and default is False else []
