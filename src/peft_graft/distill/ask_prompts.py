@@ -174,10 +174,7 @@ class Asking:
 
     def limit(self, model: ModelHandle) -> int:
         """Tokens that a model reads at most."""
-        config = getattr(model.base.config, "text_config", model.base.config)
-        own = [getattr(config, "max_position_embeddings", None), self.max_length]
-        given = [size for size in own if size and size < _NO_LIMIT]
-        return min(given, default=_NO_LIMIT)
+        return longest_text(model, self.max_length)
 
     def _answers(
         self, teacher: AttachedModel, prompts: Sequence[Prompt], judging: int, run: Run, key: str
@@ -195,6 +192,14 @@ class Asking:
         )  # fmt: skip
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]
+
+
+def longest_text(model: ModelHandle, max_length: int | None = None) -> int:
+    """Tokens that a model reads at most, or shall."""
+    config = getattr(model.base.config, "text_config", model.base.config)
+    own = [getattr(config, "max_position_embeddings", None), max_length]
+    given = [size for size in own if size and size < _NO_LIMIT]
+    return min(given, default=_NO_LIMIT)
 
 
 def held_out_size(prompts: int) -> int:
