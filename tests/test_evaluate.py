@@ -186,7 +186,7 @@ def test_a_teacher_out_of_reach_is_left_out_unless_it_is_asked_for(world: Path, 
 
 
 def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(world: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_graft._evaluate.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("peft_graft.distill.side_by_side.load_model", lambda *_, **__: pytest.fail("loaded"))
     graft = world / "graft"
     rows = [{"prompt": "abcd", "completion": "x"}, {"prompt": "bcde"}, {"prompt": "cdef"}]
     for given, said in [
@@ -220,7 +220,7 @@ def run(monkeypatch, capsys):
 
 def test_the_command(run, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
-    done = run("evaluate", world / "graft", "--text", world / "labelled.jsonl", "--metric", "exact, nll", "--limit", "9",
+    done = run("evaluate", world / "graft", "--text", world / "labelled.jsonl", "--metric", "exact, nll", "--limit", 9,
                "--out", out)  # fmt: skip
     assert all(word in done.out for word in ("9 prompts", "exact", "nll/byte", "student", "graft", "teacher", "1.000"))
     assert done.out.count(" =") == 0

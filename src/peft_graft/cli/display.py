@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from peft_graft._evaluate import Evaluation, Score
+    from peft_graft._evaluate import Evaluation
     from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
+    from peft_graft.distill.side_by_side import Score
     from peft_graft.report import GraftReport
 
 
