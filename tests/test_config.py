@@ -8,13 +8,19 @@ from transformers import QuantoConfig
 from typer.testing import CliRunner
 
 import peft_graft
-from peft_graft import AlignConfig, GraftConfig, GraftError
+from peft_graft import AlignConfig, EvaluateConfig, GraftConfig, GraftError
 from peft_graft.cli.late import with_options
 from peft_graft.cli.main import app
 from peft_graft.cli.options import options_from
 from peft_graft.config import StudyConfig, option_of
 
-COMMANDS = {"inspect": GraftConfig, "transfer": GraftConfig, "align": AlignConfig, "study": StudyConfig}
+COMMANDS = {
+    "inspect": GraftConfig,
+    "transfer": GraftConfig,
+    "align": AlignConfig,
+    "evaluate": EvaluateConfig,
+    "study": StudyConfig,
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -42,11 +42,14 @@ PUBLIC = [
     "AlignConfig",
     "Alignment",
     "Callback",
+    "EvaluateConfig",
+    "Evaluation",
     "Graft",
     "GraftConfig",
     "GraftError",
     "GraftReport",
     "align",
+    "evaluate",
     "inspect",
     "register_architecture",
     "register_format",
@@ -128,7 +131,7 @@ assert not slow & set(sys.modules), slow & set(sys.modules)
 """
     run("import sys, peft_graft; assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)")
     shown = run(script, "--help")
-    assert all(command in shown for command in ("inspect", "transfer", "align", "study", "demo"))
+    assert all(command in shown for command in ("inspect", "transfer", "align", "evaluate", "study", "demo"))
     run(script, "trasnfer")
     assert "--quantization-config" in run(script, "transfer", "--help")
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_graft._align import align
+    from peft_graft._evaluate import Evaluation, evaluate
     from peft_graft._inspect import inspect
     from peft_graft._transfer import transfer
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.alignment.methods import register_method
     from peft_graft.checkpoints.formats.base import register_format
-    from peft_graft.config import AlignConfig, GraftConfig
+    from peft_graft.config import AlignConfig, EvaluateConfig, GraftConfig
     from peft_graft.errors import GraftError
     from peft_graft.graft import Graft
     from peft_graft.models.families import register_architecture
@@ -26,11 +27,14 @@ __all__ = [
     "AlignConfig",
     "Alignment",
     "Callback",
+    "EvaluateConfig",
+    "Evaluation",
     "Graft",
     "GraftConfig",
     "GraftError",
     "GraftReport",
     "align",
+    "evaluate",
     "inspect",
     "register_architecture",
     "register_format",
@@ -43,11 +47,14 @@ _HOME = {
     "AlignConfig": "config",
     "Alignment": "alignment.alignment",
     "Callback": "run",
+    "EvaluateConfig": "config",
+    "Evaluation": "_evaluate",
     "Graft": "graft",
     "GraftConfig": "config",
     "GraftError": "errors",
     "GraftReport": "report",
     "align": "_align",
+    "evaluate": "_evaluate",
     "inspect": "_inspect",
     "register_architecture": "models.families",
     "register_format": "checkpoints.formats.base",

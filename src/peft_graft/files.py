@@ -179,6 +179,46 @@ def check_output(out: Path, *, force: bool) -> None:
         )
 
 
+def check_output_file(out: Path, *, force: bool) -> None:
+    """Refuse early what ``write_aside`` would refuse in the end.
+
+    Raises:
+        OutputError: there is a folder of this name, or a file and ``force`` is not set.
+    """
+    if out.is_dir() or (out.exists() and not force):
+        raise OutputError(
+            "is a folder, not a file" if out.is_dir() else "exists already",
+            where=str(out),
+            fix="choose another --out" + ("" if out.is_dir() else ", or replace it with --force"),
+        )
+
+
+def write_aside(out: Path, content: str, *, force: bool = False) -> None:
+    """Write a text file that appears whole or not at all.
+
+    Raises:
+        OutputError: ``out`` exists and ``force`` is not set, or its place cannot be written.
+    """
+    check_output_file(out, force=force)
+    staging: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+        staging = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        staging.chmod(0o666 & ~_umask())
+        staging.replace(out)
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written ({error.strerror})", where=str(out),
+            fix="check permissions and free space, or choose another --out; nothing was changed",
+        ) from error  # fmt: skip
+    finally:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -9,15 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from peft_graft.errors import DependencyError, GraftError
 
 #: What an answer may be compared with: one text, or several of which the best counts.
 References = Sequence["str | Sequence[str]"]
 Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+#: Numbers of each answer, as many of every one.
+Counts = Callable[[Sequence[str], Sequence[Sequence[str]]], list[tuple[float, ...]]]
+#: From the sums of such numbers, and how many answers there are, to a score.
+OfSums = Callable[[Sequence[float], int], float]
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _WORD = re.compile(r"[^\W_]+")
 _NOT_JSON = object()
+#: Of the draws of an interval; and what share of them it holds.
+_DRAWS, _INSIDE = 1000, 0.95
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,14 @@ class Metric:
         name: as in study files and tables.
         function: from n answers and the references of each, at least one, to a number.
         more_is_better: whether a greater number is a better one.
+        counts, of_sums: numbers of each answer, and the score that their sums make; None where it is not made so.
     """
 
     name: str
     function: Score
     more_is_better: bool = True
+    counts: Counts | None = None
+    of_sums: OfSums | None = None
 
 
 METRICS: dict[str, Metric] = {}
@@ -46,6 +57,39 @@ def register_metric(name: str, *, more_is_better: bool = True) -> Callable[[Scor
         return function
 
     return register
+
+
+def register_counts(name: str, of_sums: OfSums) -> Callable[[Counts], Counts]:
+    """Decorator: score answers by what the sums of this function's numbers make, so that there can be intervals."""
+
+    def register(counts: Counts) -> Counts:
+        def function(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+            return of_sums([sum(column) for column in zip(*counts(answers, references), strict=True)], len(answers))
+
+        METRICS[name] = Metric(name, function, True, counts, of_sums)
+        return counts
+
+    return register
+
+
+def interval(counts: Sequence[Sequence[float]], of_sums: OfSums, *, seed: int = 0) -> tuple[float, float]:
+    """The middle 95 % of the scores of as many answers, drawn from these with replacement.
+
+    Args:
+        counts: numbers of each answer. of_sums: see ``Metric``. seed: of the draws.
+    """
+    values, draw = np.asarray(counts, dtype=np.float64), np.random.default_rng(seed)
+    count = len(values)
+    found = [
+        of_sums((np.bincount(draw.integers(count, size=count), minlength=count) @ values).tolist(), count)
+        for _ in range(_DRAWS)
+    ]
+    low, high = np.quantile(found, [(1 - _INSIDE) / 2, (1 + _INSIDE) / 2])
+    return float(low), float(high)
+
+
+def _mean(sums: Sequence[float], count: int) -> float:
+    return sums[0] / count
 
 
 def score_answers(name: str, answers: Sequence[str], references: References) -> float:
@@ -76,16 +120,17 @@ def score_answers(name: str, answers: Sequence[str], references: References) -> 
 # ---- of whole answers ------------------------------------------------------------------------------------------------
 
 
-@register_metric("exact")
-def exact(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+@register_counts("exact", _mean)
+def exact(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Share of answers that equal a reference, but for white space; as JSON where both are JSON."""
-    return _mean(
-        any(_equal(answer, reference) for reference in given) for answer, given in zip(answers, references, strict=True)
-    )
+    return [
+        (float(any(_equal(answer, reference) for reference in given)),)
+        for answer, given in zip(answers, references, strict=True)
+    ]
 
 
-@register_metric("accuracy")
-def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+@register_counts("accuracy", _mean)
+def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Share of answers in which the label that comes first is a reference's; labels are all texts that are references.
 
     Case and punctuation do not matter, labels are found as whole words, and of two that begin together the longer one
@@ -97,7 +142,7 @@ def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> flo
         raise GraftError("no reference is a label", where="accuracy", expected="words")
     any_label = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)")
     found = [any_label.search(_plain(answer)) for answer in answers]
-    return _mean(label is not None and label[0] in given for label, given in zip(found, right, strict=True))
+    return [(float(label is not None and label[0] in given),) for label, given in zip(found, right, strict=True)]
 
 
 def _equal(answer: str, reference: str) -> bool:
@@ -121,8 +166,12 @@ def _comparable(value: Any) -> Any:
 # ---- of JSON ---------------------------------------------------------------------------------------------------------
 
 
-@register_metric("json-f1")
-def json_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def _f1_of_sums(sums: Sequence[float], count: int) -> float:
+    return _f1(*sums)
+
+
+@register_counts("json-f1", _f1_of_sums)
+def json_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Micro F1 over the keys and values of JSON objects, all answers' together.
 
     A pair is the path of keys to a value and the value, as text without spare white space; the order of a list does not
@@ -131,15 +180,15 @@ def json_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     Raises:
         GraftError: no reference has a pair.
     """
-    right, given, wanted = 0, 0, 0
+    found: list[tuple[float, ...]] = []
     for answer, alternatives in zip(answers, references, strict=True):
         own = Counter(_pairs_of(answer))
         candidates = [Counter(_pairs_of(reference)) for reference in alternatives]
         best = max(candidates, key=lambda pairs: _f1((own & pairs).total(), own.total(), pairs.total()))
-        right, given, wanted = right + (own & best).total(), given + own.total(), wanted + best.total()
-    if not wanted:
+        found.append(((own & best).total(), own.total(), best.total()))
+    if not any(wanted for *_, wanted in found):
         raise GraftError("no reference is a JSON object with a value", where="json-f1", found=references[0][0][:80])
-    return _f1(right, given, wanted)
+    return found
 
 
 def _pairs_of(text: str) -> list[tuple[tuple[str, ...], str]]:
@@ -171,19 +220,21 @@ def _parsed(text: str) -> Any:
 # ---- of words --------------------------------------------------------------------------------------------------------
 
 
-@register_metric("token-f1")
-def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+@register_counts("token-f1", _mean)
+def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Mean F1 over the words of an answer and a reference, as SQuAD counts: without case, punctuation and articles."""
 
     def one(answer: str, reference: str) -> float:
         own, other = (Counter(_ARTICLES.sub(" ", _plain(text)).split()) for text in (answer, reference))
         return _f1((own & other).total(), own.total(), other.total()) if own or other else 1.0
 
-    return _mean(max(one(answer, text) for text in given) for answer, given in zip(answers, references, strict=True))
+    return [
+        (max(one(answer, text) for text in given),) for answer, given in zip(answers, references, strict=True)
+    ]  # fmt: skip
 
 
-@register_metric("rouge")
-def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+@register_counts("rouge", _mean)
+def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Mean F1 of the longest common subsequence of words (ROUGE-L of rouge-score, without stemming).
 
     Words are of letters and digits of every script; of those of ASCII the score is what rouge-score's own words give.
@@ -198,33 +249,37 @@ def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
             return _WORD.findall(text.lower())
 
     scorer = RougeScorer(["rougeL"], tokenizer=Words())
-    return _mean(
-        max(float(scorer.score(reference, answer)["rougeL"].fmeasure) for reference in given)
+    return [
+        (max(float(scorer.score(reference, answer)["rougeL"].fmeasure) for reference in given),)
         for answer, given in zip(answers, references, strict=True)
-    )
+    ]
 
 
-@register_metric("bleu")
-def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def _bleu_of_sums(sums: Sequence[float], count: int) -> float:
+    from sacrebleu import BLEU
+
+    numbers = [round(value) for value in sums]
+    orders = (len(numbers) - 2) // 2
+    found = BLEU.compute_bleu(numbers[2 : 2 + orders], numbers[2 + orders :], *numbers[:2], smooth_method="exp")
+    return min(1.0, float(found.score) / 100)
+
+
+@register_counts("bleu", _bleu_of_sums)
+def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """BLEU of the whole list of answers (sacrebleu with its usual tokens and smoothing), from 0 to 1."""
     try:
-        from sacrebleu import corpus_bleu
+        from sacrebleu import BLEU
     except ImportError as error:
         raise _missing("sacrebleu") from error
-    most = max(map(len, references))
-    streams = [[given[place] if place < len(given) else None for given in references] for place in range(most)]
-    return min(1.0, float(corpus_bleu(list(answers), streams).score) / 100)
+    scorer = BLEU(effective_order=True)  # which changes no count, and says that scores of one answer are not asked for
+    each = [scorer.sentence_score(answer, list(given)) for answer, given in zip(answers, references, strict=True)]
+    return [(found.sys_len, found.ref_len, *found.counts, *found.totals) for found in each]
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
 
 
-def _mean(values: Iterator[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
-
-
-def _f1(right: int, given: int, wanted: int) -> float:
+def _f1(right: float, given: float, wanted: float) -> float:
     return 2 * right / (given + wanted) if right else 0.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,16 @@ class RawCheckpoint:
         """Number of values in all parts, or in the file of a module that has none."""
         tensors = [value for part in self.parts.values() for value in part.tensors.values()]
         return sum(value.numel() for value in (*tensors, *self.unconverted.values()))
+
+    @property
+    def digest(self) -> str:
+        """Hash of the values of its parts."""
+        digest = hashlib.sha256()
+        for path, part in sorted(self.parts.items()):
+            for name, value in sorted(part.tensors.items()):
+                digest.update(f"{path} {name}".encode())
+                digest.update(value.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def num_labels(self) -> int | None:

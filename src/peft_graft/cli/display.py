@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from peft_graft._evaluate import Evaluation
     from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
+    from peft_graft.distill.side_by_side import Score
     from peft_graft.report import GraftReport
 
 
@@ -207,6 +209,37 @@ def show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
         )
     console.print(table)
     console.print(f"[bold green]written[/] {escaped(str(out))}; use it with `peft-graft transfer --alignment {out}`")
+
+
+def show_evaluation(found: Evaluation, out: Path | None) -> None:
+    """What ``evaluate`` found: scores side by side, and some of the answers."""
+    console = Console()
+    names = list(found.rows[0].scores)
+    table = Table("", *names, title=f"{found.prompts:,} prompts, with 95 % intervals")
+    for row in found.rows:
+        table.add_row(escaped(row.name), *(_score(row.scores[name]) for name in names))
+    console.print(table)
+    for row in found.rows:
+        odd = [f"{row.cut} cut"] * bool(row.cut) + [f"{row.empty} empty"] * bool(row.empty)
+        if odd:
+            console.print(f"[bold]answers[/] of the {row.name}: {', '.join(odd)}", soft_wrap=True)
+    for note in found.notes:
+        console.print(f"[bold]note[/]    {escaped(note)}", soft_wrap=True)
+    asked = [row.name for row in found.rows if found.answers and row.name in found.answers[0].answers]
+    if asked:
+        table = Table("prompt", "reference", *asked, title="some of the answers", show_lines=True)
+        for sample in found.answers[:_SHOWN]:
+            said = (sample.prompt, sample.references[0], *(sample.answers[name] for name in asked))
+            table.add_row(*map(escaped, said))
+        console.print(table)
+    if out is not None:
+        console.print(f"[bold green]written[/] {escaped(str(out))}", soft_wrap=True)
+
+
+def _score(score: Score) -> str:
+    if score.low is None or score.high is None:
+        return f"{score.value:.3f}"
+    return f"{score.value:.3f}\n[dim]{score.low:.3f} to {score.high:.3f}[/]"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import peft_graft
-from peft_graft.cli.display import escaped, show_alignment, show_graft, show_inspection
+from peft_graft.cli.display import escaped, show_alignment, show_evaluation, show_graft, show_inspection
 from peft_graft.cli.late import CommandsOnCall, command
 from peft_graft.cli.progress import watching
 from peft_graft.errors import GraftError
@@ -23,7 +23,7 @@ from peft_graft.run import UNFINISHED
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from peft_graft.config import AlignConfig, GraftConfig, StudyConfig
+    from peft_graft.config import AlignConfig, EvaluateConfig, GraftConfig, StudyConfig
 
 app = typer.Typer(
     name="peft-graft",
@@ -99,6 +99,32 @@ def align(
         found = peft_graft.align(teacher, student, text=text, out=out, config=config, callbacks=callbacks)
     if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
         show_alignment(found, out, as_json=as_json)
+
+
+@command
+def evaluate(
+    graft: Annotated[str, typer.Argument(help="Folder or hub id of a graft, or of a module of peft.")],
+    config: EvaluateConfig,
+    text: Annotated[str, typer.Option(help="Prompts with answers: a file or hub data set.")],
+    metric: Annotated[
+        str, typer.Option(help="exact, accuracy, json-f1, token-f1, rouge, bleu or nll; several with commas.")
+    ] = "exact",
+    teacher: Annotated[str | None, typer.Option(help="The teacher's model, if it is not where it was.")] = None,
+    student: Annotated[str | None, typer.Option(help="The student, if it is not where it was.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, with all answers; it must not exist.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score what a graft answers, beside its student without it and the teacher, against answers that are known."""
+    names = [name.strip() for name in metric.split(",")]
+    with watching() as callbacks, _say_how_to_go_on(out) if out else nullcontext():
+        found = peft_graft.evaluate(
+            graft, text=text, metrics=names, teacher=teacher, student=student, out=out, config=config,
+            callbacks=callbacks,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found)
+    else:
+        show_evaluation(found, out)
 
 
 @command

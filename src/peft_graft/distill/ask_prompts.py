@@ -186,10 +186,7 @@ class Asking:
 
     def limit(self, model: ModelHandle) -> int:
         """Tokens that a model reads at most."""
-        config = getattr(model.base.config, "text_config", model.base.config)
-        own = [getattr(config, "max_position_embeddings", None), self.max_length]
-        given = [size for size in own if size and size < _NO_LIMIT]
-        return min(given, default=_NO_LIMIT)
+        return longest_text(model, self.max_length)
 
     def _answers(
         self, teacher: AttachedModel, prompts: Sequence[Prompt], judging: int, run: Run, key: str
@@ -219,6 +216,14 @@ def _check_speaks(handle: ModelHandle, ids: list[int]) -> None:
     inputs = {"input_ids": torch.tensor([ids], device=model.device)}
     with torch.inference_mode():
         OutputLayer.of(model.model).check(model.model, model.forward(inputs)[1], inputs)
+
+
+def longest_text(model: ModelHandle, max_length: int | None = None) -> int:
+    """Tokens that a model reads at most, or shall."""
+    config = getattr(model.base.config, "text_config", model.base.config)
+    own = [getattr(config, "max_position_embeddings", None), max_length]
+    given = [size for size in own if size and size < _NO_LIMIT]
+    return min(given, default=_NO_LIMIT)
 
 
 def held_out_size(prompts: int) -> int:

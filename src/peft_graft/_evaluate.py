@@ -1,0 +1,260 @@
+"""``evaluate``: what a graft answers to prompts, scored beside its student without it and the teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from peft_graft.checkpoints.attach import library_version
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.config import EvaluateConfig, GraftConfig
+from peft_graft.distill.side_by_side import (
+    BASE,
+    GRAFT,
+    MODULE,
+    NLL,
+    STUDENT,
+    TEACHER,
+    TEACHER_BASE,
+    Asked,
+    EvaluatedModel,
+    EvaluatedPrompt,
+    Measuring,
+    Side,
+)
+from peft_graft.environment import hardware, versions
+from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
+from peft_graft.files import check_output_file, write_aside
+from peft_graft.graft import REPORT, Graft
+from peft_graft.metrics import METRICS
+from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
+from peft_graft.models.tasks import Task
+from peft_graft.prompts.read import PromptLike
+from peft_graft.prompts.template import Template
+from peft_graft.report import GraftReport
+from peft_graft.run import UNFINISHED, Callback, Run
+
+#: Rows in the order in which they are shown.
+_ORDER = (STUDENT, BASE, GRAFT, MODULE, TEACHER, TEACHER_BASE)
+#: What ``student_format`` takes for the chat template.
+_CHAT = "chat"
+#: Choices that a graft's report knows.
+_RECORDED = ("format", "student_format", "system", "template_args", "max_new_tokens")
+
+
+class Evaluation(BaseModel):
+    """What ``evaluate`` found.
+
+    Attributes:
+        graft: as the user named it. text: the prompts. prompts: how many were asked.
+        too_long: left out, being longer with an answer than a model reads. duplicates: left out.
+        rows: side by side. answers: of every prompt, in the order in which they were asked.
+        settings: as recorded with the graft and given by the user.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format_version: int = 1
+    graft: str
+    text: str
+    prompts: int
+    too_long: int
+    duplicates: int
+    rows: list[EvaluatedModel]
+    answers: list[EvaluatedPrompt]
+    notes: list[str]
+    settings: EvaluateConfig
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    hardware: dict[str, str | int]
+
+
+def evaluate(
+    graft: str | Path | Graft,
+    *,
+    text: PromptLike,
+    metrics: Sequence[str] = ("exact",),
+    teacher: str | Path | None = None,
+    student: str | Path | None = None,
+    out: str | Path | None = None,
+    config: EvaluateConfig | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Evaluation:
+    """Score what a graft answers, beside its student without it and the teacher, against answers that are known.
+
+    Args:
+        graft: folder or hub id of a graft, or one in memory; or a plain module of a language model, which is scored
+            beside its base.
+        text: prompts with answers: a file, a data set of the hub, or rows in memory (``prompts.read``).
+        metrics: names of ``metrics.METRICS``, and ``nll``.
+        teacher: the teacher's model, if it is not where the graft's report says. A teacher that cannot be reached is
+            left out, unless it, or its ``module``, is given here.
+        student: the model that the graft or module is on, if it is not where its files say.
+        out: JSON file for the result. Answers so far are kept beside it, and the same call goes on from there.
+        config: how to ask; ``EvaluateConfig()`` by default. callbacks: watch the run.
+
+    Raises:
+        GraftError: one of its kinds. All that can be known without weights is checked before any are loaded.
+    """
+    config = config or EvaluateConfig()
+    names = _known(metrics)
+    if out is not None:
+        check_output_file(Path(out), force=config.force)
+    side, report = _subject(graft, student, config)
+    sides, notes = [side], list[str]()
+    if report is not None:
+        asked_for = teacher is not None or config.module is not None or config.teacher_base
+        try:
+            sides.append(_teacher(report, teacher, config))
+            notes += _changed(sides[-1], report)
+        except (CheckpointError, ModelError, ArchitectureError, DependencyError) as error:
+            if asked_for:
+                raise
+            notes.append(f"without the teacher: {error}")
+    config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
+    asked = Asked.of(text, sides, names, config)
+    run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    measuring = Measuring(asked, names, config, run)
+    rows = sorted((row for one in sides for row in measuring.rows(one)), key=lambda row: _ORDER.index(row.record.name))
+    found = Evaluation(
+        graft=str(graft) if isinstance(graft, str | Path) else str(graft.folder or "a graft in memory"),
+        text=asked.source.name, prompts=len(asked.prompts), too_long=asked.too_long,
+        duplicates=asked.source.dropped_duplicates, rows=[row.record for row in rows], answers=asked.said(rows),
+        notes=notes, settings=config, seconds=run.seconds, versions=versions(), hardware=hardware(config.device),
+    )  # fmt: skip
+    if out is not None:
+        content = json.dumps(found.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        write_aside(Path(out), content + "\n", force=config.force)
+        shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
+    return found
+
+
+def _known(metrics: Sequence[str]) -> list[str]:
+    """The metrics, each once.
+
+    Raises:
+        PlanError: there is none, or none of that name.
+    """
+    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    for name in names or [""]:
+        if name not in METRICS and name != NLL:
+            raise PlanError("no such metric", where="--metric", expected=", ".join([*METRICS, NLL]), found=name or None)
+    return names
+
+
+# ---- who is asked ----------------------------------------------------------------------------------------------------
+
+
+def _subject(
+    graft: str | Path | Graft, student: str | Path | None, config: EvaluateConfig
+) -> tuple[Side, GraftReport | None]:
+    """The graft on its student, or a plain module on its base, which has no report.
+
+    Raises:
+        CheckpointError: there is none, or it is no language model's. ModelError: its model cannot be reached.
+    """
+    given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
+    if not isinstance(graft, Graft):
+        folder = locate(graft, revision=config.revision, subfolder=config.subfolder, token=config.token)
+        raw = _speaking(read_checkpoint(folder), str(graft))
+        if not (folder / REPORT).is_file():
+            return _plain(raw, str(graft), student, config, GraftConfig(**given)), None
+        graft = Graft.from_pretrained(
+            graft, student=student, revision=config.revision, subfolder=config.subfolder, token=config.token,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+    handle, settings = graft.student, graft.report.settings.model_copy(update=given)
+    _speaking(graft.checkpoint.raw, str(graft.folder or "the graft"))
+    loading = _loading(config, handle.loading.revision)
+    own = settings.format if settings.student_format is None else settings.student_format
+    tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role="student")
+    template = Template.of(
+        tokenizer, format=None if own == _CHAT else own, system=settings.system, args=settings.template_args,
+        name=handle.name, option="--format" if settings.format else "--student-format",
+    )  # fmt: skip
+    name = str(graft.folder or "in memory")
+    return Side(handle, loading, graft.raw, name, template, STUDENT, GRAFT, settings), graft.report
+
+
+def _plain(
+    raw: RawCheckpoint, name: str, base: str | Path | None, config: EvaluateConfig, settings: GraftConfig
+) -> Side:
+    """A module that is no graft, on its base."""
+    place = base or raw.base_model
+    if place is None:
+        raise ModelError("the module's configuration names no base model", where=name, fix="name it with --student")
+    return _on_its_base(raw, name, str(place), _loading(config), settings, BASE, MODULE)
+
+
+def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConfig) -> Side:
+    """The module that was moved, on the model that it comes from.
+
+    Raises:
+        CheckpointError, ModelError: one of them cannot be reached.
+    """
+    settings = report.settings
+    given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
+    place = {} if config.module else {"revision": settings.revision, "subfolder": settings.subfolder}
+    name = config.module or report.module
+    raw = _speaking(read_checkpoint(locate(name, token=config.token, **place)), name)
+    loading = _loading(config, None if named else settings.teacher_revision)
+    bare = TEACHER_BASE if config.teacher_base else None
+    model = str(named or report.teacher.name)
+    return _on_its_base(raw, name, model, loading, settings.model_copy(update=given), bare, TEACHER)
+
+
+def _on_its_base(  # the module, its model and how they are read; the rest names their rows
+    raw: RawCheckpoint,
+    name: str,
+    model: str,
+    loading: Loading,
+    settings: GraftConfig,
+    bare: str | None,
+    whole: str,
+) -> Side:
+    if library_version(raw.library) is None:
+        raise DependencyError(
+            f"{raw.library} is not installed, so the module cannot be asked", where=name,
+            fix="pip install 'peft-graft[adapters]'",
+        )  # fmt: skip
+    role = "teacher" if whole == TEACHER else "model"
+    handle = blank_handle(load_config(model, loading, role=role), model)
+    template = Template.of(
+        load_tokenizer(model, loading, role=role), format=settings.format, system=settings.system,
+        args=settings.template_args, name=model, role=role,
+    )  # fmt: skip
+    return Side(handle, loading, raw, name, template, bare, whole, settings)
+
+
+def _loading(config: EvaluateConfig, revision: str | None = None) -> Loading:
+    return Loading(
+        revision=revision, token=config.token, trust_remote_code=config.trust_remote_code,
+        quantization_config=config.quantization_config, device_map=config.device_map, device=config.device,
+        dtype=config.dtype,
+    )  # fmt: skip
+
+
+def _speaking(raw: RawCheckpoint, name: str) -> RawCheckpoint:
+    """Refuse what generates no text.
+
+    Raises:
+        CheckpointError: it is no module of a causal language model.
+    """
+    if raw.task is not Task.CAUSAL_LM:
+        raise CheckpointError(
+            f"evaluate scores generated text, and this is a {raw.task} module", where=name, expected=Task.CAUSAL_LM,
+            fix="compare it with `peft-graft study` (docs/studies.md)",
+        )  # fmt: skip
+    return raw
+
+
+def _changed(teacher: Side, report: GraftReport) -> list[str]:
+    """A remark, where the module is not the one that was moved."""
+    moved, found = report.module_files, teacher.raw.files
+    if all(found[name] == digest for name, digest in moved.items() if name in found):
+        return []
+    return [f"{teacher.module} has changed since it was moved"]
