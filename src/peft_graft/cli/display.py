@@ -76,14 +76,17 @@ def show_inspection(found: Inspection) -> None:
         pairs = "" if asked.strict_share is None else f"; {asked.strict_share:.0%} of the answers' tokens pair"
         if asked.strict_digits is not None:
             pairs += f", {asked.strict_digits:.0%} of those with digits"
+        how = {"chat": "asked by its chat template", "list": "going on with a list of them"}
+        if asked.made_by:
+            dropped = f" to make from {asked.made_from} examples, by the teacher's base, {how[asked.made_by]}"
         console.print(
             f"prompts      {asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on "
             f"average{pairs}",
             soft_wrap=True,
         )
         console.print(
-            f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB in "
-            f"training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
+            f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB "
+            f"in training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
             soft_wrap=True,
         )
     elif student.least_seconds:
@@ -173,6 +176,11 @@ def _show_prompts(report: GraftReport, console: Console) -> None:
         f"teacher's answers {asked.module_effect:.2f} nats a token likelier; {asked.strict_share:.0%} of the answers' "
         f"tokens pair{digits}", soft_wrap=True,
     )  # fmt: skip
+    if asked.made:
+        console.print(
+            f"[bold]made[/]    {asked.made.text}; {asked.no_excess} of those left out where the module makes no answer "
+            f"likelier ({asked.made.seeds} examples, {asked.made.continuations} continuations)", soft_wrap=True,
+        )  # fmt: skip
     table = Table("prompt", "teacher", "graft", title="answers to prompts that were held out", show_lines=True)
     for sample in report.answers[:_SHOWN]:
         table.add_row(*(escaped(text) for text in (sample.prompt, sample.teacher, sample.graft)))
