@@ -62,7 +62,7 @@ def inspect(
 
 @app.command()
 @options_from(GraftConfig)
-def transfer(
+def transfer(  # what moves, from where, to where, on which text: all else is config
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a trained module of peft or adapters.")],
     config: GraftConfig,
     student: Annotated[str, typer.Option(help="Folder or hub id of the model that receives it.")],

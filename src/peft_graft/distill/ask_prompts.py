@@ -40,8 +40,6 @@ LEAST_PROMPTS = LEAST_HELD_OUT * HELD_OUT_SHARE
 _OTHERS, _ASKED_FOR_OTHERS = 4096, 64
 #: Nats a token by which the module must change the teacher's answers, to be worth moving on these prompts.
 _LEAST_CHANGE = 1e-3
-#: Nats a token that the module must add to the answer to a prompt that was made.
-_LEAST_EXCESS = 0.0
 #: Length limits beyond this stand for none.
 _NO_LIMIT = 1 << 20
 #: What ``--student-format`` takes for the chat template.
@@ -228,7 +226,7 @@ class Asking:
              for prompt, answer in zip(prompts, answers, strict=True)],
             lambda done, total: run.progress(_STAGE, done, total),
         )  # fmt: skip
-        kept = [number for number, value in enumerate(excess) if value > _LEAST_EXCESS]
+        kept = [number for number, value in enumerate(excess) if value > _LEAST_CHANGE]
         judging = sum(number < judging for number in kept)
         if judging < LEAST_HELD_OUT or judging == len(kept):
             raise TextError(

@@ -41,7 +41,8 @@ class Seeds:
     """Examples of prompts.
 
     Attributes:
-        texts: what the user says in each. system: the system message before all of them, if any.
+        texts: what the user says in each; sorted where they were read, so that the source's order is of no matter.
+        system: the system message before all of them, if any.
         name: where they come from.
     """
 
@@ -67,7 +68,7 @@ class Seeds:
         else:
             given = list(given)
         prompts = list(PromptSource(given, columns, seed).prompts()) if given else []
-        return cls(tuple(prompt.text.strip() for prompt in prompts), _checked(prompts, name), name)
+        return cls(tuple(sorted(prompt.text.strip() for prompt in prompts)), _checked(prompts, name), name)
 
     @property
     def key(self) -> str:
@@ -120,7 +121,8 @@ class Seeds:
         """
         said = said.rpartition("</think>")[2]
         if self.separator is None:
-            found = _listed(said if chat else f"1. {said}")
+            begun = not chat and said.partition("\n")[0].strip()  # the number of its first item stands in the request
+            found = _listed(f"1. {said}" if begun else said)
         else:
             found = re.split(rf"^\s*{re.escape(self.separator)}\s*$", said, flags=re.MULTILINE)
             if chat and found[0].rstrip().endswith(":"):  # what comes before a list
