@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +20,7 @@ from peft_graft.alignment.text import TextLike, TextSource
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
+from peft_graft.distill.ask_seeds import listing_of, seeds_of
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.teacher import LEAST_SAMPLES, can_ask
 from peft_graft.errors import GraftError
@@ -31,9 +32,12 @@ from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, described, given_alignment
 from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.read import PromptLike, PromptSource
+from peft_graft.prompts.seeds import Seeds
 
 #: Prompts whose answers are paired for an outlook, and values that a layer keeps for the backward pass, in widths.
 _PAIRED, _STORED = 200, 24
+#: Tokens that are written for each one of a prompt that is made: half of them are dropped, at a guess.
+_WRITTEN = 2
 
 
 class _Record(BaseModel):
@@ -56,6 +60,8 @@ class PromptOutlook(_Record):
     ``prompt_tokens``, ``answer_tokens``: of the student, on average; the latter from the answers that came with the
     prompts, else a quarter of the longest. ``strict_share``, ``strict_digits``: of the positions of such answers, and
     of those with digits, where the models' distributions can be compared; None where there are none.
+    ``made_from``: examples that the prompts would be made from. ``made_by``: ``chat``, where the teacher's base is
+    asked for more through its chat template, or ``list``, where it goes on with a list; None where prompts are given.
     """
 
     prompts: int
@@ -65,6 +71,8 @@ class PromptOutlook(_Record):
     answer_tokens: float
     strict_share: float | None
     strict_digits: float | None
+    made_from: int | None = None
+    made_by: Literal["chat", "list"] | None = None
 
 
 class StudentSummary(_Record):
@@ -124,14 +132,15 @@ def inspect(
     *,
     teacher: ModelLike | None = None,
     text: TextLike | PromptLike | None = None,
+    seeds: PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
     config: GraftConfig | None = None,
 ) -> Inspection:
     """Look at a module, and plan its transfer to a student.
 
     Args:
-        adapter, student, teacher, text, alignment, config: as for ``transfer``. Without text it stays open whether
-            there will be any.
+        adapter, student, teacher, text, seeds, alignment, config: as for ``transfer``. Without text it stays open
+            whether there will be any.
 
     Returns:
         The findings. A teacher that cannot be reached, or a student that cannot receive the module, is reported as a
@@ -160,7 +169,7 @@ def inspect(
     )
     if student is None:
         return found
-    return found.model_copy(update={"student": _plan_for(module, (teacher, student), text, given, config)})
+    return found.model_copy(update={"student": _plan_for(module, (teacher, student), (text, seeds), given, config)})
 
 
 def _resolved(
@@ -202,11 +211,11 @@ def _unknown(module: Module) -> bool:
 def _plan_for(
     module: ModuleSource,
     ends: tuple[ModelLike | None, ModelLike],
-    text: TextLike | PromptLike | None,
+    texts: tuple[TextLike | PromptLike | None, PromptLike | None],
     given: Alignment | None,
     config: GraftConfig,
 ) -> StudentSummary:
-    teacher, student = ends
+    (teacher, student), (text, seeds) = ends, texts
     name = str(student) if isinstance(student, str | Path) else type(student).__name__
     known = StudentSummary(name=name, max_tokens=config.max_tokens)
     try:
@@ -215,14 +224,15 @@ def _plan_for(
         architecture = models.student.architecture
         known = known.model_copy(update={"model_type": architecture.model_type, "num_layers": architecture.num_layers})
         raw = module.shapes(models.teacher.base.config)
-        prompts = prompts_of(text, module.raw, config)
+        prompts = seeds_of(seeds, text, module.raw, config) or prompts_of(text, module.raw, config)
         asked = None
         if prompts is not None:
-            asked = _prompts_for(prompts, asking_of(config, sources, models, module.raw.library), models, config)
+            asking = asking_of(config, sources, models, module.raw.library)
+            asked = _prompts_for(prompts, asking, models, config)
         elif text is not None:
             samples = TextSource(cast(TextLike, text), config.columns, config.seed).samples()
             can_ask(config, module.raw.library, len(list(islice(samples, LEAST_SAMPLES))))
-        has_text = True if text is not None else None
+        has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
@@ -231,8 +241,10 @@ def _plan_for(
     return known.model_copy(update=_outlook(plan) | {"prompts": asked, **_cost_of_prompts(plan, asked)})
 
 
-def _prompts_for(source: PromptSource, asking: Asking, models: ModelPair, config: GraftConfig) -> PromptOutlook:
+def _prompts_for(source: PromptSource | Seeds, asking: Asking, models: ModelPair, config: GraftConfig) -> PromptOutlook:
     """What is known of prompts before any answer; of the answers that came with them, if any, how they pair."""
+    if isinstance(source, Seeds):
+        return _made_prompts_for(source, asking, models, config)
     found = list(islice(source.prompts(), config.max_prompts + HELD_OUT))
     fitting = asking.check(found, models)
     templates, shares = asking.templates, PairingShares()
@@ -254,6 +266,23 @@ def _prompts_for(source: PromptSource, asking: Asking, models: ModelPair, config
     )
 
 
+def _made_prompts_for(seeds: Seeds, asking: Asking, models: ModelPair, config: GraftConfig) -> PromptOutlook:
+    """What is known of prompts before they are made: the examples stand for them."""
+    listing = listing_of(seeds, asking, models, config)
+    lengths = [len(asking.templates.student.ids(prompt)) for prompt in seeds.prompts]
+    return PromptOutlook(
+        prompts=config.prompts_to_make,
+        too_long=0,
+        duplicates=0,
+        prompt_tokens=round(sum(lengths) / len(lengths), 1),
+        answer_tokens=round(asking.sampling.max_new_tokens / 4, 1),
+        strict_share=None,
+        strict_digits=None,
+        made_from=len(seeds.texts),
+        made_by="chat" if listing.chat else "list",
+    )
+
+
 def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
     """Multiply-adds and memory: every answer generated, read once, and learned from in some passes."""
     (teacher, _), (student, size) = _costs(plan.models.teacher), _costs(plan.models.student)
@@ -261,7 +290,8 @@ def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
     batch = PromptDistillation.batch_size
     steps = plan.config.polish_steps_on(asked.prompts, batch)
     # Backward passes take another product for every one of the forward pass; the modules' own are small.
-    operations = 2 * asked.prompts * tokens * teacher + 2 * steps * batch * tokens * student
+    written = _WRITTEN * asked.prompt_tokens if asked.made_from else 0
+    operations = asked.prompts * (2 * tokens + written) * teacher + 2 * steps * batch * tokens * student
     hidden = plan.models.student.architecture.hidden_size
     layers = plan.models.student.architecture.num_layers
     activations = 4 * batch * tokens * hidden * layers * _STORED

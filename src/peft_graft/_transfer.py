@@ -23,10 +23,12 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import EXACT, judge
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
 from peft_graft.distill.ask_prompts import held_out_size as prompts_held_out
+from peft_graft.distill.ask_seeds import listing_of, prompts_from, seeds_of
 from peft_graft.distill.candidates import CandidateBuilder
 from peft_graft.distill.choose import Outcome, choose
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
 from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, held_out_size
 from peft_graft.environment import hardware, versions
@@ -44,6 +46,7 @@ from peft_graft.planning.sources import (
 )
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.read import PromptLike, PromptSource
+from peft_graft.prompts.seeds import Seeds
 from peft_graft.report import AnswerSample, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
@@ -57,6 +60,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     *,
     teacher: ModelLike | None = None,
     text: TextLike | PromptLike | None = None,
+    seeds: PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
     out: str | Path | None = None,
     config: GraftConfig | None = None,
@@ -72,6 +76,8 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
             ``PeftModel`` brings its own.
         text: unlabelled text to align, fit, polish and judge on: a file, a data set of the hub
             (``alignment.text.read_text``), or strings, pairs of strings and lists of tokens.
+        seeds: in place of text, 5 to 15 examples of prompts for a language model, as a file or in memory, with an
+            answer or without: the teacher's base makes more of their kind (``distill.make_prompts``).
         alignment: a saved alignment of the two models, or a live one; no text is needed then.
         out: folder to write the graft to (``Graft.save_pretrained``). State of an interrupted run is kept beside it,
             and the same call goes on from there. Nothing is written without it.
@@ -94,7 +100,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     given = given_alignment(alignment, config.token)
     shapes = sources.described()
     raw = module.shapes(shapes.teacher.base.config)
-    taught = _text_of(text, module, sources, shapes, config)
+    taught = _text_of(text, seeds_of(seeds, text, module.raw, config), module, sources, shapes, config)
     plan = Plan.make(
         raw, shapes, config, has_text=taught.source is not None, has_prompts=isinstance(taught, _Prompts), given=given
     )
@@ -104,6 +110,8 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         models = sources.loaded(tokenizers=taught.source is not None or module.raw.trains_tokens)
     with run.stage("converting to LoRA") if module.is_converted else nullcontext():
         raw = module.values(models.teacher)
+    if isinstance(taught, _Prompts):
+        taught.make(models, config, run)
     plan = plan.bind(raw, models, taught.plain)
     vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
     outcome, polished, aligner, notes = _moved(plan, taught, vocabularies, run)
@@ -188,18 +196,32 @@ class _Text:
 
 @dataclass
 class _Prompts:
-    """Prompts for the teacher to answer. ``asked``: what came of it."""
+    """Prompts for the teacher to answer, or examples to make them from.
 
-    source: PromptSource
+    ``made``: how they were made. ``asked``: what came of it.
+    """
+
+    source: PromptSource | Seeds
     prompts: Sequence[Prompt]
     asking: Asking
     key: str
+    made: MadePrompts | None = None
     asked: PromptDistillation | None = None
 
     @property
     def remarks(self) -> list[str]:
         """What the report says about the text."""
-        return []
+        if self.made is None or self.made.ended == "enough":
+            return []
+        why = "hardly any new ones came" if self.made.ended == "nothing new" else "that took all attempts"
+        return [f"fewer prompts were made than asked for, since {why}: {self.made.text}"]
+
+    def make(self, models: ModelPair, config: GraftConfig, run: Run) -> None:
+        """Make the prompts, where there are only examples."""
+        if not isinstance(self.source, Seeds):
+            return
+        self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
+        self.key = json.dumps([self.key, [prompt.key for prompt in self.prompts]])
 
     @property
     def plain(self) -> Sequence[Sample]:
@@ -230,8 +252,10 @@ class _Prompts:
     def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
         """The teacher's answers."""
         key = json.dumps([self.key, _module_key(plan.module.raw), *plan.models.fingerprints])
-        duplicates = self.source.dropped_duplicates
-        self.asked = self.asking.ask(plan.module, plan.models, self.prompts, run, key=key, duplicates=duplicates)
+        self.asked = self.asking.ask(
+            plan.module, plan.models, self.prompts, run, key=key, excess=self.made is not None, made=self.made,
+            duplicates=0 if isinstance(self.source, Seeds) else self.source.dropped_duplicates,
+        )  # fmt: skip
         return self.asked
 
     def judged(self, outcome: Outcome, run: Run) -> tuple[Outcome, dict[str, object]]:
@@ -251,6 +275,7 @@ class _Prompts:
 
 def _text_of(
     text: TextLike | PromptLike | None,
+    seeds: Seeds | None,
     module: ModuleSource,
     sources: ModelSources,
     shapes: ModelPair,
@@ -261,14 +286,18 @@ def _text_of(
     Raises:
         GraftError: see ``asking_of`` and ``can_ask``.
     """
-    prompts = prompts_of(text, module.raw, config)
+    prompts = seeds or prompts_of(text, module.raw, config)
     if prompts is None:
         # Rows that are no prompts, in memory, are what a text source refuses.
         source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
         return _Text.of(source, module.raw.library, config)
     asking = asking_of(config, sources, shapes, module.raw.library)
-    found = list(islice(prompts.prompts(), config.max_prompts + HELD_OUT))
-    asking.check(found, shapes)
+    if isinstance(prompts, Seeds):
+        listing_of(prompts, asking, shapes, config)
+        found = []
+    else:
+        found = list(islice(prompts.prompts(), config.max_prompts + HELD_OUT))
+        asking.check(found, shapes)
     settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
     return _Prompts(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
 

@@ -30,6 +30,8 @@ POLISH_STEPS = 1000
 #: Prompts that the teacher answers, and passes over them in a polish of at most ``POLISH_STEPS``, where nothing else is
 #: said.
 MAX_PROMPTS, PROMPT_PASSES = 2000, 4
+#: Prompts that are made of examples.
+MADE_PROMPTS = 500
 #: The method that moves nothing.
 FRESH = "fresh"
 #: Built-in methods in one line each, in the order of help pages; ``alignment.methods.register_method`` adds to them.
@@ -238,11 +240,16 @@ class GraftConfig(PairConfig):
     )
     learn: Annotated[Literal["distributions", "text"], Option(_PROMPTS, later=True)] = Field(
         default="distributions",
-        description="Of the teacher's answers: distributions, its next-token distributions wherever tokens pair, or text, "
-        "their text alone.",
+        description="Of the teacher's answers: distributions, its next-token distributions wherever tokens pair, or "
+        "text, their text alone.",
     )
     max_prompts: Annotated[int, Option(_PROMPTS, later=True)] = Field(
         default=MAX_PROMPTS, ge=1, description="Prompts that the teacher answers at most."
+    )
+    make_prompts: Annotated[int, Option(_PROMPTS, later=True)] = Field(
+        default=MADE_PROMPTS,
+        ge=1,
+        description="Prompts that are made from --seeds at most, a fifth of which judge; no more than --max-prompts.",
     )
     max_new_tokens: Annotated[int, Option(_PROMPTS, later=True)] = Field(
         default=256, ge=1, description="Tokens of an answer; a longer one is cut."
@@ -281,6 +288,11 @@ class GraftConfig(PairConfig):
         if self.polish == AUTO:
             return POLISH_STEPS if self.method == AUTO else 0
         return int(self.polish)
+
+    @property
+    def prompts_to_make(self) -> int:
+        """How many prompts are made of examples."""
+        return min(self.make_prompts, self.max_prompts)
 
     def polish_steps_on(self, prompts: int, batch_size: int) -> int:
         """Steps of the polish on so many prompts: some passes over them where nothing is said."""

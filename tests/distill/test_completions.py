@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -14,14 +15,13 @@ import transformers
 import peft_graft
 import permutation
 import speech
-from conftest import needs_adapters
 from peft_graft import Callback, Graft, GraftConfig
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
 from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.completions import Templates
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
-from peft_graft.errors import GraftError, ModelError, PairingError, PlanError, TextError
+from peft_graft.errors import GraftError, ModelError, PlanError, TextError
 from peft_graft.models.loading import ModelPair, load_model
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
@@ -84,7 +84,7 @@ def test_the_written_graft_answers_new_prompts_as_the_teacher_was_taught(moved, 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_the_loss_does_not_depend_on_what_stands_beside_a_row(asked, padding):
     models = asked.models
-    attached = asked.attach(_neutral(asked))
+    attached = asked.attach(untrained(asked))
     asked.templates.student.tokenizer.padding_side = padding
     rows = list(range(9))
     with torch.no_grad():
@@ -95,13 +95,8 @@ def test_the_loss_does_not_depend_on_what_stands_beside_a_row(asked, padding):
     assert whole == pytest.approx(sum(a * b for a, b in zip(sizes, single, strict=True)) / sum(sizes), rel=1e-4)
 
 
-def _neutral(asked):
+def untrained(asked):
     """A module of the student that changes nothing."""
-    raw = read_checkpoint_of(asked)
-    return raw
-
-
-def read_checkpoint_of(asked):
     folder = Path(asked.models.student.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
@@ -139,10 +134,8 @@ def test_answers_that_were_given_are_learned_where_they_are_asked_for(speakers):
 
 
 def test_on_its_own_answers_a_student_comes_nearer_to_the_teacher(asked):
-    from dataclasses import replace
-
     own = replace(asked, on_policy=1.0)
-    attached = own.attach(read_checkpoint_of(asked))
+    attached = own.attach(untrained(asked))
     optimizer = torch.optim.AdamW(attached.trainable().values(), lr=1e-2)
     before = own.measure(attached).divergence
     torch.manual_seed(0)
@@ -155,11 +148,9 @@ def test_on_its_own_answers_a_student_comes_nearer_to_the_teacher(asked):
 
 
 def test_activations_that_are_computed_anew_give_the_same_gradient(asked):
-    from dataclasses import replace
-
     found = []
     for again in (False, True):
-        attached = replace(asked, gradient_checkpointing=again).attach(read_checkpoint_of(asked))
+        attached = replace(asked, gradient_checkpointing=again).attach(untrained(asked))
         attached.model.train()
         assert attached.base.is_gradient_checkpointing == again
         torch.manual_seed(0)
@@ -346,6 +337,3 @@ def test_prompts_as_columns_of_their_own_names(refused, speakers, tmp_path):
     assert found.student.prompts.prompts == 60
     assert found.student.prompts.strict_share is not None
     assert found.student.training_mib > 0
-
-
-_ = (PairingError, needs_adapters)

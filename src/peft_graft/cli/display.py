@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from peft_graft._evaluate import Evaluation
-    from peft_graft._inspect import Inspection
+    from peft_graft._inspect import Inspection, PromptOutlook, StudentSummary
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.distill.side_by_side import Score
     from peft_graft.report import GraftReport
@@ -71,23 +71,7 @@ def show_inspection(found: Inspection) -> None:
         f"{student.forwards_per_token / 1e6:.1f} M"
     )
     if student.prompts:
-        asked = student.prompts
-        dropped = f", {asked.too_long} too long, {asked.duplicates} given twice" * bool(
-            asked.too_long or asked.duplicates
-        )
-        pairs = "" if asked.strict_share is None else f"; {asked.strict_share:.0%} of the answers' tokens pair"
-        if asked.strict_digits is not None:
-            pairs += f", {asked.strict_digits:.0%} of those with digits"
-        console.print(
-            f"prompts      {asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on "
-            f"average{pairs}",
-            soft_wrap=True,
-        )
-        console.print(
-            f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB "
-            f"in training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
-            soft_wrap=True,
-        )
+        _show_outlook(student, student.prompts, console)
     elif student.least_seconds:
         console.print(
             f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {student.max_tokens:,} tokens take "
@@ -95,6 +79,27 @@ def show_inspection(found: Inspection) -> None:
         )
     for note in student.notes:
         console.print(f"note         {escaped(note)}")
+
+
+def _show_outlook(student: StudentSummary, asked: PromptOutlook, console: Console) -> None:
+    """Prompts that the teacher would be asked, and what that would cost."""
+    dropped = f", {asked.too_long} too long, {asked.duplicates} given twice" * bool(asked.too_long or asked.duplicates)
+    pairs = "" if asked.strict_share is None else f"; {asked.strict_share:.0%} of the answers' tokens pair"
+    if asked.strict_digits is not None:
+        pairs += f", {asked.strict_digits:.0%} of those with digits"
+    how = {"chat": "asked by its chat template", "list": "going on with a list of them"}
+    if asked.made_by:
+        dropped = f" to make from {asked.made_from} examples, by the teacher's base, {how[asked.made_by]}"
+    console.print(
+        f"prompts      {asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on "
+        f"average{pairs}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB "
+        f"in training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
+        soft_wrap=True,
+    )
 
 
 def show_graft(report: GraftReport, out: Path) -> None:
@@ -175,6 +180,11 @@ def _show_prompts(report: GraftReport, console: Console) -> None:
         f"teacher's answers {asked.module_effect:.2f} nats a token likelier; {asked.strict_share:.0%} of the answers' "
         f"tokens pair{digits}", soft_wrap=True,
     )  # fmt: skip
+    if asked.made:
+        console.print(
+            f"[bold]made[/]    {asked.made.text}; {asked.no_excess} of those left out where the module makes no answer "
+            f"likelier ({asked.made.seeds} examples, {asked.made.continuations} continuations)", soft_wrap=True,
+        )  # fmt: skip
     table = Table("prompt", "teacher", "graft", title="answers to prompts that were held out", show_lines=True)
     for sample in report.answers[:_SHOWN]:
         table.add_row(*(escaped(text) for text in (sample.prompt, sample.teacher, sample.graft)))

@@ -44,11 +44,14 @@ def inspect(
     student: Annotated[str | None, typer.Option(help="Plan a transfer to this model, without its weights.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The module's base, if its configuration is wrong.")] = None,
     text: Annotated[str | None, typer.Option(help="The text that the transfer would be given.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="The examples that the transfer would make prompts from.")] = None,
     alignment: Annotated[str | None, typer.Option(help="The alignment that the transfer would be given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a module is, where it attaches, and what would become of it on a student."""
-    found = peft_graft.inspect(adapter, student, teacher=teacher, text=text, alignment=alignment, config=config)
+    found = peft_graft.inspect(
+        adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, config=config
+    )
     if as_json:
         _print_json(found)
     else:
@@ -58,7 +61,7 @@ def inspect(
 
 
 @command
-def transfer(
+def transfer(  # what moves, from where, to where, on which text: all else is config
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a trained module of peft or adapters.")],
     config: GraftConfig,
     student: Annotated[str, typer.Option(help="Folder or hub id of the model that receives it.")],
@@ -67,13 +70,17 @@ def transfer(
     text: Annotated[
         str | None, typer.Option(help="Unlabelled text to align, fit, polish and judge on: a file or hub data set.")
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="In place of text, 5 to 15 example prompts: the teacher's base model makes more of them."),
+    ] = None,
     alignment: Annotated[str | None, typer.Option(help="An alignment made by `peft-graft align`.")] = None,
     as_json: Json = False,
 ) -> None:
     """Move a trained module to another model and write an ordinary checkpoint for it."""
     with watching() as callbacks, _say_how_to_go_on(out):
         graft = peft_graft.transfer(
-            adapter, student, teacher=teacher, text=text, alignment=alignment, out=out, config=config,
+            adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, out=out, config=config,
             callbacks=callbacks,
         )  # fmt: skip
     if as_json:

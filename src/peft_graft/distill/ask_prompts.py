@@ -15,8 +15,10 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.completions import BATCH, PromptDistillation, PromptRecord, Templates, last_states
+from peft_graft.distill.excess import excess_of, gains_of
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
-from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest, text_loss
+from peft_graft.distill.make_prompts import MadePrompts
+from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest
 from peft_graft.distill.training import length_batches
 from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
@@ -32,6 +34,8 @@ from peft_graft.run import Run
 
 #: Prompts that judge, at most and at least, and their share of a short list.
 HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 100, 8, 5
+#: Prompts at least.
+LEAST_PROMPTS = LEAST_HELD_OUT * HELD_OUT_SHARE
 #: Tokens beside the shared ones that a student of a larger vocabulary is watched for: the likeliest by its own answer.
 _OTHERS, _ASKED_FOR_OTHERS = 4096, 64
 #: Nats a token by which the module must change the teacher's answers, to be worth moving on these prompts.
@@ -120,6 +124,8 @@ class Asking:
         *,
         key: str = "",
         duplicates: int = 0,
+        excess: bool = False,
+        made: MadePrompts | None = None,
     ) -> PromptDistillation:
         """Let the teacher answer, and prepare what the student learns from that.
 
@@ -127,6 +133,8 @@ class Asking:
             checkpoint: the teacher's module. prompts: the first judge, the next are learned from.
             key: of the teacher, its module and the prompts; names the file that answers are kept in (``run.work``).
             duplicates: prompts that were left out before.
+            excess: whether to leave prompts out where the module makes the teacher's answer no likelier.
+            made: how the prompts were made, for the record.
 
         Raises:
             TextError: too few prompts, all too long, answers that teach nothing, or a module that changes nothing.
@@ -142,6 +150,9 @@ class Asking:
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
             answers = self._answers(teacher, chosen, judging, run, key)
             _check_answers(answers, self.sampling.max_new_tokens)
+            asked = len(chosen)
+            if excess:
+                chosen, answers, judging = self._with_excess(teacher, chosen, answers, judging, run)
             work = _Targets(self, models, teacher, chosen, answers, judging)
             train, held_out, columns, shares, effect = work.made(run)
         with run.stage("asking the student"):
@@ -157,7 +168,7 @@ class Asking:
             given=sum(prompt.answer is not None for prompt in chosen[judging:]) if self.use_given else 0,
             answer_tokens=sum(len(row) - start for row, start in zip(train.inputs, train.starts, strict=True)),
             shared_tokens=columns.shared, strict_share=shares.share, strict_digits=shares.digit_share,
-            module_effect=effect,
+            module_effect=effect, made=made, no_excess=asked - len(chosen),
         )  # fmt: skip
         samples = [Sample(f"{prompt.text}\n{answer.text}") for prompt, answer in zip(chosen, answers, strict=True)]
         found = PromptDistillation(
@@ -173,9 +184,13 @@ class Asking:
         Raises:
             TextError: there are too few.
         """
-        fitting = [prompt for prompt in prompts if self._fits(prompt, models)]
+        fitting = self.fitting(prompts, models)
         check_enough(len(fitting), len(prompts) - len(fitting))
         return fitting
+
+    def fitting(self, prompts: Sequence[Prompt], models: ModelPair) -> list[Prompt]:
+        """The prompts that both models can read with the longest answer."""
+        return [prompt for prompt in prompts if self._fits(prompt, models)]
 
     def _fits(self, prompt: Prompt, models: ModelPair) -> bool:
         longest = self.sampling.max_new_tokens
@@ -204,6 +219,33 @@ class Asking:
         )  # fmt: skip
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]
+
+    def _with_excess(  # prompts, their answers and how many judge, as they go in and come out
+        self, teacher: AttachedModel, prompts: Sequence[Prompt], answers: Sequence[Answer], judging: int, run: Run
+    ) -> tuple[list[Prompt], list[Answer], int]:
+        """Those prompts where the module matters.
+
+        Raises:
+            TextError: they are too few.
+        """
+        template = self.templates.teacher
+        excess = excess_of(
+            teacher, template,
+            [template.encode(prompt, answer.text, ended=answer.ended)
+             for prompt, answer in zip(prompts, answers, strict=True)],
+            lambda done, total: run.progress(_STAGE, done, total),
+        )  # fmt: skip
+        kept = [number for number, value in enumerate(excess) if value > _LEAST_CHANGE]
+        judging = sum(number < judging for number in kept)
+        if judging < LEAST_HELD_OUT or judging == len(kept):
+            raise TextError(
+                "the module makes the teacher's answers no likelier on too many prompts", where="--seeds",
+                expected=f"at least {LEAST_PROMPTS} where it does",
+                found=f"{len(kept)} of {len(prompts)}",
+                fix="give examples of the module's task, in the format that it was trained with, or raise "
+                "--make-prompts",
+            )  # fmt: skip
+        return [prompts[number] for number in kept], [answers[number] for number in kept], judging
 
 
 def _check_speaks(handle: ModelHandle, ids: list[int]) -> None:
@@ -245,7 +287,7 @@ def check_enough(prompts: int, too_long: int = 0) -> None:
     if held_out_size(prompts) < LEAST_HELD_OUT:
         raise TextError(
             "too few prompts to learn from and be judged by", where="--text",
-            expected=f"at least {LEAST_HELD_OUT * HELD_OUT_SHARE}",
+            expected=f"at least {LEAST_PROMPTS}",
             found=f"{prompts}, and {too_long} that are too long" if too_long else prompts,
         )  # fmt: skip
 
@@ -391,11 +433,7 @@ class _Targets:
                     values = likeliest(logits.log_softmax(-1))
                     top[row], log_p[row] = (value.cpu().clone() for value in values)
                     if judging[index]:
-                        wanted = torch.tensor(side.ids[side.start :], device=said.device)
-                        without = bare[index, side.start - 1 : len(side.ids) - 1]
-                        with self.teacher.without():
-                            before = text_loss(OutputLayer.of(self.teacher.model).logits(without), wanted)
-                        effect.add(before - text_loss(output.logits(said), wanted))
+                        effect.add(gains_of(self.teacher, side, states[index], bare[index]))
                 done += len(rows)
                 run.progress(_STAGE, done, len(sides))
         return top, log_p, effect.value

@@ -15,6 +15,7 @@ from peft_graft.checkpoints.attach import AttachedModel
 from peft_graft.distill.agreement import Agreement, GenerationAgreement, compare_answers
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.generate import Answer, Sampling, generate_answers
+from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.token_targets import (
     Columns,
     CompletionTargets,
@@ -46,6 +47,8 @@ class PromptRecord(BaseModel):
         answer_tokens: of the student, those that are learned from. shared_tokens: in both vocabularies.
         strict_share: of the answers' positions, those where distributions are compared; ``strict_digits`` of digits.
         module_effect: by how many nats a token the module makes the teacher's answers likelier.
+        made: how the prompts were made, where they were. no_excess: left out, the module making the teacher's answer no
+            likelier; only of prompts that were made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +64,8 @@ class PromptRecord(BaseModel):
     strict_share: float
     strict_digits: float | None
     module_effect: float
+    made: MadePrompts | None = None
+    no_excess: int = 0
 
 
 @dataclass(frozen=True)
