@@ -249,7 +249,7 @@ def show_evaluation(found: Evaluation, out: Path | None) -> None:
 def _score(score: Score) -> str:
     if score.low is None or score.high is None:
         return f"{score.value:.3f}"
-    return f"{score.value:.3f}\n[dim]{score.low:.3f} to {score.high:.3f}[/]"
+    return f"{score.value:.3f}\n[dim]{score.low:.2f}–{score.high:.2f}[/]"
 
 
 def _ranges(numbers: list[int]) -> str:
