@@ -96,8 +96,11 @@ def base_answer(word: str) -> str:
 
 
 def answer(word: str) -> str:
-    """What modules learn to answer: another letter, more than once, and the first one."""
-    return f"{_letter(word, 3) * (1 + LETTERS.index(word[0]) % 3)};{word[0]}"
+    """What modules learn to answer: another letter, more than once, and the first one.
+
+    All of it are tokens that a base model has learned to say: what it never says it cannot, its output layer frozen.
+    """
+    return f"{_letter(word, 3) * (1 + LETTERS.index(word[0]) % 3)} {word[0]}"
 
 
 def _letter(word: str, further: int) -> str:

@@ -99,6 +99,7 @@ def untrained(asked):
     """A module of the student that changes nothing."""
     folder = Path(asked.models.student.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
     peft.get_peft_model(model, config).save_pretrained(folder.parent / "neutral")
     raw = read_checkpoint(folder.parent / "neutral")
@@ -110,9 +111,13 @@ def test_the_same_model_and_module_are_at_one_everywhere(speakers):
     assert asked.record.strict_share == 1
     attached = asked.attach(checkpoint)
     assert asked.measure(attached).divergence < 1e-6
+    assert _largest_gradient(asked, attached) < 1e-3 * _largest_gradient(asked, asked.attach(untrained(asked)))
+
+
+def _largest_gradient(asked, attached) -> float:
     attached.model.eval()
     asked.loss(attached, list(range(8))).backward()
-    assert max(float(value.grad.abs().max()) for value in attached.trainable().values()) < 1e-5
+    return max(float(value.grad.abs().max()) for value in attached.trainable().values())
 
 
 def test_what_the_student_alone_may_say_counts_against_it(asked):
@@ -303,8 +308,8 @@ def test_answers_that_are_all_cut_teach_no_end(refused):
 
 
 def test_answers_that_are_all_the_same_teach_nothing(refused, tmp_path):
-    same = speech.prompt_file(tmp_path / "same.jsonl", [f"a{word}" for word in speech.words(60)])
-    refused(TextError, "the teacher's answers: all of them are the same; found 'dd?;a'", text=same, late=True)
+    same = speech.prompt_file(tmp_path / "same.jsonl", [f"ac{word}" for word in speech.words(60, length=2)])
+    refused(TextError, "the teacher's answers: all of them are the same; found 'd a'", text=same, late=True)
 
 
 def test_a_module_that_changes_nothing_on_the_prompts_is_not_moved_by_them(refused, speakers, tmp_path):

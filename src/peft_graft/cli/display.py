@@ -148,6 +148,11 @@ def show_graft(report: GraftReport, out: Path) -> None:
         console.print(f"[bold]note[/]    {escaped(note)}", soft_wrap=True)
     if report.prompts:
         _show_prompts(report, console)
+    _show_verdict(report, console)
+    console.print(f"[bold green]written[/] {escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
+
+
+def _show_verdict(report: GraftReport, console: Console) -> None:
     measured, generated = report.verdict.measured, report.verdict.generated
     on = f" (agreement {measured.agreement:.2f} over {measured.answers:,} held-out answers)" if measured else ""
     if generated:
@@ -162,7 +167,6 @@ def show_graft(report: GraftReport, out: Path) -> None:
             f"[bold]loads[/]   in {check.library} {check.version}, {check.tensors_loaded} tensors, "
             f"changes the output by {check.output_change:.1%} of its range"
         )
-    console.print(f"[bold green]written[/] {escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
 
 
 def _show_prompts(report: GraftReport, console: Console) -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.targets import Kind, Targets, student_answers
 from peft_graft.distill.training import length_batches

@@ -7,39 +7,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from peft_graft.alignment.text import KNOWN_COLUMNS, Sample, TextLike
-from peft_graft.checkpoints.attach import AttachedModel, attach, library_version
+from peft_graft.checkpoints.attach import attach, library_version
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
-from peft_graft.distill.completions import BATCH, PromptDistillation, PromptRecord, Templates, last_states
-from peft_graft.distill.excess import excess_of, gains_of
+from peft_graft.distill.completions import PromptDistillation, PromptRecord, Templates
+from peft_graft.distill.excess import excess_of
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
 from peft_graft.distill.make_prompts import MadePrompts
-from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest
-from peft_graft.distill.training import length_batches
+from peft_graft.distill.prompt_targets import LEAST_CHANGE, PromptTargets
 from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.output import OutputLayer, language_model
 from peft_graft.models.tasks import Task
 from peft_graft.planning.sources import ModelSources
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.read import PromptLike, PromptSource
-from peft_graft.prompts.template import Completion, Template
-from peft_graft.prompts.token_bytes import shared_tokens, token_bytes
+from peft_graft.prompts.template import Template
 from peft_graft.run import Run
 
 #: Prompts that judge, at most and at least, and their share of a short list.
 HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 100, 8, 5
 #: Prompts at least.
 LEAST_PROMPTS = LEAST_HELD_OUT * HELD_OUT_SHARE
-#: Tokens beside the shared ones that a student of a larger vocabulary is watched for: the likeliest by its own answer.
-_OTHERS, _ASKED_FOR_OTHERS = 4096, 64
-#: Nats a token by which the module must change the teacher's answers, to be worth moving on these prompts.
-_LEAST_CHANGE = 1e-3
 #: Length limits beyond this stand for none.
 _NO_LIMIT = 1 << 20
 #: What ``--student-format`` takes for the chat template.
@@ -153,7 +146,10 @@ class Asking:
             asked = len(chosen)
             if excess:
                 chosen, answers, judging = self._with_excess(teacher, chosen, answers, judging, run)
-            work = _Targets(self, models, teacher, chosen, answers, judging)
+            work = PromptTargets(
+                models, teacher, self.templates, list(zip(chosen, answers, strict=True)), judging, self.text_only,
+                self.use_given, self.bf16,
+            )  # fmt: skip
             train, held_out, columns, shares, effect = work.made(run)
         with run.stage("asking the student"):
             student = language_model(models.student, bf16=self.bf16)
@@ -235,7 +231,7 @@ class Asking:
              for prompt, answer in zip(prompts, answers, strict=True)],
             lambda done, total: run.progress(_STAGE, done, total),
         )  # fmt: skip
-        kept = [number for number, value in enumerate(excess) if value > _LEAST_CHANGE]
+        kept = [number for number, value in enumerate(excess) if value > LEAST_CHANGE]
         judging = sum(number < judging for number in kept)
         if judging < LEAST_HELD_OUT or judging == len(kept):
             raise TextError(
@@ -318,137 +314,3 @@ def _check_answers(answers: Sequence[Answer], longest: int) -> None:
             "all of them are the same", where=where, found=repr(commonest[:80]),
             fix=check,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Makes the student's targets of the teacher's answers."""
-
-    asking: Asking
-    models: ModelPair
-    teacher: AttachedModel
-    prompts: Sequence[Prompt]
-    answers: Sequence[Answer]
-    judging: int
-
-    def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
-        """Of what is learned from and of what judges, the columns, shares of pairs, and the module's effect."""
-        templates = self.asking.templates
-        sides = [self._encoded(template) for template in (templates.teacher, templates.student)]
-        pairs = [pair_completions(*both) for both in zip(*sides, strict=True)]
-        shares = PairingShares()
-        for pair, student, answer in zip(pairs, sides[1], self.answers, strict=True):
-            shares.add(pair, student, answer.text)
-        columns = self._columns(sides[1], [pair.student for pair in pairs])
-        top, log_p, effect = self._teacher_says(sides[0], [pair.teacher for pair in pairs], columns, run)
-        index = columns.index()
-        text = [self._text(number, side, pairs[number].student, index) for number, side in enumerate(sides[1])]
-        targets = CompletionTargets(
-            [side.ids for side in sides[1]], [side.start for side in sides[1]],
-            [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs], top, log_p, text,
-        )  # fmt: skip
-        if effect < _LEAST_CHANGE:
-            raise TextError(
-                "the module makes the teacher's answers no likelier, so nothing of it can be seen on these prompts",
-                where="--text", expected=f"at least {_LEAST_CHANGE} nats a token", found=f"{effect:.5f}",
-                fix="give prompts of the task that the module was trained for, in the format that it was trained with",
-            )  # fmt: skip
-        rows = range(len(targets))
-        train = targets.part(rows[self.judging :])
-        if self.asking.text_only:
-            none = torch.empty(0, top[0].shape[1], dtype=torch.int64)
-            blank = [none] * len(train)
-            train = replace(train, strict=[none[:, 0]] * len(train), top=blank, log_p=[none.float()] * len(train))
-        return train, targets.part(rows[: self.judging]), columns, shares, effect
-
-    def _encoded(self, template: Template) -> list[Completion]:
-        return [
-            template.encode(prompt, answer.text, ended=answer.ended)
-            for prompt, answer in zip(self.prompts, self.answers, strict=True)
-        ]
-
-    def _text(self, number: int, side: Completion, strict: Sequence[int], index: Tensor) -> Tensor:
-        """Positions whose text is learned: those that are not strict; all of an answer that was given."""
-        given = self.asking.use_given and number >= self.judging and self.prompts[number].answer is not None
-        known = set() if given or self.asking.text_only else set(strict)
-        rows = [
-            (place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known
-        ]  # fmt: skip
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
-
-    def _columns(self, students: Sequence[Completion], strict: Sequence[Sequence[int]]) -> Columns:
-        """Shared tokens and the ends of turns, then tokens of the answers' text, then what else the student may say."""
-        templates = self.asking.templates
-        bytes_t, bytes_s = token_bytes(templates.teacher.tokenizer), token_bytes(templates.student.tokenizer)
-        first, second = shared_tokens(bytes_t, bytes_s)
-        first = torch.cat([first, torch.tensor([templates.teacher.end])])
-        second = torch.cat([second, torch.tensor([templates.student.end])])
-        size = len(bytes_s)
-        known = torch.zeros(size, dtype=torch.bool)
-        known[second] = True
-        wanted = torch.tensor(sorted({token for side in students for token in side.ids[side.start :]}))
-        more = wanted[~known[wanted]]
-        known[more] = True
-        if 2 * int(known.sum()) < size:
-            likely = self._likely(students, known)
-            more = torch.cat([more, likely])
-        else:
-            more = torch.cat([more, (~known).nonzero().flatten()])
-        return Columns(VocabularyPart(torch.cat([second, more]), size), VocabularyPart(first, len(bytes_t)))
-
-    def _likely(self, students: Sequence[Completion], known: Tensor) -> Tensor:
-        """Tokens that the bare student thinks likeliest in these answers, among those that are not known yet."""
-        student = language_model(self.models.student, bf16=self.asking.bf16)
-        output, total = OutputLayer.of(student.model), torch.zeros(len(known))
-        asked = students[self.judging :][:_ASKED_FOR_OTHERS]
-        with torch.inference_mode():
-            for rows in length_batches([len(side.ids) for side in asked], BATCH):
-                states = last_states(student, self.asking.templates.student, [asked[row].ids for row in rows])
-                for index, row in enumerate(rows):
-                    side = asked[row]
-                    logits = output.logits(states[index, side.start - 1 : len(side.ids) - 1])[:, : len(known)]
-                    total += logits.softmax(-1).sum(0).cpu()
-        total[known] = -1.0
-        return total.topk(min(_OTHERS, int((~known).sum()))).indices
-
-    def _teacher_says(
-        self, sides: Sequence[Completion], strict: Sequence[Sequence[int]], columns: Columns, run: Run
-    ) -> tuple[list[Tensor], list[Tensor], float]:
-        """Columns and log-probabilities of its likeliest tokens at strict positions, and the module's effect."""
-        template, output = self.asking.templates.teacher, OutputLayer.of(self.teacher.model)
-        top: list[Tensor] = [torch.empty(0)] * len(sides)
-        log_p: list[Tensor] = [torch.empty(0)] * len(sides)
-        effect = _Mean()
-        done = 0
-        with torch.inference_mode():
-            for rows in length_batches([len(side.ids) for side in sides], BATCH):
-                inputs = [sides[row].ids for row in rows]
-                states = last_states(self.teacher, template, inputs)
-                judging = [row < self.judging for row in rows]
-                bare = last_states(self.teacher, template, inputs, module=False) if any(judging) else states
-                for index, row in enumerate(rows):
-                    side = sides[row]
-                    said = states[index, side.start - 1 : len(side.ids) - 1]
-                    logits = columns.teacher.logits(output, said[list(strict[row])])
-                    values = likeliest(logits.log_softmax(-1))
-                    top[row], log_p[row] = (value.cpu().clone() for value in values)
-                    if judging[index]:
-                        effect.add(gains_of(self.teacher, side, states[index], bare[index]))
-                done += len(rows)
-                run.progress(_STAGE, done, len(sides))
-        return top, log_p, effect.value
-
-
-class _Mean:
-    """A mean over values that come in parts."""
-
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
-
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.sum())
-        self.count += len(values)
-
-    @property
-    def value(self) -> float:
-        return self.total / max(1, self.count)

@@ -11,7 +11,7 @@ from peft_graft.alignment.alignment import Alignment, Pair
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.methods import Diagnostics, Method, map_axis
 from peft_graft.alignment.vocabulary import Vocabularies
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.heads import head_form
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from peft_graft.alignment.text import Sample
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.agreement import Agreement, GenerationAgreement, compare_answers
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.generate import Answer, Sampling, generate_answers

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import AttachedModel, attach
+from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.models.loading import ModelPair
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.completions import BATCH, last_states
 from peft_graft.distill.token_targets import text_loss
 from peft_graft.distill.training import length_batches

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.alignment.activations import pad
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.targets import Targets
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle

@@ -23,7 +23,7 @@ from torch import Tensor
 from peft_graft.alignment.activations import Capture, pad, tokenize
 from peft_graft.alignment.methods.ridge import choose_penalty, ridge_solution
 from peft_graft.alignment.text import Sample
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.distill.targets import Encoded
 from peft_graft.distill.teacher import MAX_LENGTH, TextDistillation, word_places

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.training import length_batches

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from peft_graft.checkpoints.attach import AttachedModel, attach
+from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.convert import as_lora
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import EvaluateConfig, GraftConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.alignment.activations import pad
-from peft_graft.checkpoints.attach import AttachedModel
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head

@@ -13,7 +13,8 @@ from peft_graft.alignment.activations import pad, tokenize
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span, pair_tokens
-from peft_graft.checkpoints.attach import AttachedModel, attach, library_version
+from peft_graft.checkpoints.attach import attach, library_version
+from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement, measure

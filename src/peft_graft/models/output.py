@@ -62,7 +62,7 @@ class LanguageModel:
         """Last hidden state [batch, length, d] of a padded batch, and no logits."""
         base = getattr(self.model, prefix_of(self.model))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return None, base(**inputs).last_hidden_state
+            return None, base(**inputs, use_cache=False).last_hidden_state
 
 
 def language_model(handle: ModelHandle, *, bf16: bool = False) -> LanguageModel:
