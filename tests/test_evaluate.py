@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on(world: Path, tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     class Told(Callback):
-        stages: list[str] = []  # noqa: RUF012
+        stages: list[str] = []
 
         def on_progress(self, stage: str, done: int, total: int | None) -> None:
             self.stages.append(stage)

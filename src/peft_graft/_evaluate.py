@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from peft_graft.checkpoints.attach import library_version
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
@@ -36,6 +34,7 @@ from peft_graft.models.loading import Loading, blank_handle, load_config, load_t
 from peft_graft.models.tasks import Task
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
+from peft_graft.record import Record
 from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
@@ -47,7 +46,7 @@ _CHAT = "chat"
 _RECORDED = ("format", "student_format", "system", "template_args", "max_new_tokens")
 
 
-class Evaluation(BaseModel):
+class Evaluation(Record):
     """What ``evaluate`` found.
 
     Attributes:
@@ -57,7 +56,6 @@ class Evaluation(BaseModel):
         settings: as recorded with the graft and given by the user.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     format_version: int = 1
     graft: str
     text: str

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from peft_graft.alignment.alignment import Alignment
@@ -33,6 +32,7 @@ from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, d
 from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.read import PromptLike, PromptSource
 from peft_graft.prompts.seeds import Seeds
+from peft_graft.record import Record
 
 #: Prompts whose answers are paired for an outlook, and values that a layer keeps for the backward pass, in widths.
 _PAIRED, _STORED = 200, 24
@@ -40,11 +40,7 @@ _PAIRED, _STORED = 200, 24
 _WRITTEN = 2
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SiteSummary(_Record):
+class SiteSummary(Record):
     """The modules of one role: in which layers, how wide, how scaled, and which of them do nothing."""
 
     role: str
@@ -54,7 +50,7 @@ class SiteSummary(_Record):
     inactive_layers: list[int]
 
 
-class PromptOutlook(_Record):
+class PromptOutlook(Record):
     """Prompts that the teacher would answer.
 
     ``prompt_tokens``, ``answer_tokens``: of the student, on average; the latter from the answers that came with the
@@ -75,7 +71,7 @@ class PromptOutlook(_Record):
     made_by: Literal["chat", "list"] | None = None
 
 
-class StudentSummary(_Record):
+class StudentSummary(Record):
     """What a transfer to a student would do, or why it cannot.
 
     ``method``: the methods that would be tried. ``needs_text``: whether it cannot be done without text; None where that
@@ -109,7 +105,7 @@ class StudentSummary(_Record):
     problem: str | None = None
 
 
-class Inspection(_Record):
+class Inspection(Record):
     """What ``inspect`` found."""
 
     module: str

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from pydantic import BaseModel, ConfigDict
 
 from peft_graft.alignment.tokens import PairingRecord
 from peft_graft.checkpoints.verify import Verification
@@ -18,19 +17,19 @@ from peft_graft.distill.completions import PromptRecord
 from peft_graft.distill.polish import PolishRecord
 from peft_graft.models.loading import ModelRecord
 from peft_graft.models.tasks import Task
+from peft_graft.record import Record
 
 
-class AnswerSample(BaseModel):
+class AnswerSample(Record):
     """A held-out prompt, and what the teacher, the graft and the student without it say to it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     prompt: str
     teacher: str
     graft: str
     bare: str
 
 
-class GraftReport(BaseModel):
+class GraftReport(Record):
     """Everything about a graft, as written to ``graft.json``.
 
     ``layers``: the teacher layers of each student layer, by stack where the student has several.
@@ -38,7 +37,6 @@ class GraftReport(BaseModel):
     ``prompts``, ``answers``: what a language model was asked, and some of what was answered.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     format_version: int = 2
     module: str
     module_files: dict[str, str]

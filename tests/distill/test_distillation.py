@@ -22,7 +22,7 @@ from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.gradient_start import gradient_start
 from peft_graft.distill.targets import Targets, distillation_loss, student_answers
-from peft_graft.distill.teacher import ask_teacher, held_out_size
+from peft_graft.distill.teacher import TextDistillation, ask_teacher, held_out_size
 from peft_graft.distill.training import Schedule, length_batches
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelPair, load_model
@@ -256,7 +256,9 @@ def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(wo
     texts = [Sample(text) for text in tiny.sentences(40)]
     inputs, _ = tokenize(student, texts, 64)
     targets = Targets("words", inputs, [[(1, 2), (2, 3)]] * 40, [torch.randn(2, 5).log_softmax(-1) for _ in texts])
-    found = gradient_start(attached, student, targets)
+    models = ModelPair(student, student)
+    asked = TextDistillation(models, attached, labels, bf16=False, samples=texts, train=targets, held_out=targets)
+    found = gradient_start(attached, asked)
     inactive = attach(found, student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
     torch.testing.assert_close(inactive.forward(batch)[1], inactive.forward(batch, module=False)[1], atol=1e-5, rtol=0)

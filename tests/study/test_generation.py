@@ -143,7 +143,7 @@ def test_a_chat_template_is_used_where_no_format_is_given(tokenizer) -> None:
 def test_what_is_too_long_is_cut(tokenizer, caplog) -> None:
     room = 1 + len(tokenizer.tokenize("river"))  # of the prompt, with the token that begins it
     task = generation_task("short", format="{prompt}", max_length=room + 2)
-    long = Prompt.of_text("river river", "green")
+    long = Prompt.of_text("river river river river", "green")
     with caplog.at_level(logging.WARNING, "peft_graft"):
         rows = task.encode([Prompt.of_text("river", "."), Prompt.of_text("river", "green"), long], tokenizer)
     assert [len(row["input_ids"]) for row in rows] == [room + 2] * 3
@@ -302,7 +302,7 @@ kind = "generation"
 train = "./train.jsonl"
 test = "./test.jsonl"
 format = "{prompt} ="
-max_new_tokens = 6
+max_new_tokens = 8
 max_length = 40
 validation_examples = 4
 
@@ -310,7 +310,8 @@ validation_examples = 4
 config = { r = 8, lora_alpha = 16, target_modules = "all-linear" }
 
 [training]
-teacher = { learning_rate = 1e-2, epochs = 8, batch_size = 8 }
+teacher = { learning_rate = 1e-2, epochs = 25, batch_size = 16 }
+keep_best = false
 
 [[grid]]
 teacher = "big"
@@ -318,7 +319,7 @@ student = "small"
 modules = ["lora"]
 tasks = ["letters"]
 methods = ["fresh"]
-polish = [60]
+polish = [150]
 budgets = [0]
 """
 
@@ -398,11 +399,11 @@ def test_grafts_are_asked_as_the_task_says_and_align_by_themselves(file: Path) -
 
 def test_a_study_of_generation_moves_what_the_teacher_learned(tmp_path: Path) -> None:
     """Between tokenizers of unlike makes, by prompts in the task's format."""
-    for name, tokenizer in (("big", speech.byte_level(speech.MERGED)), ("small", speech.sentence_piece())):
-        speech.language_model(tmp_path / name, tokenizer, steps=20)
-    words = speech.words(64, length=2)
-    for name, chosen in (("train", words), ("test", words[::3])):
-        speech.prompt_file(tmp_path / f"{name}.jsonl", chosen, ["ab" if word[1] < "e" else "h" for word in chosen])
+    for seed, tokenizer in enumerate((speech.byte_level(speech.MERGED), speech.sentence_piece()), start=2):
+        speech.language_model(tmp_path / ("big", "small")[seed - 2], tokenizer, seed=seed)
+    words = speech.words(180)
+    for name, chosen in (("train", words[:140]), ("test", words[140:])):
+        speech.prompt_file(tmp_path / f"{name}.jsonl", chosen, [speech.answer(word) for word in chosen])
     path = tmp_path / "study.toml"
     path.write_text(MOVING)
     out, study = tmp_path / "out", read_study(path)
@@ -411,11 +412,11 @@ def test_a_study_of_generation_moves_what_the_teacher_learned(tmp_path: Path) ->
         f"{record['kind']} {record['names'].get('start')}": record
         for record in StudyFolder(out).records(cells_of(study))
     }
-    start = "fresh/skip, polish 60"
+    start = "fresh/skip, polish 150"
     assert set(records) == {"teacher None", "student fresh", f"graft {start}", f"student {start}"}
     assert records[f"graft {start}"]["result"]["method"] == "fresh"
     scores = [records[name]["result"]["score"] for name in ("teacher None", "student fresh", f"student {start}")]
-    assert min(scores[0], scores[2]) > 0.3 > scores[1]
+    assert min(scores[0], scores[2]) > 0.5 > 0.2 > scores[1]
     (table,) = result_tables(list(records.values()))
     assert (table.metric, [row.start for row in table.rows]) == ("exact", ["teacher", FRESH, start])
 

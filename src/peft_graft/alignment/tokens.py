@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from peft_graft.record import Record
 
 #: Blocks longer than this on either side say little about single tokens; they are left unpaired.
 MAX_BLOCK = 8
@@ -80,10 +80,9 @@ class PairingCounts:
         self.pairs += len(blocks)
 
 
-class PairingRecord(BaseModel):
+class PairingRecord(Record):
     """How the text's tokens paired, with shares of each model's tokens (``PairingCounts``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     samples: int
     pairs: int
     one_to_one: int

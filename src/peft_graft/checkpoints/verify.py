@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from peft_graft.checkpoints.attach import attach_written, library_version
@@ -18,16 +17,16 @@ from peft_graft.errors import VerificationError
 from peft_graft.files import read_tensors
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import complete
+from peft_graft.record import Record
 
 
-class Verification(BaseModel):
+class Verification(Record):
     """What loading the written checkpoint showed.
 
     ``output_change`` is the largest change of the student's last hidden state on a probe batch, relative to the
     largest value of that state; None when the library is not installed and nothing could be checked.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     library: str
     version: str | None
     tensors_loaded: int | None = None

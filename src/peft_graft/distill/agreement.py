@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
@@ -16,6 +15,7 @@ from peft_graft.distill.generate import Answer
 from peft_graft.distill.targets import Kind, Targets, student_answers
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
+from peft_graft.record import Record
 
 #: A graft this close to its teacher, in nats, is exact: it is left alone.
 EXACT = 1e-6
@@ -33,7 +33,7 @@ LEVELS: tuple[tuple[Level, float, str], ...] = (
 )
 
 
-class Agreement(BaseModel):
+class Agreement(Record):
     """Agreement with the teacher on held-out text.
 
     Attributes:
@@ -47,13 +47,12 @@ class Agreement(BaseModel):
         answers: words, samples, tokens or positions compared.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     agreement: float
     divergence: float
     answers: int
 
 
-class GenerationAgreement(BaseModel):
+class GenerationAgreement(Record):
     """Agreement of greedy answers with the teacher's on held-out prompts.
 
     Attributes:
@@ -62,7 +61,6 @@ class GenerationAgreement(BaseModel):
         bare_exact, bare_token_f1: the same of the student without the module. answers: how many.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     agreement: float
     exact: float
     token_f1: float
@@ -71,7 +69,7 @@ class GenerationAgreement(BaseModel):
     answers: int
 
 
-class Verdict(BaseModel):
+class Verdict(Record):
     """What to expect of a graft, from its agreement with the teacher alone.
 
     Attributes:
@@ -80,7 +78,6 @@ class Verdict(BaseModel):
         moved: of the modules and head as moved by the maps, nothing fitted; None where not measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     level: Level | None
     text: str
     measured: Agreement | None = None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pydantic import BaseModel, ConfigDict
-
 from peft_graft.alignment.alignment import Alignment, Pair
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.methods import Diagnostics, Method, map_axis
@@ -28,14 +26,11 @@ from peft_graft.modules.base import Axis, LabelledTensor, Module, average
 from peft_graft.modules.head import Head
 from peft_graft.planning.sites import SitePlan, SitePlans
 from peft_graft.projection import project, resize_inner_layer
+from peft_graft.record import Record
 from peft_graft.run import Run
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MapRecord(_Record):
+class MapRecord(Record):
     """One space's map, as it served a site: what the method said about it (``pairs``, ``mean_correlation``, ...)."""
 
     space: str
@@ -43,7 +38,7 @@ class MapRecord(_Record):
     diagnostics: dict[str, float]
 
 
-class SiteRecord(_Record):
+class SiteRecord(Record):
     """One module of the student.
 
     ``norm_kept``: Frobenius norm of the grafted update over the mean of the teacher's updates that it is made from
@@ -58,7 +53,7 @@ class SiteRecord(_Record):
     maps: list[MapRecord]
 
 
-class HeadRecord(_Record):
+class HeadRecord(Record):
     """The head: task, what it reads, label names, its map, inner units that the student has no place for.
 
     ``how``: ``carried`` through the map, or ``fitted`` to the teacher's predictions; then ``fit`` says how well.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from peft_graft.alignment.text import Sample
@@ -29,6 +28,7 @@ from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.pairing import pair_completions
 from peft_graft.prompts.template import Completion, Template
+from peft_graft.record import Record
 from peft_graft.run import Run
 
 #: Rows of a forward pass without gradients.
@@ -37,7 +37,7 @@ BATCH = 32
 _MULTIPLE = 8
 
 
-class PromptRecord(BaseModel):
+class PromptRecord(Record):
     """What was asked, and how the answers paired.
 
     Attributes:
@@ -51,7 +51,6 @@ class PromptRecord(BaseModel):
             likelier; only of prompts that were made.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     prompts: int
     held_out: int
     too_long: int

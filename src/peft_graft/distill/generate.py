@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from peft_graft.distill.training import length_batches
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
+from peft_graft.record import Record
 
 #: Prompts that are answered at a time.
 BATCH = 48
@@ -24,7 +24,7 @@ BATCH = 48
 _MULTIPLE = 16
 
 
-class Sampling(BaseModel):
+class Sampling(Record):
     """How answers are drawn.
 
     Attributes:
@@ -33,7 +33,6 @@ class Sampling(BaseModel):
         seed: of the draws.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
 from peft_graft.errors import TextError
 from peft_graft.models.output import LanguageModel
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.seeds import Seeds, Unlike
 from peft_graft.prompts.template import Template
+from peft_graft.record import Record
 
 #: Continuations that are written at a time, and examples that each of them is shown at most.
 BATCH, EXAMPLES = 16, 8
@@ -29,7 +28,7 @@ _BATCHES, _ATTEMPTS = 8, 2
 _IDLE, _NEW = 3, 2
 
 
-class MadePrompts(BaseModel):
+class MadePrompts(Record):
     """How prompts were made.
 
     Attributes:
@@ -40,7 +39,6 @@ class MadePrompts(BaseModel):
         ended: when as many were there as wanted, when hardly any new ones came, or after so many attempts.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     seeds: int
     continuations: int
     made: int

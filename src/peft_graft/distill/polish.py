@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.distill.agreement import EXACT, judge
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.choose import Outcome
 from peft_graft.distill.gradient_start import gradient_start, reads_the_gradient
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop
+from peft_graft.record import Record
 from peft_graft.run import Run
 
 #: Where a polish may begin: the modules as they were moved, or ones that change nothing yet and read where the gradient
@@ -25,7 +24,7 @@ _STAGE = "polishing"
 _WEIGHT_DECAY = 0.01
 
 
-class PolishSettings(BaseModel):
+class PolishSettings(Record):
     """How to polish: AdamW, linear decay after 6 % warm-up, gradients clipped at norm 1.
 
     Attributes:
@@ -35,7 +34,6 @@ class PolishSettings(BaseModel):
         evaluations: points of the held-out curve, the start not counted. seed: of the order and of dropout.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int
     batch_size: int = 32
     learning_rate: float = 3e-3
@@ -58,23 +56,21 @@ class PolishSettings(BaseModel):
         )
 
 
-class CurvePoint(BaseModel):
+class CurvePoint(Record):
     """Agreement on held-out text after a number of steps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     step: int
     agreement: float
     divergence: float
 
 
-class PolishRecord(BaseModel):
+class PolishRecord(Record):
     """A label-free polish: its settings, the samples it learned from and the held-out curve.
 
     ``start``: ``moved`` or ``gradient`` (``STARTS``). ``pilots``: what was tried first, as "start rate", and
     how far it came.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     settings: PolishSettings
     start: str
     pilots: dict[str, CurvePoint]

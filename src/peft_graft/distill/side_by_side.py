@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.convert import as_lora
@@ -25,6 +23,7 @@ from peft_graft.models.output import LanguageModel, language_model
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.read import PromptLike, PromptSource
 from peft_graft.prompts.template import Template
+from peft_graft.record import Record
 from peft_graft.run import Run
 
 #: The metric that scores no answers of its own, and what it is called by bytes in place of tokens.
@@ -33,11 +32,7 @@ NLL, NLL_BYTE = "nll", "nll/byte"
 STUDENT, GRAFT, TEACHER, TEACHER_BASE, BASE, MODULE = "student", "graft", "teacher", "teacher base", "base", "module"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Score(_Record):
+class Score(Record):
     """A score, and the middle 95 % of what it is over prompts drawn from these; None where that is not known."""
 
     value: float
@@ -45,7 +40,7 @@ class Score(_Record):
     high: float | None = None
 
 
-class EvaluatedModel(_Record):
+class EvaluatedModel(Record):
     """One row: a model, its module if it has one, and their scores by metric.
 
     ``nll`` is in nats a token of the reference, its end among them, ``nll/byte`` in nats a byte, which compares between
@@ -61,7 +56,7 @@ class EvaluatedModel(_Record):
     empty: int = 0
 
 
-class EvaluatedPrompt(_Record):
+class EvaluatedPrompt(Record):
     """A prompt, the answers that are accepted, and what every row answered."""
 
     prompt: str

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
 from peft_graft.models.devices import trainable_attention
+from peft_graft.record import Record
 
 #: Share of the steps in which the learning rate rises.
 WARM_UP = 0.06
@@ -28,7 +28,7 @@ _STATE = "state"
 _GROUPED = 8
 
 
-class Schedule(BaseModel):
+class Schedule(Record):
     """How to train: AdamW, linear warm-up over 6 % of the steps and linear decay, gradients clipped at norm 1.
 
     Attributes:
@@ -40,7 +40,6 @@ class Schedule(BaseModel):
         bf16, fp16: forward passes in mixed precision, fp16 with a scaled loss.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int
     batch_size: int
     learning_rate: float

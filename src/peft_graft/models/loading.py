@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from peft_graft.models.devices import (
 from peft_graft.models.spec import LM_HEAD_ROLE
 from peft_graft.models.task_models import blank_model, prefix_of, quiet_libraries, take_parts
 from peft_graft.models.tasks import Task
+from peft_graft.record import Record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,10 +86,9 @@ class Loading:
 DEFAULT_LOADING = Loading()
 
 
-class ModelRecord(BaseModel):
+class ModelRecord(Record):
     """What a report says about a teacher or student: name, family, depth, and fingerprint of its weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     model_type: str
     num_layers: int

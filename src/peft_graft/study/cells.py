@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
-from pydantic import BaseModel, ConfigDict
 
 from peft_graft._align import align
 from peft_graft._transfer import transfer
 from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json, written_aside
+from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.study.data import read_task, text_file
 from peft_graft.study.folder import StudyFolder
@@ -47,11 +47,7 @@ _RATE_SEED = 10_000
 _RATE_EXAMPLES = 1000
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Names(_Record):
+class Names(Record):
     """What a cell is called in tables; what it is not about is None."""
 
     teacher: str | None = None
@@ -67,7 +63,7 @@ class Names(_Record):
     seed: int | None = None
 
 
-class Examples(_Record):
+class Examples(Record):
     """The labelled examples of a task in one language."""
 
     task: str
@@ -79,7 +75,7 @@ class Examples(_Record):
         return read_task(self.task, self.spec, self.language)
 
 
-class Needs(_Record):
+class Needs(Record):
     """The ids of the cells that come before one, by what they are for it."""
 
     teacher: str | None = None
@@ -88,14 +84,14 @@ class Needs(_Record):
     rate: str | None = None
 
 
-class Config(_Record):
+class Config(Record):
     """Everything that the result of a cell depends on, beside what it needs."""
 
     examples: Examples
     device: str = "cpu"
 
 
-class Cell(_Record, ABC):
+class Cell(Record, ABC):
     """One unit of work."""
 
     kind: ClassVar[str]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from peft_graft.config import GraftConfig, Library
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import DependencyError, OutputError
 from peft_graft.files import check_output, read_json, write_json, written_aside
+from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.study import packaged_models
 from peft_graft.study.modules import load_module, new_module, save_module
@@ -47,11 +47,7 @@ STARTS: dict[str, tuple[str, GraftConfig]] = {
 }
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StudentScore(_Record):
+class StudentScore(Record):
     """One student, fine-tuned on ``budget`` labelled sentences (0: not at all) and scored on the test sentences."""
 
     start: str
@@ -61,7 +57,7 @@ class StudentScore(_Record):
     seconds: float
 
 
-class Row(_Record):
+class Row(Record):
     """Scores of one start and budget over seeds; ``share_of_gain`` as in ``tables``, at the same budget."""
 
     start: str
@@ -72,7 +68,7 @@ class Row(_Record):
     share_of_gain: float | None
 
 
-class DemoResult(_Record):
+class DemoResult(Record):
     """What the demo measured: entity F1 on held-out sentences, one row per start and label budget."""
 
     teacher: str

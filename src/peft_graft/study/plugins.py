@@ -7,15 +7,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from peft_graft.errors import StudyError
+from peft_graft.record import Record
 
 
-class Plugin(BaseModel):
+class Plugin(Record):
     """A file that registers something, and the hash of its content when the study was read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
     sha256: str
 

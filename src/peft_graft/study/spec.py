@@ -8,12 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from peft_graft.config import AUTO, POLISH_STEPS, Dtype, GraftConfig, HeadChoice, Library
 from peft_graft.errors import PlanError, StudyError
 from peft_graft.metrics import METRICS as TEXT_METRICS
 from peft_graft.models.tasks import Task
+from peft_graft.record import Record
 from peft_graft.study.plugins import Plugin, load_plugin
 from peft_graft.study.tasks import METRICS, Metric
 from peft_graft.study.training import FITTED_RATE, TrainingSettings
@@ -27,11 +28,7 @@ Budget = int | Literal["all"]
 GRAFT_OPTIONS = {"layers": "layers", "methods": "method", "heads": "head", "polish": "polish"}
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskSpec(_Spec):
+class TaskSpec(Record):
     """A labelled task and where its examples are.
 
     Attributes:
@@ -76,7 +73,7 @@ class TaskSpec(_Spec):
         return self
 
 
-class GenerationSpec(_Spec):
+class GenerationSpec(Record):
     """A task of generated text and where its examples are.
 
     Attributes:
@@ -133,14 +130,14 @@ class GenerationSpec(_Spec):
 SomeTask = Annotated[TaskSpec | GenerationSpec, Field(discriminator="kind")]
 
 
-class ModuleSpec(_Spec):
+class ModuleSpec(Record):
     """A kind of module: the library that trains it and its configuration (``modules.new_module``)."""
 
     library: Library = Library.PEFT
     config: dict[str, Any] | str | None = None
 
 
-class Training(_Spec):
+class Training(Record):
     """How modules are trained: the teacher's, and every student's, whatever it starts from.
 
     Attributes:
@@ -176,7 +173,7 @@ class Training(_Spec):
         )
 
 
-class Grid(_Spec):
+class Grid(Record):
     """Every combination of its lists is a comparison; ``Study.defaults`` fills in what a grid leaves out.
 
     Attributes:
@@ -216,7 +213,7 @@ class Grid(_Spec):
         return values
 
 
-class Study(_Spec):
+class Study(Record):
     """One study file.
 
     Attributes:

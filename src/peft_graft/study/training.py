@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop, length_batches
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
+from peft_graft.record import Record
 from peft_graft.study.generation import GenerationTask, answers_of, collate_completions, completion_loss
 from peft_graft.study.ner import IGNORED
 from peft_graft.study.tasks import StudyTask
@@ -31,7 +31,7 @@ FITTED_RATE = 0.1
 _PREDICT_BATCH = 64
 
 
-class TrainingSettings(BaseModel):
+class TrainingSettings(Record):
     """One schedule: AdamW, linear decay after 6 % warm-up.
 
     Attributes:
@@ -43,7 +43,6 @@ class TrainingSettings(BaseModel):
         report_to: trackers of accelerate, such as ``wandb`` or ``tensorboard``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     learning_rate: float = 1e-3
     epochs: float = 5
     batch_size: int = 16
