@@ -33,8 +33,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         ModelError: the tokenizer is slow, or of a make whose tokens do not say what bytes they stand for.
     """
     known = _tables.get(tokenizer)
-    if known is None or known[0] != len(tokenizer):
-        known = _tables[tokenizer] = len(tokenizer), _table(tokenizer)
+    added = len(tokenizer.added_tokens_decoder)  # the length of all of it takes a third of a second to tell
+    if known is None or known[0] != added:
+        known = _tables[tokenizer] = added, _table(tokenizer)
     return known[1]
 
 
