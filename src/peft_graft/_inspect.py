@@ -330,6 +330,8 @@ def _methods(plan: Plan) -> str:
     names = ", ".join(method.name for method in plan.methods)
     if plan.config.method != AUTO:
         return names
+    if plan.has_prompts:
+        return f"the best of {names} to begin with, then the teacher's answers are learned"
     without = "; else copy, if the student shares the teacher's word embeddings" if same_sizes(plan.sites) else ""
     return f"the best of {names} by agreement with the teacher, given text{without}"
 

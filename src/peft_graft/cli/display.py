@@ -64,12 +64,13 @@ def show_inspection(found: Inspection) -> None:
     console.print(f"layers       {_layers(student.layers)}")
     console.print(f"modules      {student.modules}, head {'carried' if student.head else 'none'}")
     console.print(f"method       {student.method}")
-    console.print(
-        f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics "
-        f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
-        f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
-        f"{student.forwards_per_token / 1e6:.1f} M"
-    )
+    if student.products_per_token or not student.prompts:
+        console.print(
+            f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics "
+            f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
+            f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
+            f"{student.forwards_per_token / 1e6:.1f} M"
+        )
     if student.prompts:
         _show_outlook(student, student.prompts, console)
     elif student.least_seconds:

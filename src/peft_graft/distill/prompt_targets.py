@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,22 +140,28 @@ class PromptTargets:
         effect = _Mean()
         done = 0
         with torch.inference_mode():
-            for rows in length_batches([len(side.ids) for side in sides], BATCH):
-                inputs = [sides[row].ids for row in rows]
+            # What judges is asked without the module too, so it has batches of its own.
+            for rows in (*_batches(sides, 0, self.judging), *_batches(sides, self.judging, len(sides))):
+                inputs, judges = [sides[row].ids for row in rows], rows[0] < self.judging
                 states = last_states(self.teacher, template, inputs)
-                judging = [row < self.judging for row in rows]
-                bare = last_states(self.teacher, template, inputs, module=False) if any(judging) else states
+                bare = last_states(self.teacher, template, inputs, module=False) if judges else states
                 for index, row in enumerate(rows):
                     side = sides[row]
                     said = states[index, side.start - 1 : len(side.ids) - 1]
                     logits = columns.teacher.logits(output, said[list(strict[row])])
                     values = likeliest(logits.log_softmax(-1))
                     top[row], log_p[row] = (value.cpu().clone() for value in values)
-                    if judging[index]:
+                    if judges:
                         effect.add(gains_of(self.teacher, side, states[index], bare[index]))
                 done += len(rows)
                 run.progress(_STAGE, done, len(sides))
         return top, log_p, effect.value
+
+
+def _batches(sides: Sequence[Completion], start: int, end: int) -> Iterator[list[int]]:
+    """The completions [start, end) in batches of like length."""
+    for rows in length_batches([len(side.ids) for side in sides[start:end]], BATCH):
+        yield [start + row for row in rows]
 
 
 class _Mean:
