@@ -157,7 +157,8 @@ def test_activations_that_are_computed_anew_give_the_same_gradient(asked):
     for again in (False, True):
         attached = replace(asked, gradient_checkpointing=again).attach(untrained(asked))
         attached.model.train()
-        assert attached.base.is_gradient_checkpointing == again
+        computed_anew = [part for part in attached.base.modules() if getattr(part, "gradient_checkpointing", False)]
+        assert bool(computed_anew) == again
         torch.manual_seed(0)
         asked.loss(attached, list(range(8))).backward()
         found.append({name: value.grad for name, value in attached.trainable().items()})

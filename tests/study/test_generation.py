@@ -145,7 +145,7 @@ def test_what_is_too_long_is_cut(tokenizer, caplog) -> None:
     task = generation_task("short", format="{prompt}", max_length=room + 2)
     long = Prompt.of_text("river river river river", "green")
     with caplog.at_level(logging.WARNING, "peft_graft"):
-        rows = task.encode([Prompt.of_text("river", "."), Prompt.of_text("river", "green"), long], tokenizer)
+        rows = task.encode([Prompt.of_text("river", "."), Prompt.of_text("river", "green green"), long], tokenizer)
     assert [len(row["input_ids"]) for row in rows] == [room + 2] * 3
     assert [sum(label != IGNORED for label in row["labels"]) for row in rows] == [2, 2, 0]
     assert rows[0]["input_ids"][-1] == tokenizer.eos_token_id != rows[1]["input_ids"][-1]

@@ -43,7 +43,9 @@ class Distillation(ABC):
         raw = checkpoint_of_student(checkpoint, self.models.student)
         found = attach(raw, self.models.student, self.labels, trainable=True, bf16=self.bf16, speaks=self.speaks)
         if self.gradient_checkpointing:
-            found.base.gradient_checkpointing_enable({"use_reentrant": False})
+            name = "activation_checkpointing_enable"  # as transformers 5 calls it
+            enable = getattr(found.base, name, None) or found.base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return found
 
     @property
