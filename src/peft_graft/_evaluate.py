@@ -103,32 +103,48 @@ def evaluate(
     if out is not None:
         check_output_file(Path(out), force=config.force)
     side, report = _subject(graft, student, config)
-    sides, notes = [side], list[str]()
-    if report is not None:
-        asked_for = teacher is not None or config.module is not None or config.teacher_base
-        try:
-            sides.append(_teacher(report, teacher, config))
-            notes += _changed(sides[-1], report)
-        except (CheckpointError, ModelError, ArchitectureError, DependencyError) as error:
-            if asked_for:
-                raise
-            notes.append(f"without the teacher: {error}")
+    others, notes = _teacher_if_there(report, teacher, config)
     config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
-    asked = Asked.of(text, sides, names, config)
+    asked = Asked.of(text, [side, *others], names, config)
     run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     measuring = Measuring(asked, names, config, run)
-    rows = sorted((row for one in sides for row in measuring.rows(one)), key=lambda row: _ORDER.index(row.record.name))
+    rows = sorted(
+        (row for one in (side, *others) for row in measuring.rows(one)), key=lambda row: _ORDER.index(row.record.name)
+    )
     found = Evaluation(
         graft=str(graft) if isinstance(graft, str | Path) else str(graft.folder or "a graft in memory"),
-        text=asked.source.name, prompts=len(asked.prompts), too_long=asked.too_long,
-        duplicates=asked.source.dropped_duplicates, rows=[row.record for row in rows], answers=asked.said(rows),
-        notes=notes, settings=config, seconds=run.seconds, versions=versions(), hardware=hardware(config.device),
-    )  # fmt: skip
+        text=asked.source.name,
+        prompts=len(asked.prompts),
+        too_long=asked.too_long,
+        duplicates=asked.source.dropped_duplicates,
+        rows=[row.record for row in rows],
+        answers=asked.said(rows),
+        notes=notes,
+        settings=config,
+        seconds=run.seconds,
+        versions=versions(),
+        hardware=hardware(config.device),
+    )
     if out is not None:
         content = json.dumps(found.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
         write_aside(Path(out), content + "\n", force=config.force)
         shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
     return found
+
+
+def _teacher_if_there(
+    report: GraftReport | None, teacher: str | Path | None, config: EvaluateConfig
+) -> tuple[list[Side], list[str]]:
+    """The teacher's side of a graft, none where it cannot be reached and was not asked for; and remarks."""
+    if report is None:
+        return [], []
+    try:
+        found = _teacher(report, teacher, config)
+        return [found], list(_changed(found, report))
+    except (CheckpointError, ModelError, ArchitectureError, DependencyError) as error:
+        if teacher is not None or config.module is not None or config.teacher_base:
+            raise
+        return [], [f"without the teacher: {error}"]
 
 
 def _known(metrics: Sequence[str]) -> list[str]:
@@ -162,18 +178,26 @@ def _subject(
         if not (folder / REPORT).is_file():
             return _plain(raw, str(graft), student, config, GraftConfig(**given)), None
         graft = Graft.from_pretrained(
-            graft, student=student, revision=config.revision, subfolder=config.subfolder, token=config.token,
+            graft,
+            student=student,
+            revision=config.revision,
+            subfolder=config.subfolder,
+            token=config.token,
             trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        )
     handle, settings = graft.student, graft.report.settings.model_copy(update=given)
     _speaking(graft.checkpoint.raw, str(graft.folder or "the graft"))
     loading = _loading(config, handle.loading.revision)
     own = settings.format if settings.student_format is None else settings.student_format
     tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role="student")
     template = Template.of(
-        tokenizer, format=None if own == _CHAT else own, system=settings.system, args=settings.template_args,
-        name=handle.name, option="--format" if settings.format else "--student-format",
-    )  # fmt: skip
+        tokenizer,
+        format=None if own == _CHAT else own,
+        system=settings.system,
+        args=settings.template_args,
+        name=handle.name,
+        option="--format" if settings.format else "--student-format",
+    )
     name = str(graft.folder or "in memory")
     return Side(handle, loading, graft.raw, name, template, STUDENT, GRAFT, settings), graft.report
 
@@ -216,24 +240,33 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
 ) -> Side:
     if library_version(raw.library) is None:
         raise DependencyError(
-            f"{raw.library} is not installed, so the module cannot be asked", where=name,
+            f"{raw.library} is not installed, so the module cannot be asked",
+            where=name,
             fix="pip install 'peft-graft[adapters]'",
-        )  # fmt: skip
+        )
     role = "teacher" if whole == TEACHER else "model"
     handle = blank_handle(load_config(model, loading, role=role), model)
     template = Template.of(
-        load_tokenizer(model, loading, role=role), format=settings.format, system=settings.system,
-        args=settings.template_args, name=model, role=role,
-    )  # fmt: skip
+        load_tokenizer(model, loading, role=role),
+        format=settings.format,
+        system=settings.system,
+        args=settings.template_args,
+        name=model,
+        role=role,
+    )
     return Side(handle, loading, raw, name, template, bare, whole, settings)
 
 
 def _loading(config: EvaluateConfig, revision: str | None = None) -> Loading:
     return Loading(
-        revision=revision, token=config.token, trust_remote_code=config.trust_remote_code,
-        quantization_config=config.quantization_config, device_map=config.device_map, device=config.device,
+        revision=revision,
+        token=config.token,
+        trust_remote_code=config.trust_remote_code,
+        quantization_config=config.quantization_config,
+        device_map=config.device_map,
+        device=config.device,
         dtype=config.dtype,
-    )  # fmt: skip
+    )
 
 
 def _speaking(raw: RawCheckpoint, name: str) -> RawCheckpoint:
@@ -244,9 +277,11 @@ def _speaking(raw: RawCheckpoint, name: str) -> RawCheckpoint:
     """
     if raw.task is not Task.CAUSAL_LM:
         raise CheckpointError(
-            f"evaluate scores generated text, and this is a {raw.task} module", where=name, expected=Task.CAUSAL_LM,
+            f"evaluate scores generated text, and this is a {raw.task} module",
+            where=name,
+            expected=Task.CAUSAL_LM,
             fix="compare it with `peft-graft study` (docs/studies.md)",
-        )  # fmt: skip
+        )
     return raw
 
 

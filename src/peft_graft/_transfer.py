@@ -188,10 +188,15 @@ class _Text:
         fit = FIT if config.head in ("auto", "fit") else 0
         shift_map = None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS))
         return ask_teacher(
-            plan.module, plan.models, self.pool, run, train=max(fit, settings.steps * settings.batch_size),
-            shift_map=shift_map, bf16=config.dtype == "bfloat16",
+            plan.module,
+            plan.models,
+            self.pool,
+            run,
+            train=max(fit, settings.steps * settings.batch_size),
+            shift_map=shift_map,
+            bf16=config.dtype == "bfloat16",
             gradient_checkpointing=config.gradient_checkpointing,
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -253,9 +258,15 @@ class _Prompts:
         """The teacher's answers."""
         key = json.dumps([self.key, _module_key(plan.module.raw), *plan.models.fingerprints])
         self.asked = self.asking.ask(
-            plan.module, plan.models, self.prompts, run, key=key, excess=self.made is not None, made=self.made,
+            plan.module,
+            plan.models,
+            self.prompts,
+            run,
+            key=key,
+            excess=self.made is not None,
+            made=self.made,
             duplicates=0 if isinstance(self.source, Seeds) else self.source.dropped_duplicates,
-        )  # fmt: skip
+        )
         return self.asked
 
     def judged(self, outcome: Outcome, run: Run) -> tuple[Outcome, dict[str, object]]:

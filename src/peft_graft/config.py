@@ -91,19 +91,24 @@ class _Config(BaseModel):
             first = error.errors(include_url=False)[0]
             name = str(first["loc"][0]) if first["loc"] else ""
             if first["type"] == "extra_forbidden":
-                raise PlanError("there is no such option", where=option_name(name),
-                                expected=", ".join(cls.model_fields)) from None  # fmt: skip
+                raise PlanError(
+                    "there is no such option", where=option_name(name), expected=", ".join(cls.model_fields)
+                ) from None
             if first["type"] == "greater_than_equal":
                 least = first["ctx"]["ge"]
-                raise PlanError("must be positive" if least else "must not be negative", where=option_name(name),
-                                found=first["input"]) from None  # fmt: skip
+                raise PlanError(
+                    "must be positive" if least else "must not be negative",
+                    where=option_name(name),
+                    found=first["input"],
+                ) from None
             choices = first.get("ctx", {}).get("expected")
             if choices:
                 message, expected = "unknown choice", str(choices).replace("'", "").replace(" or ", ", ")
             else:
                 message, expected = str(first["msg"]).removeprefix("Value error, "), None
-            raise PlanError(message[0].lower() + message[1:], where=option_name(name), expected=expected,
-                            found=first["input"]) from None  # fmt: skip
+            raise PlanError(
+                message[0].lower() + message[1:], where=option_name(name), expected=expected, found=first["input"]
+            ) from None
 
     def record(self) -> dict[str, Any]:
         """What the result depends on, as JSON."""
@@ -112,8 +117,11 @@ class _Config(BaseModel):
     @property
     def _new_defaults(self) -> set[str]:
         fields = type(self).model_fields
-        return {name for name, field in fields.items()
-                if option_of(type(self), name).later and getattr(self, name) == field.default}  # fmt: skip
+        return {
+            name
+            for name, field in fields.items()
+            if option_of(type(self), name).later and getattr(self, name) == field.default
+        }
 
 
 def _as_dict(value: Any) -> Any:
@@ -278,8 +286,11 @@ class GraftConfig(PairConfig):
         if self.on_policy > 1:
             raise PlanError("must not be more than 1", where="--on-policy", found=self.on_policy)
         if self.method == FRESH and not self.polish_steps:
-            raise PlanError("a fresh module is of no use without a polish", where="--method fresh",
-                            fix=f"give --polish {POLISH_STEPS}")  # fmt: skip
+            raise PlanError(
+                "a fresh module is of no use without a polish",
+                where="--method fresh",
+                fix=f"give --polish {POLISH_STEPS}",
+            )
         return self
 
     @property

@@ -211,9 +211,10 @@ def write_aside(out: Path, content: str, *, force: bool = False) -> None:
         staging.replace(out)
     except OSError as error:
         raise OutputError(
-            f"cannot be written ({error.strerror})", where=str(out),
+            f"cannot be written ({error.strerror})",
+            where=str(out),
             fix="check permissions and free space, or choose another --out; nothing was changed",
-        ) from error  # fmt: skip
+        ) from error
     finally:
         if staging is not None:
             staging.unlink(missing_ok=True)

@@ -176,19 +176,26 @@ class Graft:
         raw = read_checkpoint(folder)
         if not (folder / REPORT).is_file():
             raise CheckpointError(
-                "the folder holds a module, but no graft", where=str(name), expected=REPORT,
+                "the folder holds a module, but no graft",
+                where=str(name),
+                expected=REPORT,
                 fix="make one with transfer, or load the module with its own library",
-            )  # fmt: skip
+            )
         try:
             report = GraftReport.model_validate(read_json(folder / REPORT))
         except ValueError as error:
             raise CheckpointError(
-                f"the report was written by another version ({str(error).splitlines()[0]})", where=str(folder / REPORT),
+                f"the report was written by another version ({str(error).splitlines()[0]})",
+                where=str(folder / REPORT),
                 fix="transfer the module again",
-            ) from error  # fmt: skip
+            ) from error
         place = str(student or report.student.name)
-        loading = Loading(revision=report.settings.student_revision, token=token, trust_remote_code=trust_remote_code,
-                          dtype=report.settings.dtype)  # fmt: skip
+        loading = Loading(
+            revision=report.settings.student_revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            dtype=report.settings.dtype,
+        )
         handle = blank_handle(load_config(place, loading, role="student"), place)
         handle.loading = loading
         own = handle.base_tensors(output=raw.trains_output)

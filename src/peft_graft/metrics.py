@@ -228,9 +228,7 @@ def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> lis
         own, other = (Counter(_ARTICLES.sub(" ", _plain(text)).split()) for text in (answer, reference))
         return _f1((own & other).total(), own.total(), other.total()) if own or other else 1.0
 
-    return [
-        (max(one(answer, text) for text in given),) for answer, given in zip(answers, references, strict=True)
-    ]  # fmt: skip
+    return [(max(one(answer, text) for text in given),) for answer, given in zip(answers, references, strict=True)]
 
 
 @register_counts("rouge", _mean)

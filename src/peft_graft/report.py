@@ -88,7 +88,10 @@ def write_model_card(folder: Path, report: GraftReport, task: Task, labels: tupl
 def _template(name: str) -> Template:
     # huggingface_hub's own rendering of templates leaves the lines of blocks in, which would break tables.
     environment = Environment(
-        loader=PackageLoader("peft_graft", "templates"), undefined=StrictUndefined, keep_trailing_newline=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("peft_graft", "templates"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template(name)

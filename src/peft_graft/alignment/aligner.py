@@ -45,11 +45,11 @@ class WantedMaps:
         """What the methods need of every pair of spaces beside the cross moment."""
         methods = list(methods)
         return {
-            pair: sorted({
-                moment for method in methods for moment in method.moments_for(self.directions.get(pair[0].name, BOTH))
-            })
+            pair: sorted(
+                {moment for method in methods for moment in method.moments_for(self.directions.get(pair[0].name, BOTH))}
+            )
             for pair in self.pairs
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -218,13 +218,24 @@ class Aligner:
         state = Unfinished(self.run.work, key) if self.run.work else None
         if self.processes.on_ray:
             return collect_on_ray(
-                self.processes.on_ray, self.models, wanted, settings, self.run, hold_out=self._holds_out,
+                self.processes.on_ray,
+                self.models,
+                wanted,
+                settings,
+                self.run,
+                hold_out=self._holds_out,
                 unfinished=state,
-            )  # fmt: skip
+            )
         totals, counts = collect_totals(
-            self.models, samples, wanted, settings, self.run, hold_out=self._holds_out, shard=self.processes.shard,
+            self.models,
+            samples,
+            wanted,
+            settings,
+            self.run,
+            hold_out=self._holds_out,
+            shard=self.processes.shard,
             unfinished=state,
-        )  # fmt: skip
+        )
         if not self.processes.alone:
             totals.merge_processes()
             counts.nonfinite_pairs = totals.nonfinite

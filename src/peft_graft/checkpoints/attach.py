@@ -156,8 +156,11 @@ def _give_memory(adapted: Any, known: list[nn.Parameter], device: torch.device) 
     """Give memory to what peft put beside weights that are offloaded, and so, like them, has none."""
     before = {id(value) for value in known}
     for module in adapted.modules():
-        new = {leaf: value for leaf, value in module.named_parameters(recurse=False)
-               if value.is_meta and id(value) not in before}  # fmt: skip
+        new = {
+            leaf: value
+            for leaf, value in module.named_parameters(recurse=False)
+            if value.is_meta and id(value) not in before
+        }
         if new and hasattr(module, "_hf_hook"):  # a trained copy of an offloaded layer is not fetched
             from accelerate.hooks import remove_hook_from_module
 

@@ -163,8 +163,9 @@ class AttachedModel:
             parts = {(path, name): value for path, part in of.parts.items() for name, value in part.tensors.items()}
             return {key: value.shape for key, value in (parts | dict(of.head)).items()}
 
-        same = all(part.has_form_of(raw.parts[path]) for path, part in self.checkpoint.parts.items()
-                   if path in raw.parts)  # fmt: skip
+        same = all(
+            part.has_form_of(raw.parts[path]) for path, part in self.checkpoint.parts.items() if path in raw.parts
+        )
         return same and shapes(raw) == shapes(self.checkpoint)
 
     def load(self, raw: RawCheckpoint) -> None:
@@ -193,11 +194,11 @@ class AttachedModel:
                 self.model.save_adapter(folder, self.name, with_head=bool(self.checkpoint.head))
                 found = read_checkpoint(Path(folder))
         parts = {
-            path: part.with_tensors({
-                name: _own(found.parts[path].tensors[name], value.dtype) for name, value in part.tensors.items()
-            })
+            path: part.with_tensors(
+                {name: _own(found.parts[path].tensors[name], value.dtype) for name, value in part.tensors.items()}
+            )
             for path, part in self.checkpoint.parts.items()
-        }  # fmt: skip
+        }
         head = {key: _own(found.head[key], found.head[key].dtype) for key in self.checkpoint.head}
         return replace(self.checkpoint, parts=parts, head=head)
 

@@ -183,13 +183,15 @@ def _show_prompts(report: GraftReport, console: Console) -> None:
     console.print(
         f"[bold]prompts[/] {asked.prompts:,} to learn from, {asked.held_out} held out{aside}; the module makes the "
         f"teacher's answers {asked.module_effect:.2f} nats a token likelier; {asked.strict_share:.0%} of the answers' "
-        f"tokens pair{digits}", soft_wrap=True,
-    )  # fmt: skip
+        f"tokens pair{digits}",
+        soft_wrap=True,
+    )
     if asked.made:
         console.print(
             f"[bold]made[/]    {asked.made.text}; {asked.no_excess} of those left out where the module makes no answer "
-            f"likelier ({asked.made.seeds} examples, {asked.made.continuations} continuations)", soft_wrap=True,
-        )  # fmt: skip
+            f"likelier ({asked.made.seeds} examples, {asked.made.continuations} continuations)",
+            soft_wrap=True,
+        )
     table = Table("prompt", "teacher", "graft", title="answers to prompts that were held out", show_lines=True)
     for sample in report.answers[:_SHOWN]:
         table.add_row(*(escaped(text) for text in (sample.prompt, sample.teacher, sample.graft)))

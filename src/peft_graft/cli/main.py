@@ -80,9 +80,16 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
     """Move a trained module to another model and write an ordinary checkpoint for it."""
     with watching() as callbacks, _say_how_to_go_on(out):
         graft = peft_graft.transfer(
-            adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, out=out, config=config,
+            adapter,
+            student,
+            teacher=teacher,
+            text=text,
+            seeds=seeds,
+            alignment=alignment,
+            out=out,
+            config=config,
             callbacks=callbacks,
-        )  # fmt: skip
+        )
     if as_json:
         _print_json(graft.report)
     else:
@@ -125,9 +132,15 @@ def evaluate(
     names = [name.strip() for name in metric.split(",")]
     with watching() as callbacks, _say_how_to_go_on(out) if out else nullcontext():
         found = peft_graft.evaluate(
-            graft, text=text, metrics=names, teacher=teacher, student=student, out=out, config=config,
+            graft,
+            text=text,
+            metrics=names,
+            teacher=teacher,
+            student=student,
+            out=out,
+            config=config,
             callbacks=callbacks,
-        )  # fmt: skip
+        )
     if as_json:
         _print_json(found)
     else:
@@ -154,9 +167,15 @@ def study(
 
     with watching() as callbacks:
         failed = studies.study(
-            file, paper=paper, out=out, changes=changes or [], config=config, dry_run=dry_run, callbacks=callbacks,
+            file,
+            paper=paper,
+            out=out,
+            changes=changes or [],
+            config=config,
+            dry_run=dry_run,
+            callbacks=callbacks,
             console=Console(),
-        )  # fmt: skip
+        )
     if failed:
         raise typer.Exit(1)
 

@@ -63,25 +63,41 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
     """
     if library_version(library) is None:
         raise DependencyError(
-            f"{library} is not installed, so the teacher cannot be asked", where="--text",
+            f"{library} is not installed, so the teacher cannot be asked",
+            where="--text",
             fix="pip install 'peft-graft[adapters]'",
-        )  # fmt: skip
+        )
     teacher, student = sources.tokenizer_pair()
     own = config.format if config.student_format is None else config.student_format
     templates = Templates(
-        Template.of(teacher, format=config.format, name=shapes.teacher.name, role="teacher", system=config.system,
-            args=config.template_args),
         Template.of(
-            student, format=None if own == _CHAT else own, name=shapes.student.name,
-            option="--format" if config.format else "--student-format",
-            system=config.system, args=config.template_args,
+            teacher,
+            format=config.format,
+            name=shapes.teacher.name,
+            role="teacher",
+            system=config.system,
+            args=config.template_args,
         ),
-    )  # fmt: skip
+        Template.of(
+            student,
+            format=None if own == _CHAT else own,
+            name=shapes.student.name,
+            option="--format" if config.format else "--student-format",
+            system=config.system,
+            args=config.template_args,
+        ),
+    )
     return Asking(
-        templates, Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed), config.max_length,
-        config.labels == "use", config.max_prompts, config.dtype == "bfloat16", config.on_policy,
-        config.gradient_checkpointing, config.learn == "text",
-    )  # fmt: skip
+        templates,
+        Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed),
+        config.max_length,
+        config.labels == "use",
+        config.max_prompts,
+        config.dtype == "bfloat16",
+        config.on_policy,
+        config.gradient_checkpointing,
+        config.learn == "text",
+    )
 
 
 @dataclass(frozen=True)
@@ -147,31 +163,64 @@ class Asking:
             if excess:
                 chosen, answers, judging = self._with_excess(teacher, chosen, answers, judging, run)
             work = PromptTargets(
-                models, teacher, self.templates, list(zip(chosen, answers, strict=True)), judging, self.text_only,
-                self.use_given, self.bf16,
-            )  # fmt: skip
+                models,
+                teacher,
+                self.templates,
+                list(zip(chosen, answers, strict=True)),
+                judging,
+                self.text_only,
+                self.use_given,
+                self.bf16,
+            )
             train, held_out, columns, shares, effect = work.made(run)
         with run.stage("asking the student"):
             student = language_model(models.student, bf16=self.bf16)
             bare_answers = generate_answers(
-                student.model, self.templates.student, chosen[:judging], self.sampling, bf16=student.bf16,
+                student.model,
+                self.templates.student,
+                chosen[:judging],
+                self.sampling,
+                bf16=student.bf16,
                 store=AnswerStore(run.work, "student-answers", key) if run.work and key else None,
                 progress=lambda done, total: run.progress("asking the student", done, total),
-            )  # fmt: skip
+            )
         record = PromptRecord(
-            prompts=len(train), held_out=len(held_out), too_long=too_long, duplicates=duplicates,
-            cut=sum(not answer.ended for answer in answers), empty=sum(not answer.text.strip() for answer in answers),
+            prompts=len(train),
+            held_out=len(held_out),
+            too_long=too_long,
+            duplicates=duplicates,
+            cut=sum(not answer.ended for answer in answers),
+            empty=sum(not answer.text.strip() for answer in answers),
             given=sum(prompt.answer is not None for prompt in chosen[judging:]) if self.use_given else 0,
             answer_tokens=sum(len(row) - start for row, start in zip(train.inputs, train.starts, strict=True)),
-            shared_tokens=columns.shared, strict_share=shares.share, strict_digits=shares.digit_share,
-            module_effect=effect, made=made, no_excess=asked - len(chosen),
-        )  # fmt: skip
+            shared_tokens=columns.shared,
+            strict_share=shares.share,
+            strict_digits=shares.digit_share,
+            module_effect=effect,
+            made=made,
+            no_excess=asked - len(chosen),
+        )
         samples = [Sample(f"{prompt.text}\n{answer.text}") for prompt, answer in zip(chosen, answers, strict=True)]
         found = PromptDistillation(
-            models, teacher, (), self.bf16, self.templates, self.sampling, columns, train, held_out, 1.0,
-            chosen[:judging], answers[:judging], bare_answers, samples[judging:], record,
-            chosen[judging:], self.on_policy, gradient_checkpointing=self.gradient_checkpointing,
-        )  # fmt: skip
+            models,
+            teacher,
+            (),
+            self.bf16,
+            self.templates,
+            self.sampling,
+            columns,
+            train,
+            held_out,
+            1.0,
+            chosen[:judging],
+            answers[:judging],
+            bare_answers,
+            samples[judging:],
+            record,
+            chosen[judging:],
+            self.on_policy,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
         return replace(found, bare=found.divergence_of(student, held_out))
 
     def check(self, prompts: Sequence[Prompt], models: ModelPair) -> list[Prompt]:
@@ -204,15 +253,21 @@ class Asking:
     ) -> list[Answer]:
         """The teacher's answers; those that are given instead, where they are to be used and do not judge."""
         given = {
-            number: Answer(prompt.answer, ended=True) for number, prompt in enumerate(prompts)
+            number: Answer(prompt.answer, ended=True)
+            for number, prompt in enumerate(prompts)
             if self.use_given and number >= judging and prompt.answer is not None
-        }  # fmt: skip
+        }
         asked = [number for number in range(len(prompts)) if number not in given]
         store = AnswerStore(run.work, "teacher-answers", key) if run.work and key else None
         found = generate_answers(
-            teacher.model, self.templates.teacher, [prompts[number] for number in asked], self.sampling,
-            bf16=teacher.bf16, store=store, progress=lambda done, total: run.progress(_STAGE, done, total),
-        )  # fmt: skip
+            teacher.model,
+            self.templates.teacher,
+            [prompts[number] for number in asked],
+            self.sampling,
+            bf16=teacher.bf16,
+            store=store,
+            progress=lambda done, total: run.progress(_STAGE, done, total),
+        )
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]
 
@@ -226,21 +281,25 @@ class Asking:
         """
         template = self.templates.teacher
         excess = excess_of(
-            teacher, template,
-            [template.encode(prompt, answer.text, ended=answer.ended)
-             for prompt, answer in zip(prompts, answers, strict=True)],
+            teacher,
+            template,
+            [
+                template.encode(prompt, answer.text, ended=answer.ended)
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ],
             lambda done, total: run.progress(_STAGE, done, total),
-        )  # fmt: skip
+        )
         kept = [number for number, value in enumerate(excess) if value > LEAST_CHANGE]
         judging = sum(number < judging for number in kept)
         if judging < LEAST_HELD_OUT or judging == len(kept):
             raise TextError(
-                "the module makes the teacher's answers no likelier on too many prompts", where="--seeds",
+                "the module makes the teacher's answers no likelier on too many prompts",
+                where="--seeds",
                 expected=f"at least {LEAST_PROMPTS} where it does",
                 found=f"{len(kept)} of {len(prompts)}",
                 fix="give examples of the module's task, in the format that it was trained with, or raise "
                 "--make-prompts",
-            )  # fmt: skip
+            )
         return [prompts[number] for number in kept], [answers[number] for number in kept], judging
 
 
@@ -277,15 +336,18 @@ def check_enough(prompts: int, too_long: int = 0) -> None:
     """
     if too_long and not prompts:
         raise TextError(
-            "all prompts are longer than the models read, with the answer", where="--text", found=too_long,
+            "all prompts are longer than the models read, with the answer",
+            where="--text",
+            found=too_long,
             fix="give shorter prompts, lower --max-new-tokens, or raise --max-length",
-        )  # fmt: skip
+        )
     if held_out_size(prompts) < LEAST_HELD_OUT:
         raise TextError(
-            "too few prompts to learn from and be judged by", where="--text",
+            "too few prompts to learn from and be judged by",
+            where="--text",
             expected=f"at least {LEAST_PROMPTS}",
             found=f"{prompts}, and {too_long} that are too long" if too_long else prompts,
-        )  # fmt: skip
+        )
 
 
 def _check_answers(answers: Sequence[Answer], longest: int) -> None:
@@ -300,17 +362,23 @@ def _check_answers(answers: Sequence[Answer], longest: int) -> None:
     )
     if not any(answer.text.strip() for answer in answers):
         raise TextError(
-            "all of them are empty", where=where,
+            "all of them are empty",
+            where=where,
             fix=check,
-        )  # fmt: skip
+        )
     if not any(answer.ended for answer in answers):
         raise TextError(
-            "all of them were cut before the teacher came to an end", where=where, expected="an end",
-            found=f"{longest} tokens and more", fix="raise --max-new-tokens, or check --format",
-        )  # fmt: skip
+            "all of them were cut before the teacher came to an end",
+            where=where,
+            expected="an end",
+            found=f"{longest} tokens and more",
+            fix="raise --max-new-tokens, or check --format",
+        )
     commonest, count = Counter(answer.text for answer in answers).most_common(1)[0]
     if count == len(answers):
         raise TextError(
-            "all of them are the same", where=where, found=repr(commonest[:80]),
+            "all of them are the same",
+            where=where,
+            found=repr(commonest[:80]),
             fix=check,
-        )  # fmt: skip
+        )

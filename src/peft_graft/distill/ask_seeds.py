@@ -34,14 +34,18 @@ def seeds_of(
         return None
     if text is not None:
         raise PlanError(
-            "prompts are made where there are none, and there is text", where="--seeds",
+            "prompts are made where there are none, and there is text",
+            where="--seeds",
             fix="give --text or --seeds, not both",
-        )  # fmt: skip
+        )
     if raw.task is not Task.CAUSAL_LM:
         raise PlanError(
-            "prompts are for language models", where="--seeds", expected=f"a module of {Task.CAUSAL_LM}",
-            found=str(raw.task), fix="give unlabelled text with --text",
-        )  # fmt: skip
+            "prompts are for language models",
+            where="--seeds",
+            expected=f"a module of {Task.CAUSAL_LM}",
+            found=str(raw.task),
+            fix="give unlabelled text with --text",
+        )
     return Seeds.of(seeds, config.columns, config.seed)
 
 
@@ -53,14 +57,17 @@ def listing_of(seeds: Seeds, asking: Asking, models: ModelPair, config: GraftCon
     """
     if len(asking.fitting(seeds.prompts, models)) < len(seeds.texts):
         raise TextError(
-            "an example is longer than the models read, with the answer", where=f"--seeds {seeds.name}",
+            "an example is longer than the models read, with the answer",
+            where=f"--seeds {seeds.name}",
             fix="give shorter examples, lower --max-new-tokens, or raise --max-length",
-        )  # fmt: skip
+        )
     if config.prompts_to_make < LEAST_PROMPTS:
         raise PlanError(
-            "too few prompts to learn from and be judged by", where="--make-prompts, --max-prompts",
-            expected=f"at least {LEAST_PROMPTS}", found=config.prompts_to_make,
-        )  # fmt: skip
+            "too few prompts to learn from and be judged by",
+            where="--make-prompts, --max-prompts",
+            expected=f"at least {LEAST_PROMPTS}",
+            found=config.prompts_to_make,
+        )
     return Listing.of(asking.templates.teacher, seeds, asking.limit(models.teacher))
 
 
@@ -80,7 +87,11 @@ def prompts_from(  # the examples, how they are asked about and of whom; the res
         model = language_model(models.teacher, bf16=asking.bf16)
         key = json.dumps([key, models.teacher.fingerprint, listing.examples, listing.tokens])
         return make_prompts(
-            seeds, listing.writer(model, config.seed), config.prompts_to_make, least=LEAST_PROMPTS, seed=config.seed,
+            seeds,
+            listing.writer(model, config.seed),
+            config.prompts_to_make,
+            least=LEAST_PROMPTS,
+            seed=config.seed,
             store=AnswerStore(run.work, "made-prompts", key) if run.work else None,
             progress=lambda done, total: run.progress(_STAGE, done, total),
-        )  # fmt: skip
+        )

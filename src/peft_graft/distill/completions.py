@@ -127,7 +127,7 @@ class PromptDistillation(Distillation):
         prompts, student = [self.prompts[row] for row in rows], self.templates.student
         drawn = self.sampling.model_copy(
             update={"temperature": 1.0, "top_p": 1.0, "seed": int(torch.randint(2**31, (1,)))}
-        )  # fmt: skip
+        )
         said = generate_answers(attached.model, student, prompts, drawn, bf16=attached.bf16)
         attached.model.train()
         answered = list(zip(prompts, said, strict=True))
@@ -145,10 +145,11 @@ class PromptDistillation(Distillation):
         places = [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs]
         output, columns = OutputLayer.of(attached.model), self.columns.student
         total = in_chunks(
-            _at(states, places, sides[1]), len(columns.ids),
+            _at(states, places, sides[1]),
+            len(columns.ids),
             lambda given, part: reverse_divergence(columns.logits(output, given), log_p[part]),
             frozen=output.frozen is not None,
-        )  # fmt: skip
+        )
         return total / max(1, len(log_p))
 
     def measure(self, attached: AttachedModel) -> Agreement:
@@ -158,9 +159,13 @@ class PromptDistillation(Distillation):
     def generate(self, attached: AttachedModel, run: Run) -> tuple[list[Answer], GenerationAgreement]:
         """The student's own answers to the prompts that judge, and how they agree with the teacher's."""
         found = generate_answers(
-            attached.model, self.templates.student, self.asked, self.sampling, bf16=attached.bf16,
+            attached.model,
+            self.templates.student,
+            self.asked,
+            self.sampling,
+            bf16=attached.bf16,
             progress=lambda done, total: run.progress("asking the graft", done, total),
-        )  # fmt: skip
+        )
         return found, compare_answers(found, self.answers, self.bare_answers)
 
     def divergence_of(self, attached: AttachedModel | LanguageModel, targets: CompletionTargets) -> float:
@@ -190,21 +195,23 @@ class PromptDistillation(Distillation):
         column = torch.cat([place[:, 1] for place in targets.text]).to(states.device)
         student, width = self.columns.student, len(self.columns.student.ids)
         strict = in_chunks(
-            gathered(targets.strict), width,
-            lambda rows, part: divergence(student.logits(output, rows), top[part], log_p[part]), frozen=frozen,
-        )  # fmt: skip
+            gathered(targets.strict),
+            width,
+            lambda rows, part: divergence(student.logits(output, rows), top[part], log_p[part]),
+            frozen=frozen,
+        )
         text = in_chunks(
-            gathered([place[:, 0] for place in targets.text]), width,
-            lambda rows, part: text_loss(student.logits(output, rows), column[part]), frozen=frozen,
-        )  # fmt: skip
+            gathered([place[:, 0] for place in targets.text]),
+            width,
+            lambda rows, part: text_loss(student.logits(output, rows), column[part]),
+            frozen=frozen,
+        )
         return strict, text, len(top) + len(column)
 
 
 def agreement_of(divergence: float, bare: float, positions: int) -> Agreement:
     """Agreement of next-token distributions: 0 for a student without a module, 1 for one that speaks as the teacher."""
-    return Agreement(
-        agreement=1 - divergence / max(bare, 1e-12), divergence=max(0.0, divergence), answers=positions
-    )  # fmt: skip
+    return Agreement(agreement=1 - divergence / max(bare, 1e-12), divergence=max(0.0, divergence), answers=positions)
 
 
 def _at(states: Tensor, places: Sequence[Tensor], sides: Sequence[Completion]) -> Tensor:

@@ -88,10 +88,11 @@ def _check_fittable(moved: PeftCheckpoint, student: ModelHandle) -> None:
         plain = isinstance(module, LoraModule) and module.is_plain
         if not plain or place.role not in roles or roles[place.role].fused:
             raise AlignmentError(
-                "functional grafting fits the updates of linear layers", where=str(place),
+                "functional grafting fits the updates of linear layers",
+                where=str(place),
                 expected="a plain LoRA on a layer of its own",
                 fix="use another --method",
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,12 @@ def _groups(plan: SitePlans, models: ModelPair, words: int) -> Iterator[list[Sit
         widest = max(of_teacher + of_student)
         if words < widest:
             raise AlignmentError(
-                "too few paired words for the dimension", where=f"layer {layer}", expected=f"at least {widest}",
-                found=words, fix="give more text",
-            )  # fmt: skip
+                "too few paired words for the dimension",
+                where=f"layer {layer}",
+                expected=f"at least {widest}",
+                found=words,
+                fix="give more text",
+            )
         needed = 4 * words * (2 * sum(of_teacher) + 2 * sum(of_student))
         if group and held + needed > _MOST_BYTES:
             yield group
@@ -208,7 +212,7 @@ def _regression(x: Tensor, y: Tensor) -> Tensor:
     )
     penalty, _ = choose_penalty(
         moments[0], crosses[0].T, moments[1], crosses[1].T, float(y[cut:].square().sum() / (len(y) - cut))
-    )  # fmt: skip
+    )
     return ridge_solution(x.T @ x, (x.T @ y).T, penalty)
 
 

@@ -109,21 +109,22 @@ class Listing:
                 listed = _LISTED * -(-size // examples)
                 return cls(own, examples, min(limit - size, listed, _TOKENS))
         raise TextError(
-            "the examples are too long to show them to the model", where=f"--seeds {seeds.name}",
-            expected=f"at most {limit // 2} tokens", found=size, fix="give shorter examples, or prompts with --text",
-        )  # fmt: skip
+            "the examples are too long to show them to the model",
+            where=f"--seeds {seeds.name}",
+            expected=f"at most {limit // 2} tokens",
+            found=size,
+            fix="give shorter examples, or prompts with --text",
+        )
 
     def writer(self, model: LanguageModel, seed: int) -> Writer:
         """The model as one that writes prompts."""
 
         def write(requests: Sequence[str], batch: int) -> list[Answer]:
-            drawn = Sampling(
-                max_new_tokens=self.tokens, temperature=_TEMPERATURE, top_p=_TOP_P, seed=seed + batch
-            )  # fmt: skip
+            drawn = Sampling(max_new_tokens=self.tokens, temperature=_TEMPERATURE, top_p=_TOP_P, seed=seed + batch)
             prompts = [Prompt.of_text(request) for request in requests]
             return generate_answers(
                 model.model, self.template, prompts, drawn, batch_size=len(prompts), bf16=model.bf16
-            )  # fmt: skip
+            )
 
         return Writer(write, self.chat, self.examples)
 
@@ -168,10 +169,12 @@ def make_prompts(  # from what, by whom, how many; the rest says where work is k
     record = sieve.record(written, "nothing new" if idle >= _IDLE else "attempts")
     if record.kept < least:
         raise TextError(
-            "too few prompts could be made from the examples", where=f"--seeds {seeds.name}",
-            expected=f"at least {least}", found=record.text,
+            "too few prompts could be made from the examples",
+            where=f"--seeds {seeds.name}",
+            expected=f"at least {least}",
+            found=record.text,
             fix="give more examples that differ more in words and length, or prompts with --text",
-        )  # fmt: skip
+        )
     random.Random(seed).shuffle(sieve.kept)  # those that come late are rarer, and the first ones judge
     return [seeds.prompt(text) for text in sieve.kept], record
 
@@ -209,7 +212,9 @@ class _Sieve:
     def record(self, continuations: int, otherwise: Literal["nothing new", "attempts"]) -> MadePrompts:
         names = ("made", "duplicates", "wrong_length", "wrong_shape")
         return MadePrompts(
-            seeds=len(self.seeds.texts), continuations=continuations, kept=len(self.kept),
+            seeds=len(self.seeds.texts),
+            continuations=continuations,
+            kept=len(self.kept),
             ended="enough" if len(self.kept) >= self.wanted else otherwise,
             **{name: self.counts[name] for name in names},
-        )  # fmt: skip
+        )

@@ -66,15 +66,21 @@ class PromptTargets:
         index = columns.index()
         text = [self._text(number, side, pairs[number].student, index) for number, side in enumerate(sides[1])]
         targets = CompletionTargets(
-            [side.ids for side in sides[1]], [side.start for side in sides[1]],
-            [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs], top, log_p, text,
-        )  # fmt: skip
+            [side.ids for side in sides[1]],
+            [side.start for side in sides[1]],
+            [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs],
+            top,
+            log_p,
+            text,
+        )
         if effect < LEAST_CHANGE:
             raise TextError(
                 "the module makes the teacher's answers no likelier, so nothing of it can be seen on these prompts",
-                where="--text", expected=f"at least {LEAST_CHANGE} nats a token", found=f"{effect:.5f}",
+                where="--text",
+                expected=f"at least {LEAST_CHANGE} nats a token",
+                found=f"{effect:.5f}",
                 fix="give prompts of the task that the module was trained for, in the format that it was trained with",
-            )  # fmt: skip
+            )
         rows = range(len(targets))
         train = targets.part(rows[self.judging :])
         if self.text_only:
@@ -90,9 +96,7 @@ class PromptTargets:
         """Positions whose text is learned: those that are not strict; all of an answer that was given."""
         given = self.use_given and number >= self.judging and self.answered[number][0].answer is not None
         known = set() if given or self.text_only else set(strict)
-        rows = [
-            (place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known
-        ]  # fmt: skip
+        rows = [(place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
 
     def _columns(self, students: Sequence[Completion], strict: Sequence[Sequence[int]]) -> Columns:

@@ -116,10 +116,11 @@ class Asked:
         source = PromptSource.of(text, config.columns, config.seed)
         if source is None:
             raise TextError(
-                "the text holds no prompts", where=str(text) if isinstance(text, str | Path) else "given in memory",
+                "the text holds no prompts",
+                where=str(text) if isinstance(text, str | Path) else "given in memory",
                 expected="rows with a prompt and its answer, in a file, a hub data set or a list",
                 fix="name the columns with --columns prompt,answer",
-            )  # fmt: skip
+            )
         found, too_long = list[Prompt](), 0
         for prompt in source.prompts():
             if len(found) == config.limit:
@@ -130,16 +131,20 @@ class Asked:
                 too_long += 1
         if not found:
             raise TextError(
-                "all prompts are longer than the models read, with an answer", where=source.name, found=too_long,
+                "all prompts are longer than the models read, with an answer",
+                where=source.name,
+                found=too_long,
                 fix="give shorter prompts, or lower --max-new-tokens",
-            )  # fmt: skip
+            )
         without = sum(not prompt.references for prompt in found)
         if without:
             raise TextError(
-                "prompts without an answer to score by", where=source.name, found=f"{without} of {len(found)}",
+                "prompts without an answer to score by",
+                where=source.name,
+                found=f"{without} of {len(found)}",
                 expected="completion, response, answer or references in every row",
                 fix="leave those rows out, or name the columns with --columns prompt,answer",
-            )  # fmt: skip
+            )
         asked = Asked(source, found, too_long)
         for name in set(metrics) - {NLL}:  # what it cannot score it says now
             score_answers(name, asked.known, asked.references)
@@ -164,11 +169,12 @@ class Asked:
         """Every prompt with all answers."""
         return [
             EvaluatedPrompt(
-                prompt=prompt.text, references=list(prompt.references),
+                prompt=prompt.text,
+                references=list(prompt.references),
                 answers={row.record.name: row.answers[number].text for row in rows if row.answers},
             )
             for number, prompt in enumerate(self.prompts)
-        ]  # fmt: skip
+        ]
 
 
 def known_answer(prompt: Prompt) -> str:
@@ -225,9 +231,13 @@ class Measuring:
             else:
                 scores[metric] = self._score(metric, [answer.text for answer in answers])
         record = EvaluatedModel(
-            name=name, model=side.handle.name, module=None if name == side.bare else side.module, scores=scores,
-            cut=sum(not answer.ended for answer in answers), empty=sum(not answer.text.strip() for answer in answers),
-        )  # fmt: skip
+            name=name,
+            model=side.handle.name,
+            module=None if name == side.bare else side.module,
+            scores=scores,
+            cut=sum(not answer.ended for answer in answers),
+            empty=sum(not answer.text.strip() for answer in answers),
+        )
         return Row(record, answers)
 
     def _answers(self, side: Side, name: str, model: AttachedModel | LanguageModel, key: Sequence[str]) -> list[Answer]:
@@ -237,22 +247,38 @@ class Measuring:
         )
         store = None
         if self.run.work:
-            whole = [*key, self.asked.digest, sampling.model_dump(), template.format, template.system, template.args,
-                     config.dtype, config.quantization_config]  # fmt: skip
+            whole = [
+                *key,
+                self.asked.digest,
+                sampling.model_dump(),
+                template.format,
+                template.system,
+                template.args,
+                config.dtype,
+                config.quantization_config,
+            ]
             store = AnswerStore(self.run.work, name.replace(" ", "-"), json.dumps(whole, default=str))
         with self.run.stage(stage):
             return generate_answers(
-                model.model, template, self.asked.prompts, sampling, bf16=model.bf16, store=store,
+                model.model,
+                template,
+                self.asked.prompts,
+                sampling,
+                bf16=model.bf16,
+                store=store,
                 progress=lambda done, total: self.run.progress(stage, done, total),
-            )  # fmt: skip
+            )
 
     def _likelihood(self, side: Side, name: str, model: AttachedModel | LanguageModel) -> dict[str, Score]:
         stage = f"reading the answers by the {name}"
         with self.run.stage(stage):
             losses = answer_losses(
-                model, side.template, self.asked.prompts, self.asked.known,
+                model,
+                side.template,
+                self.asked.prompts,
+                self.asked.known,
                 lambda done, total: self.run.progress(stage, done, total),
-            )  # fmt: skip
+            )
         counts = [(loss.nats, loss.tokens, loss.size) for loss in losses]
         scores = {NLL: self._of_counts(counts, lambda sums, count: sums[0] / sums[1])}
         if any(loss.size for loss in losses):

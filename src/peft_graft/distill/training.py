@@ -182,8 +182,9 @@ class TrainingLoop:
         head = [value for name, value in self._parameters.items() if is_head(name)]
         inner = [value for name, value in self._parameters.items() if not is_head(name)]
         groups: list[dict[str, Any]] = [
-            {"params": inner, "share": 1.0}, {"params": head, "share": self.schedule.head_rate}
-        ]  # fmt: skip
+            {"params": inner, "share": 1.0},
+            {"params": head, "share": self.schedule.head_rate},
+        ]
         return [group for group in groups if group["params"]]
 
     def _updates(self, last: int) -> Iterator[list[list[int]]]:
@@ -270,10 +271,13 @@ class TrainingLoop:
             for part, moment in self._optimizer.state.get(value, {}).items():
                 tensors[f"{part}/{name}"] = torch.as_tensor(moment)
         record = {
-            "key": self._key, "step": self._step, "least": self._least, "since": self._since,
+            "key": self._key,
+            "step": self._step,
+            "least": self._least,
+            "since": self._since,
             "scaler": self._scaler.state_dict(),
             "curve": [{**vars(point), "values": dict(point.values)} for point in self._curve],
-        }  # fmt: skip
+        }
         self.store.save(tensors, record)
 
     def _take_up(self) -> None:
@@ -287,8 +291,11 @@ class TrainingLoop:
                 value.copy_(tensors[f"value/{name}"])
                 if f"best/{name}" in tensors:
                     self._best[name] = tensors[f"best/{name}"].to(value.device, copy=True)
-                moments = {part: tensors[f"{part}/{name}"] for part in ("step", "exp_avg", "exp_avg_sq")
-                           if f"{part}/{name}" in tensors}  # fmt: skip
+                moments = {
+                    part: tensors[f"{part}/{name}"]
+                    for part in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{part}/{name}" in tensors
+                }
                 if moments:  # AdamW counts its steps on the CPU
                     self._optimizer.state[value] = {
                         part: moment.to("cpu" if part == "step" else value.device, copy=True)

@@ -252,25 +252,37 @@ def _checked(prompts: Sequence[Prompt], name: str) -> str | None:
     where = f"--seeds {name}"
     if len(prompts) < LEAST:
         raise TextError(
-            "too few examples to make prompts from", where=where, expected=f"at least {LEAST}, better 5 to 15",
-            found=len(prompts), fix="add prompts of the kind that the module was trained for",
-        )  # fmt: skip
+            "too few examples to make prompts from",
+            where=where,
+            expected=f"at least {LEAST}, better 5 to 15",
+            found=len(prompts),
+            fix="add prompts of the kind that the module was trained for",
+        )
     if len(prompts) > MOST:
         raise TextError(
-            "so many examples are prompts already", where=where, expected=f"at most {MOST}", found=len(prompts),
+            "so many examples are prompts already",
+            where=where,
+            expected=f"at most {MOST}",
+            found=len(prompts),
             fix="give them with --text",
-        )  # fmt: skip
+        )
     for prompt in prompts:
         roles = [message.role for message in prompt.messages]
         if roles not in (["user"], ["system", "user"]):
             raise TextError(
-                "an example takes one message of the user", where=where, expected="user, or system and user",
-                found=", ".join(roles), fix="leave conversations out",
-            )  # fmt: skip
+                "an example takes one message of the user",
+                where=where,
+                expected="user, or system and user",
+                found=", ".join(roles),
+                fix="leave conversations out",
+            )
     systems = {prompt.messages[0].content if len(prompt.messages) > 1 else None for prompt in prompts}
     if len(systems) > 1:
         raise TextError(
-            "the examples have several system messages", where=where, expected="the same before all of them, or none",
-            found=len(systems), fix="make prompts of one kind at a time",
-        )  # fmt: skip
+            "the examples have several system messages",
+            where=where,
+            expected="the same before all of them, or none",
+            found=len(systems),
+            fix="make prompts of one kind at a time",
+        )
     return systems.pop()

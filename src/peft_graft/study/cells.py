@@ -120,9 +120,12 @@ class Cell(Record, ABC):
     def record(self) -> dict[str, Any]:
         """What the cell's record says about what it is."""
         return {
-            "id": self.id, "kind": self.kind, "names": self.names.model_dump(exclude_none=True),
-            "config": self.config.model_dump(mode="json"), "needs": self.needs.model_dump(exclude_none=True),
-        }  # fmt: skip
+            "id": self.id,
+            "kind": self.kind,
+            "names": self.names.model_dump(exclude_none=True),
+            "config": self.config.model_dump(mode="json"),
+            "needs": self.needs.model_dump(exclude_none=True),
+        }
 
     @abstractmethod
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -168,10 +171,15 @@ class TeacherCell(Cell):
         with written_aside(folder.artifact(self.id), force=True) as staging:
             save_module(model, staging, library, task)
         return {
-            "score": found, "metric": task.metric, "majority": task.majority_score(test), "curve": tuned.curve,
-            "examples": len(train), "validation_examples": len(validation), "test_examples": len(test),
+            "score": found,
+            "metric": task.metric,
+            "majority": task.majority_score(test),
+            "curve": tuned.curve,
+            "examples": len(train),
+            "validation_examples": len(validation),
+            "test_examples": len(test),
             "training_seconds": round(tuned.seconds, 1),
-        }  # fmt: skip
+        }
 
 
 # ---- alignments ------------------------------------------------------------------------------------------------------
@@ -202,9 +210,13 @@ class AlignmentCell(Cell):
         _load(config.plugins)
         with _unlabelled_text(config.examples, folder.work(self.id)) as text:
             found = align(
-                config.teacher, config.student, text=text, out=folder.artifact(self.id),
-                config=config.align.model_copy(update={"force": True}), callbacks=callbacks,
-            )  # fmt: skip
+                config.teacher,
+                config.student,
+                text=text,
+                out=folder.artifact(self.id),
+                config=config.align.model_copy(update={"force": True}),
+                callbacks=callbacks,
+            )
         return {"spaces": len(found.maps)}
 
 
@@ -240,10 +252,15 @@ class GraftCell(Cell):
         with _unlabelled_text(config.examples, folder.work(self.id)) as text:
             if not (kept / "graft.json").exists():  # else an interruption came between writing it and its result
                 transfer(
-                    folder.artifact(needs.teacher), teacher=config.teacher, student=config.student, text=text,
-                    alignment=folder.artifact(needs.alignment) if needs.alignment else None, out=kept,
-                    config=config.transfer.model_copy(update={"force": True}), callbacks=callbacks,
-                )  # fmt: skip
+                    folder.artifact(needs.teacher),
+                    teacher=config.teacher,
+                    student=config.student,
+                    text=text,
+                    alignment=folder.artifact(needs.alignment) if needs.alignment else None,
+                    out=kept,
+                    config=config.transfer.model_copy(update={"force": True}),
+                    callbacks=callbacks,
+                )
         report = read_json(kept / "graft.json")
         if not artifact.exists():
             artifact.parent.mkdir(parents=True, exist_ok=True)
@@ -368,8 +385,11 @@ class StudentCell(Cell):
                 encoded = with_teacher_answers(encoded, *self._teacher(folder, task, examples))
             scored = Validation(task.questions(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
             tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=folder.work(self.id) / "training")
-            result |= {"curve": tuned.curve, "training_seconds": round(tuned.seconds, 1),
-                       "training": settings.model_dump(mode="json")}  # fmt: skip
+            result |= {
+                "curve": tuned.curve,
+                "training_seconds": round(tuned.seconds, 1),
+                "training": settings.model_dump(mode="json"),
+            }
             result["score"] = score(model, rows, tokenizer, task)
         return {**result, "examples": budget, "test_examples": len(test)}
 

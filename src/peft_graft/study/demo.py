@@ -139,8 +139,9 @@ class _Demo:
             if {key: state[key] for key in made_by} != made_by:
                 raise OutputError(
                     "holds an unfinished demo with another seed or other versions of the software",
-                    where=str(folder), fix="start again with --force, or choose another --out",
-                )  # fmt: skip
+                    where=str(folder),
+                    fix="start again with --force, or choose another --out",
+                )
         else:
             self._parts = {}
         self._made_by = made_by
@@ -162,8 +163,11 @@ class _Demo:
         scores = []
         for name in (FRESH, *STARTS):
             for budget, number in [(0, 0), *((BUDGET, number) for number in range(SEEDS))]:
-                found = self._once(f"{name} {budget} {number}", "training and scoring students",
-                                   partial(self._student, name, budget, number))  # fmt: skip
+                found = self._once(
+                    f"{name} {budget} {number}",
+                    "training and scoring students",
+                    partial(self._student, name, budget, number),
+                )
                 scores.append(StudentScore.model_validate(found))
                 self.run.progress("training and scoring students", len(scores), (1 + len(STARTS)) * (1 + SEEDS))
         return DemoResult(
@@ -211,8 +215,14 @@ class _Demo:
     def _move(self, name: str) -> str:
         """Transfer; an interrupted polish goes on."""
         config = STARTS[name][1].model_copy(update={"seed": self.seed, "force": True})
-        graft = transfer(self.module, student=self.student, out=self._graft(name), text=self.text, config=config,
-                         callbacks=self.run.callbacks)  # fmt: skip
+        graft = transfer(
+            self.module,
+            student=self.student,
+            out=self._graft(name),
+            text=self.text,
+            config=config,
+            callbacks=self.run.callbacks,
+        )
         return graft.report.method
 
     def _student(self, name: str, budget: int, number: int) -> dict[str, Any]:

@@ -184,9 +184,13 @@ class _Comparison:
     def _teacher(self) -> TeacherCell:
         study = self.study
         config = TeacherConfig(
-            examples=self._examples, device=study.device, model=self._models[0], module=self._spec,
-            training=study.training.of_teacher(self.grid.teacher), keep_best=study.training.keep_best,
-        )  # fmt: skip
+            examples=self._examples,
+            device=study.device,
+            model=self._models[0],
+            module=self._spec,
+            training=study.training.of_teacher(self.grid.teacher),
+            keep_best=study.training.keep_best,
+        )
         return TeacherCell(names=self._names(student=None, teacher=self.grid.teacher), config=config)
 
     def _alignment(self, start: Start) -> AlignmentCell | None:
@@ -199,14 +203,28 @@ class _Comparison:
         if not method.needs_text or method.fits_layers:
             return None
         roles = _roles(self._spec)
-        names = self._names(module=None, teacher=self.grid.teacher, method=option.method, layers=option.layers,
-                            roles="+".join(roles or ["all"]))  # fmt: skip
+        names = self._names(
+            module=None,
+            teacher=self.grid.teacher,
+            method=option.method,
+            layers=option.layers,
+            roles="+".join(roles or ["all"]),
+        )
         config = AlignmentConfig(
-            examples=self._examples, device=option.device, teacher=self._models[0], student=self._models[1],
-            align=AlignConfig(method=option.method, layers=option.layers, sites=roles, max_tokens=option.max_tokens,
-                              dtype=option.dtype, device=option.device),
+            examples=self._examples,
+            device=option.device,
+            teacher=self._models[0],
+            student=self._models[1],
+            align=AlignConfig(
+                method=option.method,
+                layers=option.layers,
+                sites=roles,
+                max_tokens=option.max_tokens,
+                dtype=option.dtype,
+                device=option.device,
+            ),
             plugins=self._plugins(option),
-        )  # fmt: skip
+        )
         return AlignmentCell(names=names, config=config)
 
     def _graft(self, start: Start, seed: int, teacher: Cell, alignment: Cell | None) -> Cell:
@@ -215,39 +233,61 @@ class _Comparison:
         names = self._names(teacher=self.grid.teacher, start=start.graft_name, seed=seed if start.is_polished else None)
         needs = Needs(teacher=teacher.id, alignment=alignment.id if alignment else None)
         config = TransferConfig(
-            examples=self._examples, device=option.device, teacher=self._models[0], student=self._models[1],
-            transfer=option, plugins=self._plugins(option),
-        )  # fmt: skip
+            examples=self._examples,
+            device=option.device,
+            teacher=self._models[0],
+            student=self._models[1],
+            transfer=option,
+            plugins=self._plugins(option),
+        )
         if not start.from_fresh:
             return GraftCell(names=names, config=config, needs=needs)
         fresh = FreshPolishConfig(**dict(config), module=self._spec)
         return FreshPolishCell(names=names, config=fresh, needs=needs)
 
-    def _students(self, start: Start | None, graft: Cell | None, teacher: Cell, budget: Budget,
-                  seed: int) -> Iterator[Cell]:  # fmt: skip
+    def _students(
+        self, start: Start | None, graft: Cell | None, teacher: Cell, budget: Budget, seed: int
+    ) -> Iterator[Cell]:
         """The cell of a student and, before it, that of its learning rate."""
         training, spec, model = self.study.training, self._spec, self._models[1]
         settings = training.of_student(budget, seed)
         common: dict[str, Any] = {"examples": self._examples, "device": self.study.device}
         rate = None
         if training.rates and budget:
-            config = RateConfig(**common, model=model, module=spec, rates=training.rates, budget=budget,
-                                training=settings.model_copy(update={"seed": 0}))  # fmt: skip
+            config = RateConfig(
+                **common,
+                model=model,
+                module=spec,
+                rates=training.rates,
+                budget=budget,
+                training=settings.model_copy(update={"seed": 0}),
+            )
             rate = RateCell(names=self._names(budget=budget), config=config)
             yield rate
         distil = start is not None and start.distil
         yield StudentCell(
-            names=self._names(teacher=self.grid.teacher if start else None, start=start.name if start else FRESH,
-                              budget=budget, seed=seed),
+            names=self._names(
+                teacher=self.grid.teacher if start else None,
+                start=start.name if start else FRESH,
+                budget=budget,
+                seed=seed,
+            ),
             config=StudentConfig(
-                **common, model=model, module=spec, budget=budget,
+                **common,
+                model=model,
+                module=spec,
+                budget=budget,
                 training=settings.model_copy(update={"distillation": training.distillation if distil else 0.0}),
-                share=training.fitted_rate if start and start.is_polished else 1.0, keep_best=training.keep_best,
+                share=training.fitted_rate if start and start.is_polished else 1.0,
+                keep_best=training.keep_best,
                 teacher=self._models[0] if distil else None,
             ),
-            needs=Needs(graft=graft.id if graft else None, teacher=teacher.id if distil else None,
-                        rate=rate.id if rate else None),
-        )  # fmt: skip
+            needs=Needs(
+                graft=graft.id if graft else None,
+                teacher=teacher.id if distil else None,
+                rate=rate.id if rate else None,
+            ),
+        )
 
     def _plugins(self, option: GraftConfig) -> tuple[Plugin, ...]:
         """The study's, where the method is from one of them."""
