@@ -40,8 +40,6 @@ from peft_graft.run import UNFINISHED, Callback, Run
 
 #: Rows in the order in which they are shown.
 _ORDER = (STUDENT, BASE, GRAFT, MODULE, TEACHER, TEACHER_BASE)
-#: What ``student_format`` takes for the chat template.
-_CHAT = "chat"
 #: Choices that a graft's report knows.
 _RECORDED = ("format", "student_format", "system", "template_args", "max_new_tokens")
 
@@ -188,11 +186,10 @@ def _subject(
     handle, settings = graft.student, graft.report.settings.model_copy(update=given)
     _speaking(graft.checkpoint.raw, str(graft.folder or "the graft"))
     loading = _loading(config, handle.loading.revision)
-    own = settings.format if settings.student_format is None else settings.student_format
     tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role="student")
     template = Template.of(
         tokenizer,
-        format=None if own == _CHAT else own,
+        format=settings.format_of_student,
         system=settings.system,
         args=settings.template_args,
         name=handle.name,

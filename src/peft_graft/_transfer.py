@@ -75,7 +75,8 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         teacher: the model that the module was trained on, if its configuration does not name it; a live
             ``PeftModel`` brings its own.
         text: unlabelled text to align, fit, polish and judge on: a file, a data set of the hub
-            (``alignment.text.read_text``), or strings, pairs of strings and lists of tokens.
+            (``alignment.text.read_text``), or strings, pairs of strings and lists of tokens. For a language model also
+            prompts (``prompts.read.PromptSource``), whose answers by the teacher are learned.
         seeds: in place of text, 5 to 15 examples of prompts for a language model, as a file or in memory, with an
             answer or without: the teacher's base makes more of their kind (``distill.make_prompts``).
         alignment: a saved alignment of the two models, or a live one; no text is needed then.

@@ -32,6 +32,8 @@ POLISH_STEPS = 1000
 MAX_PROMPTS, PROMPT_PASSES = 2000, 4
 #: Prompts that are made of examples.
 MADE_PROMPTS = 500
+#: What ``--student-format`` takes for the chat template.
+CHAT = "chat"
 #: The method that moves nothing.
 FRESH = "fresh"
 #: Built-in methods in one line each, in the order of help pages; ``alignment.methods.register_method`` adds to them.
@@ -304,6 +306,12 @@ class GraftConfig(PairConfig):
     def prompts_to_make(self) -> int:
         """How many prompts are made of examples."""
         return min(self.make_prompts, self.max_prompts)
+
+    @property
+    def format_of_student(self) -> str | None:
+        """The student's format; None for its chat template."""
+        own = self.format if self.student_format is None else self.student_format
+        return None if own == CHAT else own
 
     def polish_steps_on(self, prompts: int, batch_size: int) -> int:
         """Steps of the polish on so many prompts: some passes over them where nothing is said."""

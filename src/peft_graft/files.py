@@ -136,6 +136,21 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Errors of the file system as ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a library's own OSError, nothing to do with writing here
+            raise
+        raise OutputError(
+            f"cannot be written ({error.strerror})",
+            where=str(out),
+            fix="check permissions and free space, or choose another --out; nothing was changed",
+        ) from error
+
+
+@contextmanager
 def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not.
 
@@ -145,21 +160,14 @@ def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
     check_output(out, force=force)
     staging: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        for path in staging.iterdir():  # safetensors writes files for the owner alone
-            path.chmod(0o666 & ~_umask())
-        _swap_in(staging, out, force=force)
-    except OSError as error:
-        if error.errno is None:  # a library's own OSError, nothing to do with writing here
-            raise
-        raise OutputError(
-            f"cannot be written ({error.strerror})",
-            where=str(out),
-            fix="check permissions and free space, or choose another --out; nothing was changed",
-        ) from error
+        with _writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+            staging.chmod(0o777 & ~_umask())
+            yield staging
+            for path in staging.iterdir():  # safetensors writes files for the owner alone
+                path.chmod(0o666 & ~_umask())
+            _swap_in(staging, out, force=force)
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -202,19 +210,14 @@ def write_aside(out: Path, content: str, *, force: bool = False) -> None:
     check_output_file(out, force=force)
     staging: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-        staging = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        staging.chmod(0o666 & ~_umask())
-        staging.replace(out)
-    except OSError as error:
-        raise OutputError(
-            f"cannot be written ({error.strerror})",
-            where=str(out),
-            fix="check permissions and free space, or choose another --out; nothing was changed",
-        ) from error
+        with _writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+            staging = Path(name)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(content)
+            staging.chmod(0o666 & ~_umask())
+            staging.replace(out)
     finally:
         if staging is not None:
             staging.unlink(missing_ok=True)

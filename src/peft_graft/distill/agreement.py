@@ -19,7 +19,8 @@ from peft_graft.record import Record
 
 #: A graft this close to its teacher, in nats, is exact: it is left alone.
 EXACT = 1e-6
-_WORD = re.compile(r"\w+|[^\w\s]")
+#: Words, and the marks between them.
+WORD = re.compile(r"\w+|[^\w\s]")
 Level = Literal["exact", "strong", "useful", "weak", "none"]
 
 #: Least agreement of each level, and what to expect of such a graft. Chance-corrected, so a graft that always gives the
@@ -115,7 +116,7 @@ def _word_f1(given: Sequence[Answer], wanted: Sequence[Answer]) -> float:
     """Mean F1 of the words, and of the marks between them, of each answer."""
     total = 0.0
     for first, second in zip(given, wanted, strict=True):
-        words, others = (Counter(_WORD.findall(answer.text)) for answer in (first, second))
+        words, others = (Counter(WORD.findall(answer.text)) for answer in (first, second))
         both = words.total() + others.total()
         total += 2 * (words & others).total() / both if both else 1.0
     return total / max(1, len(given))

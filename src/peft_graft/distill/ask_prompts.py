@@ -21,7 +21,7 @@ from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.prompt_targets import LEAST_CHANGE, PromptTargets
 from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
-from peft_graft.models.output import OutputLayer, language_model
+from peft_graft.models.output import LanguageModel, OutputLayer, language_model
 from peft_graft.models.tasks import Task
 from peft_graft.planning.sources import ModelSources
 from peft_graft.prompts.conversation import Prompt
@@ -35,8 +35,6 @@ HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 100, 8, 5
 LEAST_PROMPTS = LEAST_HELD_OUT * HELD_OUT_SHARE
 #: Length limits beyond this stand for none.
 _NO_LIMIT = 1 << 20
-#: What ``--student-format`` takes for the chat template.
-_CHAT = "chat"
 _STAGE = "asking the teacher"
 
 
@@ -68,7 +66,6 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
             fix="pip install 'peft-graft[adapters]'",
         )
     teacher, student = sources.tokenizer_pair()
-    own = config.format if config.student_format is None else config.student_format
     templates = Templates(
         Template.of(
             teacher,
@@ -80,7 +77,7 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
         ),
         Template.of(
             student,
-            format=None if own == _CHAT else own,
+            format=config.format_of_student,
             name=shapes.student.name,
             option="--format" if config.format else "--student-format",
             system=config.system,
@@ -154,8 +151,9 @@ class Asking:
             too_long = len(prompts) - len(fitting)
             judging = held_out_size(len(fitting))
             chosen = fitting[: judging + self.train]
-            for template, model in self._sides(models):
-                _check_speaks(model, template.ids(chosen[0]))
+            student = language_model(models.student, bf16=self.bf16)
+            _check_speaks(language_model(models.teacher), self.templates.teacher.ids(chosen[0]))
+            _check_speaks(student, self.templates.student.ids(chosen[0]))
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
             answers = self._answers(teacher, chosen, judging, run, key)
             _check_answers(answers, self.sampling.max_new_tokens)
@@ -163,18 +161,16 @@ class Asking:
             if excess:
                 chosen, answers, judging = self._with_excess(teacher, chosen, answers, judging, run)
             work = PromptTargets(
-                models,
                 teacher,
+                student,
                 self.templates,
                 list(zip(chosen, answers, strict=True)),
                 judging,
                 self.text_only,
                 self.use_given,
-                self.bf16,
             )
             train, held_out, columns, shares, effect = work.made(run)
         with run.stage("asking the student"):
-            student = language_model(models.student, bf16=self.bf16)
             bare_answers = generate_answers(
                 student.model,
                 self.templates.student,
@@ -303,13 +299,12 @@ class Asking:
         return [prompts[number] for number in kept], [answers[number] for number in kept], judging
 
 
-def _check_speaks(handle: ModelHandle, ids: list[int]) -> None:
+def _check_speaks(model: LanguageModel, ids: list[int]) -> None:
     """Refuse a model whose logits are not made as ``OutputLayer`` makes them.
 
     Raises:
         ModelError: see ``OutputLayer.check``.
     """
-    model = language_model(handle)
     inputs = {"input_ids": torch.tensor([ids], device=model.device)}
     with torch.inference_mode():
         OutputLayer.of(model.model).check(model.model, model.forward(inputs)[1], inputs)

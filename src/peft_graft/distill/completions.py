@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from peft_graft.distill.training import length_batches
 from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.pairing import pair_completions
-from peft_graft.prompts.template import Completion, Template
+from peft_graft.prompts.template import Template
 from peft_graft.record import Record
 from peft_graft.run import Run
 
@@ -35,6 +35,8 @@ from peft_graft.run import Run
 BATCH = 32
 #: Rows are padded to multiples of this, so that processors do not keep a kernel for every length.
 _MULTIPLE = 8
+#: No positions whose text is learned.
+_NO_TEXT = torch.empty(0, 2, dtype=torch.int64)
 
 
 class PromptRecord(Record):
@@ -139,13 +141,15 @@ class PromptDistillation(Distillation):
         with torch.no_grad():
             states = last_states(self.teacher, self.templates.teacher, [side.ids for side in sides[0]])
             places = [torch.tensor(pair.teacher, dtype=torch.int64) for pair in pairs]
-            logits = self.columns.teacher.logits(OutputLayer.of(self.teacher.model), _at(states, places, sides[0]))
+            logits = self.columns.teacher.logits(
+                OutputLayer.of(self.teacher.model), _at(states, places, [side.start for side in sides[0]])
+            )
             log_p = logits.log_softmax(-1).to(attached.device)
         states = last_states(attached, student, [side.ids for side in sides[1]])
         places = [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs]
         output, columns = OutputLayer.of(attached.model), self.columns.student
         total = in_chunks(
-            _at(states, places, sides[1]),
+            _at(states, places, [side.start for side in sides[1]]),
             len(columns.ids),
             lambda given, part: reverse_divergence(columns.logits(output, given), log_p[part]),
             frozen=output.frozen is not None,
@@ -174,7 +178,7 @@ class PromptDistillation(Distillation):
         total, count = 0.0, 0
         with torch.inference_mode():
             for rows in length_batches(targets.lengths, BATCH):
-                part = targets.part(rows)
+                part = replace(targets.part(rows), text=[_NO_TEXT] * len(rows))
                 total += float(self._losses(attached, part)[0])
                 count += part.positions
         return total / max(1, count)
@@ -186,22 +190,17 @@ class PromptDistillation(Distillation):
         states = last_states(attached, self.templates.student, targets.inputs)
         output = OutputLayer.of(attached.model)
         frozen = output.frozen is not None
-        at = [torch.as_tensor(targets.starts[row]) - 1 for row in range(len(targets))]
-
-        def gathered(places: Sequence[Tensor]) -> Tensor:
-            return torch.cat([states[row, (place + at[row]).to(states.device)] for row, place in enumerate(places)])
-
         top, log_p = (torch.cat(list(of)).to(states.device) for of in (targets.top, targets.log_p))
         column = torch.cat([place[:, 1] for place in targets.text]).to(states.device)
         student, width = self.columns.student, len(self.columns.student.ids)
         strict = in_chunks(
-            gathered(targets.strict),
+            _at(states, targets.strict, targets.starts),
             width,
             lambda rows, part: divergence(student.logits(output, rows), top[part], log_p[part]),
             frozen=frozen,
         )
         text = in_chunks(
-            gathered([place[:, 0] for place in targets.text]),
+            _at(states, [place[:, 0] for place in targets.text], targets.starts),
             width,
             lambda rows, part: text_loss(student.logits(output, rows), column[part]),
             frozen=frozen,
@@ -214,9 +213,9 @@ def agreement_of(divergence: float, bare: float, positions: int) -> Agreement:
     return Agreement(agreement=1 - divergence / max(bare, 1e-12), divergence=max(0.0, divergence), answers=positions)
 
 
-def _at(states: Tensor, places: Sequence[Tensor], sides: Sequence[Completion]) -> Tensor:
-    """[n, d]: the hidden states that say what stands at places of each completion."""
-    found = [states[row, (place + (sides[row].start - 1)).to(states.device)] for row, place in enumerate(places)]
+def _at(states: Tensor, places: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    """[n, d]: the hidden states that say what stands at places of each completion, which begins at ``starts``."""
+    found = [states[row, (place + starts[row] - 1).to(states.device)] for row, place in enumerate(places)]
     return torch.cat(found)
 
 

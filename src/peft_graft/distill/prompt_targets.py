@@ -15,8 +15,7 @@ from peft_graft.distill.generate import Answer
 from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest
 from peft_graft.distill.training import length_batches
 from peft_graft.errors import TextError
-from peft_graft.models.loading import ModelPair
-from peft_graft.models.output import OutputLayer, language_model
+from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.template import Completion, Template
@@ -35,19 +34,18 @@ class PromptTargets:
     """Makes what the student learns of the teacher's answers.
 
     Attributes:
-        models: teacher and student. teacher: with its module inside. templates: how they read prompts.
+        teacher: with its module inside. student: without one. templates: how they read prompts.
         answered: prompts with their answers. judging: how many of them, the first ones, judge.
-        text_only, use_given, bf16: see ``ask_prompts.Asking``.
+        text_only, use_given: see ``ask_prompts.Asking``.
     """
 
-    models: ModelPair
     teacher: AttachedModel
+    student: LanguageModel
     templates: Templates
     answered: Sequence[tuple[Prompt, Answer]]
     judging: int
     text_only: bool
     use_given: bool
-    bf16: bool
 
     def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
         """Of what is learned from and of what judges, the columns, shares of pairs, and the module's effect.
@@ -121,12 +119,11 @@ class PromptTargets:
 
     def _likely(self, students: Sequence[Completion], known: Tensor) -> Tensor:
         """Tokens that the bare student thinks likeliest in these answers, among those that are not known yet."""
-        student = language_model(self.models.student, bf16=self.bf16)
-        output, total = OutputLayer.of(student.model), torch.zeros(len(known))
+        output, total = OutputLayer.of(self.student.model), torch.zeros(len(known))
         asked = students[self.judging :][:_ASKED_FOR_OTHERS]
         with torch.inference_mode():
             for rows in length_batches([len(side.ids) for side in asked], BATCH):
-                states = last_states(student, self.templates.student, [asked[row].ids for row in rows])
+                states = last_states(self.student, self.templates.student, [asked[row].ids for row in rows])
                 for index, row in enumerate(rows):
                     side = asked[row]
                     logits = output.logits(states[index, side.start - 1 : len(side.ids) - 1])[:, : len(known)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from peft_graft.checkpoints.attach import attach, library_version
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import Agreement, measure
+from peft_graft.distill.agreement import WORD, Agreement, measure
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.targets import Encoded, Kind, Targets, distillation_loss, kind_of, pooled, student_answers
 from peft_graft.distill.training import length_batches
@@ -40,7 +39,6 @@ TOKENS = Space(-1, TOKENS_OUT)
 #: Tokens [start, end) of a sample.
 Place = tuple[int, int]
 
-_WORD = re.compile(r"\w+|[^\w\s]")
 _STAGE = "asking the teacher"
 
 
@@ -229,7 +227,7 @@ def word_places(
 ) -> tuple[list[Place], list[Place]]:
     """The first token [start, end) of every word in both models, for words that a token of each begins with."""
     first_t, first_s = _first_tokens(teacher), _first_tokens(student)
-    starts = [(segment, match.start()) for segment, text in enumerate(sample.texts) for match in _WORD.finditer(text)]
+    starts = [(segment, match.start()) for segment, text in enumerate(sample.texts) for match in WORD.finditer(text)]
     shared = [start for start in starts if start in first_t and start in first_s]
     return (
         [(first_t[start], first_t[start] + 1) for start in shared],
