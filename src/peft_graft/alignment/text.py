@@ -259,17 +259,26 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
+def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str, fix: str) -> None:
+    """Refuse columns that a row lacks, or more than two.
+
+    Raises:
+        TextError: it lacks one, or there are more.
+    """
+    missing = [column for column in columns if column not in row]
+    if missing or len(columns) > 2:
+        raise TextError(
+            "the text has no such columns" if missing else "too many columns",
+            where=where,
+            expected=", ".join(columns) if missing else "one or two",
+            found=", ".join(row) if missing else len(columns),
+            fix=fix,
+        )
+
+
 def _choose_columns(row: Mapping[str, Any], columns: Sequence[str] | None, source: str) -> tuple[str, ...]:
     if columns:
-        missing = [column for column in columns if column not in row]
-        if missing or len(columns) > 2:
-            raise TextError(
-                "the text has no such columns" if missing else "too many columns",
-                where=source,
-                expected=", ".join(columns) if missing else "one or two",
-                found=", ".join(row) if missing else len(columns),
-                fix="name one column, or two for sentence pairs, with --columns",
-            )
+        check_columns(row, columns, source, "name one column, or two for sentence pairs, with --columns")
         return tuple(columns)
     for known in KNOWN_COLUMNS:
         if all(column in row for column in known):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from peft_graft.alignment.text import check_columns
 from peft_graft.errors import TextError
 
 #: What data sets call who speaks -> what chat templates call it.
@@ -108,15 +109,7 @@ def no_prompt(where: str, found: str) -> TextError:
 
 
 def _named(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tuple[str, str | None]:
-    missing = [column for column in columns if column not in row]
-    if missing or len(columns) > 2:
-        raise TextError(
-            "the text has no such columns" if missing else "too many columns",
-            where=where,
-            expected=", ".join(columns) if missing else "one or two",
-            found=", ".join(row) if missing else len(columns),
-            fix="name the prompt's column, or those of prompt and answer, with --columns",
-        )
+    check_columns(row, columns, where, "name the prompt's column, or those of prompt and answer, with --columns")
     return columns[0], columns[1] if len(columns) == 2 else None
 
 
