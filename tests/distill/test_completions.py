@@ -152,10 +152,11 @@ def test_on_its_own_answers_a_student_comes_nearer_to_the_teacher(asked):
     assert own.measure(attached).divergence < before
 
 
-def test_activations_that_are_computed_anew_give_the_same_gradient(asked):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_that_are_computed_anew_give_the_same_gradient(asked, bf16):
     found = []
     for again in (False, True):
-        attached = replace(asked, gradient_checkpointing=again).attach(untrained(asked))
+        attached = replace(asked, gradient_checkpointing=again, bf16=bf16).attach(untrained(asked))
         attached.model.train()
         computed_anew = [part for part in attached.base.modules() if getattr(part, "gradient_checkpointing", False)]
         assert bool(computed_anew) == again

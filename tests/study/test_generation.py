@@ -20,7 +20,7 @@ import tiny
 from peft_graft.config import Library
 from peft_graft.errors import ModelError, StudyError, TextError
 from peft_graft.prompts.conversation import Message, Prompt
-from peft_graft.study.data import read_prompts, read_task, text_file
+from peft_graft.study.data import read_prompts, read_task, read_unlabelled, text_file
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.generation import answers_of, collate_completions, completion_loss, generation_task, logits_at
 from peft_graft.study.grids import cells_of
@@ -355,6 +355,9 @@ def test_a_study_of_generation_is_declared_and_read(file: Path) -> None:
         ("tasks.next.max_length=1", "tasks.next.max_length: Input should be greater"),
         ("modules.lora.library=adapters", "grid 0: next is a task of generation, which takes modules of peft"),
         ("tasks.next.max_new_tokens=1024", "tasks.next: max_length 1024 leaves a prompt no room beside max_new_tokens"),
+        ("tasks.next.unlabelled_examples=9", "tasks.next: unlabelled_examples come after the train_examples, so give"),
+        ("grid.0.learn=['answers']", "grid.0.learn.0: Input should be 'distributions' or 'text'"),
+        ("grid.0.on_policy=[2]", "grid.0.on_policy: must not be more than 1; found 2"),
         ("grid.0.distil=[true]", "grid 0: next is a task of generation, which takes neither distil nor from_fresh"),
     ],
 )
@@ -395,6 +398,45 @@ def test_grafts_are_asked_as_the_task_says_and_align_by_themselves(file: Path) -
             {"enable_thinking": False},
         )
         assert (option.max_new_tokens, option.max_length) == (4, 99)
+
+
+def test_grids_list_what_is_learned_and_more_budgets_of_the_fresh_module(file: Path) -> None:
+    changes = ["learn=['distributions', 'text']", "on_policy=[0.0, 0.3]", "fresh_budgets=['all']"]
+    cells = list(cells_of(read_study(file, [f"grid.0.{change}" for change in changes])).values())
+    options = {cell.names.start: cell.config.transfer for cell in cells if cell.kind == "graft"}
+    plain = "copy/skip, polish 0"
+    assert list(options) == [
+        plain,
+        f"{plain}, on-policy 0.3",
+        f"{plain}, learn text",
+        f"{plain}, learn text, on-policy 0.3",
+    ]
+    assert [(option.learn, option.on_policy) for option in options.values()] == [
+        ("distributions", 0.0), ("distributions", 0.3), ("text", 0.0), ("text", 0.3),
+    ]  # fmt: skip
+    budgets = {cell.names.start: [] for cell in cells if cell.kind == "student"}
+    for cell in cells:
+        if cell.kind == "student":
+            budgets[cell.names.start].append(cell.config.budget)
+    assert budgets == {FRESH: [0, 2, "all"]} | {start: [0, 2] for start in options}
+
+
+def test_grafts_may_learn_from_prompts_that_no_teacher_has_seen(file: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": str(number % 12), "completion": "x"} for number in range(20)]
+    write(tmp_path / "words.jsonl", *rows)
+
+    def spec(*changes: str) -> GenerationSpec:
+        return read_study(file, [f"tasks.next.{change}" for change in changes]).tasks["next"]
+
+    first = spec("train_examples=6")
+    taught = [prompt.text for prompt in read_task("next", first, "en")[1]]
+    assert [prompt.text for prompt in read_unlabelled(first, "en")] == taught
+    others = [prompt.text for prompt in read_unlabelled(spec("train_examples=6", "unlabelled_examples=4"), "en")]
+    assert len(taught) == 6
+    assert len(others) == 4
+    assert not set(taught) & set(others)
+    with pytest.raises(TextError, match=r"no prompts beyond the training examples; expected more than .* = 18"):
+        read_unlabelled(spec("train_examples=18", "unlabelled_examples=4"), "en")
 
 
 def test_a_study_of_generation_moves_what_the_teacher_learned(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.models.devices import trainable_attention
 from peft_graft.models.loading import ModelPair
 
 if TYPE_CHECKING:
@@ -45,7 +48,9 @@ class Distillation(ABC):
         if self.gradient_checkpointing:
             name = "activation_checkpointing_enable"  # as transformers 5 calls it
             enable = getattr(found.base, name, None) or found.base.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            # What is computed anew must be computed as before, and the forward pass's attention is over by then.
+            again = partial(trainable_attention, found.device, bf16=self.bf16)
+            enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())})
         return found
 
     @property

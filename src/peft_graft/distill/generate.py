@@ -18,8 +18,9 @@ from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
 
-#: Prompts that are answered at a time.
-BATCH = 48
+#: Prompts that are answered at a time: on processors, and on GPUs, which hardly take longer for many, as long as the
+#: keys and values of all their tokens stay within so many bytes.
+BATCH, GPU_BATCH, GPU_CACHE_BYTES = 48, 256, 4 << 30
 #: Prompts are padded to multiples of this, so that processors do not keep a kernel for every length.
 _MULTIPLE = 16
 
@@ -92,7 +93,7 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     store: AnswerStore | None = None,
     progress: Callable[[int, int], None] | None = None,
     bf16: bool = False,
@@ -102,6 +103,7 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
     Args:
         model: a language model of transformers, or one with a module inside, in evaluation mode.
         template: how it reads prompts.
+        batch_size: prompts at a time; what suits the device where it is not given (``batch_size_of``).
         store: answers that are in it are not generated again. progress: told of (answers so far, prompts).
         bf16: forward passes in mixed precision.
 
@@ -112,7 +114,10 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
     found = store.load() if store else {}
     left = [number for number in range(len(prompts)) if number not in found]
     model.eval()
-    for batch in length_batches([len(inputs[number]) for number in left], batch_size):
+    lengths = [len(inputs[number]) for number in left]
+    if batch_size is None:
+        batch_size = batch_size_of(model, max(lengths, default=0) + sampling.max_new_tokens)
+    for batch in length_batches(lengths, batch_size):
         rows = [left[index] for index in batch]
         texts = _generate(model, template, [inputs[row] for row in rows], sampling, bf16=bf16)
         answers = dict(zip(rows, texts, strict=True))
@@ -122,6 +127,19 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
         if progress:
             progress(len(found), len(prompts))
     return [found[number] for number in range(len(prompts))]
+
+
+def batch_size_of(model: Any, tokens: int) -> int:
+    """How many prompts a model answers at a time, where the longest has so many tokens, its answer among them."""
+    value = next(model.parameters())
+    if value.device.type == "cpu":
+        return BATCH
+    config = getattr(model.config, "text_config", model.config)
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    one = 2 * config.num_hidden_layers * shared * head_size * value.element_size() * max(1, tokens)
+    return max(1, min(GPU_BATCH, GPU_CACHE_BYTES // one))
 
 
 def _generate(

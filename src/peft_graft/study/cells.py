@@ -30,9 +30,10 @@ from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json, written_aside
 from peft_graft.record import Record
 from peft_graft.run import Callback, Run
-from peft_graft.study.data import read_task, text_file
+from peft_graft.study.data import read_task, read_unlabelled, text_file
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
+from peft_graft.study.generation import GenerationTask
 from peft_graft.study.modules import load_module, new_module, save_module
 from peft_graft.study.plugins import Plugin, load_plugin
 from peft_graft.study.spec import Budget, ModuleSpec, SomeTask
@@ -164,7 +165,7 @@ class TeacherCell(Cell):
         library, settings = config.module.library, config.training
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = new_module(config.model, library, task, settings.seed, config.module.config)
-        scored = Validation(task.questions(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+        scored = _validation(task, validation, tokenizer, settings, keep_best=config.keep_best)
         state = folder.work(self.id) / "training"
         tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=state)
         found = score(model, task.questions(test, tokenizer), tokenizer, task)
@@ -383,7 +384,7 @@ class StudentCell(Cell):
             encoded = task.encode(examples, tokenizer)
             if settings.distillation:
                 encoded = with_teacher_answers(encoded, *self._teacher(folder, task, examples))
-            scored = Validation(task.questions(validation, tokenizer), task, tokenizer, keep_best=config.keep_best)
+            scored = _validation(task, validation, tokenizer, settings, keep_best=config.keep_best)
             tuned = fine_tune(model, encoded, tokenizer, settings, scored, folder=folder.work(self.id) / "training")
             result |= {
                 "curve": tuned.curve,
@@ -412,6 +413,15 @@ class StudentCell(Cell):
 # ---- what they share -------------------------------------------------------------------------------------------------
 
 
+def _validation(
+    task: StudyTask, examples: Sequence[Example], tokenizer: Any, settings: TrainingSettings, *, keep_best: bool
+) -> Validation | None:
+    """What is scored after every epoch; nothing where answers would be generated for the sake of a curve alone."""
+    if isinstance(task, GenerationTask) and not keep_best and settings.patience is None:
+        return None
+    return Validation(task.questions(examples, tokenizer), task, tokenizer, keep_best=keep_best)
+
+
 def _hashed(config: AlignmentConfig | TransferConfig, option: str, record: dict[str, Any]) -> dict[str, Any]:
     plugins = [plugin.sha256 for plugin in config.plugins]
     return {**config.model_dump(mode="json", exclude={option, "plugins"}), option: record, "plugins": plugins}
@@ -425,10 +435,10 @@ def _load(plugins: Sequence[Plugin]) -> None:
 
 @contextmanager
 def _unlabelled_text(examples: Examples, work: Path) -> Iterator[Path]:
-    """The task's training text without labels, as a file for the time of a block."""
+    """The text that grafts are made on, without labels, as a file for the time of a block."""
     path = work / "text.jsonl"
     work.mkdir(parents=True, exist_ok=True)
-    text_file(examples.read()[1], path)
+    text_file(read_unlabelled(examples.spec, examples.language), path)
     try:
         yield path
     finally:

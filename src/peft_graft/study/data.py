@@ -32,20 +32,8 @@ def read_task(
         TextError: see ``read_examples`` and ``read_prompts``.
     """
 
-    def read(source: str) -> list[Example]:
-        place = source.format(language=language)
-        if isinstance(spec, GenerationSpec):
-            return list(read_prompts(place, spec.columns))
-        return read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
-
-    train = read(spec.train)
-    random.Random(_ORDER).shuffle(train)
-    if spec.validation:
-        validation = read(spec.validation)[: spec.validation_examples]
-    else:
-        cut = max(len(train) // 2, len(train) - spec.validation_examples)
-        train, validation = train[:cut], train[cut:]
-    train, test = train[: spec.train_examples], read(spec.test)[: spec.test_examples]
+    train, validation = _read_labelled(spec, language)
+    train, test = train[: spec.train_examples], _read(spec.test, spec, language)[: spec.test_examples]
     if isinstance(spec, GenerationSpec):
         options = spec.model_dump(include=set(spec.ASKING))
         return generation_task(name, spec.metric, **options), train, validation, test
@@ -57,6 +45,47 @@ def read_task(
     else:
         labels = tuple(sorted({example.label for example in everything if isinstance(example, LabelledPair)}))
     return StudyTask(name, spec.kind, labels, spec.metric), train, validation, test
+
+
+@lru_cache(maxsize=4)
+def read_unlabelled(spec: SomeTask, language: str) -> list[Example]:
+    """The examples whose text grafts are made on.
+
+    Raises:
+        TextError: see ``read_task``; or there are none beyond the training examples.
+    """
+    train, _ = _read_labelled(spec, language)
+    if not isinstance(spec, GenerationSpec) or spec.unlabelled_examples is None:
+        return train[: spec.train_examples]
+    start = spec.train_examples or 0
+    seen = {example.text for example in train[:start] if isinstance(example, Prompt)}
+    found = [example for example in train[start:] if isinstance(example, Prompt) and example.text not in seen]
+    if not found:
+        raise TextError(
+            "there are no prompts beyond the training examples",
+            where=spec.train.format(language=language),
+            expected=f"more than train_examples = {start}",
+            found=len(train),
+            fix="lower train_examples, or leave unlabelled_examples out",
+        )
+    return list(found[: spec.unlabelled_examples])
+
+
+def _read_labelled(spec: SomeTask, language: str) -> tuple[list[Example], list[Example]]:
+    """All training examples in the order in which they are taken, and the validation examples."""
+    train = _read(spec.train, spec, language)
+    random.Random(_ORDER).shuffle(train)
+    if spec.validation:
+        return train, _read(spec.validation, spec, language)[: spec.validation_examples]
+    cut = max(len(train) // 2, len(train) - spec.validation_examples)
+    return train[:cut], train[cut:]
+
+
+def _read(source: str, spec: SomeTask, language: str) -> list[Example]:
+    place = source.format(language=language)
+    if isinstance(spec, GenerationSpec):
+        return list(read_prompts(place, spec.columns))
+    return read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
 
 
 def read_examples(

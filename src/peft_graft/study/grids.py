@@ -36,6 +36,7 @@ from peft_graft.study.spec import (
     FRESH,
     GRAFT_OPTIONS,
     POLISHED_FRESH,
+    PROMPT_OPTIONS,
     Budget,
     GenerationSpec,
     Grid,
@@ -104,6 +105,10 @@ class Start:
             parts.append(f"head {option.head}")
         if option.polish != AUTO:
             parts.append(f"polish {option.polish}")
+        if option.learn != GraftConfig.model_fields["learn"].default:
+            parts.append(f"learn {option.learn}")
+        if option.on_policy:
+            parts.append(f"on-policy {option.on_policy:g}")
         return ", ".join(parts)
 
     @property
@@ -125,7 +130,7 @@ class _Comparison:
     def cells(self) -> Iterator[Cell]:
         teacher = self._teacher()
         yield teacher
-        for budget, seed in product(self.grid.budgets, self.grid.seeds):
+        for budget, seed in product((*self.grid.budgets, *self.grid.fresh_budgets), self.grid.seeds):
             yield from self._students(None, None, teacher, budget, seed)
         for start, seed in product(self._starts(), self.grid.seeds):
             alignment = self._alignment(start)
@@ -146,10 +151,11 @@ class _Comparison:
         task = self.study.tasks[self.task]
         if isinstance(task, GenerationSpec):
             shared |= task.transfer_options
-        lists = [getattr(grid, name) for name in GRAFT_OPTIONS]
+        options = GRAFT_OPTIONS | PROMPT_OPTIONS
+        lists = [getattr(grid, name) for name in options]
         found: dict[str, Start] = {}
         for from_fresh, *values, distil in product(grid.from_fresh, *lists, grid.distil):
-            chosen = dict(zip(GRAFT_OPTIONS.values(), values, strict=True))
+            chosen = dict(zip(options.values(), values, strict=True))
             if chosen["method"] == METHOD_FRESH:  # nothing but its polish
                 chosen["polish"] = POLISH_STEPS if chosen["polish"] == AUTO else chosen["polish"]
                 if not chosen["polish"]:

@@ -24,7 +24,7 @@ from peft_graft.study.grids import cells_of
 from peft_graft.study.spec import Study
 
 State = Literal["done", "failed", "busy"]
-#: Seconds between two looks at a cell that another run of the study works on.
+#: Seconds between two looks at the cells that another run of the study works on.
 _POLL = 2.0
 
 
@@ -133,6 +133,7 @@ def run_study(
     outcome = Outcome()
     waiting = dict(cells)
     running: set[str] = set()
+    elsewhere: set[str] = set()  # cells that another run of the study works on
     while waiting or running:
         for name, cell in list(waiting.items()):
             if folder.is_done(name):
@@ -141,18 +142,21 @@ def run_study(
             elif set(cell.needed) & {*outcome.failed, *outcome.blocked}:
                 outcome.blocked.append(name)
                 del waiting[name]
-            elif executor.free > 0 and set(cell.needed) <= set(outcome.done):
+            elif executor.free > 0 and set(cell.needed) <= set(outcome.done) and name not in elsewhere:
                 executor.submit(cell)
                 running.add(name)
                 del waiting[name]
         run.progress("cells", len(outcome.done), len(cells))
         if not running:
+            if elsewhere:  # there is nothing else to do
+                time.sleep(_POLL)
+                elsewhere.clear()
             continue
         cell, state = executor.wait()
         running.discard(cell.id)
-        if state == "busy":  # another run of the study works on it
+        if state == "busy":
             waiting[cell.id] = cell
-            time.sleep(_POLL)
+            elsewhere.add(cell.id)
         else:
             (outcome.done if state == "done" else outcome.failed).append(cell.id)
     run.progress("cells", len(outcome.done), len(cells))

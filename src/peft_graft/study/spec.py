@@ -26,6 +26,8 @@ DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
 Budget = int | Literal["all"]
 #: Lists of a grid -> the options of ``transfer`` that their values are for.
 GRAFT_OPTIONS = {"layers": "layers", "methods": "method", "heads": "head", "polish": "polish"}
+#: The same for tasks of generated text alone.
+PROMPT_OPTIONS = {"learn": "learn", "on_policy": "on_policy"}
 
 
 class TaskSpec(Record):
@@ -80,6 +82,8 @@ class GenerationSpec(Record):
         kind: ``generation``: columns ``prompt`` and ``completion``, or ``references``, a list of accepted answers.
         train, validation, test, languages, train_examples, validation_examples, test_examples: see ``TaskSpec``.
         columns: names of the columns of prompt and answer, where they are not the usual ones.
+        unlabelled_examples: prompts for grafts, which come after the ``train_examples``, so that no teacher has seen
+            them; those of the training examples where it is left out.
         metric: one of ``peft_graft.metrics``.
         format: how a prompt is written, such as ``"Question: {prompt}\\nAnswer:"``; the tokenizer's chat template
             where it is left out. system: a message for prompts that have none.
@@ -97,6 +101,7 @@ class GenerationSpec(Record):
     languages: tuple[str, ...] = ("en",)
     train_examples: int | None = None
     validation_examples: int = 100
+    unlabelled_examples: int | None = Field(None, ge=1)
     test_examples: int | None = None
     metric: str = "exact"
     format: str | None = None
@@ -107,6 +112,8 @@ class GenerationSpec(Record):
 
     @model_validator(mode="after")
     def _can_be_scored(self) -> GenerationSpec:
+        if self.unlabelled_examples and not self.train_examples:
+            raise ValueError("unlabelled_examples come after the train_examples, so give these too")
         known = [name for name, metric in TEXT_METRICS.items() if metric.more_is_better]
         if self.metric not in known:
             raise ValueError(f"generation is not scored by {self.metric}, but by {' or '.join(known)}")
@@ -180,10 +187,12 @@ class Grid(Record):
         teacher, student: short names of models. modules, tasks: short names. languages: of the tasks, all when empty.
         layers, methods, heads, polish: options of ``transfer`` (``GraftConfig``); with the method ``auto`` only the
             first of ``layers`` is taken.
+        learn, on_policy: the same, for tasks of generation.
         distil: whether the fine-tuning goes on learning from the teacher too.
         from_fresh: whether the student's own untrained module is polished on the teacher's answers, in place of the
             teacher's module. It takes ``polish`` and ``distil`` alone, with the method ``auto``.
         budgets: labelled training examples, or ``all``; students are scored before and after they learn from them.
+        fresh_budgets: more of them, for the fresh module alone.
         seeds: of the labels drawn, of what is initialised and of the order of training.
     """
 
@@ -196,20 +205,24 @@ class Grid(Record):
     methods: tuple[str, ...] = (AUTO,)
     heads: tuple[HeadChoice, ...] = ("auto",)
     polish: tuple[int | Literal["auto"], ...] = ("auto",)
+    learn: tuple[Literal["distributions", "text"], ...] = ("distributions",)
+    on_policy: tuple[float, ...] = (0.0,)
     distil: tuple[bool, ...] = (False,)
     from_fresh: tuple[bool, ...] = (False,)
     budgets: tuple[Budget, ...] = ("all",)
+    fresh_budgets: tuple[Budget, ...] = ()
     seeds: tuple[int, ...] = (0,)
 
-    @field_validator(*GRAFT_OPTIONS)
+    @field_validator(*GRAFT_OPTIONS, *PROMPT_OPTIONS)
     @classmethod
     def _as_transfer_has_them(cls, values: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
-        option = GRAFT_OPTIONS[str(info.field_name)]
+        option = (GRAFT_OPTIONS | PROMPT_OPTIONS)[str(info.field_name)]
         for value in values:
             try:
                 GraftConfig.model_validate({"polish": POLISH_STEPS, option: value})  # without which fresh is refused
             except PlanError as error:
-                raise ValueError(f"{error.message}; expected {error.expected}, found {error.found}") from error
+                expected = f"expected {error.expected}, " if error.expected else ""
+                raise ValueError(f"{error.message}; {expected}found {error.found}") from error
         return values
 
 
@@ -265,6 +278,9 @@ class Study(Record):
                     raise ValueError(f"grid {number}: {task} has none of the languages {', '.join(grid.languages)}")
                 if isinstance(self.tasks[task], GenerationSpec):
                     self._check_generation(f"grid {number}: {task} is a task of generation, which", grid)
+                elif any(getattr(grid, name) != Grid.model_fields[name].default for name in PROMPT_OPTIONS):
+                    names = " and ".join(PROMPT_OPTIONS)
+                    raise ValueError(f"grid {number}: {names} are for tasks of generation, which {task} is not")
         return self
 
     def _check_generation(self, what: str, grid: Grid) -> None:
