@@ -138,7 +138,7 @@ def batch_size_of(model: Any, tokens: int) -> int:
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    one = 2 * config.num_hidden_layers * shared * head_size * value.element_size() * max(1, tokens)
+    one: int = 2 * config.num_hidden_layers * shared * head_size * value.element_size() * max(1, tokens)
     return max(1, min(GPU_BATCH, GPU_CACHE_BYTES // one))
 
 

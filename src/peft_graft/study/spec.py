@@ -279,8 +279,8 @@ class Study(Record):
                 if isinstance(self.tasks[task], GenerationSpec):
                     self._check_generation(f"grid {number}: {task} is a task of generation, which", grid)
                 elif any(getattr(grid, name) != Grid.model_fields[name].default for name in PROMPT_OPTIONS):
-                    names = " and ".join(PROMPT_OPTIONS)
-                    raise ValueError(f"grid {number}: {names} are for tasks of generation, which {task} is not")
+                    options = " and ".join(PROMPT_OPTIONS)
+                    raise ValueError(f"grid {number}: {options} are for tasks of generation, which {task} is not")
         return self
 
     def _check_generation(self, what: str, grid: Grid) -> None:
