@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import pre_tokenizers
 
+import speech
 import tokenizer_makes as makes
 from peft_graft.errors import ModelError, PlanError, TextError
 from peft_graft.prompts.conversation import Message, Prompt
@@ -69,6 +71,18 @@ def test_a_model_without_a_chat_template() -> None:
     with pytest.raises(ModelError, match=r"teacher m: the model has no chat template\. Fix: give --format 'Question: "):
         Template.of(raw, name="m", role="teacher")
     assert Template.of(raw, format="{prompt}").end == token("</s>", raw)
+
+
+def test_a_tokenizer_that_loses_blanks() -> None:
+    """As a byte-level one becomes that names the class LlamaTokenizer, in transformers 5."""
+    tokenizer = speech.byte_level()
+    Template.of(tokenizer, format="{prompt}")
+    byte_level = tokenizer.backend_tokenizer.pre_tokenizer
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), byte_level])
+    with pytest.raises(
+        ModelError, match="teacher t: the tokenizer loses the blanks of a text; .* found 'thedogandthecat'"
+    ):
+        Template.of(tokenizer, format="{prompt}", name="t", role="teacher")
 
 
 def test_a_template_that_refuses_system_messages() -> None:

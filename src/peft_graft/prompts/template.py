@@ -21,6 +21,8 @@ _PLACES = re.compile(r"\{(prompt|system)\}")
 _EXAMPLE = r"'Question: {prompt}\nAnswer:'"
 #: An answer that no template has in itself.
 _ANSWER = "zebra"
+#: A text in which any tokenizer keeps the blanks.
+_WORDS = "the dog and the cat"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Template:
             role: ``teacher`` or ``student``. option: what sets the format; both for messages.
 
         Raises:
-            ModelError: the tokenizer has no chat template, and no format is given.
+            ModelError: the tokenizer has no chat template, and no format is given; or it loses the blanks of a text.
             PlanError: the format has no place for the prompt, or none for the system message that is given.
         """
         if format is None and not tokenizer.chat_template:
@@ -103,6 +105,7 @@ class Template:
                     found=repr(format),
                     fix=f"give {option} {_EXAMPLE}" if place == "prompt" else f"write {{system}} in {option}",
                 )
+        _check_reads_blanks(tokenizer, f"{role} {name}".strip())
         return cls(tokenizer, format, system or None, dict(args or {}), name)
 
     def text(self, prompt: Prompt) -> str:
@@ -214,3 +217,22 @@ class Template:
         given = {message.role: message.content for message in messages}
         texts = {"prompt": given["user"], "system": given.get("system", "")}
         return _PLACES.sub(lambda place: texts[place[1]], format.replace("\\n", "\n"))
+
+
+def _check_reads_blanks(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a tokenizer that reads words as if nothing stood between them.
+
+    Transformers 5 makes the tokenizers of some classes (``LlamaTokenizer``) anew from their vocabulary, without looking
+    at what ``tokenizer.json`` says of blanks. One of another make that names such a class loses them without a word.
+    """
+    ids = tokenizer(_WORDS, add_special_tokens=False, verbose=False)["input_ids"]
+    found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not any(char.isspace() for char in found.strip()):
+        raise ModelError(
+            "the tokenizer loses the blanks of a text",
+            where=where,
+            expected=repr(_WORDS),
+            found=repr(found),
+            fix='write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json, or use the version of '
+            "transformers that it was saved with",
+        )

@@ -4,8 +4,9 @@
 
 RESULTS is written by ``peft-graft study FILE --export RESULTS``. In PAGE whatever stands between two marks such as
 ``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` is replaced by what the first one names, of the study that
-it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone) or ``ablation``
-(agreement before and after the head is fitted). ``--curves`` draws how a polish approaches the teacher.
+it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone), ``lift`` (of
+language models, ``study.lift``) or ``ablation`` (agreement before and after the head is fitted). ``--curves`` draws how
+a polish approaches the teacher.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from peft_graft.errors import DependencyError, GraftError, StudyError
 from peft_graft.models.tasks import Task
+from peft_graft.study.lift import lift
 from peft_graft.study.results import Record, read_results
 from peft_graft.study.spec import DEFAULT, FRESH, POLISHED_FRESH, Budget
 from peft_graft.study.tables import share_of_gain
@@ -354,8 +356,11 @@ def ablation(records: Sequence[Record]) -> list[str]:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
-    "comparison": comparison, "scores": scores, "ablation": ablation
-}  # fmt: skip
+    "comparison": comparison,
+    "scores": scores,
+    "lift": lift,
+    "ablation": ablation,
+}
 
 
 def render(page: str, records: Sequence[Record]) -> str:
