@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 import speech
 import tiny
@@ -89,10 +90,21 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def speakers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Language models with tokenizers of two makes, and a module of the first, that many tests read and none writes."""
-    root = tmp_path_factory.mktemp("speakers")
+    """Language models with tokenizers of two makes, and a module of the first, that many tests read and none writes.
+
+    Training them takes half a minute, so one worker does it for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "speakers"
+    with FileLock(f"{root}.lock"):
+        if not (root / "prompts.jsonl").exists():
+            make_speakers(root)
+    return root
+
+
+def make_speakers(root: Path) -> None:
+    """What ``speakers`` has, the prompts last."""
     teacher = speech.language_model(root / "teacher", speech.byte_level(speech.MERGED), seed=2)
     speech.language_model(root / "stranger", speech.sentence_piece(["ee", "hh"]), seed=3, layers=3, hidden=56)
     speech.lora(root / "module", teacher)
     speech.prompt_file(root / "prompts.jsonl", speech.words(240))
-    return root

@@ -171,6 +171,37 @@ def test_weights_that_are_not_finite(move, module, value: float) -> None:
         move(module)
 
 
+def test_two_adapters_in_one_file(move, module) -> None:
+    tensors = weights(module)
+    named = {key.replace(".weight", f".{name}.weight"): value for key, value in tensors.items() for name in ("a", "b")}
+    save_file({key: value.clone() for key, value in named.items()}, module / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"two adapters.*lora_A\.a\.weight and .*lora_A\.b\.weight\. Fix: keep"):
+        move(module)
+
+
+def test_two_towers_at_one_place_of_the_model(move, module) -> None:
+    tensors = weights(module)
+    towers = {
+        key.replace("base_model.model.", f"base_model.model.{tower}."): value.clone()
+        for key, value in tensors.items()
+        for tower in ("query_encoder", "passage_encoder")
+        if ".layer." in key
+    }
+    save_file(towers, module / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"two parts .* one place.* found passage_encoder.* and query_encoder"):
+        move(module)
+
+
+def test_a_tensor_of_nothing_that_is_known(move, module) -> None:
+    tensors = {
+        **weights(module),
+        "base_model.model.bert.encoder.layer.0.attention.self.query.hada_w1_a": torch.ones(2, 2),
+    }
+    save_file(tensors, module / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="hada_w1_a is neither a part of a LORA module nor"):
+        move(module)
+
+
 def test_a_factor_without_its_twin(move, module) -> None:
     tensors = weights(module)
     del tensors[next(key for key in tensors if key.endswith("lora_B.weight"))]
@@ -183,10 +214,16 @@ def test_a_factor_without_its_twin(move, module) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "ADAPTION_PROMPT"}, "type ADAPTION_PROMPT cannot be moved"),
-        ({"peft_type": "IA3"}, "neither a part of a IA3 module nor"),
+        ({"peft_type": "IA3"}, "the option bias='none' is not known"),
         ({"use_dora": True}, "lacks its magnitudes"),
-        ({"bias": "all"}, "bias='all' is not supported yet"),
+        ({"bias": "all"}, "bias='all' is not supported yet; expected none, lora_only"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialisation changed"),
+        ({"init_lora_weights": "lora_ga"}, "initialisation changed"),
+        ({"init_lora_weights": "lora_ga_of_a_later_peft"}, "initialisation changed"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights='mica' is not supported yet"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config=.* is not supported yet; expected not set"),
+        ({"option_of_a_later_peft": {"x": 1}}, "the option option_of_a_later_peft=.* is not known, and may change"),
+        ({"enable_lora": [True, False, True]}, "enable_lora=.* is not supported yet"),
     ],
 )
 def test_kinds_that_are_not_supported_are_refused_by_name(move, module, changes, message: str) -> None:

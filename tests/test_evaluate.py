@@ -26,11 +26,13 @@ CONFIG = EvaluateConfig(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(speakers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher with its module, a graft of it on a copy of the teacher, and prompts with what the module answers."""
     root = tmp_path_factory.mktemp("speech")
-    teacher = speech.language_model(root / "teacher", speech.byte_level(speech.MERGED), steps=100)
-    speech.lora(root / "lora", teacher)
+    teacher = shutil.copytree(speakers / "teacher", root / "teacher")
+    shutil.copytree(speakers / "module", root / "lora")
+    config = json.loads((root / "lora" / "adapter_config.json").read_text())
+    (root / "lora" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(teacher)}))
     shutil.copytree(teacher, root / "student")
     peft_graft.transfer(
         root / "lora", root / "student", out=root / "graft",

@@ -6,9 +6,12 @@ import logging
 from collections import Counter
 
 import pytest
+import torch
 
 import peft_graft
 from peft_graft import Callback, GraftConfig
+from peft_graft.errors import DeviceError
+from peft_graft.run import Run
 
 
 class Recorder(Callback):
@@ -60,3 +63,24 @@ def test_what_a_callback_raises_ends_the_run_and_leaves_no_output(world, tmp_pat
             config=GraftConfig(method="prune-align"), callbacks=[Stop()],
         )  # fmt: skip
     assert not (tmp_path / "graft").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_what_does_not_fit_says_what_to_lower(error: Exception) -> None:
+    with (
+        pytest.raises(
+            DeviceError, match=r"polishing: the memory does not suffice; found .*--gradient-checkpointing"
+        ) as it,
+        Run().stage("polishing"),
+    ):
+        raise error
+    assert "\n" not in str(it.value)
+    with pytest.raises(RuntimeError, match="^shapes$"), Run().stage("polishing"):
+        raise RuntimeError("shapes")

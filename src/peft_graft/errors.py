@@ -85,7 +85,7 @@ class AlignmentError(GraftError):
 
 
 class DeviceError(GraftError):
-    """The device asked for does not exist on this machine."""
+    """The device asked for does not exist on this machine, or has too little memory."""
 
 
 class OutputError(GraftError):

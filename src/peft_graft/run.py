@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peft_graft.errors import DeviceError
+
 logger = logging.getLogger("peft_graft")
 #: Interrupted work leaves its state beside the output, under the output's name with this ending.
 UNFINISHED = ".unfinished"
@@ -47,11 +49,26 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that is entered again adds to its time."""
+        """Time a stage; one that is entered again adds to its time.
+
+        Raises:
+            DeviceError: the memory did not suffice.
+        """
         for callback in self.callbacks:
             callback.on_stage_begin(name)
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not _is_of_memory(error):
+                raise
+            raise DeviceError(
+                "the memory does not suffice",
+                where=name,
+                found=str(error).partition("\n")[0] or type(error).__name__,
+                fix="give --dtype bfloat16, --gradient-checkpointing or --quantization-config, lower --max-length, "
+                "--max-new-tokens or --max-tokens, or spread the models with --device-map auto",
+            ) from error
         taken = time.perf_counter() - start
         self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
         logger.info("%s took %.1f s", name, taken)
@@ -62,3 +79,8 @@ class Run:
         """Tell the callbacks how far a stage is."""
         for callback in self.callbacks:
             callback.on_progress(stage, done, total)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory was asked for in vain: of a GPU (``torch.OutOfMemoryError``), or of the processor's, by torch."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

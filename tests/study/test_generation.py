@@ -439,16 +439,15 @@ def test_grafts_may_learn_from_prompts_that_no_teacher_has_seen(file: Path, tmp_
         read_unlabelled(spec("train_examples=18", "unlabelled_examples=4"), "en")
 
 
-def test_a_study_of_generation_moves_what_the_teacher_learned(tmp_path: Path) -> None:
+def test_a_study_of_generation_moves_what_the_teacher_learned(speakers: Path, tmp_path: Path) -> None:
     """Between tokenizers of unlike makes, by prompts in the task's format."""
-    for seed, tokenizer in enumerate((speech.byte_level(speech.MERGED), speech.sentence_piece()), start=2):
-        speech.language_model(tmp_path / ("big", "small")[seed - 2], tokenizer, seed=seed)
     words = speech.words(180)
     for name, chosen in (("train", words[:140]), ("test", words[140:])):
         speech.prompt_file(tmp_path / f"{name}.jsonl", chosen, [speech.answer(word) for word in chosen])
     path = tmp_path / "study.toml"
     path.write_text(MOVING)
-    out, study = tmp_path / "out", read_study(path)
+    models = [f"models.big={speakers / 'teacher'}", f"models.small={speakers / 'stranger'}"]
+    out, study = tmp_path / "out", read_study(path, models)
     assert not run_study(study, out, Here(out)).failed
     records = {
         f"{record['kind']} {record['names'].get('start')}": record

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_graft.errors import StudyError
-from peft_graft.study.lift import cells_of, lift
+from peft_graft.study.lift import cells_of, lift, lifts
 
 ABOUT = {"module": "lora", "task": "t", "language": "en"}
 
@@ -63,6 +63,12 @@ def test_the_table_says_what_cells_come_to() -> None:
     assert "beside a fresh module on 100 labels: level or ahead in 1 of 1 cells, +0.150 on average" in page
     assert "beside *ridge/skip*: level or ahead in 1 of 1 cells, +0.350 on average" in page
     assert "with the lift without labels: 1.00 (p = 0, 4 grafts)" in page
+
+
+def test_one_row_for_each_cell() -> None:
+    assert lifts(RECORDS)[2:] == [
+        "| t, T → S (exact) | 0.100 | 0.300 | **0.450 ± 0.071** | 0.600 | 0.800 | 0.70 ± 0.14 |"
+    ]
 
 
 def test_a_students_own_teacher_has_learned_from_all_labels() -> None:

@@ -13,6 +13,7 @@ from peft_graft.study.page import entries_of, main, render
 from peft_graft.study.results import export, read_results, write_results
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the extra study is missing")
+PUBLISHED = ("quality.jsonl", "decoders.jsonl")
 DOCS = Path(__file__).parent.parent.parent / "docs" / "results"
 
 
@@ -75,7 +76,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
 
 def test_what_a_page_cannot_show_is_said(tmp_path: Path) -> None:
     mine = [{**record, "study": "mine"} for record in records()]
-    with pytest.raises(StudyError, match="unknown mark; expected comparison, scores, lift, ablation"):
+    with pytest.raises(StudyError, match="unknown mark; expected comparison, scores, lift, lifts, ablation"):
         render("<!-- figure: mine -->\n<!-- /figure -->", mine)
     with pytest.raises(StudyError, match="<!-- scores: other -->: the results have no student of this study"):
         render("<!-- scores: other -->\n<!-- /scores -->", mine)
@@ -99,14 +100,15 @@ def test_new_runs_take_the_place_of_old_ones_with_the_same_seed(tmp_path: Path) 
     assert len(entry.runs) == 2
 
 
-@pytest.mark.parametrize("page", ["quality.md", "../../README.md"])
+@pytest.mark.parametrize("page", ["quality.md", "decoders.md", "../../README.md"])
 def test_published_pages_are_made_from_published_results(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
-    assert render(text, read_results(DOCS / "quality.jsonl")) == text
+    assert render(text, [record for name in PUBLISHED for record in read_results(DOCS / name)]) == text
 
 
-def test_published_results_are_compact_and_name_no_machine(tmp_path: Path) -> None:
-    file = DOCS / "quality.jsonl"
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_results_are_compact_and_name_no_machine(name: str, tmp_path: Path) -> None:
+    file = DOCS / name
     found = read_results(file)
     assert file.stat().st_size < 400_000
     assert len({record["id"] for record in found}) == len(found)

@@ -79,6 +79,7 @@ def resolve(
         HeadError: the head saved with the module has a form that is not known.
     """
     modules: dict[Site, Module] = {}
+    owners: dict[Site, str] = {}
     prefixes: set[str] = set()
     base = Base(architecture, base_tensors or {})
     for path, part in raw.parts.items():
@@ -86,7 +87,15 @@ def resolve(
         prefixes.add(prefix)
         for module in module_of(part).from_part(part, path, sites, base):
             _check_shapes(module, architecture)
-            modules[module.site] = module
+            if module.site in owners:
+                raise CheckpointError(
+                    "two parts of the module lead to one place of the model",
+                    where=str(module.site),
+                    found=f"{owners[module.site]} and {path}",
+                    fix="a module of a model with several encoders or towers belongs to that model: name it with "
+                    "--teacher, or leave the tensors of all but one out of the file",
+                )
+            modules[module.site], owners[module.site] = module, path
     _check_saved_parts(raw, architecture)
     head = resolve_head(raw, architecture, base.tensors) if raw.head and with_head else None
     wrapped = bool(prefixes - {""}) or (raw.task is not Task.BASE)

@@ -183,16 +183,21 @@ def study(
 @command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the models, modules and results.")] = Path("out/demo"),
-    seed: Annotated[int, typer.Option(help="Of the first student; two more follow.")] = 0,
+    llm: Annotated[
+        bool, typer.Option("--llm", help="Move a LoRA between language models, SmolLM2 and Gemma-3 (extra demo-llm).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is trained first; the students after it have the next ones.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the results of an earlier run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a module on a real teacher, move it, and compare: a few minutes on two CPU cores."""
+    """Move a real module between real models, and compare: some minutes on two CPU cores."""
     from peft_graft.study.demo import run_demo, show_demo
+    from peft_graft.study.demo_llm import run_demo_llm
 
     try:
         with watching(lines=True) as callbacks:
-            result = run_demo(out, seed=seed, force=force, callbacks=callbacks)
+            run = run_demo_llm if llm else run_demo
+            result = run(out, seed=seed, force=force, callbacks=callbacks)
     except KeyboardInterrupt:
         where = escaped(str(out))
         message = f"interrupted; finished parts are in {where}, and the same command continues there"
@@ -200,6 +205,8 @@ def demo(
         sys.exit(_INTERRUPTED)
     if as_json:
         _print_json(result)
+    elif isinstance(result, peft_graft.Evaluation):
+        show_evaluation(result, out / "run" / "scores.json")
     else:
         show_demo(result, Console())
 

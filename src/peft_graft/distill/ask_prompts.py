@@ -33,6 +33,8 @@ from peft_graft.run import Run
 HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 100, 8, 5
 #: Prompts at least.
 LEAST_PROMPTS = LEAST_HELD_OUT * HELD_OUT_SHARE
+#: The bare student's answers are cut at the teacher's longest and one part in so many.
+_SPARE = 4
 #: Length limits beyond this stand for none.
 _NO_LIMIT = 1 << 20
 _STAGE = "asking the teacher"
@@ -146,8 +148,9 @@ class Asking:
             TextError: too few prompts, all too long, answers that teach nothing, or a module that changes nothing.
             PairingError: the tokenizers share no token.
         """
+        where = "--seeds" if made else "--text"
         with run.stage(_STAGE):
-            fitting = self.check(prompts, models)
+            fitting = self.check(prompts, models, where)
             too_long = len(prompts) - len(fitting)
             judging = held_out_size(len(fitting))
             chosen = fitting[: judging + self.train]
@@ -168,6 +171,7 @@ class Asking:
                 judging,
                 self.text_only,
                 self.use_given,
+                where,
             )
             train, held_out, columns, shares, effect = work.made(run)
         with run.stage("asking the student"):
@@ -175,7 +179,7 @@ class Asking:
                 student.model,
                 self.templates.student,
                 chosen[:judging],
-                self.sampling,
+                self._for_the_student(answers),
                 bf16=student.bf16,
                 store=AnswerStore(run.work, "student-answers", key) if run.work and key else None,
                 progress=lambda done, total: run.progress("asking the student", done, total),
@@ -219,14 +223,24 @@ class Asking:
         )
         return replace(found, bare=found.divergence_of(student, held_out))
 
-    def check(self, prompts: Sequence[Prompt], models: ModelPair) -> list[Prompt]:
+    def _for_the_student(self, answers: Sequence[Answer]) -> Sampling:
+        """As the teacher is asked, but cut where no answer of the teacher goes on: a student that rambles says no more
+        of what is compared, and takes long to say it."""
+        longest = max(len(self.templates.student.answer_ids(answer.text)) for answer in answers)
+        cut = min(self.sampling.max_new_tokens, longest + longest // _SPARE + 1)
+        return self.sampling.model_copy(update={"max_new_tokens": cut})
+
+    def check(self, prompts: Sequence[Prompt], models: ModelPair, where: str = "--text") -> list[Prompt]:
         """The prompts that both models can read with the longest answer; what ``models`` have of weights is not used.
+
+        Args:
+            where: the prompts come from, for messages.
 
         Raises:
             TextError: there are too few.
         """
         fitting = self.fitting(prompts, models)
-        check_enough(len(fitting), len(prompts) - len(fitting))
+        check_enough(len(fitting), len(prompts) - len(fitting), where)
         return fitting
 
     def fitting(self, prompts: Sequence[Prompt], models: ModelPair) -> list[Prompt]:
@@ -323,7 +337,7 @@ def held_out_size(prompts: int) -> int:
     return min(HELD_OUT, prompts // HELD_OUT_SHARE)
 
 
-def check_enough(prompts: int, too_long: int = 0) -> None:
+def check_enough(prompts: int, too_long: int = 0, where: str = "--text") -> None:
     """Refuse too few prompts.
 
     Raises:
@@ -332,14 +346,14 @@ def check_enough(prompts: int, too_long: int = 0) -> None:
     if too_long and not prompts:
         raise TextError(
             "all prompts are longer than the models read, with the answer",
-            where="--text",
+            where=where,
             found=too_long,
             fix="give shorter prompts, lower --max-new-tokens, or raise --max-length",
         )
     if held_out_size(prompts) < LEAST_HELD_OUT:
         raise TextError(
             "too few prompts to learn from and be judged by",
-            where="--text",
+            where=where,
             expected=f"at least {LEAST_PROMPTS}",
             found=f"{prompts}, and {too_long} that are too long" if too_long else prompts,
         )

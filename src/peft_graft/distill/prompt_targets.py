@@ -36,7 +36,7 @@ class PromptTargets:
     Attributes:
         teacher: with its module inside. student: without one. templates: how they read prompts.
         answered: prompts with their answers. judging: how many of them, the first ones, judge.
-        text_only, use_given: see ``ask_prompts.Asking``.
+        text_only, use_given: see ``ask_prompts.Asking``. where: the prompts come from, for messages.
     """
 
     teacher: AttachedModel
@@ -46,6 +46,7 @@ class PromptTargets:
     judging: int
     text_only: bool
     use_given: bool
+    where: str = "--text"
 
     def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
         """Of what is learned from and of what judges, the columns, shares of pairs, and the module's effect.
@@ -74,7 +75,7 @@ class PromptTargets:
         if effect < LEAST_CHANGE:
             raise TextError(
                 "the module makes the teacher's answers no likelier, so nothing of it can be seen on these prompts",
-                where="--text",
+                where=self.where,
                 expected=f"at least {LEAST_CHANGE} nats a token",
                 found=f"{effect:.5f}",
                 fix="give prompts of the task that the module was trained for, in the format that it was trained with",

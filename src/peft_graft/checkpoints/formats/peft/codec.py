@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from peft_graft.checkpoints.formats.peft.options import SHARED, Options, check_options
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.modules.base import Part
@@ -23,15 +24,18 @@ class Codec(ABC):
     kind: ClassVar[str]
     #: peft's names for them.
     peft_types: ClassVar[tuple[str, ...]]
+    #: The options that its configuration may have, and what they may hold; all others are refused.
+    options: ClassVar[Options] = SHARED
     #: What stands before all paths in the file.
     prefix: ClassVar[str] = "base_model.model."
 
-    def check(self, config: Mapping[str, Any], where: str) -> None:  # noqa: B027 - most kinds refuse none
-        """Refuse options under which the weights mean something else.
+    def check(self, config: Mapping[str, Any], where: str) -> None:
+        """Refuse options under which the weights mean something else, or may.
 
         Raises:
             CheckpointError: there is one.
         """
+        check_options(config, self.options, where)
 
     def is_copy(self, path: str) -> bool:
         """Whether a tensor says nothing that no other does: the base model's own, or one that is saved twice."""

@@ -68,11 +68,21 @@ class PeftFormat(Format):
         if codec:
             codec.check(config, where)
             found: dict[str, dict[str, Tensor]] = {}
+            keys: dict[tuple[str, str], str] = {}
             for key, tensor in tensors.items():
                 path = key.removeprefix(codec.prefix)
                 if codec.is_copy(path):
                     continue
                 if place := codec.place(path):
+                    if place in keys:
+                        raise CheckpointError(
+                            "the file holds two adapters, or one tensor twice",
+                            where=where,
+                            found=f"{keys[place]} and {key}",
+                            fix="keep the tensors of one adapter: load the file with peft and save_pretrained with "
+                            "selected_adapters",
+                        )
+                    keys[place] = key
                     found.setdefault(place[0], {})[place[1]] = tensor
                 else:
                     others[re.sub(r"\.modules_to_save\.[^.]+", "", path)] = tensor

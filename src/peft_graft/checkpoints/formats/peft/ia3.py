@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.peft.codec import Codec, Found, register_codec
+from peft_graft.checkpoints.formats.peft.options import SHARED
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
@@ -24,6 +25,7 @@ class Ia3Codec(Codec):
 
     kind: ClassVar = "ia3"
     peft_types: ClassVar = ("IA3",)
+    options: ClassVar = {**SHARED, **dict.fromkeys(("feedforward_modules", "fan_in_fan_out", "init_ia3_weights"))}
 
     def place(self, path: str) -> tuple[str, str] | None:
         """The layer's path; older versions of peft wrote the adapter's name after the vector's."""

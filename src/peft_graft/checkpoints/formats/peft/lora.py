@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_graft.checkpoints.formats.peft import embeddings
 from peft_graft.checkpoints.formats.peft.codec import Codec, Found, register_codec
+from peft_graft.checkpoints.formats.peft.options import SHARED, Options
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
@@ -19,16 +20,31 @@ from peft_graft.modules.base import Part
 from peft_graft.modules.embeddings import RowsPart
 from peft_graft.modules.lora import EmbeddingLoraPart, LoraPart, rank_stabilised_scaling
 
-#: Options that change what the weights mean; each is refused unless it holds one of these harmless values.
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none", "lora_only", None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-}
+#: Initialisations that leave the base model as it is, and the ones that do not.
+_INITIALISATIONS = (True, "true", "True", "gaussian", "eva", "orthogonal")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: What matters to the weights is read from the file's tensors or by ``_scaling``.
+_OPTIONS: Options = {
+    **SHARED,
+    **dict.fromkeys(
+        (
+            "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern",
+            "trainable_token_indices", "use_dora", "lora_bias", "ensure_weight_tying", "merge_weights",
+            "megatron_config", "megatron_core", "qalora_group_size",
+            # of initialisations, which ``init_lora_weights`` names
+            "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        )
+    ),
+    "init_lora_weights": _INITIALISATIONS,
+    "bias": ("none", "lora_only"),
+    **dict.fromkeys(
+        (
+            "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+            "arrow_config", "kasa_config", "velora_config", "monteclora_config", "enable_lora",
+        ),
+        (),
+    ),
+}  # fmt: skip
 #: Names in the file, after the path of the layer -> fields of the part.
 _LINEAR = {
     "lora_A.weight": "A",
@@ -47,24 +63,19 @@ class LoraCodec(Codec):
 
     kind: ClassVar = "lora"
     peft_types: ClassVar = ("LORA",)
+    options: ClassVar = _OPTIONS
 
     def check(self, config: Mapping[str, Any], where: str) -> None:
-        """Refuse options under which the weights mean something else, and initialisations that changed the base."""
-        for option, harmless in _UNSUPPORTED.items():
-            if option in config and config[option] not in harmless:
-                raise CheckpointError(
-                    f"LoRA with {option}={config[option]!r} is not supported yet",
-                    where=where,
-                    fix="train or convert the module without this option",
-                )
+        """Refuse initialisations that changed the base, and options under which the weights mean something else."""
         initialisation = str(config.get("init_lora_weights", True)).lower()
-        if initialisation.split("_")[0] in {"pissa", "olora", "corda", "loftq"}:
+        if initialisation.startswith(_CHANGE_THE_BASE):
             raise CheckpointError(
                 "the module belongs to a base model that its initialisation changed "
                 f"(init_lora_weights={initialisation})",
                 where=where,
                 fix="save it with peft's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA",
             )
+        super().check(config, where)
 
     def is_copy(self, path: str) -> bool:
         """Whether it is one of the copies of embeddings that peft saves."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.peft.codec import Codec, Found, register_codec
+from peft_graft.checkpoints.formats.peft.options import PROMPTS
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
@@ -59,6 +60,7 @@ class PromptCodec(_VirtualTokens):
 
     kind: ClassVar = "prompt"
     peft_types: ClassVar = ("PROMPT_TUNING", "P_TUNING")
+    options: ClassVar = PROMPTS
 
     def parts(self, found: Found, config: Mapping[str, Any], where: str) -> dict[str, Part]:
         """The vectors before the text [n, d]."""
@@ -86,6 +88,7 @@ class PrefixCodec(_VirtualTokens):
 
     kind: ClassVar = "prefix"
     peft_types: ClassVar = ("PREFIX_TUNING",)
+    options: ClassVar = PROMPTS
 
     def parts(self, found: Found, config: Mapping[str, Any], where: str) -> dict[str, Part]:
         """Every layer's keys and values."""
