@@ -20,7 +20,7 @@ from peft_graft.study import packaged_llms
 
 FORMAT = "Request: {prompt}\nJSON:"
 #: So many steps, and tokens of an answer, fit in ten minutes of two cores.
-STEPS, TOKENS = 60, 64
+STEPS, TOKENS = 30, 64
 _CORPUS = "corpus"
 
 
