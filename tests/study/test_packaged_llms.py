@@ -79,7 +79,7 @@ def test_a_missing_package_is_named(make: Any, package: str, tmp_path: Path) -> 
 def test_the_demos_prompts_are_not_those_that_score() -> None:
     prompts, test = ([json.loads(line) for line in (CORPUS / "snips" / name).read_text().splitlines()]
                      for name in ("prompts.jsonl", "test.jsonl"))  # fmt: skip
-    assert (len(prompts), len(test)) == (120, 30)
+    assert (len(prompts), len(test)) == (120, 24)
     assert not {row["prompt"] for row in prompts} & {row["prompt"] for row in test}
     assert not any("completion" in row for row in prompts)
     assert all("intent" in json.loads(row["completion"]) for row in test)
