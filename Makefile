@@ -1,6 +1,6 @@
 # make install   .venv with peft-graft and all that demo and tests need
 # make demo      the main job on real pretrained weights
-# make demo-llm  the same on language models: downloads 330 MB, then ten minutes
+# make demo-llm  the same on language models: downloads 330 MB, then some twelve minutes
 # make lint      style, types and the direction of imports
 # make test      lint and tests
 # make picture   docs/packages.svg, drawn from the imports in the code
