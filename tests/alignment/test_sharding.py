@@ -55,9 +55,9 @@ def command(world: Path, out: Path, method: str) -> list[str]:
             str(out), "--method", method, "--sites", ",".join(SITES), "--max-tokens", "2500", "--json"]  # fmt: skip
 
 
-def test_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) -> None:
+def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--no-python",
          sys.executable, "-m", "peft_graft", *command(world, tmp_path / "a", alone.method)],
         capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -168,7 +168,10 @@ def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> N
     back = tiny.transfer(tmp_path / "of-llama", student=base, out=tmp_path / "back", **options(text))
     assert back.report.verification.done
     trained_mixture(tmp_path / "experts", base, "mixtral", ["w2"])
-    refused = r"expert\.0\.ffn\.down: the student has no counterpart.*without the experts|target_parameters="
+    refused = (
+        r"expert\.0\.ffn\.down: the student has no counterpart.*without the experts|"
+        r"target_parameters=.* is not supported yet"
+    )
     with pytest.raises(GraftError, match=refused):  # the latter with transformers 5, whose experts are one tensor
         tiny.transfer(tmp_path / "experts", student=other, **options(text))
 

@@ -47,7 +47,6 @@ def read_task(
     return StudyTask(name, spec.kind, labels, spec.metric), train, validation, test
 
 
-@lru_cache(maxsize=4)
 def read_unlabelled(spec: SomeTask, language: str) -> list[Example]:
     """The examples whose text grafts are made on.
 
@@ -71,6 +70,7 @@ def read_unlabelled(spec: SomeTask, language: str) -> list[Example]:
     return list(found[: spec.unlabelled_examples])
 
 
+@lru_cache(maxsize=4)
 def _read_labelled(spec: SomeTask, language: str) -> tuple[list[Example], list[Example]]:
     """All training examples in the order in which they are taken, and the validation examples."""
     train = _read(spec.train, spec, language)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from peft_graft.errors import StudyError
-from peft_graft.study.results import Record
+from peft_graft.study.results import Record, about
 from peft_graft.study.spec import DEFAULT, FRESH, Budget
+from peft_graft.study.tables import mean_spread, rank_correlation, share_of_gain
 
 #: What a fresh module on all labels has to gain at least.
 SMALLEST_GAIN = 0.03
 #: Labels of a student that has few.
 _FEW = 100
+_score, _share = partial(mean_spread, count=False), partial(mean_spread, count=False, digits=2)
 
 
 @dataclass
@@ -55,11 +58,14 @@ class Cell:
         students = self.students.get(start, {}).values()
         return [student.scores[budget] for student in students if budget in student.scores]
 
+    def lift(self, score: float) -> float | None:
+        """None where it is not defined."""
+        bare = statistics.fmean(self.scores(FRESH, 0))  # a fresh module changes nothing
+        return share_of_gain(score, bare, self.all_labels, least=SMALLEST_GAIN)
+
     def lifts(self, start: str, budget: Budget) -> list[float]:
         """Of every seed; none where they are not defined."""
-        bare = statistics.fmean(self.scores(FRESH, 0))  # a fresh module changes nothing
-        gain = self.all_labels - bare
-        return [(score - bare) / gain for score in self.scores(start, budget)] if gain >= SMALLEST_GAIN else []
+        return [value for score in self.scores(start, budget) if (value := self.lift(score)) is not None]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -72,14 +78,14 @@ def cells_of(records: Sequence[Record]) -> list[Cell]:
         StudyError: there is no score of a teacher, of a student without a module, or of a fresh one on all labels.
     """
     by_id = {record["id"]: record for record in records}
-    teachers = {_about(one, "teacher"): float(one["result"]["score"]) for one in records if one["kind"] == "teacher"}
+    teachers = {about(one, "teacher"): float(one["result"]["score"]) for one in records if one["kind"] == "teacher"}
     fresh: dict[tuple[str, ...], dict[int, Student]] = {}
     grafts: dict[tuple[str, ...], dict[str, dict[int, Student]]] = {}
     metrics: dict[str, str] = {}
     for record in records:
         if record["kind"] != "student":
             continue
-        names, own = record["names"], _about(record, "student")
+        names, own = record["names"], about(record, "student")
         by_seed = fresh.setdefault(own, {})
         if names["start"] != FRESH:
             by_seed = grafts.setdefault((names["teacher"], *own), {}).setdefault(names["start"], {})
@@ -89,7 +95,7 @@ def cells_of(records: Sequence[Record]) -> list[Cell]:
         metrics[names["task"]] = record["result"]["metric"]
     found = []
     for (teacher, model, module, task, language), starts in grafts.items():
-        about, key = f"{task}, {teacher} → {model}", (model, module, task, language)
+        title, key = f"{task}, {teacher} → {model}", (model, module, task, language)
         alone = fresh[key]
         everything = [one.scores["all"] for one in alone.values() if "all" in one.scores]
         everything += [teachers[key]] if key in teachers else []
@@ -97,15 +103,11 @@ def cells_of(records: Sequence[Record]) -> list[Cell]:
         if of_teacher is None or not everything or not any(0 in one.scores for one in alone.values()):
             raise StudyError(
                 "the results have too little to compare grafts with",
-                where=about,
+                where=title,
                 expected="the teacher, and the student with a fresh module without labels and on all of them",
             )
-        found.append(Cell(about, metrics[task], of_teacher, everything[0], {FRESH: alone, **starts}))
+        found.append(Cell(title, metrics[task], of_teacher, everything[0], {FRESH: alone, **starts}))
     return found
-
-
-def _about(record: Record, model: str) -> tuple[str, ...]:
-    return tuple(record["names"][name] for name in (model, "module", "task", "language"))
 
 
 def _add_verdict(student: Student, graft: Record | None) -> None:
@@ -129,12 +131,12 @@ def lift(records: Sequence[Record]) -> list[str]:
         about = f"{cell.about} ({cell.metric}); teacher {cell.teacher:.3f}, all labels {cell.all_labels:.3f}"
         for start, students in cell.students.items():
             shown = [
-                _mean(cell.scores(start, 0)),
-                "" if start == FRESH else _mean(cell.lifts(start, 0), 2),
-                _mean(cell.scores(start, _FEW)),
-                _mean(cell.lifts(start, _FEW), 2),
-                _mean([one.exact for one in students.values() if one.exact is not None], 2),
-                _mean([one.agreement for one in students.values() if one.agreement is not None], 2),
+                _score(cell.scores(start, 0)),
+                "" if start == FRESH else _share(cell.lifts(start, 0)),
+                _score(cell.scores(start, _FEW)),
+                _share(cell.lifts(start, _FEW)),
+                _share([one.exact for one in students.values() if one.exact is not None]),
+                _share([one.agreement for one in students.values() if one.agreement is not None]),
             ]
             lines.append(f"| {about if start == FRESH else ''} | {start} | {' | '.join(shown)} |")
     return [*lines, "", *summary(cells)]
@@ -150,12 +152,12 @@ def lifts(records: Sequence[Record]) -> list[str]:
     ]
     for cell in cells:
         shown = [
-            _mean(cell.scores(FRESH, 0)),
-            _mean(cell.scores(FRESH, _FEW)),
-            f"**{_mean(cell.scores(default, 0))}**",
+            _score(cell.scores(FRESH, 0)),
+            _score(cell.scores(FRESH, _FEW)),
+            f"**{_score(cell.scores(default, 0))}**",
             f"{cell.all_labels:.3f}",
             f"{cell.teacher:.3f}",
-            _mean(cell.lifts(default, 0), 2),
+            _share(cell.lifts(default, 0)),
         ]
         lines.append(f"| {cell.about} ({cell.metric}) | {' | '.join(shown)} |")
     return lines
@@ -192,30 +194,15 @@ def summary(cells: Sequence[Cell]) -> list[str]:
 
 def _verdicts(cells: Sequence[Cell]) -> list[str]:
     """Whether the agreement of generated answers, known before any label, predicts the lift."""
-    from scipy.stats import spearmanr
-
     known = [
         (student.agreement, value)
         for cell in cells
         for start, students in cell.students.items()
-        if start != FRESH
-        for student, value in zip(
-            [one for one in students.values() if 0 in one.scores], cell.lifts(start, 0), strict=False
-        )
-        if student.agreement is not None
+        for student in students.values()
+        if start != FRESH and student.agreement is not None and 0 in student.scores
+        if (value := cell.lift(student.scores[0])) is not None
     ]
     if len(known) <= 3:
         return []
-    rho = spearmanr([agreement for agreement, _ in known], [value for _, value in known])
-    return [
-        f"- rank correlation (Spearman) of the verdict's agreement with the lift without labels: {rho.statistic:.2f} "
-        f"(p = {rho.pvalue:.1g}, {len(known)} grafts)"
-    ]
-
-
-def _mean(values: Sequence[float], digits: int = 3) -> str:
-    """``0.613 ± 0.011``: mean, and standard deviation over seeds where there are some."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    what = "- rank correlation (Spearman) of the verdict's agreement with the lift without labels:"
+    return [f"{what} {rank_correlation(known)}"]

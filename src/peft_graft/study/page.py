@@ -24,9 +24,9 @@ from typing import Any
 from peft_graft.errors import DependencyError, GraftError, StudyError
 from peft_graft.models.tasks import Task
 from peft_graft.study.lift import lift, lifts
-from peft_graft.study.results import Record, read_results
+from peft_graft.study.results import Record, about, read_results
 from peft_graft.study.spec import DEFAULT, FRESH, POLISHED_FRESH, Budget
-from peft_graft.study.tables import share_of_gain
+from peft_graft.study.tables import mean_spread, rank_correlation, share_of_gain
 from peft_graft.study.tasks import METRICS
 
 #: Columns of the tables, and those of them whose labels are few.
@@ -136,7 +136,7 @@ def entries_of(records: Sequence[Record]) -> list[Entry]:
         StudyError: a teacher's record is missing.
     """
     by_id = {record["id"]: record for record in records}
-    teachers = {_key(record, "teacher"): record["result"] for record in records if record["kind"] == "teacher"}
+    teachers = {about(record, "teacher"): record["result"] for record in records if record["kind"] == "teacher"}
     fresh: dict[Any, dict[int, StudentRun]] = {}
     found: dict[Any, Entry] = {}
     for record in [record for record in records if record["kind"] == "student"]:
@@ -146,9 +146,9 @@ def entries_of(records: Sequence[Record]) -> list[Entry]:
             runs.setdefault(0, StudentRun(result["before"], graft=by_id.get(_graft_id(record))))
         for budget, run in runs.items():
             if names["start"] == FRESH:
-                fresh.setdefault((_key(record, "student"), budget), {})[names["seed"]] = run
+                fresh.setdefault((about(record, "student"), budget), {})[names["seed"]] = run
                 continue
-            teacher = teachers.get(_key(record, "teacher"))
+            teacher = teachers.get(about(record, "teacher"))
             if teacher is None:
                 raise StudyError("the results have no record of its teacher", where=record["id"])
             place = Place(
@@ -156,13 +156,9 @@ def entries_of(records: Sequence[Record]) -> list[Entry]:
             )
             new = Entry(place, names["start"], budget, teacher["score"], teacher["majority"])
             found.setdefault((place, names["start"], budget), new).runs[names["seed"]] = run
-            new_key = (_key(record, "student"), budget)
+            new_key = (about(record, "student"), budget)
             found[place, names["start"], budget].fresh = fresh.setdefault(new_key, {})
     return list(found.values())
-
-
-def _key(record: Record, model: str) -> tuple[str, ...]:
-    return tuple(record["names"][name] for name in (model, "module", "task", "language"))
 
 
 def _graft_id(record: Record) -> str | None:
@@ -234,8 +230,6 @@ def halves(entries: Sequence[Entry]) -> list[str]:
 
 def verdicts(entries: Sequence[Entry]) -> list[str]:
     """Whether agreement on held-out text, known before any label, predicts what a graft gains."""
-    from scipy.stats import spearmanr
-
     lines = []
     for budget in FEW:
         known = [
@@ -245,10 +239,9 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
             if (agreement := entry.agreement) is not None and (share := entry.share) is not None
         ]
         if len(known) > 3:
-            rho = spearmanr([agreement for agreement, _ in known], [share for _, share in known])
             lines.append(
                 "- rank correlation (Spearman) of the verdict's agreement with the share of the gain at "
-                f"{budget} labels: {rho.statistic:.2f} (p = {rho.pvalue:.1g}, {len(known)} grafts)"
+                f"{budget} labels: {rank_correlation(known)}"
             )
     return lines
 
@@ -276,14 +269,6 @@ def full_tables(entries: Sequence[Entry]) -> list[str]:
             watched = mine.get((start, _WATCHED))
             lines.append(f"| {start} | {values} | {shown} | {steps_to_fresh(watched) if watched else ''} |")
     return lines
-
-
-def mean_spread(values: Sequence[float], *, count: bool = True) -> str:
-    """``0.613 ± 0.011 (3)``: mean, standard deviation over seeds, and how many."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}" + (f" ({len(values)})" if count else "")
 
 
 def steps_to_fresh(entry: Entry) -> str:

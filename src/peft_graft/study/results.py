@@ -21,6 +21,11 @@ _KINDS = ("teacher", "graft", "polish", "rate", "student")
 _CONFIG = ("module", "training", "transfer", "budget", "share", "rates", "keep_best")
 
 
+def about(record: Record, model: str) -> tuple[str, ...]:
+    """What a record is about: its ``teacher`` or ``student``, module, task and language."""
+    return tuple(record["names"][name] for name in (model, "module", "task", "language"))
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The records of a file, in its order.
 

@@ -71,9 +71,25 @@ class ResultTable:
         return f"{self.teacher} → {self.student}, {self.module}, {self.task}, {labels} ({self.metric})"
 
 
-def share_of_gain(grafted: float, baseline: float, teacher: float) -> float | None:
-    """(grafted - baseline) / (teacher - baseline); None where the teacher is not ahead by ``SMALLEST_GAIN``."""
-    return (grafted - baseline) / (teacher - baseline) if teacher - baseline >= SMALLEST_GAIN else None
+def share_of_gain(grafted: float, baseline: float, teacher: float, *, least: float = SMALLEST_GAIN) -> float | None:
+    """(grafted - baseline) / (teacher - baseline); None where the teacher is not ahead by ``least``."""
+    return (grafted - baseline) / (teacher - baseline) if teacher - baseline >= least else None
+
+
+def mean_spread(values: Sequence[float], *, count: bool = True, digits: int = 3) -> str:
+    """``0.613 ± 0.011 (3)``: mean, standard deviation over seeds, and how many."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}" + (f" ({len(values)})" if count else "")
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> str:
+    """Spearman's, as pages say it: ``0.97 (p = 2e-05, 9 grafts)``."""
+    from scipy.stats import spearmanr
+
+    rho = spearmanr([first for first, _ in pairs], [second for _, second in pairs])
+    return f"{rho.statistic:.2f} (p = {rho.pvalue:.1g}, {len(pairs)} grafts)"
 
 
 def scores_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
