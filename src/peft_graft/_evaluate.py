@@ -10,6 +10,7 @@ from pathlib import Path
 from peft_graft.checkpoints.attach import library_version
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.checkpoints.task import with_task
 from peft_graft.config import EvaluateConfig, GraftConfig
 from peft_graft.distill.side_by_side import (
     BASE,
@@ -172,7 +173,7 @@ def _subject(
     given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
     if not isinstance(graft, Graft):
         folder = locate(graft, revision=config.revision, subfolder=config.subfolder, token=config.token)
-        raw = _speaking(read_checkpoint(folder), str(graft))
+        raw = read_checkpoint(folder)
         if not (folder / REPORT).is_file():
             return _plain(raw, str(graft), student, config, GraftConfig(**given)), None
         graft = Graft.from_pretrained(
@@ -219,7 +220,7 @@ def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConf
     given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
     place = {} if config.module else {"revision": settings.revision, "subfolder": settings.subfolder}
     name = config.module or report.module
-    raw = _speaking(read_checkpoint(locate(name, token=config.token, **place)), name)
+    raw = read_checkpoint(locate(name, token=config.token, **place))
     loading = _loading(config, None if named else settings.teacher_revision)
     bare = TEACHER_BASE if config.teacher_base else None
     model = str(named or report.teacher.name)
@@ -243,6 +244,7 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
         )
     role = "teacher" if whole == TEACHER else "model"
     handle = blank_handle(load_config(model, loading, role=role), model)
+    raw = _speaking(with_task(raw, handle.architecture), name)
     template = Template.of(
         load_tokenizer(model, loading, role=role),
         format=settings.format,

@@ -118,6 +118,7 @@ class Inspection(Record):
     paths: list[str]
     head: str | None = None
     labels: list[str] = []
+    notes: list[str] = []
     teacher_problem: str | None = None
     student: StudentSummary | None = None
 
@@ -148,8 +149,8 @@ def inspect(
     config = config or GraftConfig()
     module = ModuleSource.of(adapter, config)
     given = given_alignment(alignment, config.token)
+    module, checkpoint, problem = _resolved(module, teacher, config)
     raw = module.raw
-    checkpoint, problem = _resolved(module, teacher, config)
     found = Inspection(
         module=module.name,
         module_library=raw.library,
@@ -161,6 +162,7 @@ def inspect(
         paths=sorted(raw.parts),
         head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
         labels=list(raw.labels or (checkpoint.head.labels if checkpoint and checkpoint.head else ())),
+        notes=list(raw.notes),
         teacher_problem=problem,
     )
     if student is None:
@@ -170,14 +172,16 @@ def inspect(
 
 def _resolved(
     module: ModuleSource, teacher: ModelLike | None, config: GraftConfig
-) -> tuple[PeftCheckpoint | None, str | None]:
-    """The module at the sites of its teacher, or why that cannot be said."""
+) -> tuple[ModuleSource, PeftCheckpoint | None, str | None]:
+    """The module with its task and at the sites of its teacher, or why that cannot be said."""
     try:
         handle = described(module.teacher(teacher), config, "teacher")
+        module = module.of_teacher(handle.architecture)
         raw = module.shapes(handle.base.config)
-        return resolve(raw, handle.architecture, handle.base_tensors(output=raw.trains_output)), None
+        own = handle.base_tensors(output=raw.trains_output)
+        return module, resolve(raw, handle.architecture, own, with_head=config.head != "drop"), None
     except GraftError as error:
-        return None, str(error)
+        return module, None, str(error)
 
 
 def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:

@@ -100,6 +100,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     sources = ModelSources.of(module, teacher, student, config, tokenizers)
     given = given_alignment(alignment, config.token)
     shapes = sources.described()
+    module = module.of_teacher(shapes.teacher.architecture)
     raw = module.shapes(shapes.teacher.base.config)
     taught = _text_of(text, seeds_of(seeds, text, module.raw, config), module, sources, shapes, config)
     plan = Plan.make(

@@ -18,6 +18,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
 from peft_graft.checkpoints.student_names import written_names
+from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
@@ -198,6 +199,7 @@ class Graft:
         )
         handle = blank_handle(load_config(place, loading, role="student"), place)
         handle.loading = loading
+        raw = with_task(raw, handle.architecture)
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)
         return cls(checkpoint, report, None, handle, folder, raw)

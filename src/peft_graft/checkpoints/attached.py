@@ -124,7 +124,7 @@ class AttachedModel:
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         attention = trainable_attention(self.device, bf16=self.bf16)
         with nullcontext(self.model) if module else self.without() as model, mixed, attention:
-            if self.checkpoint.task is Task.CAUSAL_LM and not self.checkpoint.is_virtual:
+            if self.checkpoint.task in (Task.CAUSAL_LM, Task.MASKED_LM) and not self.checkpoint.is_virtual:
                 # The output layer's logits would be computed at every token of the text, and are not asked for.
                 return None, self.base(**inputs, use_cache=False).last_hidden_state
             output = model(**inputs, output_hidden_states=True)

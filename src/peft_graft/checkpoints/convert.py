@@ -52,7 +52,7 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
         try:
-            adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**raw.config))
+            adapted = peft.get_peft_model(model, _config(raw))
             peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=where) from error
@@ -71,7 +71,23 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     )
     written = {**config_dict(lora), "auto_mapping": raw.config.get("auto_mapping")}
     found = format_of(Library.PEFT).parse(written, tensors | heads)
-    return replace(found, labels=raw.labels, files=raw.files)
+    return replace(found, task=raw.task, labels=raw.labels, files=raw.files, notes=raw.notes)
+
+
+def _config(raw: RawCheckpoint) -> peft.PeftConfig:
+    """The module's configuration, made by peft.
+
+    Raises:
+        ValueError: peft says that modules of the version that wrote it compute something else today.
+    """
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[raw.config["peft_type"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it only warns of some
+        try:
+            kind.check_kwargs(**raw.config)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from warning
+    return peft.PeftConfig.from_peft_type(**raw.config)
 
 
 def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
@@ -90,8 +106,7 @@ def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
 
 def _heads(raw: RawCheckpoint) -> dict[str, Tensor]:
     """What was saved beside the module, as its file has it."""
-    saved = raw.config.get("modules_to_save") or []
-    return {key: value for key, value in raw.unconverted.items() if any(f".{name}." in f"{key}." for name in saved)}
+    return {key: value for key, value in raw.unconverted.items() if key.removeprefix(_START) in raw.head}
 
 
 def _paths(tensors: Mapping[str, Tensor]) -> set[str]:

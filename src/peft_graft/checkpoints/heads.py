@@ -11,6 +11,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import HeadError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spec import HeadForm
+from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head, head_tensors
 
 
@@ -59,6 +60,14 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
             fix="leave the head behind with --head drop",
         )
     return _labelled(Head(raw.task, head_tensors(values, form.reads), form.reads, (), form.activation), raw)
+
+
+def fits_form(raw: RawCheckpoint, task: Task, form: HeadForm, architecture: Architecture) -> bool:
+    """Whether the saved head's tensors are those of a form of head: all of them, and no others."""
+    start = architecture.start(task) if form.dense_in_base else ""
+    out, dense = {key for _, key in _parts(form.out)}, {start + key for _, key in _parts(form.dense or "")}
+    needed = {f"{form.out}.weight", *([f"{form.dense}.weight"] if form.dense and not form.dense_in_base else [])}
+    return needed <= raw.head.keys() <= out | (dense if form.dense else set())
 
 
 def _labelled(head: Head, raw: RawCheckpoint) -> Head:

@@ -27,7 +27,7 @@ class RawCheckpoint:
         name: the adapter's name in its library.
         base_model: name or path of the teacher, as recorded.
         task: ``token-classification``, ... .
-        config: the configuration file, unchanged.
+        config: the configuration file; one of an earlier version as its library reads it today.
         parts: module path (no library prefix) -> what is stored there. Virtual tokens are at paths of their own
             (``modules.prompts``).
         head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
@@ -37,6 +37,7 @@ class RawCheckpoint:
         files: file name -> SHA-256, where it comes from files.
         weights_suffix: ``.safetensors`` or ``.bin``.
         unconverted: of kind ``weights`` alone, all tensors by their keys in the file.
+        notes: remarks on what the files hold and is not moved.
     """
 
     library: str
@@ -52,6 +53,7 @@ class RawCheckpoint:
     files: Mapping[str, str] = field(default_factory=dict)
     weights_suffix: str = ".safetensors"
     unconverted: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def needs_conversion(self) -> bool:

@@ -11,7 +11,7 @@ from peft_graft.files import downloaded
 
 _CONFIG = "adapter_config.json"
 #: Files that belong to a module, whatever its format.
-_FILES = ("*.json", "adapter*", "pytorch_*", "model_head*")
+_FILES = ("*.json", "adapter*", "pytorch_*", "model_head*", "value_head*")
 
 
 def locate(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.base import format_of
+from peft_graft.checkpoints.formats.peft.format import todays_task_type
 from peft_graft.checkpoints.heads import head_paths, resolve_head
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
@@ -139,7 +140,8 @@ def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed
         seed: of the untrained head.
     """
     raw = to_raw(checkpoint, student.architecture, student.base_tensors(output=checkpoint.raw.trains_output))
-    if raw.head or raw.library != Library.PEFT or raw.task not in _TASKS_WITH_HEAD:
+    demanded = raw.library == Library.PEFT and Task.of_peft(todays_task_type(raw)) in _TASKS_WITH_HEAD
+    if raw.head or not demanded:
         return raw
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
 

@@ -52,6 +52,8 @@ def show_inspection(found: Inspection) -> None:
     else:
         for path in found.paths:
             console.print(f"  {path}")
+    for note in found.notes:
+        console.print(f"note         {escaped(note)}", soft_wrap=True)
     if found.teacher_problem:
         console.print(f"[yellow]teacher:[/] {escaped(found.teacher_problem)}", soft_wrap=True)
     student = found.student
@@ -78,7 +80,7 @@ def show_inspection(found: Inspection) -> None:
             f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {student.max_tokens:,} tokens take "
             f"{student.least_seconds:,.0f} s on this processor at the least"
         )
-    for note in student.notes:
+    for note in (note for note in student.notes if note not in found.notes):
         console.print(f"note         {escaped(note)}")
 
 

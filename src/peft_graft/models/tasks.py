@@ -9,6 +9,7 @@ class Task(StrEnum):
     """A task, as transformers names its pipelines.
 
     ``BASE`` is the bare model, and ``PREDICTION_HEADS`` is the bare model under the heads of the library adapters.
+    ``MASKED_LM`` also stands for an encoder inside a task model of which nothing is known.
     """
 
     BASE = "base"
@@ -16,6 +17,7 @@ class Task(StrEnum):
     TOKEN_CLASSIFICATION = "token-classification"
     SEQUENCE_CLASSIFICATION = "sequence-classification"
     CAUSAL_LM = "causal-lm"
+    MASKED_LM = "masked-lm"
     QUESTION_ANSWERING = "question-answering"
     SEQ2SEQ_LM = "seq2seq-lm"
     IMAGE_CLASSIFICATION = "image-classification"
@@ -35,7 +37,7 @@ class Task(StrEnum):
         """The hub's name for pipelines of this task, None for bare models."""
         if self in (Task.BASE, Task.PREDICTION_HEADS):
             return None
-        return {Task.CAUSAL_LM: "text-generation", Task.SEQ2SEQ_LM: "text2text-generation"}.get(self, str(self))
+        return _PIPELINES.get(self, str(self))
 
     def auto_class_of(self, model_type: str) -> str:
         """The auto class that users load a model of this type with."""
@@ -58,9 +60,15 @@ _AUTO_CLASSES = {
     Task.TOKEN_CLASSIFICATION: ("AutoModelForTokenClassification",),
     Task.SEQUENCE_CLASSIFICATION: ("AutoModelForSequenceClassification",),
     Task.CAUSAL_LM: ("AutoModelForCausalLM",),
+    Task.MASKED_LM: ("AutoModelForMaskedLM",),
     Task.QUESTION_ANSWERING: ("AutoModelForQuestionAnswering",),
     Task.SEQ2SEQ_LM: ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
     Task.IMAGE_CLASSIFICATION: ("AutoModelForImageClassification",),
+}
+_PIPELINES = {
+    Task.CAUSAL_LM: "text-generation",
+    Task.SEQ2SEQ_LM: "text2text-generation",
+    Task.MASKED_LM: "fill-mask",
 }
 _PEFT_TYPES = {
     "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
@@ -73,8 +81,11 @@ _CLASS_ENDINGS = {
     "ForTokenClassification": Task.TOKEN_CLASSIFICATION,
     "ForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
     "ForCausalLM": Task.CAUSAL_LM,
+    "LMHeadModel": Task.CAUSAL_LM,
+    "ForMaskedLM": Task.MASKED_LM,
     "ForQuestionAnswering": Task.QUESTION_ANSWERING,
     "ForConditionalGeneration": Task.SEQ2SEQ_LM,
     "ForImageClassification": Task.IMAGE_CLASSIFICATION,
     "AdapterModel": Task.PREDICTION_HEADS,
+    "ModelWithHeads": Task.PREDICTION_HEADS,  # its name in adapter-transformers
 }

@@ -20,6 +20,9 @@ from peft_graft.planning.correspondence import ExpertMap, advice, corresponding_
 from peft_graft.planning.layers import LayerMap, layer_map, layer_maps
 from peft_graft.planning.spaces import listed_roles
 
+#: Tasks of which no head is missed.
+_HEADLESS = (Task.BASE, Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM)
+
 
 @dataclass(frozen=True)
 class SitePlan:
@@ -92,7 +95,7 @@ def plan_sites(
     for module in checkpoint.modules.values():
         module.check_models(teacher, student)
     mappings, sites, notes = _placed(sides, stacks, config.layers)
-    notes += _expert_notes(checkpoint, sites)
+    notes = [*checkpoint.raw.notes, *notes, *_expert_notes(checkpoint, sites)]
     pairs: dict[Pair, tuple[int, int]] = {}
     for site in sites:
         for source in site.teacher:
@@ -105,7 +108,7 @@ def plan_sites(
         head_form(checkpoint.head, checkpoint.raw, student)
         space = Space(-1, checkpoint.head.reads)
         pairs[space, space] = (teacher.size(space), student.size(space))
-    elif config.head != "drop" and checkpoint.raw.task not in (Task.BASE, Task.CAUSAL_LM, Task.SEQ2SEQ_LM):
+    elif config.head != "drop" and checkpoint.raw.task not in _HEADLESS:
         notes.append("no head was saved with the module, so none is carried")
     return SitePlans(mappings, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ from peft_graft.checkpoints.convert import as_lora, stand_in
 from peft_graft.checkpoints.live import is_peft_model, read_live
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.checkpoints.task import with_task
 from peft_graft.config import GraftConfig, PairConfig
 from peft_graft.errors import CheckpointError, ModelError
+from peft_graft.models.architecture import Architecture
 from peft_graft.models.devices import check_device
 from peft_graft.models.loading import (
     ModelHandle,
@@ -92,6 +94,10 @@ class ModuleSource:
                 "the module's configuration names no base model", where=self.name, fix="name it with --teacher"
             )
         return base
+
+    def of_teacher(self, teacher: Architecture) -> ModuleSource:
+        """The same with its task, where only the paths and the head show it (``with_task``)."""
+        return replace(self, raw=with_task(self.raw, teacher))
 
     def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
         """The module to plan with, before weights are loaded."""

@@ -1,0 +1,69 @@
+"""The task of a module whose configuration names none, or another: its paths and its saved head show it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peft_graft.checkpoints.formats.adapters.heads import is_prediction_head
+from peft_graft.checkpoints.heads import fits_form
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.config import Library
+from peft_graft.models.architecture import Architecture
+from peft_graft.models.tasks import Task
+
+#: What configurations also say of models with another head, or with none.
+_UNSURE = (Task.BASE, Task.CAUSAL_LM, Task.SEQ2SEQ_LM, Task.MASKED_LM)
+_IN_TASK_MODEL = "base_model.model."
+
+
+def with_task(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
+    """The checkpoint with the task that it was trained for; its configuration stays as it is.
+
+    Args:
+        architecture: of the model that the module belongs to.
+
+    Note:
+        Some heads of tokens and of whole texts are alike in their files. They are taken to be of texts, and it is said.
+    """
+    if raw.task not in _UNSURE:
+        return raw
+    tasks = _tasks_of_head(raw, architecture)
+    if len(tasks) > 1 and (raw.num_labels or 0) > 1:
+        note = (
+            f"the files do not say whether the head is of {' or of '.join(tasks)}: it is taken to be of {tasks[0]} "
+            "(task_type in adapter_config.json says otherwise)"
+        )
+        raw = replace(raw, notes=(*raw.notes, note))
+    if tasks:
+        return replace(raw, task=tasks[0])
+    if raw.task is Task.BASE and (raw.trains_output or _is_wrapped(raw, architecture)):
+        return replace(raw, task=_task_around(raw, architecture))
+    return raw
+
+
+def _tasks_of_head(raw: RawCheckpoint, architecture: Architecture) -> list[Task]:
+    """The tasks whose heads look like the one that was saved, the likeliest first."""
+    if is_prediction_head(raw.head):
+        return [Task.PREDICTION_HEADS]
+    if "qa_outputs.weight" in raw.head:
+        return [Task.QUESTION_ANSWERING]
+    order = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
+    forms = architecture.row.heads
+    return [task for task in order if task in forms and fits_form(raw, task, forms[task], architecture)]
+
+
+def _is_wrapped(raw: RawCheckpoint, architecture: Architecture) -> bool:
+    """Whether the module's paths start at a task model, and not at the bare model."""
+    paths = raw.parts or [key.removeprefix(_IN_TASK_MODEL) for key in raw.unconverted]
+    return bool(architecture.prefix) and any(path.startswith(f"{architecture.prefix}.") for path in paths)
+
+
+def _task_around(raw: RawCheckpoint, architecture: Architecture) -> Task:
+    """The commonest task of models that hold such a base model."""
+    if raw.library == Library.ADAPTERS:
+        return Task.PREDICTION_HEADS
+    kinds = {stack.kind for stack in architecture.row.stacks}
+    if "decoder" in kinds:
+        return Task.CAUSAL_LM if len(kinds) == 1 else Task.SEQ2SEQ_LM
+    only = {"encoder": Task.MASKED_LM, "vision": Task.IMAGE_CLASSIFICATION}
+    return only.get("".join(kinds), raw.task)
