@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from conftest import needs_adapters
+from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.errors import CheckpointError, HeadError
 from peft_graft.models.loading import ModelHandle, blank_handle
@@ -87,7 +89,6 @@ DENSE = {"classifier.dense.weight": 32, "classifier.dense.bias": 32, "classifier
         ("gpt2", TOKENS, Task.TOKEN_CLASSIFICATION),
         ("llama", {"score.weight": 1}, Task.SEQUENCE_CLASSIFICATION),
         ("bert", {"qa_outputs.weight": 2, "qa_outputs.bias": 2}, Task.QUESTION_ANSWERING),
-        ("bert", {"layers.1.weight": 2}, Task.PREDICTION_HEADS),
         ("bert", {"unheard_of.weight": 2}, Task.MASKED_LM),
     ],
 )
@@ -102,9 +103,23 @@ def test_what_needs_no_guess() -> None:
     assert with_task(raw_of("bert", wrapped=False), architecture).task is Task.BASE
     named = raw_of("bert", TOKENS, task=Task.TOKEN_CLASSIFICATION)
     assert with_task(named, architecture) is named
-    assert with_task(raw_of("bert", library="adapters"), architecture).task is Task.PREDICTION_HEADS
+    for heads in ({}, {"layers.1.weight": 2}):
+        assert with_task(raw_of("bert", heads, library="adapters"), architecture).task is Task.PREDICTION_HEADS
     changed = raw_of("llama", {"score.weight": 1}, task=Task.CAUSAL_LM)
     assert with_task(changed, handle_of("llama").architecture).task is Task.SEQUENCE_CLASSIFICATION
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "task"),
+    [
+        ("bart", Task.CAUSAL_LM, Task.SEQ2SEQ_LM),
+        ("llama", Task.SEQ2SEQ_LM, Task.CAUSAL_LM),
+        ("bert", Task.CAUSAL_LM, Task.CAUSAL_LM),
+    ],
+)
+def test_the_other_kind_of_language_model(family: str, named: Task, task: Task) -> None:
+    """What users called causal though it has an encoder, and the reverse; BERT has a class for it."""
+    assert with_task(raw_of(family, task=named), handle_of(family).architecture).task is task
 
 
 def test_a_head_of_texts_or_of_tokens_is_said_to_be_open() -> None:
@@ -250,6 +265,50 @@ def test_a_value_head_is_left_out_and_said(place: str, llama: Path, tmp_path: Pa
     assert found.notes == [note]
     assert note in found.student.notes
     assert read_checkpoint(module).head == {}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")
+def test_a_kind_that_becomes_a_lora_keeps_a_head_of_2023(bert: Path, tmp_path: Path) -> None:
+    auto, load = transformers.AutoModelForTokenClassification, {"num_labels": 3}
+    config = peft.LoHaConfig(r=2, target_modules=["query"], task_type="TOKEN_CLS")
+    adapted = peft.get_peft_model(auto.from_pretrained(bert, **load), config)
+    tiny.randomise_trained(adapted, 1)
+    adapted.save_pretrained(tmp_path / "module")
+    want = output(bert, auto, tmp_path / "module", **load)
+    change(tmp_path / "module", modules_to_save=None)
+    assert tiny.inspect(tmp_path / "module", bert, method="copy").student.head
+    tiny.transfer(tmp_path / "module", bert, out=tmp_path / "out", method="copy")
+    torch.testing.assert_close(output(bert, auto, tmp_path / "out", **load), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"oft_block_size": None}, "OFT has been updated since PEFT 0.14.0"),
+        ({"use_cayley_neumann": True, "peft_version": "0.17.0"}, "slightly changed .* in PEFT 0.18.0"),
+    ],
+)
+def test_a_kind_whose_meaning_changed(settings: dict[str, Any], message: str, bert: Path, tmp_path: Path) -> None:
+    """peft refuses the one by its version, and only warns of the other."""
+    config = peft.OFTConfig(oft_block_size=8, target_modules=["query"])
+    adapted = peft.get_peft_model(transformers.AutoModel.from_pretrained(bert), config)
+    tiny.randomise_trained(adapted, 1)
+    adapted.save_pretrained(tmp_path)
+    changed = {name: value for name, value in (config_of(tmp_path) | settings).items() if value is not None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=message):
+        tiny.transfer(tmp_path, bert, method="copy")
+
+
+def test_options_that_peft_knows_no_more_are_not_written(llama: Path, tmp_path: Path) -> None:
+    auto = transformers.AutoModelForCausalLM
+    module = lora(tmp_path / "module", auto.from_pretrained(llama), ["q_proj"], task_type="CAUSAL_LM")
+    change(module, enable_lora=None, merge_weights=False)
+    handle = handle_of("llama")
+    raw = read_checkpoint(module)
+    written, _ = format_of("peft").build(raw, written_names(handle, raw.task))
+    assert not {"enable_lora", "merge_weights"} & written.keys()
+    assert written["lora_dropout"] == 0.0
 
 
 def test_a_rank_that_peft_would_not_load(llama: Path, tmp_path: Path) -> None:

@@ -232,9 +232,8 @@ def test_an_invertible_part_in_settings_or_tensors_alone(made: Callable[[str, st
     shutil.copytree(made("invertible", "tagging"), tmp_path, dirs_exist_ok=True)
     edit(tmp_path, of_version(VERSION, inv_adapter=None))
     raw = read_checkpoint(tmp_path)
-    assert raw.notes == (
-        "the invertible part is left out: the settings name none, so its library loads none",
-    ) and not any("invertible" in path for path in raw.parts)
+    assert raw.notes == ("the invertible part is left out: the settings name none, so its library loads none",)
+    assert not any("invertible" in path for path in raw.parts)
     shutil.copy(made("bottleneck", "tagging") / "pytorch_adapter.bin", tmp_path)
     edit(tmp_path, of_version(VERSION, inv_adapter="nice"))
     raw = read_checkpoint(tmp_path)

@@ -126,7 +126,8 @@ class AttachedModel:
         with nullcontext(self.model) if module else self.without() as model, mixed, attention:
             if self.checkpoint.task in (Task.CAUSAL_LM, Task.MASKED_LM) and not self.checkpoint.is_virtual:
                 # The output layer's logits would be computed at every token of the text, and are not asked for.
-                return None, self.base(**inputs, use_cache=False).last_hidden_state
+                without = {"use_cache": False} if self.checkpoint.task is Task.CAUSAL_LM else {}
+                return None, self.base(**inputs, **without).last_hidden_state
             output = model(**inputs, output_hidden_states=True)
         state, logits = _last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.base import format_of
-from peft_graft.checkpoints.formats.peft.format import todays_task_type
+from peft_graft.checkpoints.formats.peft.format import TASKS_WITH_HEAD, todays_task_type
 from peft_graft.checkpoints.heads import head_paths, resolve_head
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
@@ -21,9 +21,6 @@ from peft_graft.models.task_models import fresh_head
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Base, Module, Part, module_of
 from peft_graft.modules.head import Head
-
-#: Tasks whose checkpoints peft loads only with a head.
-_TASKS_WITH_HEAD = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed
         seed: of the untrained head.
     """
     raw = to_raw(checkpoint, student.architecture, student.base_tensors(output=checkpoint.raw.trains_output))
-    demanded = raw.library == Library.PEFT and Task.of_peft(todays_task_type(raw)) in _TASKS_WITH_HEAD
+    demanded = raw.library == Library.PEFT and Task.of_peft(todays_task_type(raw)) in TASKS_WITH_HEAD
     if raw.head or not demanded:
         return raw
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))

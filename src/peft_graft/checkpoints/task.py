@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from peft_graft.checkpoints.formats.adapters.heads import is_prediction_head
@@ -13,6 +14,15 @@ from peft_graft.models.tasks import Task
 
 #: What configurations also say of models with another head, or with none.
 _UNSURE = (Task.BASE, Task.CAUSAL_LM, Task.SEQ2SEQ_LM, Task.MASKED_LM)
+_GENERATE = {Task.CAUSAL_LM, Task.SEQ2SEQ_LM}
+#: Kinds of a model's stacks -> its commonest task.
+_TASKS: Mapping[frozenset[str], Task] = {
+    frozenset({"encoder"}): Task.MASKED_LM,
+    frozenset({"decoder"}): Task.CAUSAL_LM,
+    frozenset({"encoder", "decoder"}): Task.SEQ2SEQ_LM,
+    frozenset({"audio", "decoder"}): Task.SEQ2SEQ_LM,
+    frozenset({"vision"}): Task.IMAGE_CLASSIFICATION,
+}
 _IN_TASK_MODEL = "base_model.model."
 
 
@@ -36,14 +46,15 @@ def with_task(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
         raw = replace(raw, notes=(*raw.notes, note))
     if tasks:
         return replace(raw, task=tasks[0])
-    if raw.task is Task.BASE and (raw.trains_output or _is_wrapped(raw, architecture)):
-        return replace(raw, task=_task_around(raw, architecture))
-    return raw
+    around = _task_around(raw, architecture)
+    wrapped = raw.task is Task.BASE and (raw.trains_output or _is_wrapped(raw, architecture))
+    # Whisper's and T5's modules are often called causal, and those of decoders in a model that also sees seq2seq.
+    return replace(raw, task=around) if wrapped or {raw.task, around} == _GENERATE else raw
 
 
 def _tasks_of_head(raw: RawCheckpoint, architecture: Architecture) -> list[Task]:
     """The tasks whose heads look like the one that was saved, the likeliest first."""
-    if is_prediction_head(raw.head):
+    if raw.library == Library.ADAPTERS and is_prediction_head(raw.head):
         return [Task.PREDICTION_HEADS]
     if "qa_outputs.weight" in raw.head:
         return [Task.QUESTION_ANSWERING]
@@ -59,11 +70,8 @@ def _is_wrapped(raw: RawCheckpoint, architecture: Architecture) -> bool:
 
 
 def _task_around(raw: RawCheckpoint, architecture: Architecture) -> Task:
-    """The commonest task of models that hold such a base model."""
+    """What holds such a base model where nothing else is said; its own task where that is not known."""
     if raw.library == Library.ADAPTERS:
         return Task.PREDICTION_HEADS
-    kinds = {stack.kind for stack in architecture.row.stacks}
-    if "decoder" in kinds:
-        return Task.CAUSAL_LM if len(kinds) == 1 else Task.SEQ2SEQ_LM
-    only = {"encoder": Task.MASKED_LM, "vision": Task.IMAGE_CLASSIFICATION}
-    return only.get("".join(kinds), raw.task)
+    kinds = frozenset(stack.kind for stack in architecture.row.stacks)
+    return _TASKS.get(kinds, raw.task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
+#: Tasks whose checkpoints peft loads only with a head.
+TASKS_WITH_HEAD = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
 #: Types whose weights no LoRA can stand for: they change what attention does, or depend on the input.
 _NO_WEIGHTS = ("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "CARTRIDGE")
 
@@ -131,7 +133,7 @@ class PeftFormat(Format):
         }
         if raw.config.get("auto_mapping"):
             config["auto_mapping"] = {"base_model_class": names.task_class, "parent_library": "transformers"}
-        return codec.config(raw, config, names), tensors
+        return _todays_options(codec.config(raw, config, names)), tensors
 
     def write(self, folder: Path, raw: RawCheckpoint, names: StudentNames) -> None:
         """Write the two files that peft's loader looks for."""
@@ -178,13 +180,21 @@ def _saved_modules(head: Mapping[str, Tensor]) -> set[str]:
     return {"pooler" if ".pooler." in f".{path}" else path.split(".")[0] for path in head}
 
 
-def todays_task_type(raw: RawCheckpoint) -> str | None:
-    """The ``task_type`` that is written: as it came, unless it is of a class that does not have the saved head.
+def _todays_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that peft still knows: it warns of others, and ignores them."""
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
+    known = {field.name for field in fields(kind)} if kind else config
+    return {name: value for name, value in config.items() if name in known}
 
-    Users of trl called reward models CAUSAL_LM, which peft does not load into a classifier any more.
+
+def todays_task_type(raw: RawCheckpoint) -> str | None:
+    """The ``task_type`` that is written: as it came, but for a classifier that is called a language model.
+
+    trl's users called reward models CAUSAL_LM, as which peft does not load into a classifier any more.
     """
     named: str | None = raw.config.get("task_type")
-    return raw.task.peft_type if Task.of_peft(named) not in (None, raw.task) else named
+    renamed = Task.of_peft(named) in (Task.CAUSAL_LM, Task.SEQ2SEQ_LM) and raw.task in TASKS_WITH_HEAD
+    return raw.task.peft_type if renamed else named
 
 
 def saved_beside(path: str, config: Mapping[str, Any]) -> bool:
@@ -223,7 +233,10 @@ def _value_head_beside(folder: Path) -> tuple[str, ...]:
     own = folder / _TRL_FILE
     if not own.is_file() or own.stat().st_size > _SMALL:
         return ()
-    return (_LEFT_OUT,) if any(map(_VALUE_HEAD.match, read_tensors(own))) else ()
+    try:
+        return (_LEFT_OUT,) if any(map(_VALUE_HEAD.match, read_tensors(own))) else ()
+    except CheckpointError:  # some other file of that name, which is not the module's
+        return ()
 
 
 def _task(config: Mapping[str, Any]) -> Task:
