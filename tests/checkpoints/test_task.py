@@ -40,6 +40,9 @@ BASES = {
     "bert": tiny.config("bert", layers=2),
     "roberta": tiny.config("roberta", layers=2),
     "distilbert": tiny.config("distilbert", layers=2),
+    "deberta": transformers.DebertaV2Config(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    ),
     "llama": LLAMA,
     "gpt2": transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4),
     "bart": BART,
@@ -49,6 +52,7 @@ LAYERS = {
     "bert": "encoder.layer.1.attention.self.query",
     "roberta": "encoder.layer.1.attention.self.query",
     "distilbert": "transformer.layer.1.attention.q_lin",
+    "deberta": "encoder.layer.1.attention.self.query_proj",
     "llama": "layers.1.self_attn.q_proj",
     "gpt2": "h.1.attn.c_proj",
     "bart": "decoder.layers.1.self_attn.q_proj",
@@ -84,6 +88,7 @@ DENSE = {"classifier.dense.weight": 32, "classifier.dense.bias": 32, "classifier
         ("vit", {}, Task.IMAGE_CLASSIFICATION),
         ("roberta", DENSE, Task.SEQUENCE_CLASSIFICATION),
         ("roberta", TOKENS, Task.TOKEN_CLASSIFICATION),
+        ("distilbert", TOKENS, Task.TOKEN_CLASSIFICATION),
         ("distilbert", {"pre_classifier.weight": 32, **TOKENS}, Task.SEQUENCE_CLASSIFICATION),
         ("gpt2", {"score.weight": 3}, Task.SEQUENCE_CLASSIFICATION),
         ("gpt2", TOKENS, Task.TOKEN_CLASSIFICATION),
@@ -105,6 +110,12 @@ def test_what_needs_no_guess() -> None:
     assert with_task(named, architecture) is named
     for heads in ({}, {"layers.1.weight": 2}):
         assert with_task(raw_of("bert", heads, library="adapters"), architecture).task is Task.PREDICTION_HEADS
+    for config in (
+        {"model_class": "BertForMultipleChoice"},
+        {"auto_mapping": {"base_model_class": "BertForPreTraining"}},
+    ):
+        choice = with_task(raw_of("bert", {"classifier.weight": 1}, config=config), architecture)
+        assert choice.task is Task.MASKED_LM
     changed = raw_of("llama", {"score.weight": 1}, task=Task.CAUSAL_LM)
     assert with_task(changed, handle_of("llama").architecture).task is Task.SEQUENCE_CLASSIFICATION
 
@@ -122,14 +133,22 @@ def test_the_other_kind_of_language_model(family: str, named: Task, task: Task) 
     assert with_task(raw_of(family, task=named), handle_of(family).architecture).task is task
 
 
-def test_a_head_of_texts_or_of_tokens_is_said_to_be_open() -> None:
-    found = with_task(raw_of("bert", TOKENS), handle_of("bert").architecture)
-    assert found.task is Task.SEQUENCE_CLASSIFICATION
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [
+        ("bert", "sequence-classification", "token-classification"),
+        ("deberta", "token-classification", "sequence-classification"),
+    ],
+)
+def test_a_head_of_texts_or_of_tokens_is_said_to_be_open(family: str, first: str, second: str) -> None:
+    """Where the inner layer of texts is not saved with the head; without DeBERTa's the head could not be used."""
+    found = with_task(raw_of(family, TOKENS), handle_of(family).architecture)
+    assert found.task == first
     assert found.notes == (
-        "the files do not say whether the head is of sequence-classification or of token-classification: it is taken "
-        "to be of sequence-classification (task_type in adapter_config.json says otherwise)",
+        f"the files do not say whether the head is of {first} or of {second}: it is taken to be of {first} "
+        "(task_type in adapter_config.json says otherwise)",
     )
-    assert with_task(found, handle_of("bert").architecture) is found
+    assert with_task(found, handle_of(family).architecture) is found
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _config(raw: RawCheckpoint) -> peft.PeftConfig:
     """
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[raw.config["peft_type"]]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it only warns of some
+        warnings.simplefilter("error", UserWarning)  # it only warns of some
         try:
             kind.check_kwargs(**raw.config)
         except UserWarning as warning:

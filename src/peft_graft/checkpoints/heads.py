@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.adapters.heads import as_before, is_prediction_head, read_head
+from peft_graft.checkpoints.formats.peft.format import saved_beside
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import HeadError
 from peft_graft.models.architecture import Architecture
@@ -63,11 +64,11 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
 
 
 def fits_form(raw: RawCheckpoint, task: Task, form: HeadForm, architecture: Architecture) -> bool:
-    """Whether the saved head's tensors are those of a form of head: all of them, and no others."""
+    """Whether the saved head's tensors are those of a form of head: no others, and all that libraries save with it."""
     start = architecture.start(task) if form.dense_in_base else ""
-    out, dense = {key for _, key in _parts(form.out)}, {start + key for _, key in _parts(form.dense or "")}
-    needed = {f"{form.out}.weight", *([f"{form.dense}.weight"] if form.dense and not form.dense_in_base else [])}
-    return needed <= raw.head.keys() <= out | (dense if form.dense else set())
+    places = [form.out, *([start + form.dense] if form.dense else [])]
+    needed = {f"{place}.weight" for place in places if place == form.out or saved_beside(f"{place}.weight", {})}
+    return needed <= raw.head.keys() <= {key for place in places for _, key in _parts(place)}
 
 
 def _labelled(head: Head, raw: RawCheckpoint) -> Head:

@@ -10,6 +10,7 @@ from peft_graft.checkpoints.heads import fits_form
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.models.architecture import Architecture
+from peft_graft.models.spec import HeadForm
 from peft_graft.models.tasks import Task
 
 #: What configurations also say of models with another head, or with none.
@@ -33,8 +34,10 @@ def with_task(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
         architecture: of the model that the module belongs to.
 
     Note:
-        Some heads of tokens and of whole texts are alike in their files. They are taken to be of texts, and it is said.
+        Some heads of tokens and of whole texts are alike in their files. What they are taken for is said.
     """
+    if raw.library == Library.ADAPTERS and is_prediction_head(raw.head):
+        return replace(raw, task=Task.PREDICTION_HEADS)
     if raw.task not in _UNSURE:
         return raw
     tasks = _tasks_of_head(raw, architecture)
@@ -54,13 +57,20 @@ def with_task(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
 
 def _tasks_of_head(raw: RawCheckpoint, architecture: Architecture) -> list[Task]:
     """The tasks whose heads look like the one that was saved, the likeliest first."""
-    if raw.library == Library.ADAPTERS and is_prediction_head(raw.head):
-        return [Task.PREDICTION_HEADS]
+    named = raw.config.get("model_class") or (raw.config.get("auto_mapping") or {}).get("base_model_class") or ""
+    if "For" in named and Task.of_class(named) is Task.BASE:  # multiple choice, say, whose heads look like others
+        return []
     if "qa_outputs.weight" in raw.head:
         return [Task.QUESTION_ANSWERING]
     order = (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
     forms = architecture.row.heads
-    return [task for task in order if task in forms and fits_form(raw, task, forms[task], architecture)]
+    found = [task for task in order if task in forms and fits_form(raw, task, forms[task], architecture)]
+    return sorted(found, key=lambda task: not _is_whole(raw, forms[task]))
+
+
+def _is_whole(raw: RawCheckpoint, form: HeadForm) -> bool:
+    """Whether a head of this form could be used: the inner layer of DeBERTa's for texts is saved by no library."""
+    return form.dense is None or form.dense_in_base or f"{form.dense}.weight" in raw.head
 
 
 def _is_wrapped(raw: RawCheckpoint, architecture: Architecture) -> bool:
