@@ -38,6 +38,8 @@ def show_inspection(found: Inspection) -> None:
     console.print(f"head         {escaped(found.head or 'none')}")
     if found.labels:
         console.print(f"labels       {escaped(', '.join(found.labels))}")
+    for note in found.notes:
+        console.print(f"note         {escaped(note)}", soft_wrap=True)
     if found.sites:
         table = Table("role", "layers", "rank or bottleneck", "scaling", "inactive", title="where it attaches")
         for site in found.sites:
@@ -52,8 +54,6 @@ def show_inspection(found: Inspection) -> None:
     else:
         for path in found.paths:
             console.print(f"  {path}")
-    for note in found.notes:
-        console.print(f"note         {escaped(note)}", soft_wrap=True)
     if found.teacher_problem:
         console.print(f"[yellow]teacher:[/] {escaped(found.teacher_problem)}", soft_wrap=True)
     student = found.student
