@@ -32,9 +32,9 @@ from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
 from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, held_out_size
 from peft_graft.environment import hardware, versions
-from peft_graft.files import check_output
 from peft_graft.graft import Graft
 from peft_graft.models.loading import ModelPair
+from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
     ModelLike,
@@ -54,6 +54,7 @@ from peft_graft.run import UNFINISHED, Callback, Run
 _SAMPLES = 20
 
 
+@reserving_output
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
     adapter: str | Path | nn.Module,
     student: ModelLike,

@@ -15,8 +15,9 @@ from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
 from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.errors import AlignmentError, CheckpointError
-from peft_graft.files import downloaded, read_json, read_tensors, write_json, write_tensors, written_aside
+from peft_graft.files import downloaded, read_json, read_tensors, write_json, write_tensors
 from peft_graft.models.spaces import Space
+from peft_graft.outputs import written_aside
 
 Pair = tuple[Space, Space]  # teacher space, student space
 CONFIG, MAPS = "alignment.json", "alignment.safetensors"

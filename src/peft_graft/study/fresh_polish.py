@@ -21,8 +21,8 @@ from peft_graft.distill.choose import Outcome
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.polish import PolishSettings, polish
 from peft_graft.distill.teacher import FIT, POOL, ask_teacher
-from peft_graft.files import written_aside
 from peft_graft.models.pair import load_pair
+from peft_graft.outputs import written_aside
 from peft_graft.run import Run
 
 
