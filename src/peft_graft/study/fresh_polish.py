@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.text import read_text
+from peft_graft.alignment.text import digest_of, read_text
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
@@ -56,7 +56,8 @@ def polish_fresh_module(
     train = max(FIT, settings.steps * settings.batch_size)
     bf16 = config.dtype == "bfloat16"
     before = _untrained(ask_teacher(trained, pair, pool, run, train=train, bf16=bf16), checkpoint)
-    identity = json.dumps([*pair.fingerprints, config.record(), dict(trained.raw.files), dict(checkpoint.raw.files)])
+    files = [dict(module.raw.files) for module in (trained, checkpoint)]
+    identity = json.dumps([*pair.keys, config.record(), *files, digest_of(sample.texts for sample in pool)])
     outcome, polished = polish(before, settings, run, identity=identity, starts=("moved",))
     raw = checkpoint_of_student(outcome.candidate.checkpoint, pair.student)
     with written_aside(out, force=True) as staging:
