@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from peft_graft.alignment.text import load_rows
-from peft_graft.files import written_aside
+from peft_graft.outputs import written_aside
 
 
 def main() -> None:

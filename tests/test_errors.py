@@ -30,7 +30,7 @@ from peft_graft.errors import (
     TextError,
     VerificationError,
 )
-from peft_graft.files import written_aside
+from peft_graft.outputs import written_aside
 
 
 class Stages(Callback):

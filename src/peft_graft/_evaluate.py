@@ -28,11 +28,11 @@ from peft_graft.distill.side_by_side import (
 )
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
-from peft_graft.files import check_output_file, write_aside
 from peft_graft.graft import REPORT, Graft
 from peft_graft.metrics import METRICS
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
 from peft_graft.models.tasks import Task
+from peft_graft.outputs import check_output_file, reserving_output, write_aside
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
@@ -70,6 +70,7 @@ class Evaluation(Record):
     hardware: dict[str, str | int]
 
 
+@reserving_output
 def evaluate(
     graft: str | Path | Graft,
     *,

@@ -16,7 +16,7 @@ from torch import nn
 from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import Method, map_methods
-from peft_graft.alignment.text import Sample, TextLike, TextSource
+from peft_graft.alignment.text import Sample, TextLike, TextSource, digest_of
 from peft_graft.alignment.vocabulary import Vocabularies
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
@@ -32,9 +32,9 @@ from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
 from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, held_out_size
 from peft_graft.environment import hardware, versions
-from peft_graft.files import check_output
 from peft_graft.graft import Graft
 from peft_graft.models.loading import ModelPair
+from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
     ModelLike,
@@ -54,6 +54,7 @@ from peft_graft.run import UNFINISHED, Callback, Run
 _SAMPLES = 20
 
 
+@reserving_output
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
     adapter: str | Path | nn.Module,
     student: ModelLike,
@@ -166,9 +167,9 @@ class _Text:
         return self.pool[held_out_size(len(self.pool)) :]
 
     @property
-    def size(self) -> int:
-        """How much there is to tell it from others by."""
-        return len(self.pool)
+    def content(self) -> str:
+        """A hash of what is learned from."""
+        return digest_of(sample.texts for sample in self.pool)
 
     def to_align(self) -> AlignmentText | None:
         """All but what judges."""
@@ -228,7 +229,6 @@ class _Prompts:
         if not isinstance(self.source, Seeds):
             return
         self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
-        self.key = json.dumps([self.key, [prompt.key for prompt in self.prompts]])
 
     @property
     def plain(self) -> Sequence[Sample]:
@@ -236,9 +236,9 @@ class _Prompts:
         return [Sample(prompt.text) for prompt in self.prompts[prompts_held_out(len(self.prompts)) :]]
 
     @property
-    def size(self) -> int:
-        """How many there are."""
-        return len(self.prompts)
+    def content(self) -> str:
+        """A hash of the prompts, and of the answers that came with them."""
+        return digest_of([prompt.key, prompt.answer] for prompt in self.prompts)
 
     def to_align(self) -> AlignmentText:
         """Prompts with their answers, those left out that judge; there once the teacher has been asked."""
@@ -258,7 +258,7 @@ class _Prompts:
 
     def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
         """The teacher's answers."""
-        key = json.dumps([self.key, _module_key(plan.module.raw), *plan.models.fingerprints])
+        key = json.dumps([self.key, self.content, _module_key(plan.module.raw), *plan.models.speaking_keys])
         self.asked = self.asking.ask(
             plan.module,
             plan.models,
@@ -390,15 +390,13 @@ def _shift_method(maps_of: dict[str, Method]) -> Method:
 
 def _identity(plan: Plan, text: _Text | _Prompts) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
-    source = (text.source.key or text.source.name) if text.source else None
-    given = [plan.given.method, *map(str, plan.given.details.values())] if plan.given else None
     parts = [
-        *plan.models.fingerprints,
+        *(plan.models.speaking_keys if isinstance(text, _Prompts) else plan.models.keys),
         _module_key(plan.module.raw),
         plan.config.record(),
-        source,
-        given,
-        text.size,
+        text.source.key if text.source else None,
+        text.content,
+        plan.given.digest if plan.given else None,
     ]
     return json.dumps(parts, default=str)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from peft_graft.models.loading import ModelHandle
 from peft_graft.models.output import fill_output
 from peft_graft.models.task_models import prefix_of, with_task_head
 from peft_graft.models.tasks import Task
+from peft_graft.outputs import temporary_folder
 
 
 def library_version(library: str) -> str | None:
@@ -64,9 +64,9 @@ def attach(
         if raw.library == Library.PEFT:
             attached = _attach_peft(raw, names, handle, labels, trainable=trainable, speaks=speaks)
         else:
-            with tempfile.TemporaryDirectory() as folder:  # it loads from folders only
-                write_checkpoint(Path(folder), raw, names)
-                attached = _load_adapters(Path(folder), raw, names, handle, labels, trainable=trainable, speaks=speaks)
+            with temporary_folder() as folder:  # it loads from folders only
+                write_checkpoint(folder, raw, names)
+                attached = _load_adapters(folder, raw, names, handle, labels, trainable=trainable, speaks=speaks)
     return _ready(attached, bf16=bf16)
 
 

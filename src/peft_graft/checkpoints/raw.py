@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 
@@ -98,13 +100,12 @@ class RawCheckpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the values of its parts."""
-        digest = hashlib.sha256()
-        for path, part in sorted(self.parts.items()):
-            for name, value in sorted(part.tensors.items()):
-                digest.update(f"{path} {name}".encode())
-                digest.update(value.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Hash of all that decides what it does: its values, its head's and its configuration."""
+        parts = {f"{path} {name}": value for path, part in self.parts.items() for name, value in part.tensors.items()}
+        values = hash_tensors(sorted({**parts, **self.head, **self.unconverted}.items()))
+        said = [self.library, self.kind, self.task, self.config, self.head_config, self.labels]
+        text = json.dumps(said, sort_keys=True, default=_plain)
+        return f"{values} {hashlib.sha256(text.encode()).hexdigest()}"
 
     @property
     def num_labels(self) -> int | None:
@@ -112,3 +113,8 @@ class RawCheckpoint:
         inner = ("dense", "pre_classifier")
         outputs = [tensor for key, tensor in self.head.items() if not any(name in key for name in inner)]
         return outputs[-1].shape[0] if outputs else None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, the same in every process: sets are in another order in each."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +20,18 @@ from peft_graft.models.architecture import Architecture, describe
 from peft_graft.models.devices import (
     BaseTensors,
     check_device,
+    check_range,
     device_of,
     is_blank,
     is_quantised,
     keep_trainable,
+)
+from peft_graft.models.fingerprint import (
+    config_fingerprint,
+    fingerprint,
+    hash_tensors,
+    pooler_fingerprint,
+    tokenizer_fingerprint,
 )
 from peft_graft.models.spec import LM_HEAD_ROLE
 from peft_graft.models.task_models import blank_model, prefix_of, quiet_libraries, take_parts
@@ -121,8 +128,22 @@ class ModelHandle:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See ``fingerprint``; taken once."""
+        """See ``models.fingerprint``; taken once."""
         return fingerprint(self.base)
+
+    @cached_property
+    def key(self) -> str:
+        """Tells it from whatever computes something else: by all values, the configuration and the tokenizer."""
+        parts = [self.fingerprint, pooler_fingerprint(self.base, self.missing), config_fingerprint(self.base.config)]
+        return " ".join([*parts, *([tokenizer_fingerprint(self.tokenizer)] if self.tokenizer is not None else [])])
+
+    @cached_property
+    def speaking_key(self) -> str:
+        """The same of a language model, which its output layer belongs to; that is loaded if need be."""
+        path = f"{self.architecture.vocabulary.get(LM_HEAD_ROLE)}.weight"
+        weight = self.base_tensors(output=True).get(path)
+        output = {"weight": weight, "bias": self.output_bias}
+        return f"{self.key} {hash_tensors((name, value) for name, value in output.items() if value is not None)}"
 
     @cached_property
     def device(self) -> torch.device:
@@ -190,6 +211,16 @@ class ModelPair:
         """Of the teacher and of the student."""
         return self.teacher.fingerprint, self.student.fingerprint
 
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What tells the teacher and the student from all that compute something else."""
+        return self.teacher.key, self.student.key
+
+    @property
+    def speaking_keys(self) -> tuple[str, str]:
+        """The same of language models."""
+        return self.teacher.speaking_key, self.student.speaking_key
+
 
 def load_config(name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "model") -> PretrainedConfig:
     """A model's configuration, by folder or hub id.
@@ -244,6 +275,8 @@ def load_model(
     if loading.device_map is None and not is_quantised(base):
         base = base.to(place)
     keep_trainable(base)
+    if loading.dtype == "float16":
+        check_range(base, f"{role} {name}")
     base = base.eval()
     architecture = describe(base, base.config.model_type, prefix_of(base))
     own = load_tokenizer(name, loading, role=role) if tokenizer else None
@@ -362,23 +395,6 @@ def wrap_model(
         found.output = output.weight.detach()
         found.output_bias = output.bias.detach() if getattr(output, "bias", None) is not None else None
     return found
-
-
-def fingerprint(base: nn.Module) -> str:
-    """SHA-256 over the names, shapes and a strided sample of 256 values of every parameter, in float32.
-
-    It tells models apart in time independent of their size, and does not change with the file they came from.
-    """
-    digest = hashlib.sha256()
-    stored = BaseTensors(base, frozenset(), {})
-    for name, value in sorted(base.named_parameters()):
-        if name.startswith("pooler."):  # task models may lack it
-            continue
-        flat = (stored[name] if value.is_meta else value.detach()).flatten()
-        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 4096) -> float | None:

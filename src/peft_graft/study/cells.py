@@ -27,7 +27,8 @@ import transformers
 from peft_graft._align import align
 from peft_graft._transfer import transfer
 from peft_graft.config import AlignConfig, GraftConfig
-from peft_graft.files import read_json, written_aside
+from peft_graft.files import read_json
+from peft_graft.outputs import written_aside
 from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.study.data import read_task, read_unlabelled, text_file

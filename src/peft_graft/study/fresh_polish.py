@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.text import read_text
+from peft_graft.alignment.text import digest_of, read_text
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
@@ -21,8 +21,8 @@ from peft_graft.distill.choose import Outcome
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.polish import PolishSettings, polish
 from peft_graft.distill.teacher import FIT, POOL, ask_teacher
-from peft_graft.files import written_aside
 from peft_graft.models.pair import load_pair
+from peft_graft.outputs import written_aside
 from peft_graft.run import Run
 
 
@@ -56,7 +56,8 @@ def polish_fresh_module(
     train = max(FIT, settings.steps * settings.batch_size)
     bf16 = config.dtype == "bfloat16"
     before = _untrained(ask_teacher(trained, pair, pool, run, train=train, bf16=bf16), checkpoint)
-    identity = json.dumps([*pair.fingerprints, config.record(), dict(trained.raw.files), dict(checkpoint.raw.files)])
+    files = [dict(module.raw.files) for module in (trained, checkpoint)]
+    identity = json.dumps([*pair.keys, config.record(), *files, digest_of(sample.texts for sample in pool)])
     outcome, polished = polish(before, settings, run, identity=identity, starts=("moved",))
     raw = checkpoint_of_student(outcome.candidate.checkpoint, pair.student)
     with written_aside(out, force=True) as staging:

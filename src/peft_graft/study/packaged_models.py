@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from peft_graft.errors import DependencyError
-from peft_graft.files import written_aside
+from peft_graft.outputs import written_aside
 
 TEACHER = "all-MiniLM-L6-v2"
 STUDENT = "paraphrase-MiniLM-L3-v2"
