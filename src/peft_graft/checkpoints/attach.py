@@ -199,7 +199,7 @@ def _load_adapters(
     if raw.task is Task.PREDICTION_HEADS:
         try:
             with no_init_weights():  # all of them are replaced
-                model: Any = adapters.AutoAdapterModel.from_config(handle.base.config)
+                model: Any = adapters.AutoAdapterModel.from_config(handle.base.config, trust_remote_code=False)
         except ValueError as error:
             raise VerificationError(
                 f"the library adapters has no model class for {handle.architecture.model_type}", where=handle.name

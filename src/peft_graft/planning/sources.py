@@ -197,7 +197,8 @@ def described(
         return wrap_model(model, tokenizer, role=role)
     loading = loading_of(config, role)
     check_device(loading.device)
-    return blank_handle(load_config(str(model), loading, role=role), str(model))
+    found = load_config(str(model), loading, role=role)
+    return blank_handle(found, str(model), trust_remote_code=loading.trust_remote_code)
 
 
 def given_alignment(alignment: str | Path | Alignment | None, token: str | None = None) -> Alignment | None:
