@@ -230,6 +230,8 @@ def _plan_for(
             can_ask(config, module.raw.library, len(list(islice(samples, LEAST_SAMPLES))))
         has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
+        if text is not None or seeds is not None or module.raw.trains_tokens:
+            sources.check_tokenizers()
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     if asked is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.sizes import head_counts

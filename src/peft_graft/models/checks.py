@@ -1,4 +1,4 @@
-"""What is refused of a model before its weights are loaded, and what loading it raises, in one line that says what to do."""
+"""What is refused of a model before its weights are loaded; what loading raises, in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def check_no_module(name: str, source: Mapping[str, Any], role: str) -> None:
     """
     folder = Path(name) / (source.get("subfolder") or "")
     if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        why = "this is a file" if folder.exists() else "there is no folder of this name"
         raise ModelError(
-            f"the {role} cannot be loaded: {'this is a file' if folder.exists() else 'there is no folder of this name'}",
+            f"the {role} cannot be loaded: {why}",
             where=name,
             fix=f"give a model's folder, or a hub id that can be reached from here{_option(role)}",
         )

@@ -34,8 +34,9 @@ def blank_model(config: PretrainedConfig, task: Task, *, trust_remote_code: bool
     auto = auto_class(task, config)
     trusted = trust_remote_code or is_remote(config)
     if type(config) not in auto._model_mapping and not (trusted and hasattr(config, "auto_map")):
+        what = "bare" if task in (Task.BASE, Task.PREDICTION_HEADS) else task
         raise ModelError(
-            f"transformers {transformers.__version__} has no model of this kind for {task}",
+            f"transformers {transformers.__version__} has no {what} model of this kind",
             where=str(config.name_or_path or config.model_type),
             expected=f"a model that {' or '.join(task.auto_classes)} can load",
             found=config.model_type,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from peft_graft.alignment.aligner import no_text
 from peft_graft.alignment.methods import METHODS
+from peft_graft.checkpoints.attach import check_library
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.checkpoints.student_names import written_names
@@ -103,8 +104,10 @@ def check_task_models(module: RawCheckpoint, moved: RawCheckpoint, models: Model
         module: the teacher's. moved: what is written for the student. has_text: whether the teacher may be asked.
 
     Raises:
-        ModelError: there is no such class, or it cannot be built from the model's configuration.
+        ModelError: there is no such class in transformers or in the library adapters, or it cannot be built from the
+            model's configuration.
     """
+    check_library(moved.library, moved.task, models.student)
     written_names(models.student, moved.task)
     if has_text:
         base = models.teacher.base

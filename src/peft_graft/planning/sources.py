@@ -168,6 +168,16 @@ class ModelSources:
         first, second = (self._tokenizer(*side) for side in self._sides)
         return first, second
 
+    def check_tokenizers(self) -> None:
+        """Refuse models by name whose tokenizers cannot be loaded, before their weights are.
+
+        Raises:
+            ModelError: there is none, or a slow one.
+        """
+        for model, tokenizer, role in self._sides:
+            if not isinstance(model, nn.Module):
+                self._tokenizer(model, tokenizer, role)
+
     def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
         if given is not None:
             return check_tokenizer(given, "", role)
