@@ -33,14 +33,16 @@ def blank_model(config: PretrainedConfig, task: Task, *, trust_remote_code: bool
     """
     auto = auto_class(task, config)
     trusted = trust_remote_code or is_remote(config)
-    if type(config) not in auto._model_mapping and not (trusted and hasattr(config, "auto_map")):
+    remote = trusted and auto.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto._model_mapping and not remote:
         what = "bare" if task in (Task.BASE, Task.PREDICTION_HEADS) else task
         raise ModelError(
             f"transformers {transformers.__version__} has no {what} model of this kind",
             where=str(config.name_or_path or config.model_type),
             expected=f"a model that {' or '.join(task.auto_classes)} can load",
             found=config.model_type,
-            fix="choose a model of another family, or a version of transformers that has it",
+            fix="choose a model of another family; where the module's task is another, correct task_type in its "
+            "adapter_config.json",
         )
     # Transformers 5 fills no weights there; 4 goes through every one of them, which takes a third of a transfer between
     # small models.

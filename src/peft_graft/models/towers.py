@@ -16,10 +16,11 @@ _TEXT = ("language_model", "text_model")
 #: Names of what reads images or sound, and of what brings that to the text tower.
 _OTHERS = frozenset(
     (
-        "vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision_embed_tokens", "vision_proj",
-        "visual", "image_tower", "image_encoder", "video_tower", "vpm", "img_processor", "embed_vision", "audio_tower",
-        "audio_model", "audio_encoder", "speech_encoder", "audio_projection", "embed_audio", "multi_modal_projector",
-        "mm_projector", "connector", "modality_projection", "language_projection", "qformer", "resampler",
+        "vision", "vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision_embed_tokens",
+        "vision_proj", "visual", "visual_tokenizer", "image_tower", "image_encoder", "video_tower", "vpm",
+        "img_processor", "embed_vision", "audio_tower", "audio_model", "audio_encoder", "speech_encoder",
+        "audio_projection", "embed_audio", "multi_modal_projector", "mm_projector", "modality_projection",
+        "language_projection", "connector", "aligner", "qformer", "resampler",
     )
 )  # fmt: skip
 #: A text tower in a path, which is a language model in itself before 4.52: ``language_model.model.layers``.
