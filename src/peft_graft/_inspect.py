@@ -16,7 +16,7 @@ from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.text import TextLike, TextSource
-from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
+from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, seeds_of
@@ -27,7 +27,7 @@ from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.modules.base import Module
 from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.method_choice import same_sizes
-from peft_graft.planning.plan import Plan
+from peft_graft.planning.plan import Plan, at_teacher
 from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, described, given_alignment
 from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.read import PromptLike, PromptSource
@@ -140,8 +140,8 @@ def inspect(
             whether there will be any.
 
     Returns:
-        The findings. A teacher that cannot be reached, or a student that cannot receive the module, is reported as a
-        problem, in the words in which ``transfer`` would refuse it, and not raised.
+        The findings. A teacher that cannot be reached or is not the module's base, or a student that cannot receive
+        the module, is reported as a problem, in the words in which ``transfer`` would refuse it, and not raised.
 
     Raises:
         CheckpointError: the module itself cannot be read.
@@ -178,8 +178,7 @@ def _resolved(
         handle = described(module.teacher(teacher), config, "teacher")
         module = module.of_teacher(handle.architecture)
         raw = module.shapes(handle.base.config)
-        own = handle.base_tensors(output=raw.trains_output)
-        return module, resolve(raw, handle.architecture, own, with_head=config.head != "drop"), None
+        return module, at_teacher(raw, handle, config), None
     except GraftError as error:
         return module, None, str(error)
 
@@ -234,6 +233,8 @@ def _plan_for(
             can_ask(config, module.raw.library, len(list(islice(samples, LEAST_SAMPLES))))
         has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
+        if text is not None or seeds is not None or module.raw.trains_tokens:
+            sources.check_tokenizers()
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     if asked is None:

@@ -107,6 +107,8 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     plan = Plan.make(
         raw, shapes, config, has_text=taught.source is not None, has_prompts=isinstance(taught, _Prompts), given=given
     )
+    if text is not None or seeds is not None or module.raw.trains_tokens:
+        sources.check_tokenizers()
 
     run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     with run.stage("loading models"):

@@ -75,8 +75,11 @@ def test_inspect_plans_a_transfer_without_weights(command, world, tmp_path) -> N
 def test_inspect_reports_problems_and_fails(command, world, tmp_path) -> None:
     done = command("inspect", world / "lora", "--student", tmp_path / "none", code=1)
     assert "cannot:" in done.out
-    done = command("inspect", world / "lora", "--teacher", world / "wide")
+    done = command("inspect", world / "lora", "--teacher", world / "wide", code=1)
     assert "not the base of this module" in done.out
+    refused = command("transfer", world / "lora", "--student", world / "narrow", "--teacher", world / "wide",
+                      "--method", "copy", "--out", tmp_path / "o", code=1)  # fmt: skip
+    assert refused.err.removeprefix("error: ").strip() in done.out
 
 
 def test_align_once_and_transfer_from_it(command, world, tmp_path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,10 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
         warnings.simplefilter("ignore")
         try:
             adapted = peft.get_peft_model(model, _config(raw))
-            peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
+            loaded = peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=where) from error
+        _check_loaded(loaded.unexpected_keys, kind, where)
         adapted.eval()
         if adapted.supports_lora_conversion():
             config, tensors = peft.convert_to_lora(adapted, ENERGY)
@@ -88,6 +89,16 @@ def _config(raw: RawCheckpoint) -> peft.PeftConfig:
         except UserWarning as warning:
             raise ValueError(str(warning)) from warning
     return peft.PeftConfig.from_peft_type(**raw.config)
+
+
+def _check_loaded(unexpected: Sequence[str], kind: str, where: str) -> None:
+    """Refuse a module some of whose tensors no layer has taken."""
+    if unexpected:
+        raise CheckpointError(
+            f"{len(unexpected)} tensors of the {kind} module belong to no layer of the model, {unexpected[0]} first",
+            where=where,
+            fix="name the model that the module was trained on with --teacher",
+        )
 
 
 def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:

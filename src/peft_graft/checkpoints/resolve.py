@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,12 +33,14 @@ class PeftCheckpoint:
         modules: site -> module with labelled tensors.
         head: the classification head saved with it, if any.
         wrapped: whether the module's paths start at a task model (``bert.encoder...``) or at the bare model.
+        other_towers: tensors in what reads images or sound, by the tower's name; they are left out.
     """
 
     raw: RawCheckpoint
     modules: Mapping[Site, Module]
     head: Head | None = None
     wrapped: bool = True
+    other_towers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -79,8 +82,13 @@ def resolve(
     modules: dict[Site, Module] = {}
     owners: dict[Site, str] = {}
     prefixes: set[str] = set()
+    others: Counter[str] = Counter()
     base = Base(architecture, base_tensors or {})
     for path, part in raw.parts.items():
+        tower = None if part.is_virtual or architecture.sites(path) else architecture.other_tower(path)
+        if tower is not None:
+            others[tower] += len(part.tensors)
+            continue
         sites, prefix = ([], "") if part.is_virtual else _sites(path, raw, architecture)
         prefixes.add(prefix)
         for module in module_of(part).from_part(part, path, sites, base):
@@ -94,10 +102,17 @@ def resolve(
                     "--teacher, or leave the tensors of all but one out of the file",
                 )
             modules[module.site], owners[module.site] = module, path
+    if others and not modules:
+        raise CheckpointError(
+            "the module acts on images or sound alone, and what moves is the part that reads text",
+            where=raw.base_model or raw.name,
+            found=", ".join(others),
+            fix="train a module on layers of the text tower",
+        )
     _check_saved_parts(raw, architecture)
     head = resolve_head(raw, architecture, base.tensors) if raw.head and with_head else None
     wrapped = bool(prefixes - {""}) or (raw.task is not Task.BASE)
-    return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped)
+    return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped, dict(others))
 
 
 def to_raw(

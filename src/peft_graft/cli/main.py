@@ -59,7 +59,7 @@ def inspect(
         _print_json(found)
     else:
         show_inspection(found)
-    if found.student and found.student.problem:
+    if found.teacher_problem or (found.student and found.student.problem):
         raise typer.Exit(1)
 
 

@@ -96,12 +96,21 @@ def plan_sites(
         module.check_models(teacher, student)
     mappings, sites, notes = _placed(sides, stacks, config.layers)
     notes = [*checkpoint.raw.notes, *notes, *_expert_notes(checkpoint, sites)]
+    notes += [
+        f"{count} tensors of {tower} are left out: what reads images or sound is not moved, and stays the student's own"
+        for tower, count in checkpoint.other_towers.items()
+    ]
     pairs: dict[Pair, tuple[int, int]] = {}
     for site in sites:
         for source in site.teacher:
             module = checkpoint.modules[source]
             for axis in (axis for axis in _axes(module) if axis.space != VOCABULARY):
                 _add_pair(pairs, sides, method, module, axis, site)
+    if checkpoint.raw.task is Task.CAUSAL_LM and all(stack.kind != "decoder" for stack in student.row.stacks):
+        notes.append(
+            f"the module was trained to generate text, and a {student.model_type} model is an encoder, which does not: "
+            "what moves is what it does to the layers"
+        )
     _check_sizes(pairs, teacher, student)
     carried = checkpoint.head is not None and config.head != "drop"
     if checkpoint.head is not None and carried:

@@ -174,6 +174,16 @@ class ModelSources:
         first, second = (self._tokenizer(*side) for side in self._sides)
         return first, second
 
+    def check_tokenizers(self) -> None:
+        """Refuse models by name whose tokenizers cannot be loaded, before their weights are.
+
+        Raises:
+            ModelError: there is none, or a slow one.
+        """
+        for model, tokenizer, role in self._sides:
+            if not isinstance(model, nn.Module):
+                self._tokenizer(model, tokenizer, role)
+
     def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
         if given is not None:
             return check_tokenizer(given, "", role)
@@ -203,7 +213,8 @@ def described(
         return wrap_model(model, tokenizer, role=role)
     loading = loading_of(config, role)
     check_device(loading.device)
-    return blank_handle(load_config(str(model), loading, role=role), str(model))
+    found = load_config(str(model), loading, role=role)
+    return blank_handle(found, str(model), trust_remote_code=loading.trust_remote_code)
 
 
 def given_alignment(alignment: str | Path | Alignment | None, token: str | None = None) -> Alignment | None:

@@ -154,7 +154,7 @@ class _Demo:
         if not self.text.exists():
             lines = (" ".join(sentence.tokens) for sentence in self.train)
             self.text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
 
     def result(self) -> DemoResult:
         """Do what is left, and put everything together."""

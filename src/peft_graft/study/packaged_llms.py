@@ -69,7 +69,9 @@ def _convert(path: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, dtype=torch.bfloat16
+    )
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
     for name in ("quantization_config", "_name_or_path"):  # the weights are dequantised, and the file was elsewhere

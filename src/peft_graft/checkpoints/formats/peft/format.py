@@ -16,6 +16,7 @@ from peft_graft.checkpoints.formats.base import Format, register_format
 from peft_graft.checkpoints.formats.peft.codec import CODECS, Codec, codec_of_type
 from peft_graft.checkpoints.raw import WEIGHTS, RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.checkpoints.wrappers import without_wrapper_patterns, without_wrappers
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
 from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
@@ -73,6 +74,7 @@ class PeftFormat(Format):
     ) -> RawCheckpoint:
         """A checkpoint from memory; one of a type that has to become a LoRA first has no parts (``weights``)."""
         _check_type(config, where)
+        config, tensors = without_wrapper_patterns(config), without_wrappers(tensors, where)
         codec = codec_of_type(str(config["peft_type"]))
         parts: Mapping[str, Part] = {}
         others: dict[str, Tensor] = {}
