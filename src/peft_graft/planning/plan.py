@@ -26,6 +26,7 @@ from peft_graft.planning.checks import (
     check_method,
     check_pooler,
     check_reading,
+    check_vocabulary,
     no_predictions,
     with_teacher_labels,
 )
@@ -164,6 +165,7 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
     raw = with_teacher_labels(raw, teacher.base.config)
     own = teacher.base_tensors(output=raw.trains_output)
     module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+    check_vocabulary(module, config)
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.base.config)
     return module, in_library(part, config.library)
