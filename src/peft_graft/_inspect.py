@@ -106,7 +106,10 @@ class StudentSummary(Record):
 
 
 class Inspection(Record):
-    """What ``inspect`` found."""
+    """What ``inspect`` found.
+
+    ``left_out``: those of ``paths`` that no role is known for, so that they would stay behind.
+    """
 
     module: str
     module_library: str
@@ -116,6 +119,7 @@ class Inspection(Record):
     parameters: int
     sites: list[SiteSummary] = []
     paths: list[str]
+    left_out: list[str] = []
     head: str | None = None
     labels: list[str] = []
     notes: list[str] = []
@@ -160,6 +164,7 @@ def inspect(
         parameters=raw.num_parameters,
         sites=_summaries(checkpoint) if checkpoint else [],
         paths=sorted(raw.parts),
+        left_out=list(checkpoint.left_out) if checkpoint else [],
         head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
         labels=list(raw.labels or (checkpoint.head.labels if checkpoint and checkpoint.head else ())),
         notes=list(raw.notes),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import transformers
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import families
 import tiny
 from conftest import needs_adapters
+from families import MORE_DECODERS
 from peft_graft.alignment.methods import METHODS
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
@@ -105,6 +108,17 @@ def test_a_site_without_counterpart_is_refused(world) -> None:
     mpnet = describe_config(tiny.config("mpnet"))
     with pytest.raises(PlanError, match=r"layer 0 ffn\.adapter: the student has no counterpart.*attn\.query"):
         plan_transfer(checkpoint, teacher, mpnet, method=METHODS["prune-align"])
+
+
+def test_modules_for_which_the_students_layer_has_no_place_are_counted() -> None:
+    """LFM2 attends in some layers alone."""
+    first, second = (copy.deepcopy(MORE_DECODERS["lfm2"]) for _ in range(2))
+    second.layer_types = ["full_attention", "conv", "full_attention"]
+    models = [transformers.AutoModel.from_config(config) for config in (first, second)]
+    adapted = peft.get_peft_model(models[0], peft.LoraConfig(target_modules=["q_proj", "v_proj", "w1"]))
+    found = tiny.inspect(adapted, models[1], method="copy").student
+    assert found.modules == 3
+    assert found.notes == ["2 modules are left out, for the student's layers there have no attn.query, attn.value"]
 
 
 def test_the_published_shortcut_needs_input_and_output_of_one_size(world, tmp_path) -> None:

@@ -54,6 +54,8 @@ def show_inspection(found: Inspection) -> None:
     else:
         for path in found.paths:
             console.print(f"  {path}")
+    for path in found.left_out:
+        console.print(f"without a role, and so left out: {escaped(path)}", soft_wrap=True)
     if found.teacher_problem:
         console.print(f"[yellow]teacher:[/] {escaped(found.teacher_problem)}", soft_wrap=True)
     student = found.student

@@ -50,6 +50,7 @@ class Architecture:
         transposed: whether linear layers keep their weight as [in, out] (``Conv1D``).
         tower: the part that reads text, of a model that reads more (``language_model``); its layers are the model's.
         beside: names of the other parts of such a model.
+        modules: paths of all modules of the base model, those without a role too.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Architecture:
     embed_scale: float = 1.0
     tower: str = ""
     beside: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
 
     @property
     def num_layers(self) -> int:
@@ -75,7 +77,8 @@ class Architecture:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream, of the last stack where there are several."""
-        return self.sizes[Space(0, self.row.stacks[-1].full("attn.in"))]
+        read = self.row.stacks[-1].full("attn.in")  # by every layer but those that mix tokens in another way
+        return next(size for space, size in self.sizes.items() if space.name == read)
 
     def depth(self, name: str) -> int:
         """Number of layers of the stack that a role or space belongs to."""
@@ -198,6 +201,17 @@ class Architecture:
                 return [Site(int(match["layer"]), stack.full(role)) for role in roles], match["prefix"]
         return None
 
+    def has_module(self, path: str) -> bool:
+        """Whether the base model has a module at a path, with or without a role; a task model's paths are known too."""
+        return not self.modules.isdisjoint({path, path.removeprefix(f"{self.prefix}."), self.in_layers(path)})
+
+    def in_layers(self, path: str) -> str | None:
+        """The path in the base model of what lies in a layer of its stacks; None for what lies outside."""
+        for stack in self.row.stacks:
+            if match := re.fullmatch(rf"(?:.*\.)?({re.escape(stack.layers)}\.\d+\..+)", path):
+                return match[1]
+        return None
+
     def fused_size(self, role: str) -> int:
         """Outputs of the fused linear layer that holds a role."""
         fused = self.row.linears[role].fused
@@ -254,6 +268,7 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         transposed=any(type(module).__name__ == "Conv1D" for module in base.modules()),
         vocabulary=_vocabulary(row, base, words) if words is not None and alone else {},
         embed_scale=_embed_scale(words) if words is not None and alone else 1.0,
+        modules=frozenset(path for path, _ in base.named_modules()),
     )
 
 

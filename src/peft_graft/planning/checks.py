@@ -40,6 +40,22 @@ def check_reading(models: ModelPair, config: GraftConfig, *, has_text: bool) -> 
         check_reads_text(*shapes, f"--method {config.method}")
 
 
+def check_vocabulary(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
+    """Refuse to leave trained tokens behind, which other layers count on, unless the user named what moves.
+
+    Raises:
+        PlanError: the module trains a vocabulary that has no role.
+    """
+    parts = checkpoint.raw.parts
+    tokens = next((path for path in checkpoint.left_out if parts[path].trains_tokens(path)), None)
+    if tokens is not None and config.sites is None:
+        raise PlanError(
+            "the module trains this part of the vocabulary, which has no role in this model yet",
+            where=tokens,
+            fix=f"leave it behind by naming what moves: --sites {','.join(checkpoint.roles)}",
+        )
+
+
 def check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:
     """Refuse a student whose own head has other labels than the module's.
 

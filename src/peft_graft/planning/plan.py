@@ -27,6 +27,7 @@ from peft_graft.planning.checks import (
     check_pooler,
     check_reading,
     check_task_models,
+    check_vocabulary,
     no_predictions,
     with_teacher_labels,
 )
@@ -175,6 +176,7 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
     """The whole module tied to the teacher's sites, and the part of it that moves."""
     teacher = models.teacher
     module = at_teacher(raw, teacher, config)
+    check_vocabulary(module, config)
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.text_config)
     return module, in_library(part, config.library)

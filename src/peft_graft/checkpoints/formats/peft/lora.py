@@ -17,7 +17,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
 from peft_graft.modules.base import Part
-from peft_graft.modules.embeddings import RowsPart
+from peft_graft.modules.embeddings import RowsPart, TokenRowsPart
 from peft_graft.modules.lora import EmbeddingLoraPart, LoraPart, rank_stabilised_scaling
 
 #: Initialisations that leave the base model as it is, and the ones that do not.
@@ -95,6 +95,7 @@ class LoraCodec(Codec):
     def parts(self, found: Found, config: Mapping[str, Any], where: str) -> dict[str, Part]:
         """LoRA's factors and rows of a vocabulary; there is no LoRA without factors."""
         parts: dict[str, Part] = {}
+        found = embeddings.without_tied(found, config)
         factors = {
             path: values for path, values in found.items() if not {embeddings.WHOLE, embeddings.TOKENS} & {*values}
         }
@@ -152,6 +153,8 @@ class LoraCodec(Codec):
             "fan_in_fan_out": bool(set(ranks) & names.transposed),
             "trainable_token_indices": embeddings.token_indices(raw.parts),
         }
+        if any(part.trains_output(path) for path, part in raw.parts.items() if isinstance(part, TokenRowsPart)):
+            own["ensure_weight_tying"] = False  # the output layer has rows of its own
         return super().config(raw, {**config, **own}, names)
 
 
