@@ -35,7 +35,12 @@ class Task(StrEnum):
         """The hub's name for pipelines of this task, None for bare models."""
         if self in (Task.BASE, Task.PREDICTION_HEADS):
             return None
-        return {Task.CAUSAL_LM: "text-generation", Task.SEQ2SEQ_LM: "text2text-generation"}.get(self, str(self))
+        others = {
+            Task.SEQUENCE_CLASSIFICATION: "text-classification",
+            Task.CAUSAL_LM: "text-generation",
+            Task.SEQ2SEQ_LM: "text2text-generation",
+        }
+        return others.get(self, str(self))
 
     def auto_class_of(self, model_type: str) -> str:
         """The auto class that users load a model of this type with."""

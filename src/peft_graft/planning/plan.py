@@ -27,6 +27,7 @@ from peft_graft.planning.checks import (
     check_pooler,
     check_reading,
     no_predictions,
+    with_given_labels,
     with_teacher_labels,
 )
 from peft_graft.planning.correspondence import ExpertMap
@@ -161,9 +162,12 @@ class Plan:
 def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tuple[PeftCheckpoint, PeftCheckpoint]:
     """The whole module tied to the teacher's sites, and the part of it that moves."""
     teacher = models.teacher
-    raw = with_teacher_labels(raw, teacher.base.config)
+    names = config.labels if isinstance(config.labels, tuple) else ()
+    raw = replace(raw, labels=None) if names else with_teacher_labels(raw, teacher.base.config)
     own = teacher.base_tensors(output=raw.trains_output)
     module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+    if names:
+        module = with_given_labels(module, names)
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.base.config)
     return module, in_library(part, config.library)
