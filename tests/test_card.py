@@ -21,6 +21,7 @@ from conftest import needs_adapters
 from peft_graft import Graft, GraftConfig
 from peft_graft.card import write_model_card
 from peft_graft.checkpoints.student_names import written_names
+from peft_graft.distill.completions import PromptRecord
 from peft_graft.errors import HeadError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -44,6 +45,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         tiny.saved(Path("models/llama"), config, transformers.AutoModelForCausalLM)
+        tokenizer = transformers.AutoTokenizer.from_pretrained("models/llama")
+        tokenizer.chat_template = (
+            "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+        )
+        tokenizer.save_pretrained("models/llama")
         speaker = transformers.AutoModelForCausalLM.from_pretrained("models/llama")
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
         peft.get_peft_model(speaker, lora).save_pretrained("modules/speech")
@@ -54,7 +60,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiny.adapterhub_module(Path("modules/tagger"), base, head="tagging")
             tiny.adapterhub_module(Path("modules/sorter"), base, head="classification", use_safetensors=True)
             tiny.adapterhub_module(Path("modules/headless"), base, head=None)
+            static_head(Path("modules/static"), base)
     return root
+
+
+def static_head(folder: Path, base: Path) -> None:
+    """A module of the library adapters in a task model of transformers, with that model's own head."""
+    import adapters
+
+    model = tiny.task_model(base)
+    adapters.init(model)
+    model.add_adapter("skill", config="seq_bn", set_active=True)
+    tiny.randomise(model, 1, ("adapters.skill", "classifier"))
+    model.save_adapter(str(folder), "skill", with_head=True)
 
 
 def grafted(made: Path, module: str, out: Path, patch: pytest.MonkeyPatch, **options: Any) -> Graft:
@@ -95,6 +113,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "a head of the library": ("tagger", {}),
     "a head in safetensors": ("sorter", {"labels": ("a", "b", "c")}),
     "no head": ("headless", {}),
+    "a head of transformers": ("static", {"labels": ("a", "b", "c", "d", "e")}),
     "from peft, named": ("tags", {"library": "adapters", "labels": tiny.LABELS}),
     "from peft, no head": ("tags", drop(library="adapters")),
     "from peft, a bare encoder": ("bare", {"library": "adapters"}),
@@ -121,7 +140,7 @@ def test_the_code_of_the_card_loads_the_graft_from_another_folder(
     model = space["model"]
     assert torch.equal(last(model), last(graft.model.eval()))
     if graft.labels:
-        names = model.config.id2label if isinstance(model, peft.PeftModel) else model.get_labels_dict()
+        names = model.get_labels_dict() if hasattr(model, "get_labels_dict") else model.config.id2label
         assert tuple(names[index] for index in sorted(names)) == graft.labels
         assert json.loads((tmp_path / "graft" / "graft.json").read_text())["head"]["labels"] == list(graft.labels)
 
@@ -140,6 +159,32 @@ def test_what_is_written_loads_with_the_automatic_classes(made: Path, tmp_path: 
     assert torch.equal(last(speak.model), last(grafts["speech"].model.eval()))
     assert speak("river", max_new_tokens=3)[0]["generated_text"]
     assert torch.equal(last(Graft.from_pretrained("sentiment").model.eval()), last(grafts["sentiment"].model.eval()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"system": "Be brief.", "template_args": {"short": True}}, "system Be brief. user Maria moved"),
+        ({"format": r"Say '{prompt}':\n"}, "Say 'Maria moved to Lisbon in winter.':\n"),
+    ],
+)
+def test_a_language_model_is_asked_as_it_was_taught(
+    settings: dict[str, Any], asked: str, made: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """By its chat template with the same arguments, or in the format of the module."""
+    graft = grafted(made, "speech", tmp_path / "graft", monkeypatch)
+    report = graft.report.model_copy(
+        update={"prompts": PromptRecord.model_construct(made=None), "settings": GraftConfig(**settings)}
+    )
+    names = written_names(graft.student, graft.raw.task)
+    write_model_card(tmp_path / "graft", report, graft.raw, graft.student, (), names=names, graft="graft")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    code = code_of(tmp_path / "graft").replace("max_new_tokens=64", "max_new_tokens=3")
+    exec(compile(code, "README.md", "exec"), {})
+    said = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])[0]["generated_text"]
+    assert said.startswith(asked)
+    assert ("**{'short': True}" in code) == ("template_args" in settings)
 
 
 def test_models_are_named_by_their_hub_ids_and_found_by_their_paths(made: Path, tmp_path: Path, monkeypatch) -> None:
@@ -257,8 +302,8 @@ def test_label_names_from_a_file(name: str, content: str, tmp_path: Path) -> Non
         ("a,,b", "--labels: a label has no name; expected names with commas between them, or a file: a JSON list or "
          "id2label, or one name in each line, found a, , b"),
         ("a,b,a", "--labels: two labels have the same name; found a"),
-        ("none.txt", "--labels: the labels in none.txt cannot be read (No such file or directory). Fix: give names with "
-         "commas between them, or a file: a JSON list or id2label, or one name in each line"),
+        ("none.txt", "--labels: the labels in none.txt cannot be read (No such file or directory). Fix: give names "
+         "with commas between them, or a file: a JSON list or id2label, or one name in each line"),
     ],
 )  # fmt: skip
 def test_label_names_that_are_none(given: str, message: str) -> None:
@@ -270,7 +315,8 @@ def test_label_names_that_are_none(given: str, message: str) -> None:
 def test_label_names_that_do_not_fit_are_refused_by_the_plan(made: Path, monkeypatch) -> None:
     monkeypatch.chdir(made)
     for module, options, message in (
-        ("tags", {"labels": "a,b"}, "--labels: the head has another number of classes; expected 5 names, found 2 (a, b)"),
+        ("tags", {"labels": "a,b"},
+         "--labels: the head has another number of classes; expected 5 names, found 2 (a, b)"),
         ("tags", {"labels": "a,b", "head": "drop"},
          "--labels: no head moves whose classes they could name; found 2 (a, b). Fix: leave --labels out"),
         ("speech", {"labels": "a,b"},

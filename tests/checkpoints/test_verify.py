@@ -1,4 +1,4 @@
-"""What is said of a written checkpoint that does not load, or does nothing: never with the folder that is gone by then."""
+"""What is said of a written checkpoint that does not load, or does nothing, without its temporary folder."""
 
 from __future__ import annotations
 
