@@ -53,6 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         speaker = transformers.AutoModelForCausalLM.from_pretrained("models/llama")
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
         peft.get_peft_model(speaker, lora).save_pretrained("modules/speech")
+        loha = peft.LoHaConfig(task_type="TOKEN_CLS", r=2, target_modules=["query"], init_weights=False)
+        peft.get_peft_model(tiny.task_model(base), loha).save_pretrained("modules/converted")
         asker = transformers.AutoModelForQuestionAnswering.from_pretrained(base)
         lora = peft.LoraConfig(task_type="QUESTION_ANS", r=2, target_modules=["query"], init_lora_weights=False)
         peft.get_peft_model(asker, lora).save_pretrained("modules/questions")
@@ -263,6 +265,16 @@ def test_no_string_breaks_the_card(made: Path, tmp_path: Path, monkeypatch) -> N
     assert outline((tmp_path / "README.md").read_text()) == outline(added)
 
 
+@pytest.mark.parametrize("library", ["peft", pytest.param("adapters", marks=needs_adapters)])
+def test_half_a_pair_of_surrogates_is_written_as_json_has_it(
+    library: str, made: Path, tmp_path: Path, monkeypatch
+) -> None:
+    labels = ("\ud800", *"abcd")
+    graft = grafted(made, "tags", tmp_path / "graft", monkeypatch, labels=labels, library=library)
+    assert graft.labels == labels
+    assert Graft.from_pretrained(tmp_path / "graft").labels == labels
+
+
 def test_label_names_come_from_wherever_they_are(made: Path, tmp_path: Path) -> None:
     """From the option before the files; from the teacher where it has real ones; placeholders are none."""
     base, module = made / "models" / "bert", made / "modules" / "tags"
@@ -319,6 +331,8 @@ def test_label_names_that_do_not_fit_are_refused_by_the_plan(made: Path, monkeyp
          "--labels: the head has another number of classes; expected 5 names, found 2 (a, b)"),
         ("tags", {"labels": "a,b", "head": "drop"},
          "--labels: no head moves whose classes they could name; found 2 (a, b). Fix: leave --labels out"),
+        ("converted", {"labels": "a,b"},
+         "--labels: the head has another number of classes; expected 5 names, found 2 (a, b)"),
         ("speech", {"labels": "a,b"},
          "--labels: no head moves whose classes they could name; expected ignore or use, of a language model, "
          "found 2 (a, b). Fix: leave --labels out"),
@@ -329,3 +343,4 @@ def test_label_names_that_do_not_fit_are_refused_by_the_plan(made: Path, monkeyp
         with pytest.raises(HeadError) as caught:
             tiny.transfer(f"modules/{module}", student, method="copy", **options)
         assert str(caught.value) == message
+    assert tiny.inspect("modules/converted", "models/bert", method="copy", labels="a,b,c,d,e").student.problem is None

@@ -61,3 +61,6 @@ def test_a_configuration_names_the_student_and_its_revision() -> None:
     assert (names.name, names.revision) == ("org/base", "v2")
     live = wrap_model(transformers.AutoModel.from_config(tiny.config(layers=1, hidden=16)))
     assert live.record.hub_id is None
+    record = live.record.model_copy(update={"name": "/gone/base"})
+    assert record.reachable == "/gone/base"
+    assert record.model_copy(update={"hub_id": "org/base"}).reachable == "org/base"
