@@ -43,6 +43,8 @@ def test_every_field_is_an_option_and_is_explained(command: str) -> None:
         ["--sites", "attn.query,ffn.*", "--columns", "premise, hypothesis", "--library", "adapters", "--cache"],
         ["--quantization-config", '{"load_in_8bit": true}', "--device-map", "auto", "--no-cache"],
         ["--device-map", '{"": "cpu"}', "--dtype", "bfloat16", "--token", "hf_x", "--trust-remote-code"],
+        ["--labels", "O, B-PER"],
+        ["--labels", "use"],
     ],
 )
 def test_a_command_line_makes_the_config_that_python_would(arguments: list[str]) -> None:
@@ -63,6 +65,8 @@ def test_a_command_line_makes_the_config_that_python_would(arguments: list[str])
                              "library": "adapters", "cache": True},
         '{"load_in_8bit": true}': {"quantization_config": {"load_in_8bit": True}, "device_map": "auto", "cache": False},
         '{"": "cpu"}': {"device_map": {"": "cpu"}, "dtype": "bfloat16", "token": "hf_x", "trust_remote_code": True},
+        "O, B-PER": {"labels": ("O", "B-PER")},
+        "use": {"labels": "use"},
     }[arguments[1] if arguments else ()]  # fmt: skip
     assert made == [GraftConfig(**expected)]
 

@@ -12,7 +12,7 @@ import pytest
 from hub import FakeHub
 
 _SCRIPT = """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 import peft_graft
 from peft_graft import Alignment, Graft, GraftConfig
@@ -28,6 +28,13 @@ same = all(
         for name, tensor in module.tensors.items())
     for found in (again, second) for site, module in graft.checkpoint.modules.items()
 )
+# A local student that is a copy of one on the hub is named as that one, for others to find it.
+named = world.parent / "named"
+shutil.copytree(world / "shallow", named)
+config = json.loads((named / "config.json").read_text())
+(named / "config.json").write_text(json.dumps({**config, "_name_or_path": "org/base"}))
+peft_graft.transfer(world / "lora", named, config=GraftConfig(method="copy")).push_to_hub("me/named")
+shutil.rmtree(named)
 # A graft is an ordinary module: it moves on, from the hub, to yet another model.
 onward = peft_graft.transfer("me/graft", world / "teacher", config=GraftConfig(method="copy", revision="second"))
 try:
@@ -62,4 +69,10 @@ def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
     assert "me/nothing" in found["missing"]
     files = hub.files["me/graft"]["second"]
     assert {"adapter_config.json", "adapter_model.safetensors", "graft.json", "README.md"} <= files.keys()
-    assert b"library_name: peft" in files["README.md"]
+    card = files["README.md"].decode()
+    assert "library_name: peft" in card
+    assert 'graft = "me/graft"' in card
+    assert str(world) not in card
+    named = hub.files["me/named"]["main"]
+    assert json.loads(named["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert 'base = "org/base"' in named["README.md"].decode()

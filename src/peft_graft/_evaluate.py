@@ -224,7 +224,7 @@ def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConf
     raw = read_checkpoint(locate(name, token=config.token, **place))
     loading = _loading(config, None if named else settings.teacher_revision)
     bare = TEACHER_BASE if config.teacher_base else None
-    model = str(named or report.teacher.name)
+    model = str(named or report.teacher.reachable)
     return _on_its_base(raw, name, model, loading, settings.model_copy(update=given), bare, TEACHER)
 
 

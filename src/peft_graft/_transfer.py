@@ -34,6 +34,7 @@ from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, 
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
 from peft_graft.models.loading import ModelPair
+from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
@@ -126,7 +127,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
 
     report = _report(plan, outcome, polished, aligner, run).model_copy(
         update={
-            "module": module.name,
+            "module": place_of(module.name),
             "text": taught.source.name if taught.source else None,
             "alignment": str(alignment) if isinstance(alignment, str | Path) else None,
             "notes": [*plan.sites.notes, *taught.remarks, *notes],

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from peft_graft.errors import PlanError
+from peft_graft.labels import Labels
 
 AUTO = "auto"
 #: Paired tokens that an alignment sees at most, where nothing else is said.
@@ -244,9 +245,10 @@ class GraftConfig(PairConfig):
     template_args: Annotated[dict[str, Any] | None, Option(_PROMPTS, later=True)] = Field(
         default=None, description='Arguments of the chat templates as JSON, such as {"enable_thinking": false}.'
     )
-    labels: Annotated[Literal["ignore", "use"], Option(_PROMPTS, later=True)] = Field(
+    labels: Annotated[Labels, Option(_WHAT, later=True)] = Field(
         default="ignore",
-        description="Answers that come with the prompts: ignore, or use: learn them in place of the teacher's.",
+        description="Names of a head's classes where no file has them: O,B-PER,I-PER, or a JSON or text file. Of a "
+        "language model, answers that come with the prompts: ignore, or use: learn them in place of the teacher's.",
     )
     learn: Annotated[Literal["distributions", "text"], Option(_PROMPTS, later=True)] = Field(
         default="distributions",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_graft.alignment.alignment import Alignment
+from peft_graft.card import write_model_card
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.raw import RawCheckpoint
@@ -26,7 +27,7 @@ from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_c
 from peft_graft.models.task_models import set_labels
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
-from peft_graft.report import GraftReport, write_model_card
+from peft_graft.report import GraftReport
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,7 +75,7 @@ class Graft:
     def _loaded_student(self) -> ModelHandle:
         """The student with weights, which are loaded only now for a graft that was read back."""
         student = self.student
-        return load_model(student.name, student.loading, role="student") if student.is_blank else student
+        return load_model(student.place, student.loading, role="student") if student.is_blank else student
 
     @cached_property
     def model(self) -> Any:
@@ -103,10 +104,16 @@ class Graft:
             OutputError: the folder exists and ``force`` is not set, or cannot be written.
             VerificationError: the written checkpoint does not load cleanly, or changes nothing.
         """
-        out, raw = Path(folder), self.raw
-        student = self._loaded_student
+        return self._save(Path(folder), force=force)
+
+    def _save(self, out: Path, *, force: bool = False, hub_id: str | None = None) -> Graft:
+        """See ``save_pretrained``; of a graft that goes to the hub as ``hub_id``, so that others can load it."""
+        raw, student = self.raw, self._loaded_student
+        names = written_names(student, raw.task)
+        if hub_id:
+            names = replace(names, name=self.report.student.hub_id or names.name)
         with written_aside(out, force=force) as staging:
-            write_checkpoint(staging, raw, written_names(student, raw.task))
+            write_checkpoint(staging, raw, names)
             if self.labels and raw.library == Library.PEFT:
                 _write_labels(staging, student.base.config, self.labels)
             verification = verify(staging, raw, student, self.labels)
@@ -119,7 +126,8 @@ class Graft:
                 notes.append(f"not verified: {verification.library} is not installed")
             notes = list(dict.fromkeys(notes))
             report = self.report.model_copy(update={"verification": verification, "notes": notes})
-            write_model_card(staging, report, raw.task, self.labels)
+            called = hub_id or out.absolute().name
+            write_model_card(staging, report, raw, student, self.labels, names=names, graft=called)
             write_json(staging / REPORT, report.model_dump(mode="json"))
         return replace(self, report=report, folder=out)
 
@@ -147,7 +155,7 @@ class Graft:
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         with temporary_folder() as place:
-            saved = self.save_pretrained(place / "graft")
+            saved = self._save(place / "graft", hub_id=repository)
             found = api.upload_folder(
                 repo_id=repository, folder_path=str(saved.folder), revision=revision, commit_message=commit_message
             )
@@ -190,7 +198,7 @@ class Graft:
                 where=str(folder / REPORT),
                 fix="transfer the module again",
             ) from error
-        place = str(student or report.student.name)
+        place = str(student or report.student.reachable)
         loading = Loading(
             revision=report.settings.student_revision,
             token=token,

@@ -221,3 +221,9 @@ def test_help_names_every_option_of_the_documentation(command) -> None:
         --device --dtype --force --json --columns"""
     for option in options.split():
         assert option in text
+
+
+def test_the_version_and_the_short_word_for_help(command) -> None:
+    assert command("--version").out == f"peft-graft {peft_graft.__version__}\n"
+    assert command("-h").out == command("--help").out
+    assert command("transfer", "-h").out == command("transfer", "--help").out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def attach_written(
         VerificationError: the library cannot load it, or found keys missing or unexpected.
         DependencyError: the library is not installed.
     """
-    _check_installed(raw, str(folder))
+    _check_installed(raw, handle.name)
     load = _load_peft if raw.library == Library.PEFT else _load_adapters
     with quiet():
         return _ready(load(folder, raw, written_names(handle, raw.task), handle, labels), bf16=False)
@@ -205,8 +206,8 @@ def _load_peft(
     model, own = _task_model(raw, handle, labels)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=str(folder)) from error
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        raise VerificationError(f"peft cannot load it ({_first_line(error, folder)})", where=handle.name) from error
     return AttachedModel(adapted, raw, names, read_json(folder / CONFIG), own_biases=own)
 
 
@@ -249,11 +250,11 @@ def _load_adapters(
             use_safetensors=raw.weights_suffix == ".safetensors",
         )
     except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise VerificationError(f"adapters cannot load it ({_first_line(error)})", where=str(folder)) from error
+        raise VerificationError(f"adapters cannot load it ({_first_line(error, folder)})", where=handle.name) from error
     if info.get("missing_keys") or info.get("unexpected_keys"):
         raise VerificationError(
             "keys are missing or unexpected on loading",
-            where=str(folder),
+            where=handle.name,
             found=f"missing {info.get('missing_keys')}, unexpected {info.get('unexpected_keys')}",
         )
     if trainable:
@@ -261,5 +262,9 @@ def _load_adapters(
     return AttachedModel(model, raw, names, raw.config, name)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_line(error: BaseException, folder: Path | None = None) -> str:
+    """What a library says first, without the temporary folder that the checkpoint lies in."""
+    text = str(error).strip()
+    if folder is not None:
+        text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the checkpoint")
+    return (text.splitlines() or [type(error).__name__])[0]

@@ -112,7 +112,8 @@ def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
         if shape := shapes.get(path):
             a, b = (torch.empty(size, device="meta") for size in ((1, shape[0]), (shape[1], 1)))
             parts[path] = LoraPart(a, b, scaling=1.0)
-    return replace(raw, kind="lora", parts=parts, unconverted={})
+    head = {key.removeprefix(_START): value for key, value in _heads(raw).items()}
+    return replace(raw, kind="lora", parts=parts, head=head, unconverted={})
 
 
 def _heads(raw: RawCheckpoint) -> dict[str, Tensor]:

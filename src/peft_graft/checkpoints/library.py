@@ -82,7 +82,8 @@ def _as_adapters(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
         **{switch: role in checkpoint.roles for role, switch in _SWITCHES.items()},
     ).to_dict()
     config: dict[str, Any] = {"config": settings, "name": raw.name, "version": VERSION}
-    written = _converted(raw, Library.ADAPTERS, Task.PREDICTION_HEADS, config)
+    task = raw.task if raw.task is Task.CAUSAL_LM else Task.PREDICTION_HEADS  # whose output layer is the model's own
+    written = _converted(raw, Library.ADAPTERS, task, config)
     if head is not None:
         head_config, tensors = build_head(head, raw.name)
         written = replace(written, head=tensors, head_config=head_config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.places import is_folder
 from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import blank_model, is_remote
@@ -19,7 +20,8 @@ class StudentNames:
     """What a written configuration says about the student.
 
     Attributes:
-        name: model name or path. model_type: ``config.model_type``. hidden_size: of the student.
+        name: hub id, or absolute path. revision: of the hub, where it is not the newest.
+        model_type: ``config.model_type``. hidden_size: of the student.
         base_class, task_class: class names of the bare model and of the task model (equal for ``base``).
         prefix: attribute of the base model in its task models, such as ``bert``.
         modules: paths of all modules of the task model, to tell which short names are unambiguous.
@@ -42,6 +44,7 @@ class StudentNames:
     num_kv_heads: int = 0
     stacks: tuple[tuple[str, int], ...] = ()
     attentions: tuple[str, ...] = ()
+    revision: str | None = None
 
     def position(self, path: str) -> int:
         """The layer that a path leads into, layers counted through all stacks."""
@@ -85,7 +88,8 @@ def written_names(model: ModelHandle, task: Task) -> StudentNames:
     task_model = blank_model(config, task, trust_remote_code=is_remote(model.base))
     heads, kv_heads = head_counts(model.text_config)
     return StudentNames(
-        name=model.name,
+        name=model.place,
+        revision=None if is_folder(model.place) else model.loading.revision,
         model_type=config.model_type,
         hidden_size=int(getattr(model.text_config, "hidden_size", 0) or getattr(config, "dim", 0)),
         base_class=type(model.base).__name__,

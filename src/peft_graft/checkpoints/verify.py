@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from peft_graft.checkpoints.formats.adapters.format import written_tensors
 from peft_graft.checkpoints.formats.peft.format import weights_file
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
-from peft_graft.errors import VerificationError
+from peft_graft.errors import CheckpointError, VerificationError
 from peft_graft.files import read_tensors
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import complete
@@ -41,6 +42,8 @@ class Verification(Record):
 def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple[str, ...] = ()) -> Verification:
     """Load a written checkpoint into the student and see that it is complete and acts.
 
+    Errors name the student: the folder is a temporary one until all is well.
+
     Args:
         folder: the written checkpoint. raw: what was written. student: its weights are copied, not touched.
         labels: label names of the head.
@@ -53,10 +56,13 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
     version = library_version(library)
     if version is None:
         return Verification(library=library, version=None)
+    try:
+        written = read_tensors(weights_file(folder)) if library == Library.PEFT else written_tensors(folder, raw)
+    except CheckpointError as error:
+        reason = error.message.replace(f"{folder}{os.sep}", "")
+        raise VerificationError(f"what was written cannot be read ({reason})", where=student.name) from error
     attached = attach_written(folder, raw, student, labels)
-    is_peft = library == Library.PEFT
-    written = read_tensors(weights_file(folder)) if is_peft else written_tensors(folder, raw)
-    _compare(written, attached.tensors(), folder)
+    _compare(written, attached.tensors(), student.name)
     batch = {name: value.to(attached.device) for name, value in probe(student).items()}
     with torch.inference_mode():
         try:
@@ -65,35 +71,35 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
             raise VerificationError(
                 f"{library} loads the module, but the student cannot be run with it "
                 f"({(str(error).splitlines() or [type(error).__name__])[0]})",
-                where=str(folder),
+                where=student.name,
                 fix="move another kind of module",
             ) from error
         without = attached.forward(batch, module=False)[1].clone()
     if not bool(torch.isfinite(with_module).all()):
-        raise VerificationError("the student's output with the module is not finite", where=str(folder))
+        raise VerificationError("the student's output with the module is not finite", where=student.name)
     change = float((with_module - without).abs().max() / without.abs().max().clamp_min(1e-12))
     if change == 0:
         raise VerificationError(
             "the module loads but changes nothing in the student's output",
-            where=str(folder),
+            where=student.name,
             fix="check that the teacher's module was trained at all (peft-graft inspect shows which sites act)",
         )
     return Verification(library=library, version=version, tensors_loaded=len(written), output_change=change)
 
 
-def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], folder: Path) -> None:
+def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where: str) -> None:
     missing, unexpected = sorted(written.keys() - loaded.keys()), sorted(loaded.keys() - written.keys())
     if missing or unexpected:
         raise VerificationError(
             "keys are missing or unexpected on loading",
-            where=str(folder),
+            where=where,
             found=f"not loaded {missing[:3]}, not written {unexpected[:3]}",
         )
     for key, value in written.items():
         arrived = loaded[key].cpu()
         # In the coarser of the two: a model in half precision holds vectors of its own no better.
         if not torch.equal(arrived.to(value.dtype), value) and not torch.equal(arrived, value.to(arrived.dtype)):
-            raise VerificationError(f"tensor {key} arrived with other values", where=str(folder))
+            raise VerificationError(f"tensor {key} arrived with other values", where=where)
 
 
 def probe(student: ModelHandle) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def with_options(name: str) -> Any:
     """A command with all its options, ready to be called."""
     from peft_graft.cli.options import options_from
 
-    alone = typer.Typer(add_completion=False)
+    alone = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
     alone.command(name)(options_from(_FUNCTIONS[name]))
     return typer.main.get_command(alone)
 

@@ -31,6 +31,7 @@ app = typer.Typer(
     cls=CommandsOnCall,
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 128 + signal.SIGINT
@@ -208,8 +209,24 @@ def demo(
         show_demo(result, Console())
 
 
+def _say_version(*, asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"peft-graft {peft_graft.__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def _about() -> None:
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda asked: _say_version(asked=asked),
+            is_eager=True,
+            help="Say which version this is.",
+        ),
+    ] = False,
+) -> None:
     """Move trained LoRA and adapter modules from one transformer to another."""
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from peft_graft.models.fingerprint import (
     pooler_fingerprint,
     tokenizer_fingerprint,
 )
+from peft_graft.models.places import hub_id_of, place_of
 from peft_graft.models.spec import LM_HEAD_ROLE
 from peft_graft.models.task_models import auto_class, blank_model, is_remote, prefix_of, take_parts
 from peft_graft.models.tasks import Task
@@ -92,14 +94,23 @@ DEFAULT_LOADING = Loading()
 
 
 class ModelRecord(Record):
-    """What a report says about a teacher or student: name, family, depth, and fingerprint of its weights."""
+    """What a report says about a teacher or student: family, depth, and fingerprint of its weights.
+
+    ``name``: where it is, a hub id or an absolute path. ``hub_id``: what the hub calls it, as far as is known.
+    """
 
     name: str
+    hub_id: str | None = None
     model_type: str
     num_layers: int
     hidden_size: int
     inferred_architecture: bool
     fingerprint: str | None = None
+
+    @property
+    def reachable(self) -> str:
+        """Where to load it from: its folder, or the hub where that is not here."""
+        return self.name if self.hub_id is None or Path(self.name).exists() else self.hub_id
 
 
 @dataclass
@@ -113,6 +124,7 @@ class ModelHandle:
         output, output_bias: [V, d] and [V], the output layer's weight and bias, where the model was given as a language
             model, or once they have been asked for.
         loading: how it was loaded by its name.
+        place: its hub id, or its folder's absolute path, which is found wherever the process goes.
     """
 
     name: str
@@ -123,6 +135,10 @@ class ModelHandle:
     output: Tensor | None = field(default=None, repr=False)
     output_bias: Tensor | None = field(default=None, repr=False)
     loading: Loading = DEFAULT_LOADING
+    place: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = place_of(self.name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -173,8 +189,10 @@ class ModelHandle:
     @property
     def record(self) -> ModelRecord:
         """The model for a report."""
+        unnamed = self.name == type(self.base).__name__  # a live model that came from nowhere
         return ModelRecord(
-            name=self.name,
+            name=self.place,
+            hub_id=None if unnamed else hub_id_of(self.place),
             model_type=self.architecture.model_type,
             num_layers=self.architecture.num_layers,
             hidden_size=self.architecture.hidden_size,
@@ -197,7 +215,7 @@ class ModelHandle:
         else:
             options = {**self.loading.source, **self.loading.weights, "dtype": self.base.dtype}
             with explained(self.name, "output layer"):
-                model = auto_class(Task.CAUSAL_LM, self.base.config).from_pretrained(self.name, **options)
+                model = auto_class(Task.CAUSAL_LM, self.base.config).from_pretrained(self.place, **options)
             layer = model.get_output_embeddings()
             weight = layer.weight
             self.output_bias = layer.bias.detach() if getattr(layer, "bias", None) is not None else None

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
+from peft_graft.labels import declared_names
 from peft_graft.models.devices import device_of, is_quantised, is_spread
 from peft_graft.models.tasks import Task
 
@@ -195,8 +196,7 @@ def fresh_head(config: PretrainedConfig, task: Task, num_labels: int | None, see
 
 def own_labels(config: PretrainedConfig) -> tuple[str, ...]:
     """Label names that a configuration declares itself, empty where it has transformers' placeholders only."""
-    names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
-    return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
+    return declared_names(config.id2label)
 
 
 def prefix_of(model: PreTrainedModel) -> str:

@@ -73,6 +73,7 @@ _AUTO_CLASSES = {
     Task.IMAGE_CLASSIFICATION: ("AutoModelForImageClassification",),
 }
 _PIPELINES = {
+    Task.SEQUENCE_CLASSIFICATION: "text-classification",
     Task.CAUSAL_LM: "text-generation",
     Task.SEQ2SEQ_LM: "text2text-generation",
     Task.MASKED_LM: "fill-mask",

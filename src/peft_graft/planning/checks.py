@@ -16,6 +16,7 @@ from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import POOLED_OUT, Space
 from peft_graft.models.task_models import blank_model, is_remote, own_labels
+from peft_graft.models.tasks import Task
 from peft_graft.planning.sites import SitePlans
 from peft_graft.planning.spaces import check_reads_text
 
@@ -150,6 +151,25 @@ def with_teacher_labels(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawChe
     labels = own_labels(teacher)
     rows = {tensor.shape[0] for tensor in raw.head.values()}
     return replace(raw, labels=labels) if labels and not raw.labels and len(labels) in rows else raw
+
+
+def with_given_labels(checkpoint: PeftCheckpoint, names: tuple[str, ...]) -> PeftCheckpoint:
+    """The same head with the label names that a user gave.
+
+    Raises:
+        HeadError: there is no head that moves, or one with another number of classes.
+    """
+    head = checkpoint.head
+    if head is None or len(names) != head.num_labels:
+        speaks = checkpoint.raw.task is Task.CAUSAL_LM
+        raise HeadError(
+            "no head moves whose classes they could name" if head is None else "the head has another number of classes",
+            where="--labels",
+            expected=f"{head.num_labels} names" if head else "ignore or use, of a language model" if speaks else None,
+            found=f"{len(names)} ({', '.join(names)})",
+            fix="leave --labels out" if head is None else None,
+        )
+    return replace(checkpoint, raw=replace(checkpoint.raw, labels=names), head=replace(head, labels=names))
 
 
 def asks_teacher(config: GraftConfig) -> bool:

@@ -29,6 +29,7 @@ from peft_graft.planning.checks import (
     check_task_models,
     check_vocabulary,
     no_predictions,
+    with_given_labels,
     with_teacher_labels,
 )
 from peft_graft.planning.correspondence import ExpertMap
@@ -167,9 +168,12 @@ def at_teacher(raw: RawCheckpoint, teacher: ModelHandle, config: GraftConfig) ->
     Raises:
         CheckpointError, ModelError, HeadError: see ``checkpoints.resolve``.
     """
-    raw = with_teacher_labels(replace(raw, base_model=teacher.name), teacher.base.config)
+    names = config.labels if isinstance(config.labels, tuple) else ()
+    raw = replace(raw, base_model=teacher.name, labels=None if names else raw.labels)
+    raw = raw if names else with_teacher_labels(raw, teacher.base.config)
     own = teacher.base_tensors(output=raw.trains_output)
-    return resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+    module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+    return with_given_labels(module, names) if names else module
 
 
 def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tuple[PeftCheckpoint, PeftCheckpoint]:

@@ -211,6 +211,7 @@ class _Demo:
         fine_tune(model, rows, self.tokenizer, TEACHER_SETTINGS.model_copy(update={"seed": self.seed}))
         with written_aside(self.module, force=True) as staging:
             save_module(model, staging, Library.PEFT, self.task)
+            model.config.save_pretrained(staging)  # the label names, which peft does not store
         return score(model, self.task.encode(self.test, self.tokenizer), self.tokenizer, self.task)
 
     def _move(self, name: str) -> str:

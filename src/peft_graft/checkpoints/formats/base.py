@@ -20,10 +20,12 @@ class Format(ABC):
     """A library's way to keep modules in files.
 
     A subclass names its ``library`` (``RawCheckpoint.library`` of what it reads) and is registered by
-    ``register_format``.
+    ``register_format``. ``loading_template`` is the file in ``templates/`` that says on model cards how its checkpoints
+    are loaded.
     """
 
     library: ClassVar[str]
+    loading_template: ClassVar[str | None] = None
 
     @abstractmethod
     def detect(self, folder: Path) -> bool:

@@ -24,6 +24,7 @@ from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError, DependencyError
 from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
+from peft_graft.labels import declared_names, inverted
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import Site
 from peft_graft.models.tasks import Task
@@ -48,6 +49,7 @@ class AdaptersFormat(Format):
     """AdapterHub's checkpoints, in the file type of the original: the library's default loader reads .bin."""
 
     library: ClassVar = Library.ADAPTERS
+    loading_template: ClassVar = "load_adapters.py.jinja"
 
     def detect(self, folder: Path) -> bool:
         """Whether a folder holds an AdapterHub checkpoint of any kind."""
@@ -116,7 +118,7 @@ class AdaptersFormat(Format):
             return None
         name = raw.head_config.get("name")
         tensors = {re.sub(r"^layers\.", f"heads.{name}.", key): tensor for key, tensor in raw.head.items()}
-        return {**raw.head_config, **_model_fields(raw, names), "version": VERSION}, tensors
+        return {**_named(raw.head_config, raw.labels), **_model_fields(raw, names), "version": VERSION}, tensors
 
     def tensors_in_model(self, raw: RawCheckpoint, names: StudentNames) -> dict[str, Tensor]:
         """All tensors of a checkpoint, module and head, by their keys in its files, which are those of the model."""
@@ -242,9 +244,17 @@ def _labels(head_config: Mapping[str, Any] | None) -> list[str] | None:
     if not head_config:
         return None
     names = (head_config.get("config") or {}).get("label2id") or head_config.get("label2id")
-    if not names or all(name.startswith("LABEL_") for name in names):  # transformers' placeholders
-        return None
-    return sorted(names, key=lambda label: int(names[label]))
+    return list(declared_names(inverted(names))) or None
+
+
+def _named(head_config: Mapping[str, Any], labels: Sequence[str] | None) -> dict[str, Any]:
+    """The head's configuration with label names, where its library keeps them."""
+    if not labels:
+        return dict(head_config)
+    names = {"label2id": {label: index for index, label in enumerate(labels)}}
+    if isinstance(head_config.get("config"), Mapping):  # of a prediction head; that of a task model has none
+        return {**head_config, "config": {**head_config["config"], **names}}
+    return {**head_config, **names}
 
 
 def _model_fields(raw: RawCheckpoint, names: StudentNames) -> dict[str, Any]:

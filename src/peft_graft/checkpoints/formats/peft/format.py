@@ -20,6 +20,7 @@ from peft_graft.checkpoints.wrappers import without_wrapper_patterns, without_wr
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
 from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
+from peft_graft.labels import declared_names
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 
@@ -48,6 +49,7 @@ class PeftFormat(Format):
     """PEFT's checkpoints; a type without a codec changes weights, and becomes a LoRA before it is moved."""
 
     library: ClassVar = Library.PEFT
+    loading_template: ClassVar = "load_peft.py.jinja"
 
     def detect(self, folder: Path) -> bool:
         """Whether a folder holds a PEFT checkpoint of any kind."""
@@ -60,10 +62,10 @@ class PeftFormat(Format):
         weights = weights_file(folder)
         raw = self.parse(config, read_tensors(weights), where=str(weights))
         labels_file = folder / "config.json"
-        labels = read_json(labels_file).get("id2label") if labels_file.is_file() else None
+        labels = declared_names(read_json(labels_file).get("id2label")) if labels_file.is_file() else ()
         return replace(
             raw,
-            labels=[labels[str(index)] for index in range(len(labels))] if labels else None,
+            labels=list(labels) or None,
             files=file_hashes(folder),
             weights_suffix=weights.suffix,
             notes=raw.notes or _value_head_beside(folder),
@@ -127,7 +129,7 @@ class PeftFormat(Format):
         config = {
             **raw.config,
             "base_model_name_or_path": names.name,
-            "revision": None,
+            "revision": names.revision,
             "task_type": todays_task_type(raw),
             "peft_version": peft.__version__,
             "inference_mode": True,
