@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from peft_graft.checkpoints.formats.peft.format import CONFIG
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.config import Library
+from peft_graft.environment import version_of
 from peft_graft.errors import DependencyError, VerificationError
 from peft_graft.files import read_json
 from peft_graft.models.devices import is_quantised
@@ -24,14 +24,6 @@ from peft_graft.models.output import fill_output
 from peft_graft.models.task_models import prefix_of, with_task_head
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder
-
-
-def library_version(library: str) -> str | None:
-    """A library's version, None where it is not installed."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def attach(
@@ -89,7 +81,7 @@ def attach_written(
 
 
 def _check_installed(raw: RawCheckpoint, where: str) -> None:
-    if library_version(raw.library) is None:
+    if version_of(raw.library) is None:
         raise DependencyError(
             f"{raw.library} is not installed, so the module cannot be run",
             where=where,
