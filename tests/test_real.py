@@ -39,7 +39,7 @@ def demo(tmp_path_factory) -> Path:
     for path in (made / "run").iterdir():
         copy = folder / "out" / "demo" / "run" / path.name
         if path.name == "sentences.txt":
-            copy.write_text("".join(path.read_text().splitlines(keepends=True)[:240]))
+            copy.write_text("".join(path.read_text().splitlines(keepends=True)[:160]))
         else:
             copy.symlink_to(path)
     return folder

@@ -503,7 +503,7 @@ def test_two_processes_never_do_a_cell_twice(tmp_path: Path) -> None:
     assert sum(int(worker.communicate()[0]) for worker in workers) == 100
 
 
-def on_two_nodes(file: Path, out: Path, changes: list[str]) -> None:
+def on_two_nodes(file: Path, out: Path, changes: list[str], found: Path) -> None:
     """Run a study on a local Ray cluster of two nodes, and kill one of its workers in the middle of a cell."""
     import psutil
     import ray
@@ -532,7 +532,7 @@ def on_two_nodes(file: Path, out: Path, changes: list[str]) -> None:
 
     threading.Thread(target=kill_one, daemon=True).start()
     outcome = run_study(read_study(file, changes), out, OnRay(out, cluster.address, 1, 0))
-    json.dump({"done": outcome.done, "failed": outcome.failed, "killed": killed}, sys.stdout)
+    found.write_text(json.dumps({"done": outcome.done, "failed": outcome.failed, "killed": killed}))
     ray.shutdown()
     cluster.shutdown()
 
@@ -541,12 +541,10 @@ def on_two_nodes(file: Path, out: Path, changes: list[str]) -> None:
 def test_on_two_nodes_a_killed_worker_costs_nothing(kept: Path, whole, tmp_path: Path) -> None:
     """In one of the study's languages, for every worker takes long to start."""
     changes, out = ["defaults.languages=['en']"], tmp_path / "out"
-    driver = processes.start(
-        on_two_nodes, kept, out, changes, out=tmp_path / "said", err=tmp_path / "errors"
-    )  # fmt: skip
+    driver = processes.start(on_two_nodes, kept, out, changes, tmp_path / "found", err=tmp_path / "errors")
     driver.join(300)
     assert driver.exitcode == 0, (tmp_path / "errors").read_text()[-3000:]
-    found = json.loads((tmp_path / "said").read_text())
+    found = json.loads((tmp_path / "found").read_text())
     assert len(found["done"]) == 6
     assert not found["failed"]
     assert found["killed"], "no worker was killed"
