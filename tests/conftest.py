@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -15,22 +17,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-import transformers
-from filelock import FileLock
 
-import speech
-import tiny
-from peft_graft.cli.main import main
-
-torch.set_num_threads(1)
-
+# What takes long to import is imported where it is used: pytest's own process, which only hands out the tests, reads
+# this file too, and before any worker is started.
 
 needs_transformers4 = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) >= 5,
+    int(importlib.metadata.version("transformers").split(".")[0]) >= 5,
     reason="transformers 5 keeps experts in one tensor, to which no role leads yet",
 )
-needs_adapters = pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the library adapters is not installed")
+needs_adapters = pytest.mark.skipif(
+    importlib.util.find_spec("adapters") is None, reason="the library adapters is not installed"
+)
 
 
 def pytest_collection_finish() -> None:
@@ -38,6 +35,28 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
+    if "transformers" in sys.modules:
+        broadcast_masks()
+
+
+def broadcast_masks() -> None:
+    """Have transformers 4 make attention masks as transformers 5 does; its own way takes longer than a tiny model."""
+    from transformers import masking_utils
+
+    if not hasattr(masking_utils, "_vmap_for_bhqkv"):
+        return
+
+    def broadcasting(mask: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
+        def made(*indices: Any) -> Any:
+            shape = [len(each) for each in indices]
+            views = (each.view([-1 if axis == own else 1 for axis in range(len(shape))])
+                     for own, each in enumerate(indices))  # fmt: skip
+            return mask(*views).expand(shape)
+
+        return made
+
+    masking_utils._vmap_for_bhqkv = broadcasting
 
 
 #: Files whose tests take longest, beside those that are ``real``.
@@ -52,6 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teachers, students, modules and text that many tests read and none writes."""
+    import tiny
+
     root = tmp_path_factory.mktemp("world")
     teacher = tiny.base_model(root / "teacher", "bert", layers=4, hidden=32)
     tiny.base_model(root / "shallow", "bert", layers=2, hidden=32, seed=0)
@@ -67,6 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """``peft-graft`` in this process, for starting one takes longer than what it does in most tests."""
+    from peft_graft.cli.main import main
 
     def called(*arguments: object, code: int = 0) -> Any:
         monkeypatch.setenv("COLUMNS", "120")
@@ -83,6 +105,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A file of sentences that a test may write anew."""
+    import tiny
+
     path = tmp_path / "text.txt"
     path.write_text("\n".join(tiny.sentences(200)))
     return path
@@ -94,6 +118,8 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Training them takes half a minute, so one worker does it for all.
     """
+    from filelock import FileLock
+
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "speakers"
     with FileLock(f"{root}.lock"):
@@ -104,6 +130,8 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_speakers(root: Path) -> None:
     """What ``speakers`` has, the prompts last."""
+    import speech
+
     teacher = speech.language_model(root / "teacher", speech.byte_level(speech.MERGED), seed=2)
     speech.language_model(root / "stranger", speech.sentence_piece(["ee", "hh"]), seed=3, layers=3, hidden=56)
     speech.lora(root / "module", teacher)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_graft.checkpoints.attach import library_version
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_task
@@ -26,7 +25,7 @@ from peft_graft.distill.side_by_side import (
     Measuring,
     Side,
 )
-from peft_graft.environment import hardware, versions
+from peft_graft.environment import hardware, version_of, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
 from peft_graft.graft import REPORT, Graft
 from peft_graft.metrics import METRICS
@@ -237,7 +236,7 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
     bare: str | None,
     whole: str,
 ) -> Side:
-    if library_version(raw.library) is None:
+    if version_of(raw.library) is None:
         raise DependencyError(
             f"{raw.library} is not installed, so the module cannot be asked",
             where=name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import processes
 import tiny
-from peft_graft.alignment import aligner
+from peft_graft.alignment import aligner, sharding
 from peft_graft.alignment import cache as caching
 from peft_graft.alignment import collect as collecting
 from peft_graft.alignment.alignment import Alignment
@@ -58,16 +59,30 @@ def command(world: Path, out: Path, method: str) -> list[str]:
             str(out), "--method", method, "--sites", ",".join(SITES), "--max-tokens", "2500", "--json"]  # fmt: skip
 
 
-def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--no-python",
-         sys.executable, "-m", "peft_graft", *command(world, tmp_path / "a", alone.method)],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+def torchrun(count: int, *arguments: str) -> None:
+    """What ``torchrun --standalone`` does, with copies of this process in place of new ones."""
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, start_method=processes.METHOD,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["method"] == alone.method, "one process speaks"
-    assert_same(alone, Alignment.from_pretrained(tmp_path / "a"))
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    elastic_launch(settings, one_of_several)(*arguments)
+
+
+def one_of_several(*arguments: str) -> None:
+    with pytest.raises(SystemExit, match="0"):  # which torchrun takes for a failure of any code
+        processes.command(*arguments)
+
+
+def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) -> None:
+    agent = processes.start(
+        torchrun, 4, *command(world, tmp_path / "outputs" / "a", alone.method), out=tmp_path / "out",
+        err=tmp_path / "err",
+    )  # fmt: skip
+    agent.join(300)
+    assert agent.exitcode == 0, (tmp_path / "err").read_text()
+    assert json.loads((tmp_path / "out").read_text())["method"] == alone.method, "one process speaks"
+    assert_same(alone, Alignment.from_pretrained(tmp_path / "outputs" / "a"))
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a"]
 
 
 def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, alone, tmp_path, monkeypatch) -> None:
@@ -96,35 +111,31 @@ def test_statistics_that_do_not_fit_at_once_are_taken_in_several_passes(world, a
     assert len(passes) == len(alone.maps) + 1, "what was solved is not streamed again"
 
 
-# A worker of Ray that is killed the first time it comes to its part.
-_FRAGILE = """
-import os, pathlib, sys
-import peft_graft.alignment.sharding as sharding
-whole = sharding.run_part
+def on_ray(marks: Path, *arguments: str) -> None:
+    """The command with a worker of Ray that is killed the first time it comes to its part."""
+    from ray import cloudpickle
 
-def part(plan, wanted, settings, hold_out, shard, unfinished):
-    mark = pathlib.Path(os.environ["MARKS"]) / f"lost-{shard.index}"
-    if shard.index == 2 and not mark.exists():
-        mark.touch()
-        os._exit(1)
-    return whole(plan, wanted, settings, hold_out, shard, unfinished)
+    cloudpickle.register_pickle_by_value(sys.modules[on_ray.__module__])  # workers do not import tests
+    os.environ |= {"RAY_worker_niceness": "0"}  # else everything else goes first, the tests beside it too
+    whole = sharding.run_part
 
-if __name__ == "__main__":
-    from peft_graft.cli.main import app
-    sharding.run_part = part
-    app(sys.argv[1:])
-"""
+    def fragile(plan, wanted, settings, hold_out, shard, unfinished):
+        mark = marks / f"lost-{shard.index}"
+        if shard.index == 2 and not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return whole(plan, wanted, settings, hold_out, shard, unfinished)
+
+    sharding.run_part = fragile
+    processes.command(*arguments)
 
 
 @needs_ray
 def test_parts_on_ray_give_what_one_process_gives_and_a_lost_one_is_done_again(world, alone, tmp_path) -> None:
-    (tmp_path / "fragile.py").write_text(_FRAGILE)
     arguments = [*command(world, tmp_path / "a", alone.method), "--ray", "local", "--shards", "4"]
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "fragile.py"), *arguments], capture_output=True, text=True, check=False,
-        timeout=300, env={**os.environ, "MARKS": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    driver = processes.start(on_ray, tmp_path, *arguments, out=tmp_path / "out", err=tmp_path / "err")
+    driver.join(300)
+    assert driver.exitcode == 0, (tmp_path / "out").read_text() + (tmp_path / "err").read_text()
     assert (tmp_path / "lost-2").exists()
     assert_same(alone, Alignment.from_pretrained(tmp_path / "a"))
 

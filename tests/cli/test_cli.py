@@ -14,7 +14,9 @@ import time
 import pytest
 
 import peft_graft
+import processes
 from peft_graft._inspect import Inspection
+from peft_graft.cli.progress import Bars
 from peft_graft.report import GraftReport
 
 COMMAND = [sys.executable, "-m", "peft_graft"]
@@ -114,17 +116,30 @@ def test_mistakes_end_in_one_line_and_a_code(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_as_a_process(tmp_path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "transfer", "nowhere", "--student", "x", "--out", "o"], capture_output=True, text=True,
-        env=ENVIRONMENT, cwd=tmp_path, check=False,
+def test_a_mistake_as_a_process(tmp_path, monkeypatch) -> None:
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    monkeypatch.chdir(outputs)
+    process = processes.start(
+        processes.command, "transfer", "nowhere", "--student", "x", "--out", "o", out=tmp_path / "out",
+        err=tmp_path / "err",
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: nowhere: no such folder")
-    assert list(tmp_path.iterdir()) == []
+    process.join(60)
+    assert (process.exitcode, (tmp_path / "out").read_text()) == (1, "")
+    assert (tmp_path / "err").read_text().startswith("error: nowhere: no such folder")
+    done = subprocess.run([*COMMAND, "trasnfer"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No such command 'trasnfer'" in done.stderr
+    assert list(outputs.iterdir()) == []
 
 
-def test_an_interrupted_transfer_leaves_nothing(world, tmp_path) -> None:
+@pytest.fixture
+def terminal(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_an_interrupted_transfer_leaves_nothing(world, tmp_path, terminal) -> None:
     (tmp_path / "long.txt").write_text((world / "text.txt").read_text() * 60)
     (tmp_path / "outputs").mkdir()
     code, seen = _interrupt(
@@ -136,12 +151,29 @@ def test_an_interrupted_transfer_leaves_nothing(world, tmp_path) -> None:
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
-def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path) -> None:
-    code, seen = _interrupt(
-        b"/5000", "transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
-        world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g",
-    )  # fmt: skip
-    assert code == 130
+def interrupted_between_two_steps(*arguments: str) -> None:
+    """The command; within a step of the optimizer an interruption leaves nothing to go on from."""
+    show = Bars.on_progress
+
+    def on_progress(self, stage: str, done: int, total: int | None) -> None:
+        show(self, stage, done, total)
+        if (done, total) == (3, 5000):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Bars.on_progress = on_progress
+    processes.command(*arguments)
+
+
+def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path, terminal) -> None:
+    command = ("transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
+               world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g")  # fmt: skip
+    ours, theirs = pty.openpty()
+    process = processes.start(interrupted_between_two_steps, *map(str, command), err=os.ttyname(theirs))
+    seen = _read_until(ours, b"goes on from there")
+    process.join(60)
+    os.close(theirs)
+    os.close(ours)
+    assert process.exitcode == 130
     assert b"the same command goes on from there" in seen
     assert [path.name for path in tmp_path.iterdir()] == ["g.unfinished"]
 
@@ -181,22 +213,18 @@ def test_an_error_of_the_system_is_one_line(command, monkeypatch) -> None:
     assert done.err == "error: config.json: cannot be read or written (Too many open files)\n"
 
 
-def _interrupt(when: bytes, *arguments: object) -> tuple[int, bytes]:
+def _interrupt(when: bytes, *arguments: object) -> tuple[int | None, bytes]:
     """Send the command an interrupt once it shows a text on its terminal; its exit code and all that it showed."""
     terminal, theirs = pty.openpty()  # a terminal, so that progress shows when the long stage has begun
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=theirs,
-        env={**ENVIRONMENT, "TERM": "xterm"},
-        # A shell starts what it puts in the background with interrupts ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    os.close(theirs)
+    process = processes.start(processes.command, *map(str, arguments), err=os.ttyname(theirs))
     try:
         seen = _read_until(terminal, when)
-        assert process.poll() is None, "the command ended before it could be interrupted"
-        process.send_signal(signal.SIGINT)
+        assert process.is_alive(), "the command ended before it could be interrupted"
+        os.kill(process.pid, signal.SIGINT)
+        os.close(theirs)
         seen += _read_until(terminal, None)
-        return process.wait(timeout=60), seen
+        process.join(60)
+        return process.exitcode, seen
     finally:
         process.kill()
         os.close(terminal)

@@ -212,10 +212,16 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("stage", "done"), [("asking the teacher", 1), ("polishing", 21)])
-def test_an_interrupted_run_goes_on_to_the_same_graft(speakers, tmp_path, stage, done):
+@pytest.fixture(scope="module")
+def undisturbed(speakers) -> tuple[dict[str, object], Graft]:
+    """A transfer's options, and what comes of it at one go."""
     options = {"text": speakers / "prompts.jsonl", "config": CONFIG.model_copy(update={"polish": 40})}
-    whole = peft_graft.transfer(speakers / "module", speakers / "stranger", out=tmp_path / "whole", **options)
+    return options, peft_graft.transfer(speakers / "module", speakers / "stranger", **options)
+
+
+@pytest.mark.parametrize(("stage", "done"), [("asking the teacher", 1), ("polishing", 21)])
+def test_an_interrupted_run_goes_on_to_the_same_graft(speakers, undisturbed, tmp_path, stage, done):
+    options, whole = undisturbed
     with pytest.raises(KeyboardInterrupt):
         peft_graft.transfer(
             speakers / "module", speakers / "stranger", out=tmp_path / "graft", callbacks=[StopAt(stage, done)],
@@ -223,9 +229,9 @@ def test_an_interrupted_run_goes_on_to_the_same_graft(speakers, tmp_path, stage,
         )  # fmt: skip
     assert list((tmp_path / "graft.unfinished").glob("teacher-answers-*.jsonl"))
     again = peft_graft.transfer(speakers / "module", speakers / "stranger", out=tmp_path / "graft", **options)
-    for path, part in whole.raw.parts.items():
-        for name, value in part.tensors.items():
-            assert torch.equal(value, again.raw.parts[path].tensors[name])
+    for path, part in whole.checkpoint.modules.items():
+        for name, tensor in part.tensors.items():
+            assert torch.equal(tensor.values, again.checkpoint.modules[path].tensors[name].values)
     assert again.report.answers == whole.report.answers
     assert not (tmp_path / "graft.unfinished").exists()
 

@@ -11,6 +11,7 @@ import transformers
 
 import peft_graft
 import tiny
+from peft_graft.models.devices import seed_generators
 from peft_graft.models.loading import Loading, load_model, wrap_model
 from peft_graft.models.task_models import with_task_head
 from peft_graft.models.tasks import Task
@@ -48,6 +49,13 @@ def shelf(tmp_path_factory) -> Path:
         adapted.save_pretrained(root / name)
     (root / "text.txt").write_text("\n".join(tiny.sentences(300)))
     return root
+
+
+def test_a_seed_is_that_of_torch() -> None:
+    seed_generators(2**40 + 5, torch.device("cpu"))
+    found = torch.rand(3)
+    torch.manual_seed(2**40 + 5)
+    assert torch.equal(found, torch.rand(3))
 
 
 def quantised(shelf: Path, role: str, how: str, folder: Path) -> Path:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
+import processes
 import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.methods import METHODS
@@ -28,7 +30,7 @@ from peft_graft.study.command import PAPER, show_tables
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import Start, cells_of
 from peft_graft.study.results import read_results
-from peft_graft.study.runner import Here, Outcome, estimate, run_study
+from peft_graft.study.runner import Here, OnRay, Outcome, estimate, run_study
 from peft_graft.study.spec import FRESH, Study, paper_study, read_study
 from peft_graft.study.tables import MEAN, grid_of, latex, markdown, result_tables, write_tables
 
@@ -435,18 +437,16 @@ def test_a_failed_cell_says_why_and_the_rest_goes_on(command, file: Path, tmp_pa
 
 def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(kept: Path, whole, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "peft_graft", "study", str(kept), "--out", str(out)]
+    command = ("study", str(kept), "--out", str(out))
     before: dict[Path, int] = {}
     for cells in (2, 6):
-        # One thread, as this process has: sums in another order end in other scores now and then.
-        threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
+        process = processes.start(processes.command, *command)
         end = time.monotonic() + 120
-        while len(list((out / "cells").glob("*.json"))) < cells and process.poll() is None and time.monotonic() < end:
+        while len(list((out / "cells").glob("*.json"))) < cells and process.is_alive() and time.monotonic() < end:
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         for path, time_then in before.items():
             assert path.stat().st_mtime_ns == time_then, "a finished cell was done again"
         before = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
@@ -503,53 +503,48 @@ def test_two_processes_never_do_a_cell_twice(tmp_path: Path) -> None:
     assert sum(int(worker.communicate()[0]) for worker in workers) == 100
 
 
+def on_two_nodes(file: Path, out: Path, changes: list[str], found: Path) -> None:
+    """Run a study on a local Ray cluster of two nodes, and kill one of its workers in the middle of a cell."""
+    import psutil
+    import ray
+    from ray.cluster_utils import Cluster
+
+    # Else workers let everything else go first, the tests beside them too.
+    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    killed: list[int] = []
+
+    def holds_a_lock(process: psutil.Process) -> bool:
+        try:
+            return any("/locks/student-" in file.path for file in process.open_files())
+        except psutil.Error:
+            return False
+
+    def kill_one() -> None:
+        while not killed:
+            for process in psutil.process_iter(["name"]):
+                if (process.info["name"] or "").startswith("ray::") and holds_a_lock(process):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.2)
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    outcome = run_study(read_study(file, changes), out, OnRay(out, cluster.address, 1, 0))
+    found.write_text(json.dumps({"done": outcome.done, "failed": outcome.failed, "killed": killed}))
+    ray.shutdown()
+    cluster.shutdown()
+
+
 @needs_ray
 def test_on_two_nodes_a_killed_worker_costs_nothing(kept: Path, whole, tmp_path: Path) -> None:
-    """A study on a local Ray cluster of two nodes; one of its workers is killed in the middle of a cell.
-
-    In one of the study's languages, for every worker takes long to start.
-    """
-    changes = ["defaults.languages=['en']"]
-    script = tmp_path / "cluster.py"
-    script.write_text(
-        "import json, os, sys, threading, time\n"
-        "from pathlib import Path\n"
-        "import psutil\n"
-        "import ray\n"
-        "from ray.cluster_utils import Cluster\n"
-        "from peft_graft.study.runner import OnRay, run_study\n"
-        "from peft_graft.study.spec import read_study\n"
-        "file, out = map(Path, sys.argv[1:3])\n"
-        "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
-        "cluster.add_node(num_cpus=1)\n"
-        "killed = []\n"
-        "def ray_workers():\n"
-        "    return [one for one in psutil.process_iter(['name']) if (one.info['name'] or '').startswith('ray::')]\n"
-        "def kill():\n"
-        "    while not killed:\n"
-        "        for process in ray_workers():\n"
-        "            try:\n"
-        "                locks = [Path(file.path) for file in process.open_files() if '/locks/student-' in file.path]\n"
-        "            except psutil.Error:\n"
-        "                continue\n"
-        "            if locks:\n"
-        "                process.kill()\n"
-        "                killed.append([process.pid, locks[0].name])\n"
-        "                return\n"
-        "        time.sleep(0.2)\n"
-        "threading.Thread(target=kill, daemon=True).start()\n"
-        "outcome = run_study(read_study(file, sys.argv[3:]), out, OnRay(out, cluster.address, 1, 0))\n"
-        "print(json.dumps({'done': outcome.done, 'failed': outcome.failed, 'killed': killed}))\n"
-        "ray.shutdown()\n"
-        "cluster.shutdown()\n"
-    )
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, str(script), str(kept), str(out), *changes], capture_output=True, text=True, check=False,
-        timeout=300, env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    """In one of the study's languages, for every worker takes long to start."""
+    changes, out = ["defaults.languages=['en']"], tmp_path / "out"
+    driver = processes.start(on_two_nodes, kept, out, changes, tmp_path / "found", err=tmp_path / "errors")
+    driver.join(300)
+    assert driver.exitcode == 0, (tmp_path / "errors").read_text()[-3000:]
+    found = json.loads((tmp_path / "found").read_text())
     assert len(found["done"]) == 6
     assert not found["failed"]
     assert found["killed"], "no worker was killed"

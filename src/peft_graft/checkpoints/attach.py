@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from peft_graft.checkpoints.formats.peft.format import CONFIG
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.config import Library
+from peft_graft.environment import version_of
 from peft_graft.errors import DependencyError, ModelError, VerificationError
 from peft_graft.files import read_json
 from peft_graft.models.devices import is_quantised
@@ -27,21 +27,13 @@ from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder
 
 
-def library_version(library: str) -> str | None:
-    """A library's version, None where it is not installed."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def check_library(library: str, task: Task, handle: ModelHandle) -> None:
     """Refuse a model that the library adapters cannot put a module into.
 
     Raises:
         ModelError: it has no class for such models, or none for the task.
     """
-    if library != Library.ADAPTERS or library_version(library) is None:
+    if library != Library.ADAPTERS or version_of(library) is None:
         return
     import adapters
 
@@ -117,7 +109,7 @@ def attach_written(
 
 
 def _check_installed(raw: RawCheckpoint, where: str) -> None:
-    if library_version(raw.library) is None:
+    if version_of(raw.library) is None:
         raise DependencyError(
             f"{raw.library} is not installed, so the module cannot be run",
             where=where,

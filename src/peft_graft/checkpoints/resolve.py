@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -112,16 +112,9 @@ def resolve(
                     "--teacher, or leave the tensors of all but one out of the file",
                 )
             modules[module.site], owners[module.site] = module, path
-    if others and not modules:
-        raise CheckpointError(
-            "the module acts on images or sound alone, and what moves is the part that reads text",
-            where=raw.base_model or raw.name,
-            found=", ".join(others),
-            fix="train a module on layers of the text tower",
-        )
+    if not modules:
+        _check_moves(others, left_out, raw, architecture)
     _check_saved_parts(raw, architecture)
-    if left_out and not modules:
-        raise _without_sites(left_out, raw, architecture)
     head = None
     if raw.head and with_head:
         head = resolve_head(raw, architecture, base.tensors)
@@ -207,6 +200,21 @@ def _other_base(path: str, raw: RawCheckpoint, architecture: Architecture) -> Mo
         where=raw.base_model or raw.name,
         fix="name the model that the module was trained on with --teacher",
     )
+
+
+def _check_moves(
+    others: Collection[str], left_out: Sequence[str], raw: RawCheckpoint, architecture: Architecture
+) -> None:
+    """Refuse a module none of whose parts has a site, but not one without parts."""
+    if others:
+        raise CheckpointError(
+            "the module acts on images or sound alone, and what moves is the part that reads text",
+            where=raw.base_model or raw.name,
+            found=", ".join(others),
+            fix="train a module on layers of the text tower",
+        )
+    if left_out:
+        raise _without_sites(left_out, raw, architecture)
 
 
 def _without_sites(

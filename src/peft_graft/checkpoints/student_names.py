@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelHandle
@@ -13,6 +15,9 @@ from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
 from peft_graft.models.task_models import blank_model, is_remote
 from peft_graft.models.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class StudentNames:
 def written_names(model: ModelHandle, task: Task) -> StudentNames:
     """What a checkpoint for this model says about it."""
     config, architecture = model.base.config, model.architecture
-    task_model = blank_model(config, task, trust_remote_code=is_remote(model.base))
+    task_class, modules, transposed = _task_modules(model.base, task)
     heads, kv_heads = head_counts(model.text_config)
     return StudentNames(
         name=model.place,
@@ -93,16 +98,32 @@ def written_names(model: ModelHandle, task: Task) -> StudentNames:
         model_type=config.model_type,
         hidden_size=int(getattr(model.text_config, "hidden_size", 0) or getattr(config, "dim", 0)),
         base_class=type(model.base).__name__,
-        task_class=type(task_model).__name__,
+        task_class=task_class,
         prefix=architecture.prefix,
-        modules=frozenset(path for path, _ in task_model.named_modules()),
+        modules=modules,
         num_layers=architecture.num_layers,
         stacks=tuple((stack.layers, architecture.depths[stack.name]) for stack in architecture.row.stacks),
-        transposed=frozenset(path for path, module in task_model.named_modules() if type(module).__name__ == "Conv1D"),
+        transposed=transposed,
         num_heads=heads,
         num_kv_heads=kv_heads,
         attentions=_attentions(architecture),
     )
+
+
+#: Of models in memory, the task classes' modules: making one takes longer than all else that is asked for here.
+_MODULES: WeakKeyDictionary[PreTrainedModel, dict[Task, tuple[str, frozenset[str], frozenset[str]]]]
+_MODULES = WeakKeyDictionary()
+
+
+def _task_modules(base: PreTrainedModel, task: Task) -> tuple[str, frozenset[str], frozenset[str]]:
+    """The class of a base model's task model, and the paths of its modules and of those that are ``Conv1D``."""
+    known = _MODULES.setdefault(base, {})
+    if task not in known:
+        model = blank_model(base.config, task, trust_remote_code=is_remote(base))
+        paths = {path: type(module).__name__ for path, module in model.named_modules()}
+        transposed = frozenset(path for path, name in paths.items() if name == "Conv1D")
+        known[task] = (type(model).__name__, frozenset(paths), transposed)
+    return known[task]
 
 
 def _attentions(architecture: Architecture) -> tuple[str, ...]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_graft.checkpoints.attach import attach_written, library_version
+from peft_graft.checkpoints.attach import attach_written
 from peft_graft.checkpoints.formats.adapters.format import written_tensors
 from peft_graft.checkpoints.formats.peft.format import weights_file
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
+from peft_graft.environment import version_of
 from peft_graft.errors import CheckpointError, VerificationError
 from peft_graft.files import read_tensors
 from peft_graft.models.loading import ModelHandle
@@ -53,7 +54,7 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
             the same as without the module.
     """
     library = raw.library
-    version = library_version(library)
+    version = version_of(library)
     if version is None:
         return Verification(library=library, version=None)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from peft_graft.alignment.text import KNOWN_COLUMNS, Sample, TextLike
-from peft_graft.checkpoints.attach import attach, library_version
+from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
@@ -19,6 +19,7 @@ from peft_graft.distill.excess import excess_of
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.prompt_targets import LEAST_CHANGE, PromptTargets
+from peft_graft.environment import version_of
 from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.output import LanguageModel, OutputLayer, language_model
@@ -61,7 +62,7 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
         DependencyError: the module's library is not installed. ModelError: a tokenizer cannot be loaded, or reads no
             prompts. PlanError: a format has no place for the prompt.
     """
-    if library_version(library) is None:
+    if version_of(library) is None:
         raise DependencyError(
             f"{library} is not installed, so the teacher cannot be asked",
             where="--text",

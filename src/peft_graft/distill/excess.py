@@ -28,9 +28,10 @@ def excess_of(
         for rows in length_batches([len(one.ids) for one in completions], BATCH):
             inputs = [completions[row].ids for row in rows]
             states, bare = (last_states(teacher, template, inputs, module=module) for module in (True, False))
-            for index, row in enumerate(rows):
+            for row, gains in zip(
+                rows, gains_of(teacher, [completions[row] for row in rows], states, bare), strict=True
+            ):
                 if len(completions[row]):
-                    gains = gains_of(teacher, completions[row], states[index], bare[index])
                     found[row] = float(gains.mean())
             done += len(rows)
             if progress:
@@ -38,14 +39,20 @@ def excess_of(
     return found
 
 
-def gains_of(teacher: AttachedModel, side: Completion, states: Tensor, bare: Tensor) -> Tensor:
-    """[tokens of the answer]: log p with the module - log p without it, nats.
+def gains_of(teacher: AttachedModel, sides: Sequence[Completion], states: Tensor, bare: Tensor) -> list[Tensor]:
+    """Of each answer [its tokens]: log p with the module - log p without it, nats.
 
     Args:
-        states, bare: [length, d], last hidden states of prompt and answer with the module and without.
+        states, bare: [answers, length, d], last hidden states of prompt and answer with the module and without.
     """
-    places = slice(side.start - 1, len(side.ids) - 1)
-    wanted = torch.tensor(side.ids[side.start :], device=states.device)
-    with teacher.without():
-        before = text_loss(OutputLayer.of(teacher.model).logits(bare[places]), wanted)
-    return before - text_loss(OutputLayer.of(teacher.model).logits(states[places]), wanted)
+
+    def losses(states: Tensor) -> list[Tensor]:
+        output, found = OutputLayer.of(teacher.model), []
+        for side, state in zip(sides, states, strict=True):
+            wanted = torch.tensor(side.ids[side.start :], device=states.device)
+            found.append(text_loss(output.logits(state[side.start - 1 : len(side.ids) - 1]), wanted))
+        return found
+
+    with teacher.without():  # once for all: it goes through the whole model
+        before = losses(bare)
+    return [without - with_it for without, with_it in zip(before, losses(states), strict=True)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from peft_graft.distill.training import length_batches
+from peft_graft.models.devices import seed_generators
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.outputs import writing
 from peft_graft.prompts.conversation import Prompt
@@ -172,7 +173,7 @@ def _generate(
     fork = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=fork), torch.inference_mode(), quiet_libraries(), mixed:
         seed = hashlib.sha256(repr((sampling.seed, rows)).encode()).digest()
-        torch.manual_seed(int.from_bytes(seed[:7]))
+        seed_generators(int.from_bytes(seed[:7]), device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [_answer(template, row.tolist()) for row in output[:, width:]]
 

@@ -153,8 +153,9 @@ class PromptTargets:
                     logits = columns.teacher.logits(output, said[list(strict[row])])
                     values = likeliest(logits.log_softmax(-1))
                     top[row], log_p[row] = (value.cpu().clone() for value in values)
-                    if judges:
-                        effect.add(gains_of(self.teacher, side, states[index], bare[index]))
+                if judges:
+                    for gains in gains_of(self.teacher, [sides[row] for row in rows], states, bare):
+                        effect.add(gains)
                 done += len(rows)
                 run.progress(_STAGE, done, len(sides))
         return top, log_p, effect.value

@@ -12,7 +12,7 @@ from peft_graft.alignment.activations import pad, tokenize
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span, pair_tokens
-from peft_graft.checkpoints.attach import attach, library_version
+from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
@@ -20,6 +20,7 @@ from peft_graft.distill.agreement import WORD, Agreement, measure
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.targets import Encoded, Kind, Targets, distillation_loss, kind_of, pooled, student_answers
 from peft_graft.distill.training import length_batches
+from peft_graft.environment import version_of
 from peft_graft.errors import DependencyError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
@@ -124,7 +125,7 @@ def can_ask(config: GraftConfig, library: str, samples: int) -> tuple[bool, list
     needed = asks_teacher(config)
     if not samples:
         return False, []
-    if library_version(library) is None:
+    if version_of(library) is None:
         if needed:
             raise DependencyError(
                 f"{library} is not installed, so the teacher cannot be asked",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_graft.models.devices import trainable_attention
+from peft_graft.models.devices import seed_generators, trainable_attention
 from peft_graft.outputs import read_state, write_state
 from peft_graft.record import Record
 
@@ -199,7 +199,7 @@ class TrainingLoop:
     def _update(self, batches: list[list[int]]) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = self.schedule.rate_at(self._step) * group["share"]
-        torch.manual_seed(self.schedule.seed * 1_000_003 + self._step)  # dropout, the same after a resume
+        seed_generators(self.schedule.seed * 1_000_003 + self._step, self._device)  # dropout, the same after a resume
         self.model.train()
         total = torch.zeros((), device=self._device)
         for rows in batches:

@@ -46,6 +46,18 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return torch.device(model.device)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """What ``torch.manual_seed`` does, for the processor and devices of one sort.
+
+    For devices that nothing has used yet, torch notes the place that it is called from, which takes longer than a
+    training step of a small model.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        getattr(module, "manual_seed_all", module.manual_seed)(seed)
+
+
 def trainable_attention(device: torch.device, *, bf16: bool) -> AbstractContextManager[Any]:
     """The attention to compute forward passes with whose gradients may be asked for.
 

@@ -49,7 +49,7 @@ class Method:
     @property
     def is_built_in(self) -> bool:
         """Whether it is this package's own, and so computes the same wherever this version runs."""
-        return self.solve is None or self.solve.__module__.startswith(f"{__package__}.")
+        return self.solve is None or str(self.solve.__module__).startswith(f"{__package__}.")
 
     @property
     def needs_text(self) -> bool:
