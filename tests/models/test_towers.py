@@ -91,6 +91,8 @@ def test_the_text_tower_has_the_roles_of_a_language_model(family: str) -> None:
     assert found.row.reads_text
     for name in NAMES:
         assert found.sites(f"{name}self_attn.q_proj") == ([Site(1, "attn.query")], "model.")
+        assert found.has_module(f"{name}self_attn")  # that no role is known there does not show another base
+        assert not found.has_module(f"{name}self_attention")
     assert found.sites("layers.1.mlp.up_proj") == ([Site(1, "ffn.up")], "")
     assert found.sites("language_model.lm_head")[0] == found.sites("lm_head")[0] == [Site(-1, "lm_head")]
     for name in ("model.language_model", "language_model.model", "model"):

@@ -170,18 +170,24 @@ class Architecture:
         What stands before is ``bert.`` in a task model, nothing in a bare one. A path in a text tower is found in a
         text model too, and the reverse, whatever the version of transformers that named it.
         """
+        for name, before in self._names(path):
+            found = self._sites(name)
+            if found is None:
+                continue
+            prefix = found[1] if before is None else before
+            return None if self.other_tower(prefix) or self.other_tower(found[1]) else (found[0], prefix)
+        return None
+
+    def _names(self, path: str) -> list[tuple[str, str | None]]:
+        """What a path may be called in this model, and what stands before the base model in it; at last as it is."""
         inside = without_tower(path)
         if inside is None and self.tower:
             local = path.removeprefix(f"{self.prefix}.")
             inside = local, path.removesuffix(local)
-        local, before = inside or ("", "")
-        for name in (local, *([f"{self.tower}.{local}"] if self.tower else []), path):
-            found = self._sites(name)
-            if found is None:
-                continue
-            prefix = found[1] if name == path else before
-            return None if self.other_tower(prefix) or self.other_tower(found[1]) else (found[0], prefix)
-        return None
+        if inside is None:
+            return [(path, None)]
+        local, before = inside
+        return [(local, before), *([(f"{self.tower}.{local}", before)] if self.tower else []), (path, None)]
 
     def other_tower(self, path: str) -> str | None:
         """The tower of a path that leads into what reads images or sound, where this model's layers read text."""
@@ -203,13 +209,15 @@ class Architecture:
 
     def has_module(self, path: str) -> bool:
         """Whether the base model has a module at a path, with or without a role; a task model's paths are known too."""
-        return not self.modules.isdisjoint({path, path.removeprefix(f"{self.prefix}."), self.in_layers(path)})
+        names = {name.removeprefix(f"{self.prefix}.") for name, _ in self._names(path)}
+        return not self.modules.isdisjoint({path, *names, self.in_layers(path)})
 
     def in_layers(self, path: str) -> str | None:
         """The path in the base model of what lies in a layer of its stacks; None for what lies outside."""
-        for stack in self.row.stacks:
-            if match := re.fullmatch(rf"(?:.*\.)?({re.escape(stack.layers)}\.\d+\..+)", path):
-                return match[1]
+        for name, _ in self._names(path):
+            for stack in self.row.stacks:
+                if match := re.fullmatch(rf"(?:.*\.)?({re.escape(stack.layers)}\.\d+\..+)", name):
+                    return match[1]
         return None
 
     def fused_size(self, role: str) -> int:
@@ -285,6 +293,7 @@ def _in_tower(base: nn.Module, tower: str, model_type: str, prefix: str) -> Arch
         row=replace(found.row, stacks=stacks),
         norms={role: f"{tower}.{path}" for role, path in found.norms.items()},
         vocabulary=paths,
+        modules=frozenset(path for path, _ in base.named_modules()),
         tower=tower,
         beside=other_towers(base, tower),
     )
