@@ -285,6 +285,7 @@ def _in_tower(base: nn.Module, tower: str, model_type: str, prefix: str) -> Arch
         row=replace(found.row, stacks=stacks),
         norms={role: f"{tower}.{path}" for role, path in found.norms.items()},
         vocabulary=paths,
+        modules=frozenset(path for path, _ in base.named_modules()),
         tower=tower,
         beside=other_towers(base, tower),
     )
