@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from families import EYE, trained
+from peft_graft.checkpoints.live import read_live
+from peft_graft.checkpoints.resolve import resolve
 from peft_graft.errors import CheckpointError
 from peft_graft.models.loading import describe_config
 from peft_graft.models.spaces import Site
@@ -44,6 +46,17 @@ NAMES = ("model.language_model.layers.1.", "language_model.model.layers.1.", "mo
 LEFT_OUT = (
     "{} tensors of vision_tower are left out: what reads images or sound is not moved, and stays the student's own"
 )
+
+
+def test_layers_of_a_text_tower_without_a_role_are_known_to_be_there() -> None:
+    """LFM2's convolutions: a module on them is left out, and its base is not blamed."""
+    text = transformers.Lfm2Config(**TEXT, layer_types=["conv", "full_attention"])
+    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**EYE))
+    model = transformers.LlavaForConditionalGeneration(config)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "conv.in_proj"]))
+    raw, base = read_live(adapted)
+    paths = ("model.language_model.layers.0.conv.in_proj",)
+    assert resolve(raw, describe_config(base.config)).left_out == paths
 
 
 @pytest.fixture(scope="module")
