@@ -33,11 +33,11 @@ class GraftReport(Record):
     """Everything about a graft, as written to ``graft.json``.
 
     ``layers``: the teacher layers of each student layer, by stack where the student has several.
-    ``tried``: agreement with the teacher on held-out text of everything that the default chose from.
+    ``tried``: agreement with the teacher, on the text that chooses, of everything that the default chose from.
     ``prompts``, ``answers``: what a language model was asked, and some of what was answered.
     """
 
-    format_version: int = 2
+    format_version: int = 3
     module: str
     module_files: dict[str, str]
     module_library: str
@@ -76,6 +76,7 @@ def write_model_card(folder: Path, report: GraftReport, task: Task, labels: tupl
     content = _template("model_card.md.jinja").render(
         card_data=about.to_yaml(),
         report=report,
+        figure=report.verdict.figure,
         task=task,
         auto_class=task.auto_class_of(report.student.model_type),
         labels=labels,

@@ -109,7 +109,7 @@ class Candidate:
             self.attached = distillation.attach(checkpoint)
 
     def measure(self) -> Agreement:
-        """How the attached model agrees with the teacher on held-out text."""
+        """How the attached model agrees with the teacher on the text that chooses."""
         distillation, attached = self.learning
         return distillation.measure(attached)
 

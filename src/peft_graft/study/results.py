@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_graft.errors import StudyError
+from peft_graft.files import json_text
 
 Record = Mapping[str, Any]
 #: An alignment has no figures.
@@ -53,7 +54,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def write_results(records: Sequence[Record], path: Path) -> None:
     """Write records, a line each."""
-    lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
+    lines = [json_text(record, str(path), separators=(",", ":")) for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
