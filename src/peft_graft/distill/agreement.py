@@ -375,7 +375,7 @@ def _drawn(counts: Tensor, of_sums: OfSums, seed: int) -> Interval:
 
 def _less(spread: Interval, texts: int, chance: float) -> Interval:
     """An interval for texts that all agree, from which draws see no other: the rule of three (Hanley 1983)."""
-    return min(spread[0], 1 - min(1.0, 3 / texts) / (1 - chance)), spread[1]
+    return min(spread[0], max(0.0, 1 - min(1.0, 3 / texts) / (1 - chance))), spread[1]
 
 
 def measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -89,8 +89,12 @@ class TextDistillation(Distillation):
 
 def sample_parts(samples: Iterable[Sample]) -> Parts[Sample]:
     """The first ``POOL`` samples, each once, in parts: to judge, to choose and to learn from."""
-    once = each_once(islice(samples, POOL), lambda sample: sample.texts)
-    return split(once, lambda sample: [text[:_READ_SIGNS] for text in sample.texts], least=LEAST_SAMPLES, most=HELD_OUT)
+    pool = list(islice(samples, POOL))
+    once = each_once(pool, lambda sample: sample.texts)
+    parts = split(
+        once, lambda sample: [text[:_READ_SIGNS] for text in sample.texts], least=LEAST_SAMPLES, most=HELD_OUT
+    )
+    return replace(parts, given=len(pool))
 
 
 def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
@@ -197,7 +201,8 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
             f"neither fitted nor judged: {_counted(parts)} samples of text that differ are too few; give at least "
             f"{LEAST_SAMPLES}"
         ]
-    return True, []
+    repeated = parts.given - len(parts.held_out) - len(parts.learning)
+    return True, [f"{repeated} of {parts.given} samples of text repeat others, and count once"] * bool(repeated)
 
 
 def _counted(parts: Parts[Sample]) -> str:
