@@ -400,6 +400,7 @@ def _identity(plan: Plan, text: _Text | _Prompts) -> str:
     source = (text.source.key or text.source.name) if text.source else None
     given = [plan.given.method, *map(str, plan.given.details.values())] if plan.given else None
     parts = [
+        GraftReport.model_fields["format_version"].default,  # which part of the text is for what
         *plan.models.fingerprints,
         _module_key(plan.module.raw),
         plan.config.record(),

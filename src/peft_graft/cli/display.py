@@ -161,8 +161,8 @@ def _show_verdict(report: GraftReport, console: Console) -> None:
         on = (
             f" (agreement {_figure(generated.agreement, generated.agreement_interval)}: of {generated.answers} "
             f"held-out answers {generated.exact:.0%}{_spread(generated.exact_interval)} are the teacher's, without the "
-            f"graft {generated.bare_exact:.0%}; word F1 {_figure(generated.token_f1, generated.token_f1_interval)}, without "
-            f"{generated.bare_token_f1:.2f})"
+            f"graft {generated.bare_exact:.0%}; word F1 {_figure(generated.token_f1, generated.token_f1_interval)}, "
+            f"without {generated.bare_token_f1:.2f})"
         )
     elif measured and measured.agreement is not None:
         agreement = _figure(measured.agreement, measured.agreement_interval)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator
+from pydantic import ConfigDict, field_validator
 from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
@@ -64,7 +64,10 @@ class Agreement(Record):
         agreement_interval, divergence_interval: 95 %, by drawing texts; None where nothing is judged by it.
         carried: without a head, the share of the student's last hidden state that the teacher's explains through the
             map: how much the mapped shift says about the teacher's own.
+        constant: without a head, the agreement that one and the same shift everywhere would have at best.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     agreement: float | None
     divergence: float
@@ -72,6 +75,7 @@ class Agreement(Record):
     agreement_interval: Interval | None = None
     divergence_interval: Interval | None = None
     carried: float | None = None
+    constant: float | None = None
     undefined: str | None = None
 
 
@@ -79,11 +83,15 @@ class GenerationAgreement(Record):
     """Agreement of greedy answers with the teacher's on held-out prompts, with 95 % intervals by drawing prompts.
 
     Attributes:
-        agreement: (token F1 - the bare student's) / (1 - the bare student's): 0 for an idle graft, 1 for a perfect one.
-            None where the bare student answers as the teacher does.
+        agreement: (token F1 - base) / (1 - base), where base is the bare student's or that of one answer to all
+            prompts, whichever is more: 0 for an idle graft and for one that always says the same, 1 for a perfect one.
+            None where such a graft answers as the teacher does.
         exact: share of answers that are the teacher's, white space aside. token_f1: mean F1 of their words.
         bare_exact, bare_token_f1: the same of the student without the module. answers: how many.
+        constant_token_f1: of the answer that is nearest to all of the teacher's.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     agreement: float | None
     exact: float
@@ -94,6 +102,7 @@ class GenerationAgreement(Record):
     agreement_interval: Interval | None = None
     exact_interval: Interval | None = None
     token_f1_interval: Interval | None = None
+    constant_token_f1: float | None = None
 
 
 class Verdict(Record):
@@ -143,6 +152,9 @@ def judge(
     if measured is None:
         return Verdict(level=NOT_MEASURED, text=reason)
     agreement, spread, undefined = measured.agreement, measured.agreement_interval, measured.undefined
+    if measured.constant is not None and agreement is not None:
+        beyond = 1 - measured.constant
+        agreement, spread = 1 - (1 - agreement) / beyond, spread and (1 - (1 - spread[0]) / beyond, spread[1])
     if generated is not None:
         agreement, spread, undefined = generated.agreement, generated.agreement_interval, _NOTHING_TO_TEACH
     found = {"measured": measured, "moved": moved, "generated": generated, "seed": seed}
@@ -183,8 +195,8 @@ class Draws:
 # ---- of generated answers --------------------------------------------------------------------------------------------
 
 _NOTHING_TO_TEACH = (
-    "the student answers the held-out prompts as the teacher does without any module, so nothing can be seen of the "
-    "graft; give prompts of the module's task"
+    "the student answers the held-out prompts as the teacher does without any module, or by one answer to all of them, "
+    "so nothing can be seen of the graft; give prompts of the module's task"
 )
 
 
@@ -200,36 +212,38 @@ def compare_answers(
     Args:
         groups: of the prompts, the same for those that are alike; each on its own by default. seed: of the intervals.
     """
+    constant = max(teacher, key=lambda one: sum(_word_f1(one, wanted) for wanted in teacher))
     figures = [
-        [float(value(one, wanted)) for value in (_same, _word_f1) for one in (own, other)]
+        [1.0, _same(own, wanted), *(_word_f1(one, wanted) for one in (own, other, constant)), _same(other, wanted)]
         for own, wanted, other in zip(given, teacher, bare, strict=True)
     ]
-    rows = torch.tensor([[1.0, *row] for row in figures], dtype=torch.float64)
-    counts = _by_group(rows, groups or range(len(figures)))
-    sums = counts.sum(0).tolist()
-    exact, own_exact, f1, own_f1 = (value / sums[0] for value in sums[1:])
-    spread = _drawn(counts, _corrected_f1, seed)
-    if f1 == 1 and own_f1 < 1:
-        spread = _less(spread, len(counts), own_f1)
+    counts = _by_group(torch.tensor(figures, dtype=torch.float64), groups or range(len(figures)))
+    exact, f1, bare_f1, constant_f1, bare_exact = (counts.sum(0)[1:] / len(figures)).tolist()
+    base, spread = max(bare_f1, constant_f1), None
+    if base < 1:
+        spread = _drawn(counts, _corrected_f1, seed)
+        spread = _less(spread, len(counts), base) if f1 == 1 else spread
     return GenerationAgreement(
-        agreement=(f1 - own_f1) / (1 - own_f1) if own_f1 < 1 else None,
+        agreement=(f1 - base) / (1 - base) if base < 1 else None,
         exact=exact,
         token_f1=f1,
-        bare_exact=own_exact,
-        bare_token_f1=own_f1,
+        bare_exact=bare_exact,
+        bare_token_f1=bare_f1,
         answers=len(given),
-        agreement_interval=spread if own_f1 < 1 else None,
+        agreement_interval=spread,
         exact_interval=_drawn(counts, lambda sums, _: sums[1] / sums[0], seed),
-        token_f1_interval=_drawn(counts, lambda sums, _: sums[3] / sums[0], seed),
+        token_f1_interval=_drawn(counts, lambda sums, _: sums[2] / sums[0], seed),
+        constant_token_f1=constant_f1,
     )
 
 
 def _corrected_f1(sums: Sequence[float], _: int) -> float:
-    return (sums[3] - sums[4]) / (sums[0] - sums[4]) if sums[4] < sums[0] else 0.0
+    base = max(sums[3:5])
+    return (sums[2] - base) / (sums[0] - base) if base < sums[0] else 0.0
 
 
-def _same(given: Answer, wanted: Answer) -> bool:
-    return given.text.split() == wanted.text.split()
+def _same(given: Answer, wanted: Answer) -> float:
+    return float(given.text.split() == wanted.text.split())
 
 
 def _word_f1(given: Answer, wanted: Answer) -> float:
@@ -280,7 +294,12 @@ def compare(
     Args:
         shift: ``hidden`` only, [n, d_s]: by how much the targets differ from the bare student's states.
         draws: how to draw intervals; there are none without.
+
+    Raises:
+        NotFiniteError: an answer or a target is not finite.
     """
+    for values, whose in ((given, "student"), (targets, "teacher")):
+        check_finite(values, whose, [f"number {row + 1}" for row in range(len(values))])
     if not len(targets):
         nothing = "the two models read no word of the text alike; give text in a language that both read"
         return Agreement(agreement=None, divergence=0.0, answers=0, undefined=nothing)
@@ -297,16 +316,21 @@ def _of_shifts(given: Tensor, targets: Tensor, shift: Tensor, draws: Draws | Non
         idle = "the teacher's module moves nothing on this text; give text of the task that it was trained for"
         return Agreement(agreement=None, divergence=float(errors.sum()), answers=len(targets), undefined=idle)
     error = float(errors.sum()) / whole
+    found = Agreement(agreement=1 - error, divergence=error, answers=len(targets))
     if draws is None:
-        return Agreement(agreement=1 - error, divergence=error, answers=len(targets))
+        return found
+    constant = len(shift) * float(shift.double().mean(0).square().sum()) / whole
+    if 1 - constant <= _IDLE:
+        same = "the teacher's module does the same everywhere on this text; give text on which it differs"
+        return found.model_copy(update={"agreement": None, "undefined": same})
     counts = _by_group(torch.stack([errors, shifts], 1), draws.groups)
     low, high = _drawn(counts, lambda sums, _: sums[0] / sums[1] if sums[1] else 1.0, draws.seed)
-    return Agreement(
-        agreement=1 - error,
-        divergence=error,
-        answers=len(targets),
-        agreement_interval=(1 - high, 1 - low),
-        divergence_interval=(low, high),
+    return found.model_copy(
+        update={
+            "agreement_interval": (1 - high, 1 - low),
+            "divergence_interval": (low, high),
+            "constant": constant,
+        }
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,6 +155,7 @@ class Asking:
             parts = self.check(prompts, models, where)
             too_long = len(prompts) - parts.given
             chosen = parts.held_out + parts.learning[: self.train]
+            key = json.dumps([key, [prompt.key for prompt in chosen]]) if key else ""
             student = language_model(models.student, bf16=self.bf16)
             _check_speaks(language_model(models.teacher), self.templates.teacher.ids(chosen[0]))
             _check_speaks(student, self.templates.student.ids(chosen[0]))

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from peft_graft.alignment.methods import Method
-from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import HeadChoice
 from peft_graft.distill.agreement import EXACT, Agreement, Verdict, judge
 from peft_graft.distill.candidates import Candidate, CandidateBuilder
@@ -33,7 +32,8 @@ class Outcome:
     Attributes:
         candidate: the chosen one; its attached model holds the values of its checkpoint.
         head: ``carried`` through the maps, or ``fitted`` to the answers; None without a head.
-        moved: its checkpoint as moved by the maps, nothing fitted.
+        moved: how it agreed with the teacher as moved by the maps, nothing fitted, on the text that judges; nothing is
+            chosen by that. None where the teacher is not asked.
         found: how it agrees with the teacher now, on the text that chooses; None where the teacher is not asked.
         tried: the same of every candidate, by what it is. notes: on candidates that were left out.
         fit: what the fit of the head reports.
@@ -41,7 +41,7 @@ class Outcome:
 
     candidate: Candidate
     head: str | None
-    moved: PeftCheckpoint
+    moved: Agreement | None = None
     found: Agreement | None = None
     tried: dict[str, Agreement] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ def choose(builder: CandidateBuilder, methods: Sequence[Method], head: HeadChoic
     """
     if builder.distillation is None:
         found = builder.build(methods[0])
-        return Outcome(found, "carried" if found.head else None, found.checkpoint)
+        return Outcome(found, "carried" if found.head else None)
     best: Outcome | None = None
     tried, notes = dict[str, Agreement](), list[str]()
     refused: AlignmentError | NotFiniteError | None = None
@@ -101,9 +101,7 @@ def choose(builder: CandidateBuilder, methods: Sequence[Method], head: HeadChoic
 
 
 def judged(outcome: Outcome, run: Run, *, seed: int = 0) -> Verdict:
-    """The verdict on an outcome, by text that nothing has been fitted to or chosen by.
-
-    Its attached model holds the values of its checkpoint afterwards, as they are written.
+    """The verdict on an outcome, with the values that are written, by text that nothing was fitted to or chosen by.
 
     Args:
         seed: of the intervals.
@@ -115,13 +113,9 @@ def judged(outcome: Outcome, run: Run, *, seed: int = 0) -> Verdict:
     if candidate.attached is None:
         return judge(None)
     with run.stage("judging"):
-        found = []
-        for checkpoint in (outcome.moved, candidate.checkpoint):
-            candidate.put(checkpoint)
-            distillation, attached = candidate.learning
-            found.append(distillation.judge(attached))
-    moved, measured = found
-    return judge(measured, moved, seed=seed)
+        candidate.put(candidate.checkpoint)
+        measured = candidate.judge()
+    return judge(measured, outcome.moved, seed=seed)
 
 
 def _fitted(candidate: Candidate, head: HeadChoice, tried: dict[str, Agreement], run: Run) -> tuple[Outcome, bool]:
@@ -131,7 +125,7 @@ def _fitted(candidate: Candidate, head: HeadChoice, tried: dict[str, Agreement],
         moved = candidate.measure()
         tried[f"{candidate.method}, as moved"] = moved
         own = candidate.checkpoint
-        carried = Outcome(candidate, "carried" if own.head else None, own, moved, tried)
+        carried = Outcome(candidate, "carried" if own.head else None, candidate.judge(), moved, tried)
         if not own.head or head not in ("auto", "fit") or not own.head.can_be_fitted or carried.is_exact:
             return carried, carried.is_exact
         checkpoint, report = candidate.fit_head(own)
@@ -140,6 +134,6 @@ def _fitted(candidate: Candidate, head: HeadChoice, tried: dict[str, Agreement],
         tried[f"{candidate.method}, head fitted"] = found
         if head == "fit" or found.divergence < moved.divergence:
             candidate.checkpoint = checkpoint
-            return Outcome(candidate, "fitted", own, found, tried, fit=report), False
+            return replace(carried, head="fitted", found=found, fit=report), False
         candidate.put(own)
         return carried, False

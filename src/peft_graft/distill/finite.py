@@ -37,9 +37,8 @@ def not_finite(model: str, text: str) -> NotFiniteError:
     """The error of a model whose answer to a text is not finite."""
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return NotFiniteError(
-        "the answer is not finite (NaN or infinity)",
+        f"the answer to {shown!r} is not finite (NaN or infinity)",
         where=model,
-        found=f"it for the text {shown!r}",
         fix="check the model's and the module's weights; in float16 large values overflow, so try --dtype float32, or "
         "leave that line out",
     )

@@ -69,4 +69,4 @@ def _untrained(distillation: Distillation, checkpoint: PeftCheckpoint) -> Outcom
     """The fresh module where a graft stands before its polish."""
     alignment = Alignment("fresh", "", "", {})
     candidate = Candidate("fresh", alignment, checkpoint, [], None, distillation, distillation.attach(checkpoint))
-    return Outcome(candidate, None, checkpoint, candidate.measure())
+    return Outcome(candidate, None, found=candidate.measure())
