@@ -7,17 +7,18 @@ import time
 import pytest
 
 import tiny
-from peft_graft.alignment.distinct import Parts, each_once, form_of, groups_of, split, words
+from peft_graft.alignment.distinct import Parts, each_once, form_of, groups_of, split, words_of
 from peft_graft.alignment.text import Sample
-from peft_graft.distill.ask_prompts import prompt_parts
+from peft_graft.distill.ask_prompts import check_enough, prompt_parts
 from peft_graft.distill.teacher import sample_parts
+from peft_graft.errors import TextError
 from peft_graft.prompts.conversation import Message, Prompt
 
 LONG = "The old captain moored his boat in the northern harbour"
 
 
 def alike(first: str | tuple[str, str], second: str | tuple[str, str]) -> bool:
-    rows = [[words(text) for text in ([given] if isinstance(given, str) else given)] for given in (first, second)]
+    rows = [[words_of(text) for text in ([given] if isinstance(given, str) else given)] for given in (first, second)]
     groups = groups_of(rows)
     return groups[0] == groups[1]
 
@@ -60,7 +61,7 @@ def test_not_alike(first, second) -> None:
 
 
 def test_what_is_like_the_same_third_one_is_one_group() -> None:
-    assert len({*groups_of([[words(text)] for text in (LONG, LONG.upper(), "x " + LONG, "x y " + LONG)])}) == 1
+    assert len({*groups_of([[words_of(text)] for text in (LONG, LONG.upper(), "x " + LONG, "x y " + LONG)])}) == 1
 
 
 def test_the_order_and_the_case_of_a_pair_make_no_other_form() -> None:
@@ -76,7 +77,7 @@ def test_samples_are_taken_once() -> None:
 def same_side(parts: Parts[Sample]) -> bool:
     """Whether no two parts have anything alike."""
     every = [*parts.judging, *parts.choosing, *parts.learning]
-    groups = groups_of([[words(text) for text in sample.texts] for sample in every])
+    groups = groups_of([[words_of(text) for text in sample.texts] for sample in every])
     sides = [0] * len(parts.judging) + [1] * len(parts.choosing) + [2] * len(parts.learning)
     return len({*zip(groups, sides, strict=True)}) == len({*groups})
 
@@ -140,6 +141,15 @@ def test_prompts_differ_by_what_their_template_leaves() -> None:
     assert len(parts.judging) == len(parts.choosing) == 10
     few = [f"{line} with some other words" for line in tiny.sentences(5, seed=8)]
     assert not prompt_parts([Prompt.of_text(f"{head}{few[n % 5]} {n}") for n in range(100)]).judging
+
+
+def test_prompts_that_hardly_differ_are_too_few() -> None:
+    few = [f"{line} with some other words" for line in tiny.sentences(5, seed=8)]
+    parts = prompt_parts([Prompt.of_text(f"{few[n % 5]} {n}") for n in range(100)])
+    with pytest.raises(
+        TextError, match="--text: too few prompts .* expected at least 40, found 5 that differ, among 100"
+    ):
+        check_enough(parts)
 
 
 def test_turns_of_one_conversation_are_on_one_side() -> None:

@@ -31,7 +31,7 @@ _COMMON = 0.9
 LEAST_JUDGING, LEAST_CHOOSING, SHARE = 8, 5, 10
 
 
-def words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Words without case, accents and punctuation; of a text without any, its signs."""
     plain = _UNSEEN.sub("", unicodedata.normalize("NFKD", text)).casefold()
     return _WORD.findall(plain) or list("".join(text.split()))
@@ -39,7 +39,7 @@ def words(text: str) -> list[str]:
 
 def form_of(texts: Sequence[str]) -> tuple[str, ...]:
     """The same for texts that differ in nothing but case, accents, punctuation, blanks and their order."""
-    return tuple(sorted("".join(words(text)) for text in texts))
+    return tuple(sorted("".join(words_of(text)) for text in texts))
 
 
 def without_common(rows: Sequence[list[str]]) -> list[list[str]]:
@@ -127,7 +127,7 @@ def split(
         most: that judge, and that choose, at most: a tenth of a short text each.
         common: whether to leave out words that nearly all have, as those of a template, before texts are compared.
     """
-    rows = [[words(text) for text in texts(item) if text.strip()] or [[""]] for item in items]
+    rows = [[words_of(text) for text in texts(item) if text.strip()] or [[""]] for item in items]
     if common:
         rows = [[row] for row in without_common([[word for text in row for word in text] for row in rows])]
     groups = groups_of(rows)
