@@ -108,7 +108,7 @@ def test_an_answer_that_is_not_finite_names_model_and_prompt(asked, speakers, mo
     with torch.no_grad():
         next(iter(attached.trainable().values())).fill_(float("nan"))
     student = f"student {asked.models.student.name}: the answer to "
-    with pytest.raises(NotFiniteError, match=f"{re.escape(student)}'[a-h]{{4}} = .*' is not finite"):
+    with pytest.raises(NotFiniteError, match=f"{re.escape(student)}'[a-h]{{4}} =.*' is not finite"):
         asked.measure(attached)
     right = prompt_targets.last_states
     monkeypatch.setattr(prompt_targets, "last_states", lambda *given, **how: right(*given, **how) * float("nan"))
