@@ -349,7 +349,7 @@ def test_what_cannot_be_learned_is_refused_by_name(world, module, tmp_path) -> N
         transfer(world, tmp_path / "bare", head="fit")
     few = tmp_path / "few.txt"
     few.write_text("\n".join(tiny.sentences(40)))
-    with pytest.raises(TextError, match="too few samples that differ.* expected at least 50, found 40"):
+    with pytest.raises(TextError, match="expected at least 50, found 40"):
         transfer(world, module, text=few, polish=5)
 
 

@@ -70,6 +70,17 @@ def test_a_teacher_that_answers_one_class_measures_nothing(student: list[int]) -
     assert verdict.text.endswith("give text on which its classes differ")
 
 
+def test_distributions_that_vary_within_one_class_are_measured_where_they_are_met() -> None:
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.tensor([5.0, 0.0, 0.0]) + torch.randn(40, 3, generator=draw)
+    assert (teacher.argmax(-1) == 0).all()
+    assert level(teacher, teacher).level == "exact"
+    for student in (teacher + 0.1 * torch.randn(40, 3, generator=draw), teacher.mean(0).expand(40, 3)):
+        assert level(student, teacher).level == "not measured"
+    saturated = classes(*[1] * 40, sure=60.0)
+    assert level(saturated, saturated).level == "not measured"
+
+
 def test_few_texts_that_all_agree_are_not_exact() -> None:
     teacher = [0, 1, 2] * 3
     verdict = level(classes(*teacher, sure=9.0), classes(*teacher))
@@ -426,12 +437,8 @@ def test_text_that_repeats_itself_is_named(world) -> None:
     parts = sample_parts(Sample(few[number % 20]) for number in range(400))
     asked, remarks = can_ask(GraftConfig(), raw, parts)
     assert not asked
-    assert remarks == [
-        "neither fitted nor judged: 20 among 400 samples of text that differ are too few; give at least 50"
-    ]
-    with pytest.raises(
-        TextError, match="--text: too few samples that differ.* expected at least 50, found 20 among 400"
-    ):
+    assert remarks == ["neither fitted nor judged: 20 different of 400 samples of text are too few; give at least 50"]
+    with pytest.raises(TextError, match="--text: too few samples .* expected at least 50, found 20 different of 400"):
         can_ask(GraftConfig(head="fit"), raw, parts)
     twice = sample_parts(Sample(line) for line in LINES * 2)
     assert can_ask(GraftConfig(), raw, twice) == (True, ["60 of 120 samples of text repeat others, and count once"])
@@ -441,7 +448,7 @@ def test_a_transfer_that_is_not_judged_says_why(world, tmp_path, command) -> Non
     few = tmp_path / "few.txt"
     few.write_text("\n".join(LINES[:20] * 10))
     done = command("transfer", world / "lora", "--student", world / "shallow", "--text", few, "--out", tmp_path / "out")
-    reason = "neither fitted nor judged: 20 among 200 samples of text that differ are too few; give at least 50"
+    reason = "neither fitted nor judged: 20 different of 200 samples of text are too few; give at least 50"
     assert f"verdict not measured: {reason}" in done.out
     verdict = json.loads((tmp_path / "out" / "graft.json").read_text())["verdict"]
     assert (verdict["level"], verdict["text"], verdict["measured"]) == ("not measured", reason, None)

@@ -343,21 +343,22 @@ def _of_classes(given: Tensor, targets: Tensor, draws: Draws | None) -> Agreemen
     rows = torch.cat([(chosen == wanted).double()[:, None], divergences[:, None], *one_hot], 1)
     counts = torch.cat([torch.ones(len(rows), 1, dtype=rows.dtype), rows], 1)
     sums = counts.sum(0).tolist()
-    kappa, divergence = _kappa(sums), max(0.0, float(divergences.mean()))
+    divergence = max(0.0, float(divergences.mean()))
+    # Distributions that differ from text to text and are met as they are: no chance, whatever they decide.
+    varied = (teacher.exp() * (teacher - teacher.exp().mean(0).clamp_min(1e-300).log())).sum(-1).mean()
+    exact = sums[1] == sums[0] and divergence <= EXACT and float(varied) > _TAUGHT
+    kappa = 1.0 if exact else _kappa(sums)
     found = Agreement(
         agreement=kappa,
         divergence=divergence,
         answers=len(targets),
-        undefined=None
-        if kappa is not None
-        else "the teacher gives the same class to all of the held-out text, so agreement cannot be told from chance; "
-        "give text on which its classes differ",
+        undefined=None if kappa is not None else _ONE_CLASS,
     )
     if draws is None:
         return found
     drawn = _by_group(counts, draws.groups)
-    spread = None
-    if kappa is not None:
+    spread: Interval | None = (1.0, 1.0) if exact else None
+    if kappa is not None and not exact:
         # Draws with one class in them say nothing, and are counted as no agreement.
         spread = _drawn(drawn, lambda sums, _: _kappa(sums) or 0.0, draws.seed)
         if sums[1] == sums[0] and divergence > _SAME:
@@ -368,6 +369,12 @@ def _of_classes(given: Tensor, targets: Tensor, draws: Draws | None) -> Agreemen
             "divergence_interval": _drawn(drawn, lambda sums, _: max(0.0, sums[2] / sums[0]), draws.seed),
         }
     )
+
+
+_ONE_CLASS = (
+    "the teacher gives the same class to all of the held-out text, so agreement cannot be told from chance; give text "
+    "on which its classes differ"
+)
 
 
 def _kappa(sums: Sequence[float]) -> float | None:

@@ -356,7 +356,7 @@ def check_enough(prompts: Parts[Prompt], too_long: int = 0, where: str = "--text
         )
     if not prompts.judging:
         differ = prompts.different < prompts.given
-        found = f"{prompts.different} that differ, among {prompts.given}" if differ else str(prompts.given)
+        found = f"{prompts.different} different of {prompts.given}" if differ else str(prompts.given)
         raise TextError(
             "too few prompts to learn from and be judged by",
             where=where,

@@ -191,22 +191,21 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
     if not parts.judging:
         if needed:
             raise TextError(
-                "too few samples that differ, to learn from and be judged by",
+                "too few samples to learn from and be judged by",
                 where="--text",
                 expected=f"at least {LEAST_SAMPLES}",
                 found=_counted(parts),
                 fix="give more text; what differs by case, punctuation or one word counts once",
             )
         return False, [
-            f"neither fitted nor judged: {_counted(parts)} samples of text that differ are too few; give at least "
-            f"{LEAST_SAMPLES}"
+            f"neither fitted nor judged: {_counted(parts)} samples of text are too few; give at least {LEAST_SAMPLES}"
         ]
     repeated = parts.given - len(parts.held_out) - len(parts.learning)
     return True, [f"{repeated} of {parts.given} samples of text repeat others, and count once"] * bool(repeated)
 
 
 def _counted(parts: Parts[Sample]) -> str:
-    return str(parts.different) if parts.different == parts.given else f"{parts.different} among {parts.given}"
+    return str(parts.given) if parts.different == parts.given else f"{parts.different} different of {parts.given}"
 
 
 @dataclass(frozen=True)
