@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from peft_graft.alignment.text import load_rows
-from peft_graft.files import write_aside
+from peft_graft.outputs import write_aside
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from peft_graft.alignment.text import load_rows
-from peft_graft.files import written_aside
+from peft_graft.outputs import written_aside
 
 
 def main() -> None:
@@ -32,8 +32,10 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, trust_remote_code=False, dtype=torch.float32
+    ).to(args.device)
     values = (row[args.column] for row in load_rows(args.text))
     text = "\n".join(value if isinstance(value, str) else " ".join(value) for value in values)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -39,6 +39,33 @@ DECODERS = {
     "bloom": transformers.BloomConfig(vocab_size=200, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0),
     "stablelm": transformers.StableLmConfig(**COMMON, **FFN, num_key_value_heads=2),
 }  # fmt: skip
+_GPT = {"vocab_size": 200, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 72, "n_inner": 48, "pad_token_id": 0,
+        "bos_token_id": 2, "eos_token_id": 3, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 20,
+           "n_shared_experts": 1, "first_k_dense_replace": 1}  # fmt: skip
+_LATENT = {"kv_lora_rank": 14, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 10}
+#: Decoders whose rows are tried by the laws of a row alone (``test_decoder_rows.py``), which take no transfer.
+MORE_DECODERS = {
+    "glm4": transformers.Glm4Config(**COMMON, **FFN, num_key_value_heads=2, head_dim=8),
+    "starcoder2": transformers.Starcoder2Config(**COMMON, **FFN, num_key_value_heads=2),
+    "gpt_neo": transformers.GPTNeoConfig(
+        vocab_size=200, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=16, intermediate_size=48, max_position_embeddings=72, pad_token_id=0,
+    ),
+    "gpt_bigcode": transformers.GPTBigCodeConfig(**_GPT),
+    "gpt_bigcode-heads": transformers.GPTBigCodeConfig(**_GPT, multi_query=False),
+    "mpt": transformers.MptConfig(
+        vocab_size=200, d_model=32, n_layers=2, n_heads=4, max_seq_len=72, expansion_ratio=2, pad_token_id=0
+    ),
+    "persimmon": transformers.PersimmonConfig(**COMMON, **FFN),
+    "lfm2": transformers.Lfm2Config(
+        **{**COMMON, "num_hidden_layers": 3}, num_key_value_heads=2, block_ff_dim=48, full_attn_idxs=[1],
+        block_auto_adjust_ff_dim=False,
+    ),
+    "deepseek_v3": transformers.DeepseekV3Config(**COMMON, **FFN, **_ROUTED, **_LATENT, q_lora_rank=12),
+    "deepseek_v3-queries": transformers.DeepseekV3Config(**COMMON, **FFN, **_ROUTED, **_LATENT, q_lora_rank=None),
+    "glm4_moe": transformers.Glm4MoeConfig(**COMMON, **FFN, **_ROUTED, num_key_value_heads=2, head_dim=8),
+}  # fmt: skip
 ENCODERS = {
     "modernbert": transformers.ModernBertConfig(
         **{**COMMON, "num_hidden_layers": 3}, **FFN, max_position_embeddings=72, cls_token_id=2, sep_token_id=3,

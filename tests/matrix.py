@@ -251,11 +251,11 @@ _MEANINGS = {
     r"peft has none: .*(object has no attribute 'vocab_size'|the model reads no text)": "the model reads no text",
     r"peft has none: .*(must match|list index|tuple index|provide either|SiglipEncoder).*": "peft's virtual tokens do "
     "not fit this model",
-    r"refused: \S+adapters is no site of an? \S+ model": "refused: the row of this family does not say where "
+    r"refused: no role is known yet for \S+adapters.*": "refused: the row of this family does not say where "
     "AdapterHub puts its adapters",
-    r"refused: (shared|\S*embed_tokens|\S*token_embedding) is no site of an? \S+ model": "refused: the vocabulary of "
+    r"refused: the module trains this part of the vocabulary, which has no role.*": "refused: the vocabulary of "
     "models with several stacks is no site (what peft trains at `shared`, neither stack uses)",
-    r"refused: \S+norm1? is no site of an? \S+ model": "refused: the norms of models with several stacks have no roles",
+    r"refused: no role is known yet for .*norm.*": "refused: the norms of models with several stacks have no roles",
     r"refused: peft loads the module, but the student cannot be run with it.*": "peft's virtual tokens do not fit this "
     "model",
     r"peft has none: Target module of type .*Conv1D.*": "peft has none for transposed layers (Conv1D)",

@@ -15,8 +15,10 @@ from peft_graft.models.spaces import Site, Space
 #: Spaces whose units are the residual stream's.
 STREAM = ("attn.in", "ffn.in", "layer.out", "attn.output.out", "ffn.down.out", "cross.in", "cross.memory",
           "cross.output.out")  # fmt: skip
+#: Spaces between the projections of a latent attention, left as they are; so are its heads.
+LATENT = ("attn.query_down.out", "attn.query_latent", "attn.kv_down.out", "attn.kv_latent", "attn.kv_up.out")
 #: Families whose attention treats its heads by their number.
-BY_NUMBER = ("bloom", "t5", "mt5", "umt5", "mpnet")
+BY_NUMBER = ("bloom", "mpt", "t5", "mt5", "umt5", "mpnet")
 
 
 def permuted(model: Any, seed: int = 3) -> tuple[Any, Tensor]:
@@ -61,6 +63,11 @@ def permuted(model: Any, seed: int = 3) -> tuple[Any, Tensor]:
         for name, parameter in other.named_parameters():
             if id(parameter) in inside:
                 continue
+            if name.endswith(
+                "conv.in_proj.weight"
+            ):  # LFM2's: three vectors of the stream's size, of which no role is known
+                parameter.copy_(parameter[:, stream].unflatten(0, (3, hidden))[:, stream].flatten(0, 1))
+                continue
             own = next((part for part in ("q_norm", "k_norm") if part in name), None)
             if own:  # of all heads at once, or of one
                 layer = int(name.split("layers.")[1].split(".")[0])
@@ -88,10 +95,13 @@ def _orders(architecture, stack, layer: int, config, stream: Tensor, generator) 
                 alike = [Space(layer, stack.full(start + end)) for end in ("ffn.up.out", "ffn.gate.out", "ffn.mid")]
                 known = next((found[each] for each in alike if each in found), None)
                 found[space] = torch.randperm(architecture.size(space), generator=generator) if known is None else known
-            elif "router" in name:
+            elif "router" in name or name.endswith(LATENT):
                 found[space] = torch.arange(architecture.size(space))
     for block in ("attn", "cross"):
-        if f"{block}.query" in stack.linears:
+        spaces = [Space(layer, stack.full(f"{block}.{end}")) for end in ("query.out", "context")]
+        if f"{block}.kv_up" in stack.linears:
+            found.update({space: torch.arange(architecture.size(space)) for space in spaces})
+        elif f"{block}.query" in stack.linears and spaces[0] in architecture.sizes:
             spaces = [Space(layer, stack.full(f"{block}.{end}")) for end in
                       ("query.out", "key.out", "value.out", "context")]  # fmt: skip
             found.update(zip(spaces, _heads(architecture, spaces, config, generator), strict=True))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import families
 import tiny
 from conftest import needs_adapters
 from peft_graft import Callback, errors
@@ -30,7 +31,7 @@ from peft_graft.errors import (
     TextError,
     VerificationError,
 )
-from peft_graft.files import written_aside
+from peft_graft.outputs import written_aside
 
 
 class Stages(Callback):
@@ -283,6 +284,13 @@ def test_the_student_cannot_be_reached(move, tmp_path) -> None:
 def test_the_teacher_is_not_the_modules_base(move, world) -> None:
     with pytest.raises(ModelError, match=r"layer 0 attn\.query: the teacher is not the base.*expected 48.*found 32"):
         move(teacher=world / "wide")
+
+
+def test_a_teacher_of_another_family_is_named_and_not_the_base_on_record(move, tmp_path) -> None:
+    transformers.LlamaConfig(**families.COMMON, **families.FFN).save_pretrained(tmp_path / "other")
+    with pytest.raises(GraftError, match=f"^{tmp_path / 'other'}: .* a llama model") as refused:
+        move(teacher=tmp_path / "other")
+    assert "--teacher" in str(refused.value)
 
 
 def test_a_student_with_damaged_weights(move, world, tmp_path) -> None:

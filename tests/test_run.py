@@ -71,6 +71,7 @@ def test_what_a_callback_raises_ends_the_run_and_leaves_no_output(world, tmp_pat
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         MemoryError(),
+        RuntimeError("can't start new thread"),
     ],
 )
 def test_what_does_not_fit_says_what_to_lower(error: Exception) -> None:

@@ -14,13 +14,14 @@ from peft_graft.alignment.sharding import Processes, RayPass
 from peft_graft.alignment.text import TextSource
 from peft_graft.config import AlignConfig
 from peft_graft.errors import PlanError
-from peft_graft.files import check_output
+from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
 from peft_graft.planning.sources import ModelSources
 from peft_graft.planning.spaces import directions_of_roles, expert_pairs, spaces_of_roles
 from peft_graft.run import UNFINISHED, Callback, Run
 
 
+@reserving_output
 def align(
     teacher: str | Path,
     student: str | Path,

@@ -9,6 +9,7 @@ from pathlib import Path
 from peft_graft.checkpoints.attach import library_version
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.checkpoints.task import with_task
 from peft_graft.config import EvaluateConfig, GraftConfig
 from peft_graft.distill.side_by_side import (
     BASE,
@@ -26,11 +27,12 @@ from peft_graft.distill.side_by_side import (
 )
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
-from peft_graft.files import check_output_file, json_text, write_aside
+from peft_graft.files import json_text
 from peft_graft.graft import REPORT, Graft
 from peft_graft.metrics import METRICS
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
 from peft_graft.models.tasks import Task
+from peft_graft.outputs import check_output_file, reserving_output, write_aside
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
@@ -68,6 +70,7 @@ class Evaluation(Record):
     hardware: dict[str, str | int]
 
 
+@reserving_output
 def evaluate(
     graft: str | Path | Graft,
     *,
@@ -171,7 +174,7 @@ def _subject(
     given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
     if not isinstance(graft, Graft):
         folder = locate(graft, revision=config.revision, subfolder=config.subfolder, token=config.token)
-        raw = _speaking(read_checkpoint(folder), str(graft))
+        raw = read_checkpoint(folder)
         if not (folder / REPORT).is_file():
             return _plain(raw, str(graft), student, config, GraftConfig(**given)), None
         graft = Graft.from_pretrained(
@@ -218,7 +221,7 @@ def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConf
     given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
     place = {} if config.module else {"revision": settings.revision, "subfolder": settings.subfolder}
     name = config.module or report.module
-    raw = _speaking(read_checkpoint(locate(name, token=config.token, **place)), name)
+    raw = read_checkpoint(locate(name, token=config.token, **place))
     loading = _loading(config, None if named else settings.teacher_revision)
     bare = TEACHER_BASE if config.teacher_base else None
     model = str(named or report.teacher.name)
@@ -242,6 +245,7 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
         )
     role = "teacher" if whole == TEACHER else "model"
     handle = blank_handle(load_config(model, loading, role=role), model)
+    raw = _speaking(with_task(raw, handle.architecture), name)
     template = Template.of(
         load_tokenizer(model, loading, role=role),
         format=settings.format,

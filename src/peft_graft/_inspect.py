@@ -16,7 +16,7 @@ from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.text import TextLike, TextSource
-from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
+from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, seeds_of
@@ -27,7 +27,7 @@ from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.modules.base import Module
 from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.method_choice import same_sizes
-from peft_graft.planning.plan import Plan
+from peft_graft.planning.plan import Plan, at_teacher
 from peft_graft.planning.sources import ModelLike, ModelSources, ModuleSource, described, given_alignment
 from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.read import PromptLike, PromptSource
@@ -106,7 +106,10 @@ class StudentSummary(Record):
 
 
 class Inspection(Record):
-    """What ``inspect`` found."""
+    """What ``inspect`` found.
+
+    ``left_out``: those of ``paths`` that no role is known for, so that they would stay behind.
+    """
 
     module: str
     module_library: str
@@ -116,8 +119,10 @@ class Inspection(Record):
     parameters: int
     sites: list[SiteSummary] = []
     paths: list[str]
+    left_out: list[str] = []
     head: str | None = None
     labels: list[str] = []
+    notes: list[str] = []
     teacher_problem: str | None = None
     student: StudentSummary | None = None
 
@@ -139,8 +144,8 @@ def inspect(
             whether there will be any.
 
     Returns:
-        The findings. A teacher that cannot be reached, or a student that cannot receive the module, is reported as a
-        problem, in the words in which ``transfer`` would refuse it, and not raised.
+        The findings. A teacher that cannot be reached or is not the module's base, or a student that cannot receive
+        the module, is reported as a problem, in the words in which ``transfer`` would refuse it, and not raised.
 
     Raises:
         CheckpointError: the module itself cannot be read.
@@ -148,8 +153,8 @@ def inspect(
     config = config or GraftConfig()
     module = ModuleSource.of(adapter, config)
     given = given_alignment(alignment, config.token)
+    module, checkpoint, problem = _resolved(module, teacher, config)
     raw = module.raw
-    checkpoint, problem = _resolved(module, teacher, config)
     found = Inspection(
         module=module.name,
         module_library=raw.library,
@@ -159,8 +164,10 @@ def inspect(
         parameters=raw.num_parameters,
         sites=_summaries(checkpoint) if checkpoint else [],
         paths=sorted(raw.parts),
+        left_out=list(checkpoint.left_out) if checkpoint else [],
         head=", ".join(f"{key} {list(value.shape)}" for key, value in raw.head.items()) or None,
         labels=list(raw.labels or (checkpoint.head.labels if checkpoint and checkpoint.head else ())),
+        notes=list(raw.notes),
         teacher_problem=problem,
     )
     if student is None:
@@ -170,14 +177,15 @@ def inspect(
 
 def _resolved(
     module: ModuleSource, teacher: ModelLike | None, config: GraftConfig
-) -> tuple[PeftCheckpoint | None, str | None]:
-    """The module at the sites of its teacher, or why that cannot be said."""
+) -> tuple[ModuleSource, PeftCheckpoint | None, str | None]:
+    """The module with its task and at the sites of its teacher, or why that cannot be said."""
     try:
         handle = described(module.teacher(teacher), config, "teacher")
+        module = module.of_teacher(handle.architecture)
         raw = module.shapes(handle.base.config)
-        return resolve(raw, handle.architecture, handle.base_tensors(output=raw.trains_output)), None
+        return module, at_teacher(raw, handle, config), None
     except GraftError as error:
-        return None, str(error)
+        return module, None, str(error)
 
 
 def _summaries(checkpoint: PeftCheckpoint) -> list[SiteSummary]:
@@ -230,6 +238,8 @@ def _plan_for(
             can_ask(config, module.raw, sample_parts(samples))
         has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
+        if text is not None or seeds is not None or module.raw.trains_tokens:
+            sources.check_tokenizers()
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     if asked is None:

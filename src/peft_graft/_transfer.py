@@ -32,9 +32,9 @@ from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
 from peft_graft.distill.teacher import FIT, TOKENS, ask_teacher, can_ask, sample_parts
 from peft_graft.environment import hardware, versions
-from peft_graft.files import check_output
 from peft_graft.graft import Graft
 from peft_graft.models.loading import ModelPair
+from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
     ModelLike,
@@ -54,6 +54,7 @@ from peft_graft.run import UNFINISHED, Callback, Run
 _SAMPLES = 20
 
 
+@reserving_output
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
     adapter: str | Path | nn.Module,
     student: ModelLike,
@@ -100,11 +101,14 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     sources = ModelSources.of(module, teacher, student, config, tokenizers)
     given = given_alignment(alignment, config.token)
     shapes = sources.described()
+    module = module.of_teacher(shapes.teacher.architecture)
     raw = module.shapes(shapes.teacher.base.config)
     taught = _text_of(text, seeds_of(seeds, text, module.raw, config), module, sources, shapes, config)
     plan = Plan.make(
         raw, shapes, config, has_text=taught.source is not None, has_prompts=isinstance(taught, _Prompts), given=given
     )
+    if text is not None or seeds is not None or module.raw.trains_tokens:
+        sources.check_tokenizers()
 
     run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     with run.stage("loading models"):
@@ -164,9 +168,9 @@ class _Text:
         return self.parts.learning
 
     @property
-    def size(self) -> int:
-        """How much there is to tell it from others by."""
-        return self.parts.given
+    def content(self) -> str:
+        """A hash of what is learned from, chosen by and judged by."""
+        return self.parts.digest(lambda sample: sample.texts)
 
     def to_align(self) -> AlignmentText | None:
         """All but what judges or chooses."""
@@ -235,7 +239,6 @@ class _Prompts:
         if not isinstance(self.source, Seeds):
             return
         self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
-        self.key = json.dumps([self.key, [prompt.key for prompt in self.prompts]])
 
     @property
     def plain(self) -> Sequence[Sample]:
@@ -243,9 +246,9 @@ class _Prompts:
         return [Sample(prompt.text) for prompt in prompt_parts(self.prompts).learning]
 
     @property
-    def size(self) -> int:
-        """How many there are."""
-        return len(self.prompts)
+    def content(self) -> str:
+        """A hash of the prompts in their parts, and of the answers that came with them."""
+        return prompt_parts(self.prompts).digest(lambda prompt: [prompt.key, prompt.answer or ""])
 
     def to_align(self) -> AlignmentText:
         """Prompts with their answers, but for what is held out; there once the teacher has been asked."""
@@ -265,7 +268,7 @@ class _Prompts:
 
     def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
         """The teacher's answers."""
-        key = json.dumps([self.key, _module_key(plan.module.raw), *plan.models.fingerprints])
+        key = json.dumps([self.key, self.content, _module_key(plan.module.raw), *plan.models.speaking_keys])
         self.asked = self.asking.ask(
             plan.module,
             plan.models,
@@ -397,16 +400,13 @@ def _shift_method(maps_of: dict[str, Method]) -> Method:
 
 def _identity(plan: Plan, text: _Text | _Prompts) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
-    source = (text.source.key or text.source.name) if text.source else None
-    given = [plan.given.method, *map(str, plan.given.details.values())] if plan.given else None
     parts = [
-        GraftReport.model_fields["format_version"].default,  # which part of the text is for what
-        *plan.models.fingerprints,
+        *(plan.models.speaking_keys if isinstance(text, _Prompts) else plan.models.keys),
         _module_key(plan.module.raw),
         plan.config.record(),
-        source,
-        given,
-        text.size,
+        text.source.key if text.source else None,
+        text.content,
+        plan.given.digest if plan.given else None,
     ]
     return json.dumps(parts, default=str)
 

@@ -1,4 +1,4 @@
-"""Reading and writing tensors, JSON and folders, never through unrestricted pickle; and copies from the hub."""
+"""Reading and writing tensors and JSON, never through unrestricted pickle; and copies from the hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError, GraftError, OutputError
+
+#: How the system says that there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -72,9 +74,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             torch.save({name: copies[id(tensor)] for name, tensor in tensors.items()}, path)
     except (SafetensorError, RuntimeError) as error:  # both libraries hide the operating system's error in their own
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        full = shutil.disk_usage(path.parent).free < needed
-        reason = os.strerror(errno.ENOSPC) if full else (str(error).splitlines() or ["write failed"])[0]
-        raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(path)) from error
+        free = shutil.disk_usage(path.parent).free
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else errno.ENOSPC if free < needed else errno.EIO
+        reason = os.strerror(code) if code != errno.EIO else (str(error).splitlines() or ["write failed"])[0]
+        if code in FULL:
+            reason += f": more than {needed:,} bytes are needed, {free:,} are free"
+        raise OSError(code, reason, str(path)) from error
 
 
 def downloaded(
@@ -167,113 +173,3 @@ def file_hashes(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Errors of the file system as ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # a library's own OSError, nothing to do with writing here
-            raise
-        raise OutputError(
-            f"cannot be written ({error.strerror})",
-            where=str(out),
-            fix="check permissions and free space, or choose another --out; nothing was changed",
-        ) from error
-
-
-@contextmanager
-def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not.
-
-    Raises:
-        OutputError: ``out`` exists and ``force`` is not set, or its place cannot be written (permissions, full disk).
-    """
-    check_output(out, force=force)
-    staging: Path | None = None
-    try:
-        with _writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-            staging.chmod(0o777 & ~_umask())
-            yield staging
-            for path in staging.iterdir():  # safetensors writes files for the owner alone
-                path.chmod(0o666 & ~_umask())
-            _swap_in(staging, out, force=force)
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_output(out: Path, *, force: bool) -> None:
-    """Refuse early what ``written_aside`` would refuse in the end: an existing target without ``force``.
-
-    Raises:
-        OutputError: the target exists and ``force`` is not set.
-    """
-    if out.is_file() or (out.exists() and not force):
-        raise OutputError(
-            "exists already" if out.is_dir() else "is a file, not a folder",
-            where=str(out),
-            fix="choose another --out" + (", or replace it with --force" if out.is_dir() else ""),
-        )
-
-
-def check_output_file(out: Path, *, force: bool) -> None:
-    """Refuse early what ``write_aside`` would refuse in the end.
-
-    Raises:
-        OutputError: there is a folder of this name, or a file and ``force`` is not set.
-    """
-    if out.is_dir() or (out.exists() and not force):
-        raise OutputError(
-            "is a folder, not a file" if out.is_dir() else "exists already",
-            where=str(out),
-            fix="choose another --out" + ("" if out.is_dir() else ", or replace it with --force"),
-        )
-
-
-def write_aside(out: Path, content: str, *, force: bool = False) -> None:
-    """Write a text file that appears whole or not at all.
-
-    Raises:
-        OutputError: ``out`` exists and ``force`` is not set, or its place cannot be written.
-    """
-    check_output_file(out, force=force)
-    staging: Path | None = None
-    try:
-        with _writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-            staging = Path(name)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-            staging.chmod(0o666 & ~_umask())
-            staging.replace(out)
-    finally:
-        if staging is not None:
-            staging.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _swap_in(staging: Path, out: Path, *, force: bool) -> None:
-    check_output(out, force=force)  # someone may have written there meanwhile
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old / "old")
-    try:
-        staging.rename(out)
-    except OSError:
-        (old / "old").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

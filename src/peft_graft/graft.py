@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +17,15 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
 from peft_graft.checkpoints.student_names import written_names
+from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
-from peft_graft.files import read_json, write_json, written_aside
+from peft_graft.files import read_json, write_json
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.task_models import set_labels
 from peft_graft.models.tasks import Task
+from peft_graft.outputs import temporary_folder, written_aside
 from peft_graft.report import GraftReport, write_model_card
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ class Graft:
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as place:
-            saved = self.save_pretrained(Path(place) / "graft")
+        with temporary_folder() as place:
+            saved = self.save_pretrained(place / "graft")
             found = api.upload_folder(
                 repo_id=repository, folder_path=str(saved.folder), revision=revision, commit_message=commit_message
             )
@@ -198,6 +199,7 @@ class Graft:
         )
         handle = blank_handle(load_config(place, loading, role="student"), place)
         handle.loading = loading
+        raw = with_task(raw, handle.architecture)
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)
         return cls(checkpoint, report, None, handle, folder, raw)

@@ -82,5 +82,7 @@ class Run:
 
 
 def _is_of_memory(error: Exception) -> bool:
-    """Whether memory was asked for in vain: of a GPU (``torch.OutOfMemoryError``), or of the processor's, by torch."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    """Whether memory was asked for in vain: of a GPU (``torch.OutOfMemoryError``), or of the processor's, by torch or
+    for a thread."""
+    signs = "out of memory", "can't allocate memory", "can't start new thread"
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -16,8 +17,10 @@ import torch
 import tiny
 from peft_graft.alignment import aligner
 from peft_graft.alignment import cache as caching
+from peft_graft.alignment import collect as collecting
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.maps import LinearMap
+from peft_graft.alignment.methods import METHODS
 from peft_graft.errors import PlanError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -180,6 +183,52 @@ def test_alignments_of_other_sites_are_put_together(world, tmp_path, monkeypatch
     monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
     align("adapter")
     assert len(passes) == 4, "adapters need both directions of what they see"
+
+
+def test_a_state_of_other_text_in_memory_is_not_taken_up(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(collecting, "SAVE_EVERY", 0.0)
+    options = {"student": world / "narrow", "method": "prune-align", "head": "drop", "polish": 0}
+
+    def moved(text: list[str], **more) -> Alignment:
+        return tiny.transfer(world / "lora", **options, text=text, **more).alignment
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == "pairing tokens" and done > 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        moved(tiny.sentences(300), out=tmp_path / "g", progress=stop)
+    assert (tmp_path / "g.unfinished" / "pass-0" / "state.json").is_file()
+    second = tiny.sentences(300, seed=1)
+    assert_same(moved(second, out=tmp_path / "g"), moved(second))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(world, alone, tmp_path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    cache, keys = caching.AlignmentCache(tmp_path / "file" / "alignments", "key"), ("teacher", "student")
+    cache.keep(alone, METHODS["ridge"], keys)
+    assert "the alignment is not kept for later: " in caplog.text
+    assert cache.find(METHODS["ridge"], keys, {}) is None
+
+
+def test_maps_of_a_method_from_outside_are_not_kept(alone, tmp_path) -> None:
+    cache, keys = caching.AlignmentCache(tmp_path, "key"), ("teacher", "student")
+    ridge, wanted = METHODS["ridge"], dict.fromkeys(alone.maps, ())
+    outside = replace(ridge, solve=lambda fit, held_out: ridge.solve(fit, held_out))
+    cache.keep(alone, outside, keys)
+    assert list(tmp_path.iterdir()) == []
+    cache.keep(alone, ridge, keys)
+    assert_same(alone, cache.find(ridge, keys, wanted))
+    assert cache.find(outside, keys, wanted) is None
+    assert cache.find(ridge, ("teacher", "another"), wanted) is None
+
+
+def test_an_alignments_digest_is_that_of_its_files_and_tells_values_apart(alone, tmp_path) -> None:
+    alone.save_pretrained(tmp_path / "a")
+    assert Alignment.from_pretrained(tmp_path / "a").digest == alone.digest
+    pair, found = next(iter(alone.maps.items()))
+    other = replace(alone, maps={**alone.maps, pair: replace(found, shift=found.shift + 1)})
+    assert other.digest != alone.digest
 
 
 def test_the_cache_is_bounded_and_may_be_damaged(world, tmp_path, monkeypatch) -> None:

@@ -35,4 +35,10 @@ def test_the_hub_is_asked_for_what_belongs_to_a_module(tmp_path: Path, monkeypat
     found = locate("someone/modules", revision="v2", subfolder="ner", token="secret")
     assert found == tmp_path / "snapshot" / "ner"
     assert (asked["name"], asked["revision"], asked["token"]) == ("someone/modules", "v2", "secret")
-    assert set(asked["allow_patterns"]) == {"ner/*.json", "ner/adapter*", "ner/pytorch_*", "ner/model_head*"}
+    assert set(asked["allow_patterns"]) == {
+        "ner/*.json",
+        "ner/adapter*",
+        "ner/pytorch_*",
+        "ner/model_head*",
+        "ner/value_head*",
+    }

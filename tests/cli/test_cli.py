@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import peft_graft
 from peft_graft._inspect import Inspection
 from peft_graft.report import GraftReport
 
@@ -74,8 +75,11 @@ def test_inspect_plans_a_transfer_without_weights(command, world, tmp_path) -> N
 def test_inspect_reports_problems_and_fails(command, world, tmp_path) -> None:
     done = command("inspect", world / "lora", "--student", tmp_path / "none", code=1)
     assert "cannot:" in done.out
-    done = command("inspect", world / "lora", "--teacher", world / "wide")
+    done = command("inspect", world / "lora", "--teacher", world / "wide", code=1)
     assert "not the base of this module" in done.out
+    refused = command("transfer", world / "lora", "--student", world / "narrow", "--teacher", world / "wide",
+                      "--method", "copy", "--out", tmp_path / "o", code=1)  # fmt: skip
+    assert refused.err.removeprefix("error: ").strip() in done.out
 
 
 def test_align_once_and_transfer_from_it(command, world, tmp_path) -> None:
@@ -140,6 +144,41 @@ def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path) -> None:
     assert code == 130
     assert b"the same command goes on from there" in seen
     assert [path.name for path in tmp_path.iterdir()] == ["g.unfinished"]
+
+
+def test_sigterm_ends_a_run_as_an_interrupt_does(command, monkeypatch, tmp_path) -> None:
+    def asked_to_end(*_: object, out: object, **__: object) -> None:
+        for _ in range(2):  # the second does not disturb the cleaning
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(peft_graft, "transfer", asked_to_end)
+    try:
+        done = command("transfer", "module", "--student", "model", "--out", tmp_path / "g", code=143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.err.split("\n")[-2:] == ["interrupted; nothing was written", ""]
+
+
+@pytest.mark.parametrize("verb", [["study", "file.toml"], ["demo"]])
+def test_what_goes_on_later_says_so(command, monkeypatch, verb) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_graft.study.command.study", interrupted)
+    monkeypatch.setattr("peft_graft.study.demo.run_demo", interrupted)
+    kept = {"study": "finished cells are kept", "demo": "finished parts are in out/demo"}[verb[0]]
+    done = command(*verb, code=130)
+    assert done.err == f"interrupted; {kept}, and the same command continues there\n"
+
+
+def test_an_error_of_the_system_is_one_line(command, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files", "config.json")
+
+    monkeypatch.setattr(peft_graft, "inspect", full)
+    done = command("inspect", "module", code=1)
+    assert done.err == "error: config.json: cannot be read or written (Too many open files)\n"
 
 
 def _interrupt(when: bytes, *arguments: object) -> tuple[int, bytes]:

@@ -277,6 +277,25 @@ def test_a_line_that_a_kill_cut_off_is_asked_for_again(tmp_path):
     assert AnswerStore(tmp_path, "answers", "another").load() == {}
 
 
+def test_answers_to_other_prompts_in_memory_are_not_taken_up(speakers, tmp_path):
+    for seed in (0, 1, 1):
+        prompts = [Prompt.of_text(word) for word in speech.words(60, seed=seed)]
+        with pytest.raises(KeyboardInterrupt):
+            peft_graft.transfer(
+                speakers / "module", speakers / "stranger", text=prompts, config=CONFIG, out=tmp_path / "graft",
+                callbacks=[StopAt("asking the teacher", 1)],
+            )  # fmt: skip
+    assert len(list((tmp_path / "graft.unfinished").glob("teacher-answers-*.jsonl"))) == 2
+
+
+def test_answers_outlive_a_kill_within_a_character_and_ends_of_lines_of_their_own(tmp_path):
+    store = AnswerStore(tmp_path, "answers", "key")
+    store.add({0: Answer("one\u2028line\x85", ended=True), 1: Answer("\u00e9", ended=False)})
+    content = store.path.read_bytes()
+    store.path.write_bytes(content[: content.rindex("\u00e9".encode()) + 1])
+    assert store.load() == {0: Answer("one\u2028line\x85", ended=True)}
+
+
 def test_drawn_answers_are_the_same_again_and_others_by_another_seed(speakers):
     model = transformers.AutoModelForCausalLM.from_pretrained(speakers / "teacher", dtype=torch.float32)
     template = Template.of(transformers.AutoTokenizer.from_pretrained(speakers / "teacher"), format=FORMAT)

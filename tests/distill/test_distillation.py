@@ -292,6 +292,24 @@ def test_the_state_of_other_work_is_not_taken_up(world, module, tmp_path) -> Non
     assert other.report.polish == transfer(world, module, polish=40, seed=5).report.polish
 
 
+def test_the_state_of_other_text_in_memory_is_not_taken_up(world, module, tmp_path) -> None:
+    def watch(stage: str, done: int, total: int | None) -> None:
+        if stage == "polishing":
+            steps.append(done)
+            if len(steps) == last:
+                raise KeyboardInterrupt
+
+    for last, seed in ((9, 0), (1, 0), (1, 1)):
+        steps: list[int] = []
+        with pytest.raises(KeyboardInterrupt):
+            transfer(
+                world, module, student=world / "shallow", method="copy", polish=20, text=tiny.sentences(100, seed),
+                out=tmp_path / "graft", progress=watch,
+            )  # fmt: skip
+        first = steps[0]
+        assert (first == 1) == (last == 9 or seed == 1), "the first step is done again with other text alone"
+
+
 def test_a_module_without_a_head_is_judged_and_polished_by_hidden_states(world, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "module", world / "teacher", task="base")
     graft = tiny.transfer(

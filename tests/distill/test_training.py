@@ -104,6 +104,15 @@ def test_a_state_of_other_work_is_not_taken_up(tmp_path: Path) -> None:
     assert_same(whole, other)
 
 
+def test_a_damaged_state_is_done_without(tmp_path: Path) -> None:
+    whole, again = Problem(), Problem()
+    whole.loop().run()
+    Problem().loop(store=StateStore(tmp_path / "s")).run(until=5)
+    (tmp_path / "s" / "state.safetensors").write_bytes(b"cut off")
+    again.loop(store=StateStore(tmp_path / "s")).run()
+    assert_same(whole, again)
+
+
 def test_a_run_that_makes_things_worse_leaves_its_start() -> None:
     problem = Problem()
     before = problem.values()

@@ -102,12 +102,44 @@ class _Odd(nn.Module):
             setattr(self, f"stack{stack}", nn.ModuleList(layers))
 
 
+def _layer(*names: str) -> nn.ModuleDict:
+    found = nn.ModuleDict()
+    for name in names:
+        found[name.replace(".", "_")] = nn.Linear(4, 4)
+    return found
+
+
+class _Hybrid(nn.Module):
+    """Layers that attend between layers that do not; a mixture of experts in one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attends = nn.ModuleDict({"attn": _layer("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": _layer("up_proj")})
+        recurs = nn.ModuleDict({"ssm": _layer("in_proj", "o_proj"), "mlp": _layer("up_proj")})
+        latent = nn.ModuleDict({"attn": _layer("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+                                "experts": nn.ModuleList([_layer("up_proj"), _layer("up_proj")])})  # fmt: skip
+        self.layers = nn.ModuleList([recurs, attends, latent])
+
+
+def test_layers_of_several_sorts_are_inferred_together() -> None:
+    (stack,) = infer_row(_Hybrid(), "odd").stacks
+    assert {role: linear.path for role, linear in stack.linears.items()} == {
+        "attn.query": "attn.q_proj", "attn.key": "attn.k_proj", "attn.value": "attn.v_proj",
+        "attn.output": "attn.o_proj", "ffn.up": "mlp.up_proj", "attn.query_down": "attn.q_a_proj",
+        "attn.query_up": "attn.q_b_proj", "attn.kv_down": "attn.kv_a_proj_with_mqa", "attn.kv_up": "attn.kv_b_proj",
+    }  # fmt: skip
+    assert all(linear.optional for linear in stack.linears.values())
+    found = describe(_Hybrid(), "odd", "model")
+    assert [found.has(Site(layer, "attn.output")) for layer in range(3)] == [False, True, True]
+    assert found.hidden_size == 4
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (_Odd("query", "value", stacks=2), "found 2 stacks of layers .stack0, stack1."),
         (nn.Linear(2, 2), "found 0 stacks"),
-        (_Odd("alpha", "beta"), "no query and value projections"),
+        (_Odd("alpha", "beta"), "no query and value projections in stack0.0, whose linear layers are alpha, beta"),
         (_Odd("query", "q", "value"), "which is taken"),
     ],
 )

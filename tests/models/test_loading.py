@@ -145,3 +145,17 @@ def test_a_model_in_memory_finds_its_tokenizer_only_when_asked(tmp_path: Path) -
     shutil.rmtree(base)
     with pytest.raises(ModelError, match="the student's tokenizer cannot be loaded"):
         wrap_model(model, find_tokenizer=True, role="student")
+
+
+def test_weights_that_become_infinite_in_half_precision_are_named(world, tmp_path) -> None:
+    model = transformers.AutoModel.from_pretrained(world / "teacher")
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "hot")
+    load_model(str(tmp_path / "hot"))
+    with pytest.raises(ModelError) as refused:
+        load_model(str(tmp_path / "hot"), Loading(dtype="float16"), role="teacher")
+    assert str(refused.value) == (
+        f"teacher {tmp_path / 'hot'}: weights are too large for float16; found infinity or NaN in "
+        "encoder.layer.1.output.dense.weight. Fix: give --dtype bfloat16 or float32"
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+import families
 import tiny
 from conftest import needs_adapters
+from families import MORE_DECODERS
 from peft_graft.alignment.methods import METHODS
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
@@ -105,6 +110,17 @@ def test_a_site_without_counterpart_is_refused(world) -> None:
         plan_transfer(checkpoint, teacher, mpnet, method=METHODS["prune-align"])
 
 
+def test_modules_for_which_the_students_layer_has_no_place_are_counted() -> None:
+    """LFM2 attends in some layers alone."""
+    first, second = (copy.deepcopy(MORE_DECODERS["lfm2"]) for _ in range(2))
+    second.layer_types = ["full_attention", "conv", "full_attention"]
+    models = [transformers.AutoModel.from_config(config) for config in (first, second)]
+    adapted = peft.get_peft_model(models[0], peft.LoraConfig(target_modules=["q_proj", "v_proj", "w1"]))
+    found = tiny.inspect(adapted, models[1], method="copy").student
+    assert found.modules == 3
+    assert found.notes == ["2 modules are left out, for the student's layers there have no attn.query, attn.value"]
+
+
 def test_the_published_shortcut_needs_input_and_output_of_one_size(world, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", targets=["intermediate.dense"])
     teacher = describe_config(load_config(str(world / "teacher")))
@@ -161,3 +177,32 @@ def test_a_kind_that_is_converted_has_parameters_too(world, tmp_path) -> None:
     saved = peft.get_peft_model_state_dict(model)
     found = tiny.inspect(tmp_path / "loha")
     assert found.parameters == sum(value.numel() for value in saved.values())
+
+
+def test_a_module_that_generates_is_not_planned_onto_an_encoder_without_a_word(world, tmp_path) -> None:
+    base = families.llama(tmp_path / "base", hidden_size=32, intermediate_size=48)
+    families.trained(tmp_path / "module", base, ["q_proj", "v_proj"], "CAUSAL_LM", "AutoModelForCausalLM")
+    found = tiny.inspect(tmp_path / "module", world / "shallow").student
+    assert found.problem is None
+    assert found.notes[-1] == (
+        "the module was trained to generate text, and a bert model is an encoder, which does not: what moves is what "
+        "it does to the layers"
+    )
+    assert tiny.inspect(tmp_path / "module", base).student.notes == []
+    refused = tiny.inspect(tmp_path / "module", world / "narrow").student.problem
+    assert refused.startswith(f"{world / 'narrow'}: transformers {transformers.__version__} has no causal-lm model")
+    with pytest.raises(ModelError) as error:
+        tiny.transfer(tmp_path / "module", world / "narrow", method="copy")
+    assert str(error.value).startswith(refused[:40])
+
+
+@needs_adapters
+def test_a_student_that_the_library_adapters_does_not_know_is_refused_in_the_plan(world, tmp_path) -> None:
+    base = families.llama(tmp_path / "base", hidden_size=32, intermediate_size=48)
+    stranger = tiny.saved(tmp_path / "stranger", families.DECODERS["olmo2"])
+    families.trained(tmp_path / "module", base, ["q_proj", "v_proj"], "CAUSAL_LM", "AutoModelForCausalLM")
+    found = tiny.inspect(tmp_path / "module", stranger, library="adapters", method="copy").student
+    assert found.problem == (
+        f"{stranger}: the library adapters has no model class for olmo2. Fix: choose a student of a family that it "
+        "has, or write a LoRA for peft with --library peft"
+    )

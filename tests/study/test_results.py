@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from peft_graft.errors import StudyError
+from peft_graft.config import StudyConfig
+from peft_graft.errors import OutputError, StudyError
+from peft_graft.study import command as studies
 from peft_graft.study.page import entries_of, main, render
 from peft_graft.study.results import export, read_results, write_results
 
@@ -40,6 +43,23 @@ def records() -> list[dict]:
         found.append({"id": f"graft-{seed}", "kind": "student", "names": moved, "needs": {"graft": "graft"},
                       "config": {}, "result": graft})  # fmt: skip
     return found
+
+
+def test_results_are_replaced_whole_by_one_process_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "results.jsonl"
+    export(records(), file, study="mine")
+    before = file.read_bytes()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopped)
+        write_results([], file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        studies.study(None, paper="matching", config=StudyConfig(export=str(file / "x")), console=Console())
 
 
 def test_exported_results_come_back_once_and_name_no_path(tmp_path: Path) -> None:

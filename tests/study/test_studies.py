@@ -22,7 +22,7 @@ from conftest import needs_adapters
 from peft_graft.alignment.methods import METHODS
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import EXACT
-from peft_graft.errors import StudyError
+from peft_graft.errors import OutputError, StudyError
 from peft_graft.study.cells import StudentCell
 from peft_graft.study.command import PAPER, show_tables
 from peft_graft.study.folder import StudyFolder
@@ -75,6 +75,27 @@ student = "small"
 methods = ["copy"]
 layers = ["skip", "avg"]
 """
+
+
+def test_a_cell_has_one_holder(tmp_path: Path) -> None:
+    """Also where one has opened the lock's file before another let go of it, on storage where it outlives its name."""
+    folder = StudyFolder(tmp_path)
+    folder.prepare({})
+    with folder.claimed("cell") as mine, folder.claimed("cell") as other:
+        assert (mine, other) == (True, False)
+        held = (tmp_path / "locks" / "cell").stat().st_ino
+    with folder.claimed("cell") as mine:
+        assert mine
+        assert (tmp_path / "locks" / "cell").stat().st_ino == held
+
+
+def test_a_record_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    (tmp_path / "cells").write_text("")
+    (tmp_path / "failures").write_text("")
+    for keep in (folder.keep, folder.keep_failure):
+        with pytest.raises(OutputError, match="cannot be written"):
+            keep({"id": "cell"})
 
 
 def made(world: Path, folder: Path) -> Path:

@@ -155,7 +155,7 @@ def tokenize(
     if tokenizer is None:
         raise PairingError("the model came without its tokenizer", where=model.name, fix="pass its fast tokenizer")
     # RoBERTa and its relatives use two positions for padding.
-    positions = getattr(model.base.config, "max_position_embeddings", max_length + 2) - 2
+    positions = getattr(model.text_config, "max_position_embeddings", max_length + 2) - 2
     limit = min(max_length, tokenizer.model_max_length, positions)
     inputs: list[dict[str, list[int]]] = [{}] * len(samples)
     spans: list[list[Span | None]] = [[]] * len(samples)

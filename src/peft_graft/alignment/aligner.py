@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import tee
+from functools import cached_property
+from itertools import chain, islice, tee
 
 from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, shape_alignment, solve_alignment
 from peft_graft.alignment.cache import AlignmentCache
@@ -14,17 +16,19 @@ from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
 from peft_graft.alignment.sharding import Processes, collect_on_ray
-from peft_graft.alignment.text import Sample
+from peft_graft.alignment.text import Sample, digest_of
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.config import PairConfig
 from peft_graft.environment import hardware, versions
-from peft_graft.errors import AlignmentError, PairingError, TextError
+from peft_graft.errors import AlignmentError, GraftError, PairingError, TextError
 from peft_graft.models.loading import ModelPair, check_tokenizer
 from peft_graft.run import Run
 
 #: Which maps of a space, by its name, are needed: ``read``, or what writes or scales; both where nothing is said.
 Directions = Mapping[str, Collection[str]]
 BOTH = ("read", "write")
+#: Samples that tell a text from others where its whole is not known.
+_FIRST = 2000
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,7 @@ class Aligner:
         """The alignments by all methods from the cache, none if one is lacking."""
         if self.cache is None:
             return []
-        found = [
-            self.cache.find(method, self.models.fingerprints, self.wanted.moments([method])) for method in self.methods
-        ]
+        found = [self.cache.find(method, self.models.keys, self.wanted.moments([method])) for method in self.methods]
         return [one for one in found if one] if all(found) else []
 
     def _solved(self) -> list[Alignment]:
@@ -139,8 +141,8 @@ class Aligner:
             for of_method in zip(*solved, strict=True)
         ]
         if self.cache is not None and self.processes.first:
-            for alignment in found:
-                self.cache.keep(alignment)
+            for method, alignment in zip(self.methods, found, strict=True):
+                self.cache.keep(alignment, method, self.models.keys)
         return found
 
     @property
@@ -160,10 +162,12 @@ class Aligner:
         """
         key = self._key(wanted)
         kept = []
-        if self.run.work is not None and self.processes.alone and not last:
+        lasting = all(method.is_built_in for method in self.methods)
+        if self.run.work is not None and self.processes.alone and lasting and not last:
             kept = [self.run.work / f"{key[:16]}-{method.name}" for method in self.methods]
             if all(folder.is_dir() for folder in kept):
-                return [Alignment.from_pretrained(folder) for folder in kept]
+                with suppress(GraftError):  # damaged
+                    return [Alignment.from_pretrained(folder) for folder in kept]
         with self.run.stage("pairing tokens"):
             totals, counts = self._totals(key, wanted, last=last)
             statistics = totals.statistics()
@@ -204,10 +208,18 @@ class Aligner:
 
     def _key(self, wanted: Wanted) -> str:
         """What tells a pass from all others."""
-        assert self.text is not None
-        text = self.text.key or self.text.name
-        parts = [*self.models.fingerprints, self.config.record(), text, wanted, self._holds_out]
+        parts = [*self.models.keys, self.config.record(), self._text_key, wanted, self._holds_out]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @cached_property
+    def _text_key(self) -> str:
+        """What tells the text from others: its key, or what its first samples say where it has none."""
+        assert self.text is not None
+        if self.text.key is not None:
+            return self.text.key
+        first = list(islice(self.text.samples, _FIRST))
+        self.text.samples = chain(first, self.text.samples)
+        return digest_of(sample.texts for sample in first)
 
     def _totals(self, key: str, wanted: Wanted, *, last: bool) -> tuple[Totals, PairingCounts]:
         assert self.text is not None

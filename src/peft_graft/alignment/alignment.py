@@ -15,12 +15,15 @@ from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
 from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
 from peft_graft.errors import AlignmentError, CheckpointError
-from peft_graft.files import downloaded, read_json, read_tensors, write_json, write_tensors, written_aside
+from peft_graft.files import downloaded, read_json, read_tensors, write_json, write_tensors
+from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.spaces import Space
+from peft_graft.outputs import written_aside
 
 Pair = tuple[Space, Space]  # teacher space, student space
 CONFIG, MAPS = "alignment.json", "alignment.safetensors"
 _SEPARATOR = " -> "
+_FORMAT = 2  # raised with the way in which models are told apart
 _MATRICES = ("reading", "writing", "shift")
 
 
@@ -38,6 +41,15 @@ class Alignment:
     maps: Mapping[Pair, SpaceMap]
     diagnostics: Mapping[Pair, Diagnostics] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """A hash of its maps, as they are written."""
+        return hash_tensors(
+            (f"{self.method} {first.key}{_SEPARATOR}{second.key}{suffix}", tensor)
+            for (first, second), space_map in sorted(self.maps.items(), key=lambda item: str(item[0]))
+            for suffix, tensor in _tensors(space_map).items()
+        )
 
     def map(self, pair: Pair) -> SpaceMap:
         """The map of one pair of spaces.
@@ -64,7 +76,7 @@ class Alignment:
             write_json(
                 staging / CONFIG,
                 {
-                    "format_version": 1,
+                    "format_version": _FORMAT,
                     "method": self.method,
                     "teacher": self.teacher,
                     "student": self.student,
@@ -119,7 +131,7 @@ def _read(folder: Path) -> Alignment:
             fix="make one with `peft-graft align TEACHER STUDENT --text SOURCE --out DIR`",
         )
     config = read_json(folder / CONFIG)
-    if config.get("method") not in METHODS or config.get("format_version") != 1:
+    if config.get("method") not in METHODS or config.get("format_version") != _FORMAT:
         raise AlignmentError(
             "the alignment was written by another version",
             where=str(folder),

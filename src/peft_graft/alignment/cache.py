@@ -2,18 +2,22 @@
 
     CACHE/alignments/PASS/METHOD-N/    folders as ``peft-graft align`` writes them
 
-PASS is a hash of what decides a map: both models' fingerprints, the text's content, order and beginning, tokens and
-precision. The cache is bounded, least recently used first to go; deleting it loses nothing but time.
+PASS is a hash of what decides a map: both models' values, configurations and tokenizers, the text's content, order and
+beginning, tokens and precision. Methods from outside this package are not kept, for what they compute may change. The
+cache is bounded, least recently used first to go; deleting it loses nothing but time, and one that cannot be read or
+written is done without.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +28,13 @@ from peft_graft.alignment.maps import LinearMap, SpaceMap
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
 from peft_graft.config import PairConfig
-from peft_graft.errors import GraftError
+from peft_graft.errors import GraftError, OutputError
 
+logger = logging.getLogger("peft_graft")
 VARIABLE = "PEFT_GRAFT_CACHE"
 #: Bytes that the cache may take.
 MOST = 4 << 30
-_FORMAT = 2  # to be raised when the same inputs give other maps
+_FORMAT = 3  # to be raised when the same inputs give other maps
 
 
 def cache_folder(wanted: bool | None) -> Path | None:
@@ -78,8 +83,10 @@ class AlignmentCache:
         """An alignment by this method that has every wanted map, put together from those that are kept.
 
         Args:
-            models: fingerprints of teacher and student.
+            models: keys of teacher and student (``ModelHandle.key``).
         """
+        if not method.is_built_in:
+            return None
         maps: dict[Pair, SpaceMap] = {}
         diagnostics = {}
         for folder in sorted(self._pass(models).glob(f"{method.name}-*")):
@@ -91,21 +98,38 @@ class AlignmentCache:
                 if _has(found.maps[pair], method, wanted[pair]):
                     maps[pair] = found.maps[pair]
                     diagnostics[pair] = found.diagnostics[pair]
-            os.utime(folder)
+            with suppress(OSError):  # removed meanwhile, or read-only
+                os.utime(folder)
             if maps.keys() == wanted.keys():
                 return replace(found, maps=maps, diagnostics=diagnostics)
         return None
 
-    def keep(self, alignment: Alignment) -> None:
-        """Keep an alignment, and drop those used least recently where there are too many."""
-        folder = self._pass((alignment.teacher, alignment.student))
-        alignment.save_pretrained(folder / f"{alignment.method}-{uuid.uuid4().hex[:12]}")
-        kept = sorted(self.folder.glob("*/*/"), key=lambda path: path.stat().st_mtime, reverse=True)
+    def keep(self, alignment: Alignment, method: Method, models: tuple[str, str]) -> None:
+        """Keep an alignment, and drop those used least recently where there are too many.
+
+        Args:
+            models: keys of teacher and student.
+        """
+        if not method.is_built_in:
+            return
+        try:
+            alignment.save_pretrained(self._pass(models) / f"{method.name}-{uuid.uuid4().hex[:12]}")
+        except OutputError as error:
+            logger.warning("the alignment is not kept for later: %s", error)
+        kept = sorted(((*_use(path), path) for path in self.folder.glob("*/*/")), reverse=True)
         total = 0
-        for path in kept:
-            total += sum(file.stat().st_size for file in path.iterdir())
+        for _, size, path in kept:
+            total += size
             if total > MOST:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _use(folder: Path) -> tuple[float, int]:
+    """When a folder was last used, and its bytes; zeros for one that another process removes."""
+    try:
+        return folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir())
+    except OSError:
+        return 0.0, 0
 
 
 def _has(space_map: SpaceMap, method: Method, moments: Iterable[Moment]) -> bool:

@@ -29,15 +29,14 @@ from peft_graft.alignment.threads import Workers, ahead, give_back_memory
 from peft_graft.alignment.tokens import Block, PairingCounts, pair_tokens
 from peft_graft.config import MAX_TOKENS
 from peft_graft.errors import PairingError
-from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
 from peft_graft.models.loading import ModelPair
+from peft_graft.outputs import read_state, write_state
 from peft_graft.run import Run
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
 SAVE_EVERY = 60.0  # seconds
-_STATE = "pass"
 
 
 @dataclass(frozen=True)
@@ -368,20 +367,20 @@ def _encode(
 
 
 def _save(totals: Totals, unfinished: Unfinished, shard: Shard, done: int) -> None:
-    with written_aside(unfinished.folder / f"{_STATE}-{shard.index}", force=True) as staging:
-        write_tensors(staging / f"{_STATE}.safetensors", totals.tensors())
-        write_json(staging / f"{_STATE}.json", {"key": unfinished.key, "shards": shard.count, "done": done})
+    folder, key = _state(unfinished, shard)
+    write_state(folder, totals.tensors(), {"key": key, "done": done})
 
 
 def _resume(totals: Totals, unfinished: Unfinished | None, shard: Shard) -> int:
     """Take over a state of the same pass, if there is one; the number of batches that need not be looked at."""
-    if unfinished is None:
+    found = read_state(*_state(unfinished, shard)) if unfinished else None
+    if found is None:
         return 0
-    folder = unfinished.folder / f"{_STATE}-{shard.index}"
-    if not (folder / f"{_STATE}.json").is_file():
-        return 0
-    found = read_json(folder / f"{_STATE}.json")
-    if (found.get("key"), found.get("shards")) != (unfinished.key, shard.count):
-        return 0
-    totals.load(read_tensors(folder / f"{_STATE}.safetensors"))
-    return int(found["done"])
+    tensors, record = found
+    totals.load(tensors)
+    return int(record["done"])
+
+
+def _state(unfinished: Unfinished, shard: Shard) -> tuple[Path, str]:
+    """The folder of a part's state, and its key."""
+    return unfinished.folder / f"pass-{shard.index}", f"{unfinished.key} in {shard.count}"

@@ -16,6 +16,8 @@ from typing import Generic, TypeVar
 
 from scipy.cluster.hierarchy import DisjointSet
 
+from peft_graft.alignment.text import digest_of
+
 T = TypeVar("T")
 #: Chinese and Japanese are written without blanks: a character is a word.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W぀-ヿ㐀-鿿]+")
@@ -110,6 +112,10 @@ class Parts(Generic[T]):
     def held_out(self) -> list[T]:
         """What is not learned from."""
         return [*self.judging, *self.choosing]
+
+    def digest(self, texts: Callable[[T], Sequence[str]]) -> str:
+        """A hash of what is in which part, in order."""
+        return digest_of([texts(item) for item in part] for part in (self.judging, self.choosing, self.learning))
 
 
 def split(

@@ -91,6 +91,14 @@ def content_key(text: object, columns: Sequence[str] | None, seed: int) -> str |
     return json.dumps([content, columns, seed])
 
 
+def digest_of(rows: Iterable[object]) -> str:
+    """A hash of rows, as JSON, and of their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: int = 0) -> Iterator[Sample]:
     """Stream the samples of a source in random order.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from peft_graft.checkpoints.formats.peft.format import CONFIG
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.config import Library
-from peft_graft.errors import DependencyError, VerificationError
+from peft_graft.errors import DependencyError, ModelError, VerificationError
 from peft_graft.files import read_json
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.output import fill_output
-from peft_graft.models.task_models import prefix_of, with_task_head
+from peft_graft.models.task_models import blank_model, prefix_of, with_task_head
 from peft_graft.models.tasks import Task
+from peft_graft.outputs import temporary_folder
 
 
 def library_version(library: str) -> str | None:
@@ -32,6 +32,33 @@ def library_version(library: str) -> str | None:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def check_library(library: str, task: Task, handle: ModelHandle) -> None:
+    """Refuse a model that the library adapters cannot put a module into.
+
+    Raises:
+        ModelError: it has no class for such models, or none for the task.
+    """
+    if library != Library.ADAPTERS or library_version(library) is None:
+        return
+    import adapters
+
+    config = handle.base.config
+    known = type(config) in adapters.AutoAdapterModel._model_mapping
+    if not known and task is not Task.PREDICTION_HEADS:
+        try:
+            with quiet():
+                adapters.init(blank_model(copy.deepcopy(config), task))
+            known = True
+        except (ValueError, AttributeError, KeyError, ImportError):
+            known = False
+    if not known:
+        raise ModelError(
+            f"the library adapters has no model class for {handle.architecture.model_type}",
+            where=handle.name,
+            fix="choose a student of a family that it has, or write a LoRA for peft with --library peft",
+        )
 
 
 def attach(
@@ -64,9 +91,9 @@ def attach(
         if raw.library == Library.PEFT:
             attached = _attach_peft(raw, names, handle, labels, trainable=trainable, speaks=speaks)
         else:
-            with tempfile.TemporaryDirectory() as folder:  # it loads from folders only
-                write_checkpoint(Path(folder), raw, names)
-                attached = _load_adapters(Path(folder), raw, names, handle, labels, trainable=trainable, speaks=speaks)
+            with temporary_folder() as folder:  # it loads from folders only
+                write_checkpoint(folder, raw, names)
+                attached = _load_adapters(folder, raw, names, handle, labels, trainable=trainable, speaks=speaks)
     return _ready(attached, bf16=bf16)
 
 
@@ -196,14 +223,10 @@ def _load_adapters(
     import adapters
     from transformers.modeling_utils import no_init_weights
 
+    check_library(raw.library, raw.task, handle)
     if raw.task is Task.PREDICTION_HEADS:
-        try:
-            with no_init_weights():  # all of them are replaced
-                model: Any = adapters.AutoAdapterModel.from_config(handle.base.config)
-        except ValueError as error:
-            raise VerificationError(
-                f"the library adapters has no model class for {handle.architecture.model_type}", where=handle.name
-            ) from error
+        with no_init_weights():  # all of them are replaced
+            model: Any = adapters.AutoAdapterModel.from_config(handle.base.config, trust_remote_code=False)
         base = getattr(model, prefix_of(model))
         own = base.state_dict()
         given = {key: value.float().cpu() for key, value in handle.base_tensors().items() if key in own}

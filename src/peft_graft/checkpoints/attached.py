@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from peft_graft.errors import VerificationError
 from peft_graft.models.devices import device_of, trainable_attention
 from peft_graft.models.task_models import prefix_of, quiet_libraries
 from peft_graft.models.tasks import Task
+from peft_graft.outputs import temporary_folder
 
 #: The adapter's name inside a ``PeftModel``.
 NAME = "default"
@@ -124,9 +123,10 @@ class AttachedModel:
         mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         attention = trainable_attention(self.device, bf16=self.bf16)
         with nullcontext(self.model) if module else self.without() as model, mixed, attention:
-            if self.checkpoint.task is Task.CAUSAL_LM and not self.checkpoint.is_virtual:
+            if self.checkpoint.task in (Task.CAUSAL_LM, Task.MASKED_LM) and not self.checkpoint.is_virtual:
                 # The output layer's logits would be computed at every token of the text, and are not asked for.
-                return None, self.base(**inputs, use_cache=False).last_hidden_state
+                without = {"use_cache": False} if self.checkpoint.task is Task.CAUSAL_LM else {}
+                return None, self.base(**inputs, **without).last_hidden_state
             output = model(**inputs, output_hidden_states=True)
         state, logits = _last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0
@@ -190,9 +190,9 @@ class AttachedModel:
             with quiet():
                 found = format_of(Library.PEFT).parse(self.config, self.tensors(), where="the model in memory")
         else:
-            with tempfile.TemporaryDirectory() as folder, quiet():  # what it has no other way to say
-                self.model.save_adapter(folder, self.name, with_head=bool(self.checkpoint.head))
-                found = read_checkpoint(Path(folder))
+            with temporary_folder() as folder, quiet():  # what it has no other way to say
+                self.model.save_adapter(str(folder), self.name, with_head=bool(self.checkpoint.head))
+                found = read_checkpoint(folder)
         parts = {
             path: part.with_tensors(
                 {name: _own(found.parts[path].tensors[name], value.dtype) for name, value in part.tensors.items()}

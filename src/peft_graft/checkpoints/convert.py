@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,11 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
         try:
-            adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**raw.config))
-            peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
+            adapted = peft.get_peft_model(model, _config(raw))
+            loaded = peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=where) from error
+        _check_loaded(loaded.unexpected_keys, kind, where)
         adapted.eval()
         if adapted.supports_lora_conversion():
             config, tensors = peft.convert_to_lora(adapted, ENERGY)
@@ -71,7 +72,33 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     )
     written = {**config_dict(lora), "auto_mapping": raw.config.get("auto_mapping")}
     found = format_of(Library.PEFT).parse(written, tensors | heads)
-    return replace(found, labels=raw.labels, files=raw.files)
+    return replace(found, task=raw.task, labels=raw.labels, files=raw.files, notes=raw.notes)
+
+
+def _config(raw: RawCheckpoint) -> peft.PeftConfig:
+    """The module's configuration, made by peft.
+
+    Raises:
+        ValueError: peft says that modules of the version that wrote it compute something else today.
+    """
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[raw.config["peft_type"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # it only warns of some
+        try:
+            kind.check_kwargs(**raw.config)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from warning
+    return peft.PeftConfig.from_peft_type(**raw.config)
+
+
+def _check_loaded(unexpected: Sequence[str], kind: str, where: str) -> None:
+    """Refuse a module some of whose tensors no layer has taken."""
+    if unexpected:
+        raise CheckpointError(
+            f"{len(unexpected)} tensors of the {kind} module belong to no layer of the model, {unexpected[0]} first",
+            where=where,
+            fix="name the model that the module was trained on with --teacher",
+        )
 
 
 def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
@@ -90,8 +117,7 @@ def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
 
 def _heads(raw: RawCheckpoint) -> dict[str, Tensor]:
     """What was saved beside the module, as its file has it."""
-    saved = raw.config.get("modules_to_save") or []
-    return {key: value for key, value in raw.unconverted.items() if any(f".{name}." in f"{key}." for name in saved)}
+    return {key: value for key, value in raw.unconverted.items() if key.removeprefix(_START) in raw.head}
 
 
 def _paths(tensors: Mapping[str, Tensor]) -> set[str]:

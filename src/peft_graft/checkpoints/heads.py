@@ -7,15 +7,35 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.adapters.heads import as_before, is_prediction_head, read_head
+from peft_graft.checkpoints.formats.peft.format import saved_beside
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import HeadError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spec import HeadForm
+from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head, head_tensors
+from peft_graft.modules.lora import LoraPart
+
+
+def adapted_layers(raw: RawCheckpoint, architecture: Architecture) -> dict[str, LoraPart]:
+    """The LoRAs on layers of the head, which change it: of the output layer, and of an inner layer such as a pooler.
+
+    Returns:
+        Path in the checkpoint -> its part.
+    """
+    form = architecture.row.heads.get(raw.task)
+    paths = [form.out, *([_inner(form, raw, architecture)] if form.dense else [])] if form else []
+    found = {path: raw.parts.get(path) for path in paths}
+    return {path: part for path, part in found.items() if type(part) is LoraPart}
+
+
+def _inner(form: HeadForm, raw: RawCheckpoint, architecture: Architecture) -> str:
+    """Path in the checkpoint of a head's inner layer."""
+    return f"{architecture.start(raw.task) if form.dense_in_base else ''}{form.dense}"
 
 
 def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: Mapping[str, Tensor]) -> Head:
-    """The head that was saved with a module.
+    """The head that was saved with a module, with the LoRAs of its layers (``adapted_layers``) merged into it.
 
     Args:
         base_tensors: of the base model by path, for an inner layer that lives there (BERT's pooler).
@@ -35,13 +55,13 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
     values = {f"out.{part}": raw.head[key] for part, key in _parts(form.out) if key in raw.head}
     used = {key for _, key in _parts(form.out)}
     if form.dense:
-        start = architecture.start(raw.task) if form.dense_in_base else ""
-        keys = {f"dense.{part}": start + key for part, key in _parts(form.dense)}
+        inner = _inner(form, raw, architecture)
+        keys = {f"dense.{part}": key for part, key in _parts(inner)}
         used |= set(keys.values())
         for name, key in keys.items():
             tensor = raw.head.get(key)
             if tensor is None and form.dense_in_base:
-                tensor = base_tensors.get(key.removeprefix(start))
+                tensor = base_tensors.get(key.removeprefix(inner.removesuffix(form.dense)))
             if tensor is None:
                 raise HeadError(
                     f"the head needs {key}, which is neither in the checkpoint nor in the teacher's own weights",
@@ -58,7 +78,19 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
             found=", ".join(sorted(raw.head)),
             fix="leave the head behind with --head drop",
         )
+    names = {form.out: "out", **({_inner(form, raw, architecture): "dense"} if form.dense else {})}
+    for path, part in adapted_layers(raw, architecture).items():
+        weight, bias = part.merged(values[f"{names[path]}.weight"], values.get(f"{names[path]}.bias"))
+        values |= {f"{names[path]}.weight": weight, **({} if bias is None else {f"{names[path]}.bias": bias})}
     return _labelled(Head(raw.task, head_tensors(values, form.reads), form.reads, (), form.activation), raw)
+
+
+def fits_form(raw: RawCheckpoint, task: Task, form: HeadForm, architecture: Architecture) -> bool:
+    """Whether the saved head's tensors are those of a form of head: no others, and all that libraries save with it."""
+    start = architecture.start(task) if form.dense_in_base else ""
+    places = [form.out, *([start + form.dense] if form.dense else [])]
+    needed = {f"{place}.weight" for place in places if place == form.out or saved_beside(f"{place}.weight", {})}
+    return needed <= raw.head.keys() <= {key for place in places for _, key in _parts(place)}
 
 
 def _labelled(head: Head, raw: RawCheckpoint) -> Head:

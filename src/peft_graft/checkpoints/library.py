@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft_graft.checkpoints.formats.adapters.heads import build_head
+from peft_graft.checkpoints.formats.adapters.versions import VERSION
 from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
@@ -80,7 +81,7 @@ def _as_adapters(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
         dropout=raw.config.get("lora_dropout", 0.0),
         **{switch: role in checkpoint.roles for role, switch in _SWITCHES.items()},
     ).to_dict()
-    config: dict[str, Any] = {"config": settings, "name": raw.name, "version": "adapters"}
+    config: dict[str, Any] = {"config": settings, "name": raw.name, "version": VERSION}
     written = _converted(raw, Library.ADAPTERS, Task.PREDICTION_HEADS, config)
     if head is not None:
         head_config, tensors = build_head(head, raw.name)

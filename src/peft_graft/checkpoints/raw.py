@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 
@@ -27,7 +29,7 @@ class RawCheckpoint:
         name: the adapter's name in its library.
         base_model: name or path of the teacher, as recorded.
         task: ``token-classification``, ... .
-        config: the configuration file, unchanged.
+        config: the configuration file; one of an earlier version as its library reads it today.
         parts: module path (no library prefix) -> what is stored there. Virtual tokens are at paths of their own
             (``modules.prompts``).
         head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
@@ -37,6 +39,7 @@ class RawCheckpoint:
         files: file name -> SHA-256, where it comes from files.
         weights_suffix: ``.safetensors`` or ``.bin``.
         unconverted: of kind ``weights`` alone, all tensors by their keys in the file.
+        notes: remarks on what the files hold and is not moved.
     """
 
     library: str
@@ -52,6 +55,7 @@ class RawCheckpoint:
     files: Mapping[str, str] = field(default_factory=dict)
     weights_suffix: str = ".safetensors"
     unconverted: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def needs_conversion(self) -> bool:
@@ -96,13 +100,12 @@ class RawCheckpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of the values of its parts."""
-        digest = hashlib.sha256()
-        for path, part in sorted(self.parts.items()):
-            for name, value in sorted(part.tensors.items()):
-                digest.update(f"{path} {name}".encode())
-                digest.update(value.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Hash of all that decides what it does: its values, its head's and its configuration."""
+        parts = {f"{path} {name}": value for path, part in self.parts.items() for name, value in part.tensors.items()}
+        values = hash_tensors(sorted({**parts, **self.head, **self.unconverted}.items()))
+        said = [self.library, self.kind, self.task, self.config, self.head_config, self.labels]
+        text = json.dumps(said, sort_keys=True, default=_plain)
+        return f"{values} {hashlib.sha256(text.encode()).hexdigest()}"
 
     @property
     def num_labels(self) -> int | None:
@@ -110,3 +113,8 @@ class RawCheckpoint:
         inner = ("dense", "pre_classifier")
         outputs = [tensor for key, tensor in self.head.items() if not any(name in key for name in inner)]
         return outputs[-1].shape[0] if outputs else None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, the same in every process: sets are in another order in each."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)

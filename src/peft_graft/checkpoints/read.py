@@ -8,10 +8,11 @@ from peft_graft.checkpoints.formats.base import FORMATS
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import CheckpointError
 from peft_graft.files import downloaded
+from peft_graft.outputs import kept_aside
 
 _CONFIG = "adapter_config.json"
 #: Files that belong to a module, whatever its format.
-_FILES = ("*.json", "adapter*", "pytorch_*", "model_head*")
+_FILES = ("*.json", "adapter*", "pytorch_*", "model_head*", "value_head*")
 
 
 def locate(
@@ -33,6 +34,14 @@ def locate(
     path = Path(module).expanduser()
     name = str(module)
     if not path.is_dir():
+        aside = kept_aside(path)
+        if aside:
+            raise CheckpointError(
+                "a run was killed while it replaced this folder",
+                where=name,
+                found=f"what was there in {aside}",
+                fix="start that run again, which brings it back, or move it there",
+            )
         if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(
                 "no such folder",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.base import format_of
-from peft_graft.checkpoints.heads import head_paths, resolve_head
+from peft_graft.checkpoints.formats.peft.format import TASKS_WITH_HEAD, todays_task_type
+from peft_graft.checkpoints.heads import adapted_layers, head_paths, resolve_head
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError, ModelError
@@ -21,9 +24,6 @@ from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Base, Module, Part, module_of
 from peft_graft.modules.head import Head
 
-#: Tasks whose checkpoints peft loads only with a head.
-_TASKS_WITH_HEAD = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
-
 
 @dataclass(frozen=True)
 class PeftCheckpoint:
@@ -34,12 +34,16 @@ class PeftCheckpoint:
         modules: site -> module with labelled tensors.
         head: the classification head saved with it, if any.
         wrapped: whether the module's paths start at a task model (``bert.encoder...``) or at the bare model.
+        other_towers: tensors in what reads images or sound, by the tower's name; they are left out.
+        left_out: paths of the parts that have no site, because no role is known for them.
     """
 
     raw: RawCheckpoint
     modules: Mapping[Site, Module]
     head: Head | None = None
     wrapped: bool = True
+    other_towers: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -66,6 +70,8 @@ def resolve(
 ) -> PeftCheckpoint:
     """Tie a checkpoint to the sites of its model and check every shape.
 
+    A LoRA on a layer of the head becomes a part of the head. Other parts without a site are left out.
+
     Args:
         raw: as read from its files.
         architecture: of the model that the module belongs to (the teacher, or the student for a written graft).
@@ -74,16 +80,26 @@ def resolve(
         with_head: whether to read the head at all.
 
     Raises:
-        CheckpointError: a path is no site of this architecture.
-        ModelError: a shape shows that the module was trained on another model.
+        CheckpointError: no part of the module has a site in this architecture.
+        ModelError: a shape or a path shows that the module was trained on another model.
         HeadError: the head saved with the module has a form that is not known.
     """
     modules: dict[Site, Module] = {}
     owners: dict[Site, str] = {}
     prefixes: set[str] = set()
+    others: Counter[str] = Counter()
+    left_out: list[str] = []
     base = Base(architecture, base_tensors or {})
     for path, part in raw.parts.items():
-        sites, prefix = ([], "") if part.is_virtual else _sites(path, raw, architecture)
+        tower = None if part.is_virtual or architecture.sites(path) else architecture.other_tower(path)
+        if tower is not None:
+            others[tower] += len(part.tensors)
+            continue
+        place = ([], "") if part.is_virtual else _place(path, raw, architecture)
+        if place is None:
+            left_out.append(path)
+            continue
+        sites, prefix = place
         prefixes.add(prefix)
         for module in module_of(part).from_part(part, path, sites, base):
             _check_shapes(module, architecture)
@@ -96,10 +112,22 @@ def resolve(
                     "--teacher, or leave the tensors of all but one out of the file",
                 )
             modules[module.site], owners[module.site] = module, path
+    if others and not modules:
+        raise CheckpointError(
+            "the module acts on images or sound alone, and what moves is the part that reads text",
+            where=raw.base_model or raw.name,
+            found=", ".join(others),
+            fix="train a module on layers of the text tower",
+        )
     _check_saved_parts(raw, architecture)
-    head = resolve_head(raw, architecture, base.tensors) if raw.head and with_head else None
+    if left_out and not modules:
+        raise _without_sites(left_out, raw, architecture)
+    head = None
+    if raw.head and with_head:
+        head = resolve_head(raw, architecture, base.tensors)
+        left_out = [path for path in left_out if path not in adapted_layers(raw, architecture)]
     wrapped = bool(prefixes - {""}) or (raw.task is not Task.BASE)
-    return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped)
+    return PeftCheckpoint(raw, dict(sorted(modules.items())), head, wrapped, dict(others), tuple(left_out))
 
 
 def to_raw(
@@ -139,21 +167,22 @@ def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed
         seed: of the untrained head.
     """
     raw = to_raw(checkpoint, student.architecture, student.base_tensors(output=checkpoint.raw.trains_output))
-    if raw.head or raw.library != Library.PEFT or raw.task not in _TASKS_WITH_HEAD:
+    demanded = raw.library == Library.PEFT and Task.of_peft(todays_task_type(raw)) in TASKS_WITH_HEAD
+    if raw.head or not demanded:
         return raw
     return replace(raw, head=fresh_head(student.base.config, raw.task, checkpoint.raw.num_labels, seed))
 
 
-def _sites(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[list[Site], str]:
-    """The sites of a part's path, several for a fused layer, and what stands before the base model's path in it."""
+def _place(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[list[Site], str] | None:
+    """The sites of a part's path, several for a fused layer, and what stands before the base model's path in it.
+
+    None for a part without a role: in a layer that has others, or outside the layers.
+    """
     place = architecture.sites(path)
     if place is None:
-        raise CheckpointError(
-            f"{path} is no site of a {architecture.model_type} model",
-            where=raw.base_model or raw.name,
-            expected=f"a layer inside {' or '.join(stack.layers for stack in architecture.row.stacks)}",
-            fix="give the module's true base with --teacher; layers outside the stack are not supported yet",
-        )
+        if architecture.in_layers(path) and not _may_be_there(path, raw, architecture):
+            raise _other_base(path, raw, architecture)
+        return None
     sites, prefix = place
     if sites[0].layer >= 0 and sites[0].layer >= architecture.depth(sites[0].role):
         raise ModelError(
@@ -165,6 +194,40 @@ def _sites(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[l
         )
     format_of(raw.library).check_site(path, sites, architecture)
     return sites, prefix
+
+
+def _may_be_there(path: str, raw: RawCheckpoint, architecture: Architecture) -> bool:
+    """Whether the model has the layer at a path, as far as can be told: libraries add modules of their own."""
+    return raw.parts[path].is_own_module or architecture.has_module(path)
+
+
+def _other_base(path: str, raw: RawCheckpoint, architecture: Architecture) -> ModelError:
+    return ModelError(
+        f"the teacher is not the base of this module: a {architecture.model_type} model has no {path}",
+        where=raw.base_model or raw.name,
+        fix="name the model that the module was trained on with --teacher",
+    )
+
+
+def _without_sites(
+    paths: Sequence[str], raw: RawCheckpoint, architecture: Architecture
+) -> CheckpointError | ModelError:
+    """Why nothing of a module can be moved: it was trained on another model, or where no role is known."""
+    known = [path for path in paths if _may_be_there(path, raw, architecture)]
+    if not known:
+        return _other_base(paths[0], raw, architecture)
+    return CheckpointError(
+        f"no role is known yet for {', '.join(patterns(known))} of a {architecture.model_type} model, and the module "
+        "has nothing else",
+        where=raw.base_model or raw.name,
+        expected=f"a layer inside {' or '.join(stack.layers for stack in architecture.row.stacks)} that has a role",
+        fix="train the module on such layers, or give these a role with register_architecture (docs/extending.md)",
+    )
+
+
+def patterns(paths: Sequence[str]) -> list[str]:
+    """Paths with ``*`` for the number of a layer, each once: ``layers.*.mlp.gate``."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", path) for path in paths))
 
 
 def _check_shapes(module: Module, architecture: Architecture) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.sizes import head_counts
 from peft_graft.models.spaces import Site
-from peft_graft.models.task_models import blank_model
+from peft_graft.models.task_models import blank_model, is_remote
 from peft_graft.models.tasks import Task
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -86,12 +82,12 @@ class StudentNames:
 def written_names(model: ModelHandle, task: Task) -> StudentNames:
     """What a checkpoint for this model says about it."""
     config, architecture = model.base.config, model.architecture
-    task_model = blank_model(config, task)
-    heads, kv_heads = head_counts(config)
+    task_model = blank_model(config, task, trust_remote_code=is_remote(model.base))
+    heads, kv_heads = head_counts(model.text_config)
     return StudentNames(
         name=model.name,
         model_type=config.model_type,
-        hidden_size=int(getattr(config, "hidden_size", 0) or getattr(config, "dim", 0)),
+        hidden_size=int(getattr(model.text_config, "hidden_size", 0) or getattr(config, "dim", 0)),
         base_class=type(model.base).__name__,
         task_class=type(task_model).__name__,
         prefix=architecture.prefix,

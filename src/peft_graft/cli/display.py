@@ -38,6 +38,8 @@ def show_inspection(found: Inspection) -> None:
     console.print(f"head         {escaped(found.head or 'none')}")
     if found.labels:
         console.print(f"labels       {escaped(', '.join(found.labels))}")
+    for note in found.notes:
+        console.print(f"note         {escaped(note)}", soft_wrap=True)
     if found.sites:
         table = Table("role", "layers", "rank or bottleneck", "scaling", "inactive", title="where it attaches")
         for site in found.sites:
@@ -52,6 +54,8 @@ def show_inspection(found: Inspection) -> None:
     else:
         for path in found.paths:
             console.print(f"  {path}")
+    for path in found.left_out:
+        console.print(f"without a role, and so left out: {escaped(path)}", soft_wrap=True)
     if found.teacher_problem:
         console.print(f"[yellow]teacher:[/] {escaped(found.teacher_problem)}", soft_wrap=True)
     student = found.student
@@ -78,7 +82,7 @@ def show_inspection(found: Inspection) -> None:
             f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {student.max_tokens:,} tokens take "
             f"{student.least_seconds:,.0f} s on this processor at the least"
         )
-    for note in student.notes:
+    for note in (note for note in student.notes if note not in found.notes):
         console.print(f"note         {escaped(note)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED = 130
+_INTERRUPTED = 128 + signal.SIGINT
+#: SIGTERM, once it has come.
+_terminated: list[int] = []
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -55,7 +58,7 @@ def inspect(
         _print_json(found)
     else:
         show_inspection(found)
-    if found.student and found.student.problem:
+    if found.teacher_problem or (found.student and found.student.problem):
         raise typer.Exit(1)
 
 
@@ -164,7 +167,7 @@ def study(
     """Train teachers, move their modules, and compare: many models, tasks and languages, declared in one file."""
     from peft_graft.study import command as studies
 
-    with watching() as callbacks:
+    with _continued("finished cells are kept"), watching() as callbacks:
         failed = studies.study(
             file,
             paper=paper,
@@ -193,15 +196,9 @@ def demo(
     from peft_graft.study.demo import run_demo, show_demo
     from peft_graft.study.demo_llm import run_demo_llm
 
-    try:
-        with watching(lines=True) as callbacks:
-            run = run_demo_llm if llm else run_demo
-            result = run(out, seed=seed, force=force, callbacks=callbacks)
-    except KeyboardInterrupt:
-        where = escaped(str(out))
-        message = f"interrupted; finished parts are in {where}, and the same command continues there"
-        Console(stderr=True).print(message, soft_wrap=True)
-        sys.exit(_INTERRUPTED)
+    with _continued(f"finished parts are in {out}"), watching(lines=True) as callbacks:
+        run = run_demo_llm if llm else run_demo
+        result = run(out, seed=seed, force=force, callbacks=callbacks)
     if as_json:
         _print_json(result)
     elif isinstance(result, peft_graft.Evaluation):
@@ -217,6 +214,9 @@ def _about() -> None:
 
 def main() -> None:
     """Entry point: one clear line for every error of ours, no half-written result after an interruption."""
+    _terminated.clear()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns the signal into its exit code
@@ -226,13 +226,45 @@ def main() -> None:
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted; nothing was written")
-        sys.exit(_INTERRUPTED)
+        sys.exit(_exit_code())
+    except OSError as error:  # the files that a command is for say more; this is for all others
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error:[/] {escaped(f'{place}cannot be read or written ({error.strerror})')}", soft_wrap=True
+        )
+        sys.exit(1)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
             error.show()
             sys.exit(error.exit_code)
         raise
     sys.exit(code or 0)
+
+
+def _terminate(number: int, _: object) -> None:
+    """End the run as Ctrl-C does; once, so that nothing disturbs the cleaning."""
+    if not _terminated:
+        _terminated.append(number)
+        raise KeyboardInterrupt
+
+
+def _exit_code() -> int:
+    """That of the signal which has ended the run."""
+    return 128 + _terminated[0] if _terminated else _INTERRUPTED
+
+
+@contextmanager
+def _continued(message: str) -> Iterator[None]:
+    """Say what an interruption leaves, and end there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            f"interrupted; {escaped(message)}, and the same command continues there", soft_wrap=True
+        )
+        sys.exit(_exit_code())
 
 
 def _print_json(value: BaseModel) -> None:

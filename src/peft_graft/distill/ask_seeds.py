@@ -85,7 +85,7 @@ def prompts_from(  # the examples, how they are asked about and of whom; the res
     with run.stage(_STAGE):
         listing = listing_of(seeds, asking, models, config)
         model = language_model(models.teacher, bf16=asking.bf16)
-        key = json.dumps([key, models.teacher.fingerprint, listing.examples, listing.tokens])
+        key = json.dumps([key, models.teacher.speaking_key, listing.examples, listing.tokens])
         return make_prompts(
             seeds,
             listing.writer(model, config.seed),

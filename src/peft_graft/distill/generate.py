@@ -14,6 +14,7 @@ import torch
 
 from peft_graft.distill.training import length_batches
 from peft_graft.models.task_models import quiet_libraries
+from peft_graft.outputs import writing
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
@@ -67,7 +68,8 @@ class AnswerStore:
         """The answers so far, by the number of their prompt; a last line that a kill cut off is left out."""
         found: dict[int, Answer] = {}
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            # A kill may have cut a character in two; and answers hold ends of lines of many kinds.
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
@@ -76,15 +78,20 @@ class AnswerStore:
         return found
 
     def add(self, answers: dict[int, Answer]) -> None:
-        """Add answers by the number of their prompt."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            if cut_off:
-                file.write("\n")
-            for number, answer in answers.items():
-                row = {"prompt": number, "text": answer.text, "ended": answer.ended}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Add answers by the number of their prompt.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                if cut_off:
+                    file.write("\n")
+                for number, answer in answers.items():
+                    row = {"prompt": number, "text": answer.text, "ended": answer.ended}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def generate_answers(  # the model, what it is asked and how; the rest says where answers are kept and who watches

@@ -18,6 +18,7 @@ from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_
 from peft_graft.distill.likelihood import answer_losses
 from peft_graft.errors import TextError
 from peft_graft.metrics import METRICS, OfSums, interval, score_answers
+from peft_graft.models.fingerprint import tokenizer_fingerprint
 from peft_graft.models.loading import Loading, ModelHandle, load_model
 from peft_graft.models.output import LanguageModel, language_model
 from peft_graft.prompts.conversation import Prompt
@@ -215,11 +216,12 @@ class Measuring:
         with self.run.stage(f"loading the {side.role}"):
             handle, bf16 = side.loaded(), self.config.dtype == "bfloat16"
         found = []
+        key = [handle.speaking_key, tokenizer_fingerprint(side.template.tokenizer)]
         if side.bare:
-            found.append(self._row(side, side.bare, language_model(handle, bf16=bf16), [handle.fingerprint]))
+            found.append(self._row(side, side.bare, language_model(handle, bf16=bf16), key))
         raw = as_lora(side.raw, handle) if side.raw.needs_conversion else side.raw
         attached = attach(raw, handle, bf16=bf16, speaks=True)
-        return [*found, self._row(side, side.whole, attached, [handle.fingerprint, raw.digest])]
+        return [*found, self._row(side, side.whole, attached, [*key, raw.digest])]
 
     def _row(self, side: Side, name: str, model: AttachedModel | LanguageModel, key: Sequence[str]) -> Row:
         answers, scores = list[Answer](), dict[str, Score]()

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_graft.files import read_json, read_tensors, write_json, write_tensors, written_aside
 from peft_graft.models.devices import trainable_attention
+from peft_graft.outputs import read_state, write_state
 from peft_graft.record import Record
 
 #: Share of the steps in which the learning rate rises.
 WARM_UP = 0.06
 _MAX_NORM = 1.0
-_STATE = "state"
 #: Batches of like length are cut from so many batches' rows at a time, drawn at random.
 _GROUPED = 8
 
@@ -78,9 +77,7 @@ class Point:
 class StateStore:
     """Where a loop keeps its state: in memory, and in a folder too if one is given.
 
-    The folder holds ``state.safetensors`` and ``state.json``, written aside and renamed, so that a kill leaves the last
-    whole state or the one before.
-
+    A kill leaves the last whole state in the folder, or the one before.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -91,15 +88,13 @@ class StateStore:
         """Replace what is kept; the tensors are copied."""
         self._held = {name: value.detach().clone() for name, value in tensors.items()}, dict(record)
         if self.folder is not None:
-            with written_aside(self.folder, force=True) as staging:
-                write_tensors(staging / f"{_STATE}.safetensors", tensors)
-                write_json(staging / f"{_STATE}.json", record)
+            write_state(self.folder, tensors, record)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What is kept, None where nothing is."""
-        if self._held is None and self.folder is not None and (self.folder / f"{_STATE}.json").is_file():
-            self._held = read_tensors(self.folder / f"{_STATE}.safetensors"), read_json(self.folder / f"{_STATE}.json")
-        return self._held
+    def load(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What is kept of the work with this key, None where nothing is."""
+        if self._held is None and self.folder is not None:
+            self._held = read_state(self.folder, key)
+        return self._held if self._held and self._held[1].get("key") == key else None
 
 
 @dataclass
@@ -284,8 +279,8 @@ class TrainingLoop:
         self.store.save(tensors, record)
 
     def _take_up(self) -> None:
-        held = self.store.load() if self.store else None
-        if held is None or held[1].get("key") != self._key:
+        held = self.store.load(self._key) if self.store else None
+        if held is None:
             return
         tensors, record = held
         self._best = {}

@@ -31,6 +31,7 @@ from peft_graft.models.spec import (
     of_expert,
 )
 from peft_graft.models.tasks import Task
+from peft_graft.models.towers import other_towers, text_tower, tower_of, without_tower
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Architecture:
         vocabulary: role of word embeddings -> their path in the base model; of the output layer, in a language model.
         embed_scale: what the model multiplies its word embeddings by.
         transposed: whether linear layers keep their weight as [in, out] (``Conv1D``).
+        tower: the part that reads text, of a model that reads more (``language_model``); its layers are the model's.
+        beside: names of the other parts of such a model.
+        modules: paths of all modules of the base model, those without a role too.
     """
 
     model_type: str
@@ -61,6 +65,9 @@ class Architecture:
     transposed: bool = False
     vocabulary: Mapping[str, str] = field(default_factory=dict)
     embed_scale: float = 1.0
+    tower: str = ""
+    beside: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
 
     @property
     def num_layers(self) -> int:
@@ -70,7 +77,8 @@ class Architecture:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream, of the last stack where there are several."""
-        return self.sizes[Space(0, self.row.stacks[-1].full("attn.in"))]
+        read = self.row.stacks[-1].full("attn.in")  # by every layer but those that mix tokens in another way
+        return next(size for space, size in self.sizes.items() if space.name == read)
 
     def depth(self, name: str) -> int:
         """Number of layers of the stack that a role or space belongs to."""
@@ -159,8 +167,27 @@ class Architecture:
     def sites(self, path: str) -> tuple[list[Site], str] | None:
         """The sites of a module path, several for a fused layer, and what stands before the layers in it, or None.
 
-        What stands before is ``bert.`` in a task model, nothing in a bare one.
+        What stands before is ``bert.`` in a task model, nothing in a bare one. A path in a text tower is found in a
+        text model too, and the reverse, whatever the version of transformers that named it.
         """
+        inside = without_tower(path)
+        if inside is None and self.tower:
+            local = path.removeprefix(f"{self.prefix}.")
+            inside = local, path.removesuffix(local)
+        local, before = inside or ("", "")
+        for name in (local, *([f"{self.tower}.{local}"] if self.tower else []), path):
+            found = self._sites(name)
+            if found is None:
+                continue
+            prefix = found[1] if name == path else before
+            return None if self.other_tower(prefix) or self.other_tower(found[1]) else (found[0], prefix)
+        return None
+
+    def other_tower(self, path: str) -> str | None:
+        """The tower of a path that leads into what reads images or sound, where this model's layers read text."""
+        return tower_of(path, self.beside) if self.row.reads_text else None
+
+    def _sites(self, path: str) -> tuple[list[Site], str] | None:
         for role, place in self._outside_layers.items():
             if path == place or (path == f"{self.prefix}.{place}" and role != LM_HEAD_ROLE):
                 return [Site(-1, role)], path.removesuffix(place)
@@ -172,6 +199,17 @@ class Architecture:
             roles = [role for role, place in stack.places.items() if place == match["path"]]
             if roles:
                 return [Site(int(match["layer"]), stack.full(role)) for role in roles], match["prefix"]
+        return None
+
+    def has_module(self, path: str) -> bool:
+        """Whether the base model has a module at a path, with or without a role; a task model's paths are known too."""
+        return not self.modules.isdisjoint({path, path.removeprefix(f"{self.prefix}."), self.in_layers(path)})
+
+    def in_layers(self, path: str) -> str | None:
+        """The path in the base model of what lies in a layer of its stacks; None for what lies outside."""
+        for stack in self.row.stacks:
+            if match := re.fullmatch(rf"(?:.*\.)?({re.escape(stack.layers)}\.\d+\..+)", path):
+                return match[1]
         return None
 
     def fused_size(self, role: str) -> int:
@@ -194,6 +232,9 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
             missing in this model.
     """
     rows = rows_of(model_type)
+    tower = "" if rows else text_tower(base)
+    if tower:
+        return _in_tower(base, tower, model_type, prefix)
     row = next((row for row in rows if _fits(row, base)), rows[0]) if rows else infer_row(base, model_type)
     layers = [_layers(stack, base, model_type) for stack in row.stacks]
     row = replace(row, stacks=tuple(map(_concrete, row.stacks, layers)))
@@ -227,6 +268,25 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         transposed=any(type(module).__name__ == "Conv1D" for module in base.modules()),
         vocabulary=_vocabulary(row, base, words) if words is not None and alone else {},
         embed_scale=_embed_scale(words) if words is not None and alone else 1.0,
+        modules=frozenset(path for path, _ in base.named_modules()),
+    )
+
+
+def _in_tower(base: nn.Module, tower: str, model_type: str, prefix: str) -> Architecture:
+    """A model that reads more than text, described as its text tower, where that is in the model."""
+    inner = base.get_submodule(tower)
+    found = describe(inner, inner.config.model_type, prefix)  # type: ignore[union-attr, arg-type]
+    # The library adapters has no models of this kind.
+    stacks = tuple(replace(stack, layers=f"{tower}.{stack.layers}", adapters={}) for stack in found.row.stacks)
+    paths = {role: path if role == LM_HEAD_ROLE else f"{tower}.{path}" for role, path in found.vocabulary.items()}
+    return replace(
+        found,
+        model_type=model_type,
+        row=replace(found.row, stacks=stacks),
+        norms={role: f"{tower}.{path}" for role, path in found.norms.items()},
+        vocabulary=paths,
+        tower=tower,
+        beside=other_towers(base, tower),
     )
 
 

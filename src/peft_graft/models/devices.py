@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peft_graft.errors import DeviceError
+from peft_graft.errors import DeviceError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +70,22 @@ def is_quantised(model: nn.Module) -> bool:
 def is_spread(model: nn.Module) -> bool:
     """Whether the model must stay where accelerate put it: on several devices, or offloaded."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def check_range(model: nn.Module, where: str) -> None:
+    """Refuse weights that became infinite in the dtype that they were loaded in.
+
+    Raises:
+        ModelError: there are some.
+    """
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                "weights are too large for float16",
+                where=where,
+                found=f"infinity or NaN in {name}",
+                fix="give --dtype bfloat16 or float32",
+            )
 
 
 def keep_trainable(model: nn.Module) -> None:

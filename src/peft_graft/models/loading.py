@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
 from peft_graft.models.architecture import Architecture, describe
+from peft_graft.models.checks import check_no_module, check_quantisation, explained
 from peft_graft.models.devices import (
     BaseTensors,
     check_device,
+    check_range,
     device_of,
     is_blank,
     is_quantised,
     keep_trainable,
 )
+from peft_graft.models.fingerprint import (
+    config_fingerprint,
+    fingerprint,
+    hash_tensors,
+    pooler_fingerprint,
+    tokenizer_fingerprint,
+)
 from peft_graft.models.spec import LM_HEAD_ROLE
-from peft_graft.models.task_models import blank_model, prefix_of, quiet_libraries, take_parts
+from peft_graft.models.task_models import auto_class, blank_model, is_remote, prefix_of, take_parts
 from peft_graft.models.tasks import Task
 from peft_graft.record import Record
 
@@ -121,8 +126,28 @@ class ModelHandle:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See ``fingerprint``; taken once."""
+        """See ``models.fingerprint``; taken once."""
         return fingerprint(self.base)
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The configuration of what reads text: of the text tower, in a model that reads more."""
+        config: PretrainedConfig = self.base.config
+        return getattr(config, "text_config", None) or config if self.architecture.tower else config
+
+    @cached_property
+    def key(self) -> str:
+        """Tells it from whatever computes something else: by all values, the configuration and the tokenizer."""
+        parts = [self.fingerprint, pooler_fingerprint(self.base, self.missing), config_fingerprint(self.base.config)]
+        return " ".join([*parts, *([tokenizer_fingerprint(self.tokenizer)] if self.tokenizer is not None else [])])
+
+    @cached_property
+    def speaking_key(self) -> str:
+        """The same of a language model, which its output layer belongs to; that is loaded if need be."""
+        path = f"{self.architecture.vocabulary.get(LM_HEAD_ROLE)}.weight"
+        weight = self.base_tensors(output=True).get(path)
+        output = {"weight": weight, "bias": self.output_bias}
+        return f"{self.key} {hash_tensors((name, value) for name, value in output.items() if value is not None)}"
 
     @cached_property
     def device(self) -> torch.device:
@@ -163,14 +188,16 @@ class ModelHandle:
         return is_blank(self.base)
 
     def _output_weight(self) -> Tensor:
-        if getattr(self.base.config, "tie_word_embeddings", False):
+        blank = blank_model(self.base.config, Task.CAUSAL_LM, trust_remote_code=is_remote(self.base))
+        own = blank.get_output_embeddings().weight
+        if own is blank.get_input_embeddings().weight:
             weight = _word_embeddings(self.base)
         elif self.is_blank:
-            weight = blank_model(self.base.config, Task.CAUSAL_LM).get_output_embeddings().weight
+            weight = own
         else:
             options = {**self.loading.source, **self.loading.weights, "dtype": self.base.dtype}
-            with _explained(self.name, "output layer"):
-                model = transformers.AutoModelForCausalLM.from_pretrained(self.name, **options)
+            with explained(self.name, "output layer"):
+                model = auto_class(Task.CAUSAL_LM, self.base.config).from_pretrained(self.name, **options)
             layer = model.get_output_embeddings()
             weight = layer.weight
             self.output_bias = layer.bias.detach() if getattr(layer, "bias", None) is not None else None
@@ -190,6 +217,16 @@ class ModelPair:
         """Of the teacher and of the student."""
         return self.teacher.fingerprint, self.student.fingerprint
 
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What tells the teacher and the student from all that compute something else."""
+        return self.teacher.key, self.student.key
+
+    @property
+    def speaking_keys(self) -> tuple[str, str]:
+        """The same of language models."""
+        return self.teacher.speaking_key, self.student.speaking_key
+
 
 def load_config(name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "model") -> PretrainedConfig:
     """A model's configuration, by folder or hub id.
@@ -198,10 +235,15 @@ def load_config(name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "m
         name: folder or hub id. loading: where it is on the hub. role: ``teacher`` or ``student``, for messages.
 
     Raises:
-        ModelError: nothing of that name can be reached, or it needs code that comes with its repository.
+        ModelError: nothing of that name can be reached, it is a module or holds one, or it needs code that comes with
+            its repository.
+        DependencyError: its weights are quantised by a library that is not installed.
     """
-    with _explained(name, role):
-        return transformers.AutoConfig.from_pretrained(name, **loading.source)
+    check_no_module(name, loading.source, role)
+    with explained(name, role):
+        config = transformers.AutoConfig.from_pretrained(name, **loading.source)
+    check_quantisation(config, loading.quantization_config, name, role)
+    return config
 
 
 def describe_config(config: PretrainedConfig) -> Architecture:
@@ -209,16 +251,16 @@ def describe_config(config: PretrainedConfig) -> Architecture:
     return blank_handle(config).architecture
 
 
-def blank_handle(config: PretrainedConfig, name: str = "") -> ModelHandle:
+def blank_handle(config: PretrainedConfig, name: str = "", *, trust_remote_code: bool = False) -> ModelHandle:
     """A model without values, made from a configuration alone.
 
     It is on torch's meta device and its ``base_tensors`` are meta tensors: code that needs shapes only works on it as
     on a loaded model. It has no fingerprint.
 
     Raises:
-        ArchitectureError: its architecture is unknown.
+        ModelError: it cannot be built. ArchitectureError: its architecture is unknown.
     """
-    base = blank_model(config, Task.BASE).eval()
+    base = blank_model(config, Task.BASE, trust_remote_code=trust_remote_code).eval()
     architecture = describe(base, config.model_type, prefix_of(base))
     return ModelHandle(name or config.name_or_path or config.model_type, base, architecture)
 
@@ -239,11 +281,13 @@ def load_model(
     """
     place = check_device(loading.device)
     config = load_config(name, loading, role=role)
-    with _explained(name, role):
+    with explained(name, role):
         base, missing = _load_base(name, _options(config, loading, place))
     if loading.device_map is None and not is_quantised(base):
         base = base.to(place)
     keep_trainable(base)
+    if loading.dtype == "float16":
+        check_range(base, f"{role} {name}")
     base = base.eval()
     architecture = describe(base, base.config.model_type, prefix_of(base))
     own = load_tokenizer(name, loading, role=role) if tokenizer else None
@@ -295,7 +339,7 @@ def load_tokenizer(name: str, loading: Loading = DEFAULT_LOADING, *, role: str =
     Raises:
         ModelError: there is none.
     """
-    with _explained(name, f"{role}'s tokenizer"):
+    with explained(name, f"{role}'s tokenizer"):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name, **loading.source)
     return check_tokenizer(tokenizer, name, role)
 
@@ -343,7 +387,7 @@ def wrap_model(
         )
     base = getattr(model, prefix_of(model), model)
     if base is model and Task.of_class(type(model).__name__) is not Task.BASE:  # T5's hold the stacks themselves
-        base = blank_model(model.config, Task.BASE)
+        base = blank_model(model.config, Task.BASE, trust_remote_code=is_remote(model))
         take_parts(base, model, [name for name, _ in base.named_children()])
     if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
         raise ModelError(
@@ -362,23 +406,6 @@ def wrap_model(
         found.output = output.weight.detach()
         found.output_bias = output.bias.detach() if getattr(output, "bias", None) is not None else None
     return found
-
-
-def fingerprint(base: nn.Module) -> str:
-    """SHA-256 over the names, shapes and a strided sample of 256 values of every parameter, in float32.
-
-    It tells models apart in time independent of their size, and does not change with the file they came from.
-    """
-    digest = hashlib.sha256()
-    stored = BaseTensors(base, frozenset(), {})
-    for name, value in sorted(base.named_parameters()):
-        if name.startswith("pooler."):  # task models may lack it
-            continue
-        flat = (stored[name] if value.is_meta else value.detach()).flatten()
-        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 4096) -> float | None:
@@ -401,28 +428,3 @@ def _word_embeddings(model: nn.Module) -> Tensor:
         return weight.detach()
     name = next(name for name, value in model.named_parameters() if value is weight)
     return BaseTensors(model, frozenset(), {})[name]
-
-
-@contextmanager
-def _explained(name: str, role: str) -> Iterator[None]:
-    """What libraries raise while they load something, in one line that says what to do."""
-    try:
-        with quiet_libraries():
-            yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if "trust_remote_code=True" in str(error):
-            raise ModelError(
-                f"the {role} needs model code that comes with its repository",
-                where=name,
-                fix="read that code; if you trust it, --trust-remote-code (trust_remote_code=True) runs it",
-            ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"the {role} cannot be loaded ({reason})",
-            where=name,
-            fix=f"give a folder, or a hub id that can be reached from here{_near(name)}",
-        ) from error
-
-
-def _near(name: str) -> str:
-    return "" if Path(name).exists() else f"; there is no folder {name}"

@@ -30,6 +30,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     pairs = int(getattr(config, "num_key_value_heads", None) or queries)
     if config.model_type == "falcon":  # one key-value head for all, or as many as it says, or as many as query heads
         pairs = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else queries
+    if config.model_type in ("gpt_bigcode", "persimmon"):
+        pairs = 1 if getattr(config, "multi_query", False) else queries
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     return queries, int(pairs), int(width)
 

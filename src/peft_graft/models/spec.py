@@ -12,6 +12,12 @@ Spaces of a layer, in the order in which a layer computes them:
     ffn.down.out     what that projection writes, before residual and norm
     layer.out        the layer's output
 
+Where queries, or keys and values, are made from a latent vector (DeepSeek's attention):
+
+    attn.query_down.out   attn.kv_down.out   of the projections to them, before their norms
+    attn.query_latent     attn.kv_latent     what the projections from them read
+    attn.kv_up.out                           keys and values of all heads, without the part that rotates
+
 What bottleneck adapters see of the residual stream, where a row says where they are:
 
     layer.in         before the attention: attn.in, unless a norm comes between them
@@ -212,6 +218,10 @@ SPACES_OF_ROLE = {
     "attn.query": ("attn.in", "attn.query.out"),
     "attn.key": ("attn.in", "attn.key.out"),
     "attn.value": ("attn.in", "attn.value.out"),
+    "attn.query_down": ("attn.in", "attn.query_down.out"),
+    "attn.query_up": ("attn.query_latent", "attn.query.out"),
+    "attn.kv_down": ("attn.in", "attn.kv_down.out"),
+    "attn.kv_up": ("attn.kv_latent", "attn.kv_up.out"),
     "attn.output": ("attn.context", "attn.output.out"),
     "ffn.up": ("ffn.in", "ffn.up.out"),
     "ffn.gate": ("ffn.in", "ffn.gate.out"),

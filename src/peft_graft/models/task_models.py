@@ -21,17 +21,62 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def blank_model(config: PretrainedConfig, task: Task) -> PreTrainedModel:
-    """A model of this configuration without weights, on torch's meta device."""
+def blank_model(config: PretrainedConfig, task: Task, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this configuration without weights, on torch's meta device.
+
+    Args:
+        trust_remote_code: whether to run model code that the configuration names. A configuration whose own class is
+            such code was only made because it is trusted.
+
+    Raises:
+        ModelError: there is no model of this kind for the task, or it cannot be built from its configuration alone.
+    """
+    auto = auto_class(task, config)
+    trusted = trust_remote_code or is_remote(config)
+    remote = trusted and auto.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto._model_mapping and not remote:
+        what = "bare" if task in (Task.BASE, Task.PREDICTION_HEADS) else task
+        raise ModelError(
+            f"transformers {transformers.__version__} has no {what} model of this kind",
+            where=str(config.name_or_path or config.model_type),
+            expected=f"a model that {' or '.join(task.auto_classes)} can load",
+            found=config.model_type,
+            fix="choose a model of another family; where the module's task is another, correct task_type in its "
+            "adapter_config.json",
+        )
     # Transformers 5 fills no weights there; 4 goes through every one of them, which takes a third of a transfer between
     # small models.
     unfilled = getattr(transformers.modeling_utils, "no_init_weights", None)
-    with torch.device("meta"), warnings.catch_warnings(), unfilled() if unfilled else nullcontext():
+    with warnings.catch_warnings(), unfilled() if unfilled else nullcontext():
         warnings.simplefilter("ignore")
-        model: PreTrainedModel = _auto_class(task, config).from_config(config)
+        try:
+            model = _built(auto, config, trust_remote_code=trusted)
+        except Exception as error:  # anything at all may go wrong in a model's own code
+            raise ModelError(
+                f"the model cannot be built from its configuration ({(str(error).splitlines() or [repr(error)])[0]})",
+                where=str(config.name_or_path or config.model_type),
+                fix="see that AutoModel can load it in this environment; where it needs a library, install that",
+            ) from error
     if unfilled:
         model.tie_weights()  # which 4 does after filling them
     return model
+
+
+def _built(auto: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except NotImplementedError:  # it looks at the values of its buffers as it is built (Apertus)
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def is_remote(thing: object) -> bool:
+    """Whether a model or configuration is of a class that came with its repository, and so is trusted."""
+    return type(thing).__module__.startswith("transformers_modules")
 
 
 def with_task_head(
@@ -44,13 +89,14 @@ def with_task_head(
     """
     config = copy.deepcopy(base.config)
     set_labels(config, labels, num_labels)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
+    for part in (config, getattr(config, "text_config", None)):
+        if isinstance(part, transformers.PretrainedConfig) and getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
     device = device_of(base)
     base = shared_copy(base)
     if base.dtype == torch.float16 and not is_quantised(base) and not is_spread(base):
         base = base.float()
-    model = blank_model(config, task)
+    model = blank_model(config, task, trust_remote_code=is_remote(base))
     if type(model) is type(base):
         return base
     prefix = prefix_of(model)
@@ -181,6 +227,9 @@ def quiet_libraries() -> Iterator[None]:
         other.setLevel(level)
 
 
-def _auto_class(task: Task, config: PretrainedConfig) -> Any:
+def auto_class(task: Task, config: PretrainedConfig) -> Any:
+    """The auto class of transformers that makes a model of this configuration for the task; the first if none does."""
     classes = [getattr(transformers, name) for name in task.auto_classes]
+    if getattr(config, "text_config", None) is not None:  # the class that reads all, before that of its text tower
+        classes.reverse()
     return next((auto for auto in classes if type(config) in auto._model_mapping), classes[0])

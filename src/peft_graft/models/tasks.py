@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -9,6 +10,7 @@ class Task(StrEnum):
     """A task, as transformers names its pipelines.
 
     ``BASE`` is the bare model, and ``PREDICTION_HEADS`` is the bare model under the heads of the library adapters.
+    ``MASKED_LM`` also stands for an encoder inside a task model of which nothing is known.
     """
 
     BASE = "base"
@@ -16,6 +18,7 @@ class Task(StrEnum):
     TOKEN_CLASSIFICATION = "token-classification"
     SEQUENCE_CLASSIFICATION = "sequence-classification"
     CAUSAL_LM = "causal-lm"
+    MASKED_LM = "masked-lm"
     QUESTION_ANSWERING = "question-answering"
     SEQ2SEQ_LM = "seq2seq-lm"
     IMAGE_CLASSIFICATION = "image-classification"
@@ -35,11 +38,12 @@ class Task(StrEnum):
         """The hub's name for pipelines of this task, None for bare models."""
         if self in (Task.BASE, Task.PREDICTION_HEADS):
             return None
-        return {Task.CAUSAL_LM: "text-generation", Task.SEQ2SEQ_LM: "text2text-generation"}.get(self, str(self))
+        return _PIPELINES.get(self, str(self))
 
     def auto_class_of(self, model_type: str) -> str:
         """The auto class that users load a model of this type with."""
-        return self.auto_classes[-1 if model_type == "whisper" else 0]
+        known = (name for name in self.auto_classes if name in _TABLES and model_type in _table(_TABLES[name]))
+        return next(known, self.auto_classes[0])
 
     @staticmethod
     def of_peft(task_type: str | None) -> Task | None:
@@ -48,7 +52,12 @@ class Task(StrEnum):
 
     @staticmethod
     def of_class(name: str) -> Task:
-        """The task that a model class of transformers or adapters is for, ``BASE`` for a bare model."""
+        """The task that a model class of transformers or adapters is for, ``BASE`` for a bare model.
+
+        Classes that read images beside text end in the same word as encoder-decoders, and are decoders.
+        """
+        if any(name in _table(table).values() for table in _READ_IMAGES):
+            return Task.CAUSAL_LM
         return next((task for ending, task in _CLASS_ENDINGS.items() if name.endswith(ending)), Task.BASE)
 
 
@@ -57,11 +66,26 @@ _AUTO_CLASSES = {
     Task.PREDICTION_HEADS: ("AutoModel",),
     Task.TOKEN_CLASSIFICATION: ("AutoModelForTokenClassification",),
     Task.SEQUENCE_CLASSIFICATION: ("AutoModelForSequenceClassification",),
-    Task.CAUSAL_LM: ("AutoModelForCausalLM",),
+    Task.CAUSAL_LM: ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    Task.MASKED_LM: ("AutoModelForMaskedLM",),
     Task.QUESTION_ANSWERING: ("AutoModelForQuestionAnswering",),
     Task.SEQ2SEQ_LM: ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
     Task.IMAGE_CLASSIFICATION: ("AutoModelForImageClassification",),
 }
+_PIPELINES = {
+    Task.CAUSAL_LM: "text-generation",
+    Task.SEQ2SEQ_LM: "text2text-generation",
+    Task.MASKED_LM: "fill-mask",
+}
+#: Transformers' own tables of model types and classes, for auto classes among which the type decides.
+_TABLES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+#: Those of models that read images beside text; the second is transformers 4's alone.
+_READ_IMAGES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES")
 _PEFT_TYPES = {
     "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
     "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
@@ -73,8 +97,18 @@ _CLASS_ENDINGS = {
     "ForTokenClassification": Task.TOKEN_CLASSIFICATION,
     "ForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
     "ForCausalLM": Task.CAUSAL_LM,
+    "LMHeadModel": Task.CAUSAL_LM,
+    "ForMaskedLM": Task.MASKED_LM,
     "ForQuestionAnswering": Task.QUESTION_ANSWERING,
     "ForConditionalGeneration": Task.SEQ2SEQ_LM,
     "ForImageClassification": Task.IMAGE_CLASSIFICATION,
     "AdapterModel": Task.PREDICTION_HEADS,
+    "ModelWithHeads": Task.PREDICTION_HEADS,  # its name in adapter-transformers
 }
+
+
+def _table(name: str) -> Mapping[str, str]:
+    """Model type -> class name of a table of transformers, empty where this version has none."""
+    from transformers.models.auto import modeling_auto
+
+    return getattr(modeling_auto, name, {})

@@ -53,6 +53,18 @@ class LoraPart(Part):
         """Whether the layer is an output layer."""
         return is_vocabulary(path)
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's weight [d_out, d_in] and bias [d_out] with the update inside; the wider dtype of both."""
+        own = weight.double()
+        whole = own + (self.scaling * self.B.double() @ self.A.double()).to(own)
+        if self.magnitude is not None:
+            whole = whole * (self.magnitude.to(own) / whole.norm(dim=1))[:, None]
+        bias = bias if self.base_bias is None else self.base_bias
+        if self.bias is not None:
+            added = self.scaling * self.bias.double()
+            bias = added.to(self.bias) if bias is None else (bias.double() + added.to(bias.device)).to(bias)
+        return whole.to(torch.promote_types(weight.dtype, self.A.dtype)), bias
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingLoraPart(LoraPart):
@@ -169,7 +181,8 @@ class LoraModule(Module):
                 where=path,
                 expected=f"{known} tokens",
                 found=size,
-                fix="train the added tokens with modules_to_save or trainable_token_indices",
+                fix="save the resized model and give it with --teacher, or train the added tokens with "
+                "modules_to_save or trainable_token_indices",
             )
         reads, writes = (VOCABULARY, EMBEDDED) if site.role == EMBED_ROLE else (TOKENS_OUT, VOCABULARY)
         scaling = part.scaling * vocabulary_scale(site, base.architecture)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from peft_graft.alignment.aligner import no_text
 from peft_graft.alignment.methods import METHODS
+from peft_graft.checkpoints.attach import check_library
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.checkpoints.student_names import written_names
 from peft_graft.config import AUTO, GraftConfig
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import POOLED_OUT, Space
-from peft_graft.models.task_models import own_labels
+from peft_graft.models.task_models import blank_model, is_remote, own_labels
 from peft_graft.planning.sites import SitePlans
 from peft_graft.planning.spaces import check_reads_text
 
@@ -36,6 +38,22 @@ def check_reading(models: ModelPair, config: GraftConfig, *, has_text: bool) -> 
         check_reads_text(*shapes, "choosing a method")
     elif METHODS[config.method].needs_text:
         check_reads_text(*shapes, f"--method {config.method}")
+
+
+def check_vocabulary(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
+    """Refuse to leave trained tokens behind, which other layers count on, unless the user named what moves.
+
+    Raises:
+        PlanError: the module trains a vocabulary that has no role.
+    """
+    parts = checkpoint.raw.parts
+    tokens = next((path for path in checkpoint.left_out if parts[path].trains_tokens(path)), None)
+    if tokens is not None and config.sites is None:
+        raise PlanError(
+            "the module trains this part of the vocabulary, which has no role in this model yet",
+            where=tokens,
+            fix=f"leave it behind by naming what moves: --sites {','.join(checkpoint.roles)}",
+        )
 
 
 def check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:
@@ -93,6 +111,23 @@ def check_method(raw: RawCheckpoint, config: GraftConfig, *, has_prompts: bool =
             found=raw.kind,
             fix="leave --method out",
         )
+
+
+def check_task_models(module: RawCheckpoint, moved: RawCheckpoint, models: ModelPair, *, has_text: bool) -> None:
+    """Refuse models that transformers cannot make the task models of which a transfer needs.
+
+    Args:
+        module: the teacher's. moved: what is written for the student. has_text: whether the teacher may be asked.
+
+    Raises:
+        ModelError: there is no such class in transformers or in the library adapters, or it cannot be built from the
+            model's configuration.
+    """
+    check_library(moved.library, moved.task, models.student)
+    written_names(models.student, moved.task)
+    if has_text:
+        base = models.teacher.base
+        blank_model(base.config, module.task, trust_remote_code=is_remote(base))
 
 
 def check_pooler(sites: SitePlans, student: ModelHandle) -> None:

@@ -16,7 +16,7 @@ from peft_graft.checkpoints.library import in_library
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.config import AUTO, GraftConfig
-from peft_graft.models.loading import ModelPair, embedding_similarity
+from peft_graft.models.loading import ModelHandle, ModelPair, embedding_similarity
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.models.spec import expert_of
 from peft_graft.planning.checks import (
@@ -26,6 +26,8 @@ from peft_graft.planning.checks import (
     check_method,
     check_pooler,
     check_reading,
+    check_task_models,
+    check_vocabulary,
     no_predictions,
     with_teacher_labels,
 )
@@ -94,6 +96,7 @@ class Plan:
             raise no_predictions(config)
         check_method(raw, config, has_prompts=has_prompts)
         sites = _sites(moved, models, config, method_of_spaces(config, given))
+        check_task_models(module.raw, moved.raw, models, has_text=bool(has_text))
         methods = expected_methods(config, sites, given, has_prompts=has_prompts)
         if config.method == "copy":
             copy_alignment(sites.pairs, "", "")
@@ -158,14 +161,24 @@ class Plan:
         )
 
 
+def at_teacher(raw: RawCheckpoint, teacher: ModelHandle, config: GraftConfig) -> PeftCheckpoint:
+    """The whole module tied to the teacher's sites; errors name the model that was given, not the one on record.
+
+    Raises:
+        CheckpointError, ModelError, HeadError: see ``checkpoints.resolve``.
+    """
+    raw = with_teacher_labels(replace(raw, base_model=teacher.name), teacher.base.config)
+    own = teacher.base_tensors(output=raw.trains_output)
+    return resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+
+
 def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tuple[PeftCheckpoint, PeftCheckpoint]:
     """The whole module tied to the teacher's sites, and the part of it that moves."""
     teacher = models.teacher
-    raw = with_teacher_labels(raw, teacher.base.config)
-    own = teacher.base_tensors(output=raw.trains_output)
-    module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+    module = at_teacher(raw, teacher, config)
+    check_vocabulary(module, config)
     check_labels(module, models.student.base.config)
-    part = at_sites(module, config.sites, teacher.architecture, teacher.base.config)
+    part = at_sites(module, config.sites, teacher.architecture, teacher.text_config)
     return module, in_library(part, config.library)
 
 

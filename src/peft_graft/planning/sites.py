@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from peft_graft.alignment.alignment import Pair
 from peft_graft.alignment.methods import Method, map_axis
-from peft_graft.checkpoints.heads import head_form
-from peft_graft.checkpoints.resolve import PeftCheckpoint
+from peft_graft.checkpoints.heads import adapted_layers, head_form
+from peft_graft.checkpoints.resolve import PeftCheckpoint, patterns
 from peft_graft.config import GraftConfig
 from peft_graft.errors import PlanError
 from peft_graft.models.architecture import Architecture
@@ -19,6 +19,11 @@ from peft_graft.modules.base import Axis, Module
 from peft_graft.planning.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.planning.layers import LayerMap, layer_map, layer_maps
 from peft_graft.planning.spaces import listed_roles
+
+#: Tasks of which no head is missed.
+_HEADLESS = (Task.BASE, Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM)
+#: As many kinds of left-out parts a note names.
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -92,20 +97,29 @@ def plan_sites(
     for module in checkpoint.modules.values():
         module.check_models(teacher, student)
     mappings, sites, notes = _placed(sides, stacks, config.layers)
-    notes += _expert_notes(checkpoint, sites)
+    notes = [*checkpoint.raw.notes, *notes, *_expert_notes(checkpoint, sites), *_left_out_notes(checkpoint, teacher)]
+    notes += [
+        f"{count} tensors of {tower} are left out: what reads images or sound is not moved, and stays the student's own"
+        for tower, count in checkpoint.other_towers.items()
+    ]
     pairs: dict[Pair, tuple[int, int]] = {}
     for site in sites:
         for source in site.teacher:
             module = checkpoint.modules[source]
             for axis in (axis for axis in _axes(module) if axis.space != VOCABULARY):
                 _add_pair(pairs, sides, method, module, axis, site)
+    if checkpoint.raw.task is Task.CAUSAL_LM and all(stack.kind != "decoder" for stack in student.row.stacks):
+        notes.append(
+            f"the module was trained to generate text, and a {student.model_type} model is an encoder, which does not: "
+            "what moves is what it does to the layers"
+        )
     _check_sizes(pairs, teacher, student)
     carried = checkpoint.head is not None and config.head != "drop"
     if checkpoint.head is not None and carried:
         head_form(checkpoint.head, checkpoint.raw, student)
         space = Space(-1, checkpoint.head.reads)
         pairs[space, space] = (teacher.size(space), student.size(space))
-    elif config.head != "drop" and checkpoint.raw.task not in (Task.BASE, Task.CAUSAL_LM, Task.SEQ2SEQ_LM):
+    elif config.head != "drop" and checkpoint.raw.task not in _HEADLESS:
         notes.append("no head was saved with the module, so none is carried")
     return SitePlans(mappings, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes))
 
@@ -227,8 +241,32 @@ def _layer_notes(
     without = sorted(set(range(len(mapping))) - {site.student.layer for site in sites})
     if without:
         notes.append(f"student {where}layers {', '.join(map(str, without))} receive no module")
+    moved = {source for site in sites for source in site.teacher}
+    lacking = [
+        site
+        for site in checkpoint.modules
+        if site.role in roles and site.layer in used and site not in moved and expert_of(site.role) is None
+    ]
+    if lacking:
+        names = ", ".join(sorted({site.role for site in lacking}))
+        notes.append(f"{len(lacking)} modules are left out, for the student's {where}layers there have no {names}")
     if len(used) < len(mapping):
         notes.append(f"the student has more {where}layers than the map uses of the teacher, so modules repeat")
+    return notes
+
+
+def _left_out_notes(checkpoint: PeftCheckpoint, teacher: Architecture) -> list[str]:
+    """What becomes of parts that have no site: those of a head that stays behind, and those without a role."""
+    of_head = [path for path in checkpoint.left_out if path in adapted_layers(checkpoint.raw, teacher)]
+    others = [path for path in checkpoint.left_out if path not in of_head]
+    notes = [f"what the module trained at {path} is left out with the head that reads it" for path in of_head]
+    if others:
+        names = patterns(others)
+        shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        notes.append(
+            f"{len(others)} of the module's {len(checkpoint.raw.parts)} parts have no role yet and are left "
+            f"out: {shown}"
+        )
     return notes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ from peft_graft.checkpoints.convert import as_lora, stand_in
 from peft_graft.checkpoints.live import is_peft_model, read_live
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
+from peft_graft.checkpoints.task import with_task
 from peft_graft.config import GraftConfig, PairConfig
 from peft_graft.errors import CheckpointError, ModelError
+from peft_graft.models.architecture import Architecture
 from peft_graft.models.devices import check_device
 from peft_graft.models.loading import (
     ModelHandle,
@@ -93,6 +95,10 @@ class ModuleSource:
             )
         return base
 
+    def of_teacher(self, teacher: Architecture) -> ModuleSource:
+        """The same with its task, where only the paths and the head show it (``with_task``)."""
+        return replace(self, raw=with_task(self.raw, teacher))
+
     def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
         """The module to plan with, before weights are loaded."""
         return stand_in(self.raw, teacher) if self.is_converted else self.raw
@@ -168,6 +174,16 @@ class ModelSources:
         first, second = (self._tokenizer(*side) for side in self._sides)
         return first, second
 
+    def check_tokenizers(self) -> None:
+        """Refuse models by name whose tokenizers cannot be loaded, before their weights are.
+
+        Raises:
+            ModelError: there is none, or a slow one.
+        """
+        for model, tokenizer, role in self._sides:
+            if not isinstance(model, nn.Module):
+                self._tokenizer(model, tokenizer, role)
+
     def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
         if given is not None:
             return check_tokenizer(given, "", role)
@@ -197,7 +213,8 @@ def described(
         return wrap_model(model, tokenizer, role=role)
     loading = loading_of(config, role)
     check_device(loading.device)
-    return blank_handle(load_config(str(model), loading, role=role), str(model))
+    found = load_config(str(model), loading, role=role)
+    return blank_handle(found, str(model), trust_remote_code=loading.trust_remote_code)
 
 
 def given_alignment(alignment: str | Path | Alignment | None, token: str | None = None) -> Alignment | None:

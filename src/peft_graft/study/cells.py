@@ -27,7 +27,8 @@ import transformers
 from peft_graft._align import align
 from peft_graft._transfer import transfer
 from peft_graft.config import AlignConfig, GraftConfig
-from peft_graft.files import read_json, written_aside
+from peft_graft.files import read_json
+from peft_graft.outputs import written_aside
 from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.study.data import read_task, read_unlabelled, text_file
@@ -163,7 +164,7 @@ class TeacherCell(Cell):
         config = self.config
         task, train, validation, test = config.examples.read()
         library, settings = config.module.library, config.training
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         model = new_module(config.model, library, task, settings.seed, config.module.config)
         scored = _validation(task, validation, tokenizer, settings, keep_best=config.keep_best)
         state = folder.work(self.id) / "training"
@@ -336,7 +337,7 @@ class RateCell(Cell):
         config, scores = self.config, dict[float, float]()
         task, train, validation, _ = config.examples.read()
         budget = _RATE_EXAMPLES if config.budget == "all" else config.budget
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         chosen = task.encode(random.Random(_RATE_SEED).sample(train, min(budget, len(train))), tokenizer)
         held_out = task.questions(validation, tokenizer)
         for rate in config.rates:
@@ -370,7 +371,7 @@ class StudentCell(Cell):
         config, settings = self.config, self.training(folder)
         task, train, validation, test = config.examples.read()
         module, seed = config.module, settings.seed
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         if self.needs.graft:
             model = load_module(config.model, folder.artifact(self.needs.graft), module.library, task)
         else:
@@ -405,7 +406,7 @@ class StudentCell(Cell):
         config = self.config
         assert config.teacher is not None
         assert self.needs.teacher is not None
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.teacher)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.teacher, trust_remote_code=False)
         teacher = load_module(config.teacher, folder.artifact(self.needs.teacher), config.module.library, task)
         return teacher, task.encode(examples, tokenizer), tokenizer
 

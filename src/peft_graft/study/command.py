@@ -11,6 +11,7 @@ from rich.table import Table
 
 from peft_graft.config import StudyConfig
 from peft_graft.errors import StudyError
+from peft_graft.outputs import reserved
 from peft_graft.run import Callback
 from peft_graft.study.cells import Cell
 from peft_graft.study.folder import StudyFolder
@@ -38,6 +39,7 @@ def study(
 
     Raises:
         StudyError: not exactly one of ``file`` and ``paper``, or a study that cannot be.
+        OutputError: results cannot be written.
     """
     if (file is None) == (paper is None) or (paper is not None and paper not in PAPER):
         raise StudyError("give a study file, or --paper matching or --paper incompatible", found=paper)
@@ -48,6 +50,9 @@ def study(
     if dry_run:
         _show_plan(cells, folder, console)
         return 0
+    if config.export:
+        with reserved(Path(config.export)):  # one that cannot be written says so before all the work
+            pass
     executor = OnRay(path, config.ray, config.cpus, config.gpus) if config.ray else Here(path, callbacks)
     outcome = run_study(declared, path, executor, only=config.only, callbacks=callbacks)
     records = folder.records(cells_of(declared))

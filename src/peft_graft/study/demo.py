@@ -23,7 +23,8 @@ from peft_graft._transfer import transfer
 from peft_graft.config import GraftConfig, Library
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import DependencyError, OutputError
-from peft_graft.files import check_output, read_json, write_json, written_aside
+from peft_graft.files import read_json, write_json
+from peft_graft.outputs import check_output, written_aside
 from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.study import packaged_models
@@ -153,7 +154,7 @@ class _Demo:
         if not self.text.exists():
             lines = (" ".join(sentence.tokens) for sentence in self.train)
             self.text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
 
     def result(self) -> DemoResult:
         """Do what is left, and put everything together."""

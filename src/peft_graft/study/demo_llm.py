@@ -14,7 +14,7 @@ from pathlib import Path
 from peft_graft._evaluate import Evaluation, evaluate
 from peft_graft._transfer import transfer
 from peft_graft.config import EvaluateConfig, GraftConfig
-from peft_graft.files import check_output, written_aside
+from peft_graft.outputs import check_output, written_aside
 from peft_graft.run import Callback, Run
 from peft_graft.study import packaged_llms
 

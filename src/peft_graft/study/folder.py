@@ -5,7 +5,7 @@
     OUT/failures/ID.json  why a cell failed; the next run tries it again
     OUT/artifacts/ID/     what a cell leaves for others: a checkpoint, an alignment
     OUT/work/ID/          what an interrupted cell can go on from
-    OUT/locks/ID          held by the process that works on the cell
+    OUT/locks/ID          held by the process that works on the cell; the file stays
 
 OUT may be on storage that several machines share, if its files can be locked (``filelock``).
 """
@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_graft.errors import DependencyError, StudyError
+from filelock import FileLock, Timeout
+
+from peft_graft.errors import StudyError
 from peft_graft.files import json_text, read_json
+from peft_graft.outputs import writing
 
 _PARTS = ("cells", "failures", "artifacts", "work", "locks")
 
@@ -76,25 +79,30 @@ class StudyFolder:
         return str(read_json(self._failure(cell))["error"])
 
     def keep(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a finished cell."""
-        _write(self._record(record["id"]), record)
-        self._failure(record["id"]).unlink(missing_ok=True)
+        """Write the record of a finished cell.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with writing(self._record(record["id"])):
+            _write(self._record(record["id"]), record)
+            self._failure(record["id"]).unlink(missing_ok=True)
 
     def keep_failure(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a cell that failed."""
-        _write(self._failure(record["id"]), record)
+        """Write the record of a cell that failed.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with writing(self._failure(record["id"])):
+            _write(self._failure(record["id"]), record)
 
     @contextmanager
     def claimed(self, cell: str) -> Iterator[bool]:
         """Hold the lock of a cell; False when another process has it. The system frees the lock of one that died.
 
-        Raises:
-            DependencyError: ``filelock`` is not installed.
+        Its file is never removed: who had opened it would hold it beside the holder of a new one.
         """
-        try:
-            from filelock import FileLock, Timeout
-        except ImportError as error:
-            raise DependencyError("filelock is not installed", fix="pip install 'peft-graft[study]'") from error
         lock = FileLock(self.path / "locks" / cell)
         try:
             lock.acquire(blocking=False)
@@ -104,8 +112,6 @@ class StudyFolder:
         try:
             yield True
         finally:
-            # Removed while it is held: whoever waits for a removed file sees that, and makes a new one.
-            Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     def _record(self, cell: str) -> Path:

@@ -19,8 +19,8 @@ from peft_graft.distill.choose import Outcome, judged
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.polish import PolishSettings, polish
 from peft_graft.distill.teacher import FIT, ask_teacher, sample_parts
-from peft_graft.files import written_aside
 from peft_graft.models.pair import load_pair
+from peft_graft.outputs import written_aside
 from peft_graft.run import Run
 
 
@@ -53,7 +53,9 @@ def polish_fresh_module(
     parts = sample_parts(read_text(text, None, config.seed))
     train = max(FIT, settings.steps * settings.batch_size)
     before = _untrained(ask_teacher(trained, pair, parts, run, train=train, config=config), checkpoint)
-    identity = json.dumps([*pair.fingerprints, config.record(), dict(trained.raw.files), dict(checkpoint.raw.files)])
+    files = [dict(module.raw.files) for module in (trained, checkpoint)]
+    content = parts.digest(lambda sample: sample.texts)
+    identity = json.dumps([*pair.keys, config.record(), *files, content])
     outcome, polished = polish(before, settings, run, identity=identity, starts=("moved",))
     raw = checkpoint_of_student(outcome.candidate.checkpoint, pair.student)
     with written_aside(out, force=True) as staging:

@@ -42,7 +42,7 @@ def new_module(base: Path | str, library: Library, task: StudyTask, seed: int, c
                 options["modules_to_save"] = ["classifier", "pooler"] if pooler else ["classifier"]
             return peft.get_peft_model(model, peft.LoraConfig(task_type=task.peft_type, **options))
         adapters = _adapters()
-        model = adapters.AutoAdapterModel.from_pretrained(base, dtype=torch.float32)
+        model = adapters.AutoAdapterModel.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
         if isinstance(config, dict):
             name = config.get("name", "seq_bn")
             options = {key: value for key, value in config.items() if key not in ("name", "bottleneck")}
@@ -68,7 +68,7 @@ def load_module(base: Path | str, module: Path | str, library: Library, task: St
             import peft
 
             return peft.PeftModel.from_pretrained(_task_model(base, task), module, is_trainable=True)
-        model = _adapters().AutoAdapterModel.from_pretrained(base, dtype=torch.float32)
+        model = _adapters().AutoAdapterModel.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
         model.load_adapter(str(module), set_active=True)
         if task.name not in model.heads:
             _add_prediction_head(model, task)
@@ -78,7 +78,7 @@ def load_module(base: Path | str, module: Path | str, library: Library, task: St
 
 def _task_model(base: Path | str, task: StudyTask) -> Any:
     if task.kind == Task.CAUSAL_LM:
-        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
     auto = {
         Task.TOKEN_CLASSIFICATION: transformers.AutoModelForTokenClassification,
         Task.SEQUENCE_CLASSIFICATION: transformers.AutoModelForSequenceClassification,
@@ -87,7 +87,7 @@ def _task_model(base: Path | str, task: StudyTask) -> Any:
         "id2label": dict(enumerate(task.labels)),
         "label2id": {label: index for index, label in enumerate(task.labels)},
     }
-    return auto.from_pretrained(base, dtype=torch.float32, **names)
+    return auto.from_pretrained(base, trust_remote_code=False, dtype=torch.float32, **names)
 
 
 def _add_prediction_head(model: Any, task: StudyTask) -> None:

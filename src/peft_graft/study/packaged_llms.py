@@ -7,13 +7,13 @@ files say.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_graft.errors import DependencyError
-from peft_graft.files import write_json, write_tensors, written_aside
+from peft_graft.files import write_json, write_tensors
+from peft_graft.outputs import temporary_folder, written_aside
 from peft_graft.study.packaged_models import package_files
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def gemma_3(folder: Path) -> Path:
     """
     if not (folder / "config.json").is_file():
         parts = [_part(package_files(package, _EXTRA)) for package in _GEMMA_3_PACKAGES]
-        with tempfile.TemporaryDirectory() as temporary:
-            whole = Path(temporary) / "gemma-3-270m.gguf"
+        with temporary_folder() as temporary:
+            whole = temporary / "gemma-3-270m.gguf"
             with whole.open("wb") as file:
                 for part in parts:
                     file.write(part.read_bytes())
@@ -69,7 +69,9 @@ def _convert(path: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, dtype=torch.bfloat16
+    )
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
     for name in ("quantization_config", "_name_or_path"):  # the weights are dequantised, and the file was elsewhere

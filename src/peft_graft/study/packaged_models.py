@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from peft_graft.errors import DependencyError
-from peft_graft.files import written_aside
+from peft_graft.outputs import written_aside
 
 TEACHER = "all-MiniLM-L6-v2"
 STUDENT = "paraphrase-MiniLM-L3-v2"
@@ -80,7 +80,7 @@ def minilm_l3(folder: Path, minilm_l6_folder: Path) -> Path:
         raise DependencyError("the package holds another model than expected", where=_STUDENT_PACKAGE, found=missing)
     with written_aside(folder, force=True) as staging:
         model.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(minilm_l6_folder).save_pretrained(staging)
+        AutoTokenizer.from_pretrained(minilm_l6_folder, trust_remote_code=False).save_pretrained(staging)
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft_graft.errors import StudyError
 from peft_graft.files import json_text
+from peft_graft.outputs import reserved, write_aside
 
 Record = Mapping[str, Any]
 #: An alignment has no figures.
@@ -53,10 +54,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(records: Sequence[Record], path: Path) -> None:
-    """Write records, a line each."""
+    """Write records, a line each.
+
+    Raises:
+        OutputError: they cannot be written, or a number in them is not finite.
+    """
     lines = [json_text(record, str(path), separators=(",", ":")) for record in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_aside(path, "".join(f"{line}\n" for line in lines), force=True)
 
 
 def export(records: Sequence[Record], path: Path, *, study: str) -> int:
@@ -64,11 +68,15 @@ def export(records: Sequence[Record], path: Path, *, study: str) -> int:
 
     Returns:
         How many were added.
+
+    Raises:
+        OutputError: it cannot be written, or another process is writing there.
     """
-    there = read_results(path) if path.exists() else []
-    known = {record["id"] for record in there}
-    new = [_published(record, study) for record in records if record["kind"] in _KINDS and record["id"] not in known]
-    write_results([*there, *new], path)
+    with reserved(path):
+        there = read_results(path) if path.exists() else []
+        known = {record["id"] for record in there}
+        new = [_published(one, study) for one in records if one["kind"] in _KINDS and one["id"] not in known]
+        write_results([*there, *new], path)
     return len(new)
 
 

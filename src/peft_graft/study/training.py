@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop, length_batches
+from peft_graft.models.fingerprint import fingerprint
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
 from peft_graft.record import Record
@@ -137,7 +138,7 @@ def fine_tune(
             evaluate if validation else None,
             keep_best=validation is not None and validation.keep_best,
             store=StateStore(folder) if folder else None,
-            identity=_digest(rows, settings) if folder else "",
+            identity=_digest(model, rows, settings) if folder else "",
             on_step=lambda step, value: log(step, {"loss": value}),
         )
         curve = loop.run()
@@ -237,8 +238,9 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _digest(rows: Sequence[dict[str, Any]], settings: TrainingSettings) -> str:
-    content = json.dumps(list(rows)) + settings.model_dump_json()
+def _digest(model: torch.nn.Module, rows: Sequence[dict[str, Any]], settings: TrainingSettings) -> str:
+    """What tells a training from others: where it begins, on what, and how."""
+    content = fingerprint(model) + json.dumps(list(rows)) + settings.model_dump_json()
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -47,6 +47,11 @@ class Method:
         return METHOD_SUMMARIES[self.name]
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether it is this package's own, and so computes the same wherever this version runs."""
+        return self.solve is None or self.solve.__module__.startswith(f"{__package__}.")
+
+    @property
     def needs_text(self) -> bool:
         """Whether the method aligns on text."""
         return self.solve is not None

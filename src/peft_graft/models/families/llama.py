@@ -1,11 +1,11 @@
-"""Llama, Mistral, and the many decoders whose layers have the same names: Qwen, Gemma, OLMo, Cohere, Phi-3, ..."""
+"""Llama, Mistral, and the many decoders whose layers have the same names: Qwen, Gemma, OLMo, Cohere, Phi-3, GLM, ..."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from peft_graft.models.families import register_architecture
-from peft_graft.models.rows import LAYER_ADAPTERS, decoder_row, linears, pre_norm
+from peft_graft.models.rows import LAYER_ADAPTERS, decoder_row, linears, optional, pre_norm
 from peft_graft.models.spaces import LAST_OUT, TOKENS_OUT
 from peft_graft.models.spec import GATE_UP, QKV, ArchitectureRow, Fused, HeadForm, Stack
 from peft_graft.models.tasks import Task
@@ -32,6 +32,9 @@ _LLAMA = ArchitectureRow(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3_vl_text",
         "stablelm",
         "olmo",
         "olmo2",
@@ -66,6 +69,22 @@ register_architecture(
             attn_output="self_attn.o_proj",
             ffn_down="mlp.down_proj",
         ),
+        heads=LLAMA_HEADS,
+    ),
+    decoder_row(
+        "glm",
+        "glm4",
+        layers="layers",
+        linears=linears(("mlp.gate_up_proj", Fused(GATE_UP)), **LLAMA_ATTENTION, ffn_down="mlp.down_proj"),
+        heads=LLAMA_HEADS,
+    ),
+    decoder_row(
+        "lfm2",
+        layers="layers",
+        linears={  # some layers attend, the others have a convolution
+            **optional(linears(**{**LLAMA_ATTENTION, "attn_output": "self_attn.out_proj"})),
+            **linears(ffn_gate="feed_forward.w1", ffn_up="feed_forward.w3", ffn_down="feed_forward.w2"),
+        },
         heads=LLAMA_HEADS,
     ),
 )

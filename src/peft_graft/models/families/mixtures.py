@@ -1,4 +1,4 @@
-"""Decoders whose feed-forward block is a mixture of experts in some or all layers: Mixtral, Qwen-MoE, OLMoE."""
+"""Decoders whose feed-forward block is a mixture of experts in some or all layers: Mixtral, Qwen-MoE, DeepSeek, ..."""
 
 from __future__ import annotations
 
@@ -36,6 +36,47 @@ register_architecture(
                     **optional(linears(ffn_router="mlp.gate", **LLAMA_FFN)),
                     **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_expert")),
                     **optional(of_expert("shared", linears(ffn_router="mlp.shared_expert_gate"))),
+                },
+                experts=Experts("mlp", "mlp.experts", linears(**GATED_FFN)),
+            ),
+        ),
+        heads=LLAMA_HEADS,
+    ),
+    ArchitectureRow(
+        model_types=("deepseek_v2", "deepseek_v3"),
+        stacks=(
+            replace(
+                LLAMA_STACK,
+                linears={  # queries from a latent vector in the large ones; keys and values in all
+                    **optional(
+                        linears(
+                            attn_query="self_attn.q_proj",
+                            attn_query_down="self_attn.q_a_proj",
+                            attn_query_up="self_attn.q_b_proj",
+                        )
+                    ),
+                    **linears(
+                        attn_kv_down="self_attn.kv_a_proj_with_mqa",
+                        attn_kv_up="self_attn.kv_b_proj",
+                        attn_output="self_attn.o_proj",
+                    ),
+                    **optional(linears(**LLAMA_FFN)),
+                    **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_experts")),
+                },
+                experts=Experts("mlp", "mlp.experts", linears(**GATED_FFN)),
+            ),
+        ),
+        heads=LLAMA_HEADS,
+    ),
+    ArchitectureRow(
+        model_types=("glm4_moe", "dots1"),
+        stacks=(
+            replace(
+                LLAMA_STACK,
+                linears={
+                    **linears(**LLAMA_ATTENTION),
+                    **optional(linears(**LLAMA_FFN)),
+                    **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_experts")),
                 },
                 experts=Experts("mlp", "mlp.experts", linears(**GATED_FFN)),
             ),

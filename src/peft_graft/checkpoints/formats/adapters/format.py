@@ -11,6 +11,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.adapters.codec import CODECS, Codec, Saved
+from peft_graft.checkpoints.formats.adapters.versions import (
+    DEFAULT,
+    VERSION,
+    todays_inverse,
+    todays_settings,
+    todays_tensors,
+)
 from peft_graft.checkpoints.formats.base import Format, register_format
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
@@ -28,7 +35,7 @@ _HEAD_WEIGHTS = {".safetensors": "model_head.safetensors", ".bin": "pytorch_mode
 
 #: Settings of all kinds under which the weights mean something else.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "inv_adapter": (None, "nice"),  # the library's "glow" cannot be run on text
+    "inv_adapter": (None, "", "nice"),  # the library's "glow" cannot be run on text
     "use_dora": (False, None),
     "vera_d": (None,),
     "vera_b": (None,),
@@ -61,9 +68,11 @@ class AdaptersFormat(Format):
         raw = self.parse(config, read_tensors(weights), where=str(weights))
         head_weights, _ = _find(folder, _HEAD_WEIGHTS)
         head_config = read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else None
+        task = Task.of_class(str(head_config.get("model_class"))) if head_config else Task.BASE
         return replace(
             raw,
-            head=_head(read_tensors(head_weights)) if head_weights and head_config else {},
+            task=task if raw.task is Task.BASE else raw.task,
+            head=_head(read_tensors(head_weights), head_config) if head_weights and head_config else {},
             head_config=head_config,
             labels=_labels(head_config),
             files=file_hashes(folder),
@@ -73,11 +82,13 @@ class AdaptersFormat(Format):
     def parse(
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str = "the module"
     ) -> RawCheckpoint:
-        """A module from memory, without a head."""
-        settings = module_config(config, where)
+        """A module from memory, without a head; one of an earlier version as the library loads it today."""
+        settings, found = module_config(config, where), todays_tensors(tensors, where)
+        settings, found, notes = todays_inverse(settings, config, found)
         codec = _codec(settings, where)
+        _check_options(codec, settings, where)
         name = str(config.get("name") or "default")
-        saved = Saved(tensors, settings, name, int(config.get("hidden_size") or 0), where)
+        saved = Saved(found, settings, name, int(config.get("hidden_size") or 0), where)
         parts, now = codec.parts(saved)
         return RawCheckpoint(
             library=self.library,
@@ -85,14 +96,15 @@ class AdaptersFormat(Format):
             name=name,
             base_model=config.get("model_name") or None,
             task=Task.of_class(str(config.get("model_class") or "")),
-            config=config if now is settings else {**config, "config": now},
+            config={**config, "config": now, "version": VERSION},
             parts=parts,
+            notes=notes,
             weights_suffix=".bin",
         )
 
     def build(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The module alone; ``build_head`` gives its head."""
-        settings, codec = module_config(raw.config), CODECS[raw.kind]
+        settings, codec = dict(raw.config["config"]), CODECS[raw.kind]
         layers = {codec.layer(path, names) for path in raw.parts}
         settings["leave_out"] = sorted(set(range(names.num_layers)) - layers)
         written = codec.settings(raw, settings, names)
@@ -104,7 +116,7 @@ class AdaptersFormat(Format):
             return None
         name = raw.head_config.get("name")
         tensors = {re.sub(r"^layers\.", f"heads.{name}.", key): tensor for key, tensor in raw.head.items()}
-        return {**raw.head_config, **_model_fields(raw, names)}, tensors
+        return {**raw.head_config, **_model_fields(raw, names), "version": VERSION}, tensors
 
     def tensors_in_model(self, raw: RawCheckpoint, names: StudentNames) -> dict[str, Tensor]:
         """All tensors of a checkpoint, module and head, by their keys in its files, which are those of the model."""
@@ -132,26 +144,43 @@ class AdaptersFormat(Format):
 
 
 def module_config(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, Any]:
-    """The adapter's own settings; identifiers such as ``seq_bn`` are looked up in the library.
+    """The adapter's own settings as today's library has them; identifiers such as ``seq_bn`` are looked up in it.
 
     Raises:
         DependencyError: the file names an identifier and ``adapters`` is not installed.
-        CheckpointError: the settings are neither an identifier nor a mapping.
+        CheckpointError: the settings are neither an identifier that the library knows nor a mapping.
     """
-    settings = config["config"]
+    settings = DEFAULT if config["config"] is None else config["config"]
     if isinstance(settings, str):
-        try:
-            from adapters import AdapterConfig
-        except ImportError as error:
-            raise DependencyError(
-                f"the adapter's configuration is the identifier {settings!r}, which only the library adapters knows",
-                where=where,
-                fix="pip install 'peft-graft[adapters]'",
-            ) from error
-        settings = AdapterConfig.load(settings).to_dict()
+        settings = _identified(settings, where)
     if not isinstance(settings, Mapping):
         raise CheckpointError("the adapter's settings are missing", where=where, found=repr(settings))
-    return dict(settings)
+    return todays_settings(settings, config, where)
+
+
+def _identified(name: str, where: str) -> dict[str, Any]:
+    """The settings that the library keeps under a name, with what follows it in brackets changed."""
+    try:
+        from adapters import ADAPTER_CONFIG_MAP, AdapterConfig
+    except ImportError as error:
+        raise DependencyError(
+            f"the adapter's configuration is the identifier {name!r}, which only the library adapters knows",
+            where=where,
+            fix="pip install 'peft-graft[adapters]'",
+        ) from error
+    try:
+        if name.partition("[")[0] not in ADAPTER_CONFIG_MAP:  # the library would look for a file of that name
+            raise ValueError(name)
+        found: dict[str, Any] = AdapterConfig.load(name).to_dict()
+    except (ValueError, TypeError, KeyError, SyntaxError) as error:
+        raise CheckpointError(
+            "the adapter's configuration is an identifier that the library adapters does not know",
+            where=where,
+            expected=", ".join(ADAPTER_CONFIG_MAP),
+            found=name,
+            fix="replace it with the settings themselves, which the library's save_adapter writes",
+        ) from error
+    return found
 
 
 def written_tensors(folder: Path, raw: RawCheckpoint) -> dict[str, Tensor]:
@@ -164,7 +193,7 @@ def _codec(settings: Mapping[str, Any], where: str) -> Codec:
     """What reads modules of these settings.
 
     Raises:
-        CheckpointError: nothing does, or a setting changes what the weights mean.
+        CheckpointError: nothing does.
     """
     codec = next((codec for codec in CODECS.values() if codec.claims(settings)), None)
     if codec is None:
@@ -173,12 +202,20 @@ def _codec(settings: Mapping[str, Any], where: str) -> Codec:
             where=where,
             expected="a bottleneck adapter, LoRA, IA3 or a prefix",
         )
+    return codec
+
+
+def _check_options(codec: Codec, settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that change what the weights mean.
+
+    Raises:
+        CheckpointError: there is one.
+    """
     for option, harmless in {**_UNSUPPORTED, **codec.unsupported}.items():
         if option in settings and settings[option] not in harmless:
             raise CheckpointError(
                 f"{codec.kind} modules with {option}={settings[option]!r} are not supported yet", where=where
             )
-    return codec
 
 
 def _find(folder: Path, names: Mapping[str, str]) -> tuple[Path | None, str]:
@@ -188,9 +225,17 @@ def _find(folder: Path, names: Mapping[str, str]) -> tuple[Path | None, str]:
     return None, ""
 
 
-def _head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _head(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A head's tensors by their places in it; of several in a file those of the one that its configuration names."""
     # Prediction heads: heads.NAME.N.weight. Static task heads keep their path in the task model.
-    return {re.sub(r"^heads\.[^.]+\.", "layers.", key): tensor for key, tensor in tensors.items()}
+    names = {match[1] for key in tensors if (match := re.match(r"heads\.([^.]+)\.", key))}
+    own = names if len(names) == 1 else names & {str(config.get("name"))}
+    start = f"heads.{own.pop()}." if own else ""
+    return {
+        f"layers.{key.removeprefix(start)}" if start else key: tensor
+        for key, tensor in tensors.items()
+        if key.startswith(start)
+    }
 
 
 def _labels(head_config: Mapping[str, Any] | None) -> list[str] | None:

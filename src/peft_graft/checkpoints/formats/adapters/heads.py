@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_graft.checkpoints.formats.adapters.versions import VERSION
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import HeadError, PlanError
 from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
@@ -46,7 +47,8 @@ def read_head(raw: RawCheckpoint) -> Head:
         f"{names[place]}.{part}": tensor for key, tensor in raw.head.items() for place, _, part in [key.rpartition(".")]
     }
     reads = TOKENS_OUT if kind == "tagging" else POOLED_OUT if settings.get("use_pooler") else FIRST_OUT
-    activation = settings.get("activation_function") if len(numbers) == 2 else None
+    # The first versions wrote no activation, and had this one.
+    activation = settings.get("activation_function", "tanh") if len(numbers) == 2 else None
     return Head(_TASKS[kind], head_tensors(values, reads), reads, (), activation)
 
 
@@ -80,7 +82,7 @@ def build_head(head: Head, name: str) -> tuple[dict[str, Any], dict[str, Tensor]
     }
     if head.reads != TOKENS_OUT:
         settings |= {"bias": True, "use_pooler": head.reads == POOLED_OUT}
-    return {"config": settings, "name": name, "version": "adapters"}, _at(head, places)
+    return {"config": settings, "name": name, "version": VERSION}, _at(head, places)
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> list[int]:

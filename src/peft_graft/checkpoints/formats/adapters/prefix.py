@@ -26,7 +26,7 @@ from peft_graft.modules.prompts import prefix_layer, prefix_pairs, prefix_parts
 _LOCATIONS = {"distilbert": "self"}
 _FIX = "save it again with the library's save_adapter"
 #: Activations that the library calls otherwise than transformers.
-_ACTIVATIONS = {"gelu_orig": "gelu", "leakyrelu": "leaky_relu"}
+_ACTIVATIONS = {"leakyrelu": "leaky_relu"}
 
 
 @register_codec

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError
 from peft_graft.modules.base import Part
-from peft_graft.modules.embeddings import RowsPart, TokenRowsPart, is_vocabulary
+from peft_graft.modules.embeddings import OUTPUT_NAMES, RowsPart, TokenRowsPart, is_vocabulary
 
 WHOLE, TOKENS = "weight", "token_adapter.trainable_tokens_delta"
 #: Copies of embeddings and output layers, untrained or already there, which peft saves beside those that count.
@@ -28,6 +29,37 @@ def place(path: str) -> tuple[str, str] | None:
     return (owner, WHOLE) if last == WHOLE and is_vocabulary(owner) else None
 
 
+def without_tied(
+    found: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """The same without the rows of an output layer that are the word embeddings' own, which it is tied to.
+
+    peft saves them twice once the vocabulary was resized, and does not load the second.
+    """
+    rows = {path: values[TOKENS] for path, values in found.items() if TOKENS in values}
+    twice = {
+        path
+        for path, own in rows.items()
+        if path.rpartition(".")[2] in OUTPUT_NAMES
+        and any(
+            other != path and own.shape == value.shape and torch.equal(own, value) and _same_ids(path, other, config)
+            for other, value in rows.items()
+        )
+    }
+    return {path: values for path, values in found.items() if path not in twice}
+
+
+def _same_ids(output: str, embedding: str, config: Mapping[str, Any]) -> bool:
+    """Whether the configuration names no other tokens for an output layer than for word embeddings."""
+    return _ids(output, config) in ([], _ids(embedding, config))
+
+
+def _ids(path: str, config: Mapping[str, Any]) -> list[int]:
+    named = config.get("trainable_token_indices") or []
+    own = {name: ids for name, ids in named.items() if path.endswith(name)} if isinstance(named, dict) else {"": named}
+    return list(next(iter(own.values()), []))
+
+
 def part(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> Part | None:
     """The rows that were saved at a path, None where there are none.
 
@@ -38,9 +70,7 @@ def part(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], whe
         return RowsPart(values[WHOLE])
     if TOKENS not in values:
         return None
-    named = config.get("trainable_token_indices") or []
-    own = {name: ids for name, ids in named.items() if path.endswith(name)} if isinstance(named, dict) else {"": named}
-    ids = next(iter(own.values()), [])
+    ids = _ids(path, config)
     if len(ids) != len(values[TOKENS]):
         raise CheckpointError(
             f"the rows of {path} and trainable_token_indices disagree",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,9 +13,10 @@ import peft
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.base import Format, register_format
-from peft_graft.checkpoints.formats.peft.codec import CODECS, codec_of_type
+from peft_graft.checkpoints.formats.peft.codec import CODECS, Codec, codec_of_type
 from peft_graft.checkpoints.raw import WEIGHTS, RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
+from peft_graft.checkpoints.wrappers import without_wrapper_patterns, without_wrappers
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
 from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
@@ -28,8 +29,18 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
+#: Tasks whose checkpoints peft loads only with a head.
+TASKS_WITH_HEAD = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
 #: Types whose weights no LoRA can stand for: they change what attention does, or depend on the input.
 _NO_WEIGHTS = ("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA", "POLY", "TRAINABLE_TOKENS", "CARTRIDGE")
+
+#: Heads that peft's own classes add to ``modules_to_save`` when they load a file.
+_HEADS = ("classifier", "score", "qa_outputs")
+#: What trl trains beside a language model for PPO, and LLaMA-Factory after it, where it is kept, and where it may be.
+_VALUE_HEAD = re.compile(r"(.*\.)?v_head\.")
+_VALUE_FILES = ("value_head.safetensors", "value_head.bin")
+_TRL_FILE, _SMALL = "pytorch_model.bin", 2**20
+_LEFT_OUT = "the value head that was trained beside the module is left out: no language model has a place for it"
 
 
 @register_format
@@ -55,6 +66,7 @@ class PeftFormat(Format):
             labels=[labels[str(index)] for index in range(len(labels))] if labels else None,
             files=file_hashes(folder),
             weights_suffix=weights.suffix,
+            notes=raw.notes or _value_head_beside(folder),
         )
 
     def parse(
@@ -62,9 +74,11 @@ class PeftFormat(Format):
     ) -> RawCheckpoint:
         """A checkpoint from memory; one of a type that has to become a LoRA first has no parts (``weights``)."""
         _check_type(config, where)
+        config, tensors = without_wrapper_patterns(config), without_wrappers(tensors, where)
         codec = codec_of_type(str(config["peft_type"]))
         parts: Mapping[str, Part] = {}
         others: dict[str, Tensor] = {}
+        tensors, notes = _without_value_head(tensors)
         if codec:
             codec.check(config, where)
             found: dict[str, dict[str, Tensor]] = {}
@@ -88,6 +102,9 @@ class PeftFormat(Format):
                     others[re.sub(r"\.modules_to_save\.[^.]+", "", path)] = tensor
             _check_others(others, config, where)
             parts = codec.parts(found, config, where)
+        else:
+            paths = {key.removeprefix(Codec.prefix): tensor for key, tensor in tensors.items()}
+            others = {path: tensor for path, tensor in paths.items() if saved_beside(path, config)}
         return RawCheckpoint(
             library=self.library,
             kind=codec.kind if codec else WEIGHTS,
@@ -98,6 +115,7 @@ class PeftFormat(Format):
             parts=parts,
             head=others,
             unconverted={} if codec else dict(tensors),
+            notes=notes,
         )
 
     def build(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,13 +128,14 @@ class PeftFormat(Format):
             **raw.config,
             "base_model_name_or_path": names.name,
             "revision": None,
+            "task_type": todays_task_type(raw),
             "peft_version": peft.__version__,
             "inference_mode": True,
             "modules_to_save": sorted(_saved_modules(raw.head) | whole) or None,
         }
         if raw.config.get("auto_mapping"):
             config["auto_mapping"] = {"base_model_class": names.task_class, "parent_library": "transformers"}
-        return codec.config(raw, config, names), tensors
+        return _todays_options(codec.config(raw, config, names)), tensors
 
     def write(self, folder: Path, raw: RawCheckpoint, names: StudentNames) -> None:
         """Write the two files that peft's loader looks for."""
@@ -163,17 +182,63 @@ def _saved_modules(head: Mapping[str, Tensor]) -> set[str]:
     return {"pooler" if ".pooler." in f".{path}" else path.split(".")[0] for path in head}
 
 
+def _todays_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that peft still knows: it warns of others, and ignores them."""
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
+    known = {field.name for field in fields(kind)} if kind else config
+    return {name: value for name, value in config.items() if name in known}
+
+
+def todays_task_type(raw: RawCheckpoint) -> str | None:
+    """The ``task_type`` that is written: as it came, but for a classifier that is called a language model.
+
+    trl's users called reward models CAUSAL_LM, as which peft does not load into a classifier any more.
+    """
+    named: str | None = raw.config.get("task_type")
+    renamed = Task.of_peft(named) in (Task.CAUSAL_LM, Task.SEQ2SEQ_LM) and raw.task in TASKS_WITH_HEAD
+    return raw.task.peft_type if renamed else named
+
+
+def saved_beside(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a part of the model that was trained whole and saved with the module.
+
+    Args:
+        path: of the tensor. config: of the module, which peft of 2023 wrote without a word of heads.
+    """
+    # peft compares ends of module names: "classifier" also saves DistilBERT's "pre_classifier"
+    names = [*(config.get("modules_to_save") or []), *_HEADS]
+    return any(re.match(rf".*{re.escape(name)}($|\..*)", path) for name in names)
+
+
 def _check_others(others: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
-    saved = config.get("modules_to_save") or []
     for path in others:
-        # peft compares ends of module names: "classifier" also saves DistilBERT's "pre_classifier"
-        if not any(re.match(rf".*{re.escape(name)}($|\..*)", path) for name in saved):
+        outside = path.endswith((".weight", ".bias")) and not re.search(r"\.\d+\.", path)  # of the layers: a head
+        if not outside and not saved_beside(path, config):
             raise CheckpointError(
                 f"tensor {path} is neither a part of a {config['peft_type']} module nor one of modules_to_save "
-                f"({', '.join(saved) or 'none'})",
+                f"({', '.join(config.get('modules_to_save') or []) or 'none'})",
                 where=where,
                 fix="this kind of module is not supported yet",
             )
+
+
+def _without_value_head(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The tensors but those of a value head, and what is said of it."""
+    kept = {key: tensor for key, tensor in tensors.items() if not _VALUE_HEAD.match(key)}
+    return kept, (_LEFT_OUT,) if len(kept) < len(tensors) else ()
+
+
+def _value_head_beside(folder: Path) -> tuple[str, ...]:
+    """What is said of a value head in a file of its own."""
+    if any((folder / name).is_file() for name in _VALUE_FILES):
+        return (_LEFT_OUT,)
+    own = folder / _TRL_FILE
+    if not own.is_file() or own.stat().st_size > _SMALL:
+        return ()
+    try:
+        return (_LEFT_OUT,) if any(map(_VALUE_HEAD.match, read_tensors(own))) else ()
+    except CheckpointError:  # some other file of that name, which is not the module's
+        return ()
 
 
 def _task(config: Mapping[str, Any]) -> Task:

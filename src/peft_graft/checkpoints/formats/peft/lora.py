@@ -17,7 +17,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
 from peft_graft.modules.base import Part
-from peft_graft.modules.embeddings import RowsPart
+from peft_graft.modules.embeddings import RowsPart, TokenRowsPart
 from peft_graft.modules.lora import EmbeddingLoraPart, LoraPart, rank_stabilised_scaling
 
 #: Initialisations that leave the base model as it is, and the ones that do not.
@@ -45,6 +45,8 @@ _OPTIONS: Options = {
         (),
     ),
 }  # fmt: skip
+#: peft's own, of files that name none.
+_DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
 #: Names in the file, after the path of the layer -> fields of the part.
 _LINEAR = {
     "lora_A.weight": "A",
@@ -93,6 +95,7 @@ class LoraCodec(Codec):
     def parts(self, found: Found, config: Mapping[str, Any], where: str) -> dict[str, Part]:
         """LoRA's factors and rows of a vocabulary; there is no LoRA without factors."""
         parts: dict[str, Part] = {}
+        found = embeddings.without_tied(found, config)
         factors = {
             path: values for path, values in found.items() if not {embeddings.WHOLE, embeddings.TOKENS} & {*values}
         }
@@ -150,6 +153,8 @@ class LoraCodec(Codec):
             "fan_in_fan_out": bool(set(ranks) & names.transposed),
             "trainable_token_indices": embeddings.token_indices(raw.parts),
         }
+        if any(part.trains_output(path) for path, part in raw.parts.items() if isinstance(part, TokenRowsPart)):
+            own["ensure_weight_tying"] = False  # the output layer has rows of its own
         return super().config(raw, {**config, **own}, names)
 
 
@@ -174,6 +179,15 @@ def _lora(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], wh
             expected="A [r, in] and B [out, r]",
             found=f"A {list(a.shape)} and B {list(b.shape)}",
         )
+    expected = config.get("r", _DEFAULT_RANK)
+    if not config.get("rank_pattern") and expected != len(a):
+        raise CheckpointError(
+            f"the factors of {path} have another rank than the configuration says",
+            where=where,
+            expected=expected if "r" in config else f"{expected}, which peft takes where r is not said",
+            found=len(a),
+            fix="correct r and lora_alpha in adapter_config.json",
+        )
     part = EmbeddingLoraPart if "lora_embedding_A" in values else LoraPart
     return part(**{names[name]: value for name, value in values.items()}, scaling=_scaling(config, path, len(a)))
 
@@ -181,7 +195,7 @@ def _lora(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], wh
 def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
     """What B A is multiplied by at this path."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), path), config.get("lora_alpha", 8))
+    alpha = patterns.get(get_pattern_key(list(patterns), path), config.get("lora_alpha", _DEFAULT_ALPHA))
     return rank_stabilised_scaling(alpha, rank, rslora=bool(config.get("use_rslora")))
 
 
