@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from peft_graft.distill.side_by_side import (
 )
 from peft_graft.environment import hardware, version_of, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
+from peft_graft.files import json_text
 from peft_graft.graft import REPORT, Graft
 from peft_graft.metrics import METRICS
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
@@ -125,7 +125,7 @@ def evaluate(
         hardware=hardware(config.device),
     )
     if out is not None:
-        content = json.dumps(found.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        content = json_text(found.model_dump(mode="json"), str(out), indent=2, sort_keys=True)
         write_aside(Path(out), content + "\n", force=config.force)
         shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
     return found

@@ -21,7 +21,7 @@ from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, seeds_of
 from peft_graft.distill.completions import PromptDistillation
-from peft_graft.distill.teacher import LEAST_SAMPLES, can_ask
+from peft_graft.distill.teacher import can_ask, sample_parts
 from peft_graft.errors import GraftError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.modules.base import Module
@@ -235,7 +235,7 @@ def _plan_for(
             asked = _prompts_for(prompts, asking, models, config)
         elif text is not None:
             samples = TextSource(cast(TextLike, text), config.columns, config.seed).samples()
-            can_ask(config, module.raw.library, len(list(islice(samples, LEAST_SAMPLES))))
+            can_ask(config, module.raw, sample_parts(samples))
         has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
         if text is not None or seeds is not None or module.raw.trains_tokens:
@@ -251,8 +251,9 @@ def _prompts_for(source: PromptSource | Seeds, asking: Asking, models: ModelPair
     """What is known of prompts before any answer; of the answers that came with them, if any, how they pair."""
     if isinstance(source, Seeds):
         return _made_prompts_for(source, asking, models, config)
-    found = list(islice(source.prompts(), config.max_prompts + HELD_OUT))
-    fitting = asking.check(found, models)
+    found = list(islice(source.prompts(), config.max_prompts + 2 * HELD_OUT))
+    parts = asking.check(found, models)
+    fitting = parts.held_out + parts.learning
     templates, shares = asking.templates, PairingShares()
     answered = [prompt for prompt in fitting if prompt.answer][:_PAIRED]
     for prompt in answered:

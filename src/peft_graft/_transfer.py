@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import cast
@@ -15,22 +15,22 @@ from torch import nn
 
 from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
 from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.distinct import Parts, form_of
 from peft_graft.alignment.methods import Method, map_methods
-from peft_graft.alignment.text import Sample, TextLike, TextSource, digest_of
+from peft_graft.alignment.text import Sample, TextLike, TextSource
 from peft_graft.alignment.vocabulary import Vocabularies
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import EXACT, judge
-from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
-from peft_graft.distill.ask_prompts import held_out_size as prompts_held_out
+from peft_graft.distill.agreement import Verdict, judge
+from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompt_parts, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, prompts_from, seeds_of
 from peft_graft.distill.candidates import CandidateBuilder
-from peft_graft.distill.choose import Outcome, choose
+from peft_graft.distill.choose import Outcome, choose, judged
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
-from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, held_out_size
+from peft_graft.distill.teacher import FIT, TOKENS, ask_teacher, can_ask, sample_parts
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
 from peft_graft.models.loading import ModelPair
@@ -121,12 +121,11 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     plan = plan.bind(raw, models, taught.plain)
     vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
     outcome, polished, aligner, notes = _moved(plan, taught, vocabularies, run)
-    told: dict[str, object] = {}
-    if isinstance(taught, _Prompts):
-        outcome, told = taught.judged(outcome, run)
+    verdict, told = taught.judged(outcome, config, run)
 
     report = _report(plan, outcome, polished, aligner, run).model_copy(
         update={
+            "verdict": verdict,
             "module": place_of(module.name),
             "text": taught.source.name if taught.source else None,
             "alignment": str(alignment) if isinstance(alignment, str | Path) else None,
@@ -145,49 +144,53 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
 
 @dataclass(frozen=True)
 class _Text:
-    """Unlabelled text: its first samples, of which so many judge and nothing else, and all that follow.
+    """Unlabelled text: its first samples in parts, and all that follow.
 
-    ``judging`` is 0 where the teacher is not asked, for the reason that ``remarks`` give.
+    ``asked``: whether the teacher is asked about it; where it is not ``remarks`` give the reason.
     """
 
     source: TextSource | None
-    pool: Sequence[Sample]
+    parts: Parts[Sample]
     rest: Iterable[Sample]
-    judging: int
+    asked: bool
     remarks: Sequence[str]
 
     @staticmethod
-    def of(source: TextSource | None, library: str, config: GraftConfig) -> _Text:
+    def of(source: TextSource | None, raw: RawCheckpoint, config: GraftConfig) -> _Text:
         """The text, and whether the teacher can be asked about it (``can_ask``)."""
         samples = source.samples() if source else iter(())
-        pool = list(islice(samples, POOL))
-        asked, remarks = can_ask(config, library, len(pool))
-        return _Text(source, pool, samples, held_out_size(len(pool)) if asked else 0, remarks)
+        parts = sample_parts(samples)
+        asked, remarks = can_ask(config, raw, parts)
+        return _Text(source, parts, samples, asked, remarks)
 
     @property
     def plain(self) -> Sequence[Sample]:
-        """Samples that do not judge."""
-        return self.pool[held_out_size(len(self.pool)) :]
+        """Samples that neither judge nor choose."""
+        return self.parts.learning
 
     @property
     def content(self) -> str:
-        """A hash of what is learned from."""
-        return digest_of(sample.texts for sample in self.pool)
+        """A hash of what is learned from, chosen by and judged by."""
+        return self.parts.digest(lambda sample: sample.texts)
 
     def to_align(self) -> AlignmentText | None:
-        """All but what judges."""
+        """All but what judges or chooses."""
         if self.source is None:
             return None
-        key = json.dumps([self.source.key, self.judging]) if self.source.key else None
-        return AlignmentText(chain(self.pool[self.judging :], self.rest), self.source.name, key)
+        held = self.parts.held_out if self.asked else []
+        first = self.parts.learning if self.asked else [*self.parts.held_out, *self.parts.learning]
+        key = json.dumps([self.source.key, "each once", len(held)]) if self.source.key else None
+        known = {form_of(sample.texts) for sample in held}
+        rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
+        return AlignmentText(chain(first, rest), self.source.name, key)
 
     def polishing(self, config: GraftConfig) -> PolishSettings:
         """How the polish trains."""
-        return PolishSettings(steps=config.polish_steps if self.judging else 0, seed=config.seed)
+        return PolishSettings(steps=config.polish_steps if self.asked else 0, seed=config.seed)
 
     def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation | None:
         """The teacher's classes or hidden states; None where it is not asked."""
-        if not self.judging:
+        if not self.asked:
             return None
         check_tokenizers(plan.models)
         config, settings = plan.config, self.polishing(plan.config)
@@ -196,13 +199,18 @@ class _Text:
         return ask_teacher(
             plan.module,
             plan.models,
-            self.pool,
+            self.parts,
             run,
             train=max(fit, settings.steps * settings.batch_size),
             shift_map=shift_map,
-            bf16=config.dtype == "bfloat16",
-            gradient_checkpointing=config.gradient_checkpointing,
+            config=config,
         )
+
+    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
+        """The verdict, and what else the report says about the text: nothing."""
+        if self.source is not None and not self.asked:
+            return judge(None, reason="; ".join(self.remarks) or "there is no text to judge by"), {}
+        return judged(outcome, run, seed=config.seed), {}
 
 
 @dataclass
@@ -236,15 +244,15 @@ class _Prompts:
     @property
     def plain(self) -> Sequence[Sample]:
         """The prompts alone, as text."""
-        return [Sample(prompt.text) for prompt in self.prompts[prompts_held_out(len(self.prompts)) :]]
+        return [Sample(prompt.text) for prompt in prompt_parts(self.prompts).learning]
 
     @property
     def content(self) -> str:
-        """A hash of the prompts, and of the answers that came with them."""
-        return digest_of([prompt.key, prompt.answer] for prompt in self.prompts)
+        """A hash of the prompts in their parts, and of the answers that came with them."""
+        return prompt_parts(self.prompts).digest(lambda prompt: [prompt.key, prompt.answer or ""])
 
     def to_align(self) -> AlignmentText:
-        """Prompts with their answers, those left out that judge; there once the teacher has been asked."""
+        """Prompts with their answers, but for what is held out; there once the teacher has been asked."""
 
         def samples() -> Iterator[Sample]:
             assert self.asked is not None
@@ -274,19 +282,20 @@ class _Prompts:
         )
         return self.asked
 
-    def judged(self, outcome: Outcome, run: Run) -> tuple[Outcome, dict[str, object]]:
-        """The outcome with a verdict by what it generates, and what the report says about prompts and answers."""
-        asked, attached = self.asked, outcome.candidate.attached
+    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
+        """The verdict by what the graft generates, and what the report says about prompts and answers."""
+        found, asked = judged(outcome, run, seed=config.seed), self.asked
+        attached = outcome.candidate.attached
         assert asked is not None
         assert attached is not None
         with run.stage("asking the graft"):
             said, generated = asked.generate(attached, run)
-        verdict = judge(outcome.verdict.measured, outcome.verdict.moved, generated)
+        verdict = judge(found.measured, found.moved, generated, seed=config.seed)
         samples = [
             AnswerSample(prompt=prompt.text, teacher=teacher.text, graft=own.text, bare=bare.text)
             for prompt, teacher, own, bare in zip(asked.asked, asked.answers, said, asked.bare_answers, strict=True)
         ]
-        return replace(outcome, verdict=verdict), {"prompts": asked.record, "answers": samples[:_SAMPLES]}
+        return verdict, {"prompts": asked.record, "answers": samples[:_SAMPLES]}
 
 
 def _text_of(
@@ -306,13 +315,13 @@ def _text_of(
     if prompts is None:
         # Rows that are no prompts, in memory, are what a text source refuses.
         source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
-        return _Text.of(source, module.raw.library, config)
+        return _Text.of(source, module.raw, config)
     asking = asking_of(config, sources, shapes, module.raw.library)
     if isinstance(prompts, Seeds):
         listing_of(prompts, asking, shapes, config)
         found = []
     else:
-        found = list(islice(prompts.prompts(), config.max_prompts + HELD_OUT))
+        found = list(islice(prompts.prompts(), config.max_prompts + 2 * HELD_OUT))
         asking.check(found, shapes)
     settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
     return _Prompts(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
@@ -325,7 +334,7 @@ def _moved(
     config, models, methods = plan.config, plan.models, plan.methods
     notes = []
     maps_of = map_methods(methods)
-    shifts = isinstance(text, _Text) and text.judging > 0 and plan.moved.head is None
+    shifts = isinstance(text, _Text) and text.asked and plan.moved.head is None
     aligner = Aligner(
         models,
         plan.wanted_maps(shifts=shifts),
@@ -349,16 +358,15 @@ def _moved(
     outcome = choose(builder, methods, config.head)
     polishing = text.polishing(config)
     outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, text))
-    measured = outcome.verdict.measured
-    if polishing.steps and polished is None and measured and measured.divergence <= EXACT:
+    if polishing.steps and polished is None and outcome.is_exact:
         notes.append("not polished: the graft computes what the teacher does")
-    return outcome, polished, aligner, notes
+    return outcome, polished, aligner, [*notes, *outcome.notes]
 
 
 def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner: Aligner, run: Run) -> GraftReport:
     """The report, but for what only the caller knows."""
     chosen, raw = outcome.candidate, plan.module.raw
-    compared = len(plan.methods) > 1 and outcome.verdict.measured is not None
+    compared = len(plan.methods) > 1 and outcome.found is not None
     head = chosen.head.model_copy(update={"how": outcome.head, "fit": outcome.fit}) if chosen.head else None
     return GraftReport(
         module="",
@@ -376,7 +384,7 @@ def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner
         sites=chosen.sites,
         head=head,
         pairing=aligner.counts.record if aligner.counts else None,
-        verdict=outcome.verdict,
+        verdict=judge(None),
         tried=outcome.tried,
         polish=polished,
         notes=[],

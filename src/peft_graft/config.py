@@ -261,7 +261,8 @@ class GraftConfig(PairConfig):
     make_prompts: Annotated[int, Option(_PROMPTS, later=True)] = Field(
         default=MADE_PROMPTS,
         ge=1,
-        description="Prompts that are made from --seeds at most, a fifth of which judge; no more than --max-prompts.",
+        description="Prompts that are made from --seeds at most, a fifth of which choose or judge; no more than "
+        "--max-prompts.",
     )
     max_new_tokens: Annotated[int, Option(_PROMPTS, later=True)] = Field(
         default=256, ge=1, description="Tokens of an answer; a longer one is cut."

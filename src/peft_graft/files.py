@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_graft.errors import CheckpointError, GraftError
+from peft_graft.errors import CheckpointError, GraftError, OutputError
 
 #: How the system says that there is no room.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -127,9 +128,42 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, keys sorted, so that equal content gives equal files."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    """Write a JSON object, keys sorted, so that equal content gives equal files.
+
+    Raises:
+        OutputError: see ``json_text``.
+    """
+    text = json_text(value, str(path), indent=2, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a pair of surrogates, as JSON has it
+
+
+def json_text(value: Any, where: str, **options: Any) -> str:
+    """A value as JSON, which has no NaN and no infinity.
+
+    Args:
+        where: it is written, for messages. options: of ``json.dumps``.
+
+    Raises:
+        OutputError: a number in it is not finite.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
+    except ValueError as error:
+        raise OutputError(
+            "a number is not finite, which JSON cannot say",
+            where=where,
+            found=next(_not_finite(value), str(error)),
+            fix="check the models' and the module's weights",
+        ) from error
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """Where numbers are not finite, as ``verdict.measured.divergence nan``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} {value}"
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, part in parts:
+        yield from _not_finite(part, f"{place}.{name}" if place else str(name))
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Graft:
 
     def __repr__(self) -> str:
         report = self.report
-        return f"Graft({report.module_kind} of {report.teacher.name} on {report.student.name}: {report.verdict.text})"
+        return f"Graft({report.module_kind} of {report.teacher.name} on {report.student.name}: {report.verdict.level})"
 
     @property
     def labels(self) -> tuple[str, ...]:

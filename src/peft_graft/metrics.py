@@ -80,10 +80,8 @@ def interval(counts: Sequence[Sequence[float]], of_sums: OfSums, *, seed: int = 
     """
     values, draw = np.asarray(counts, dtype=np.float64), np.random.default_rng(seed)
     count = len(values)
-    found = [
-        of_sums((np.bincount(draw.integers(count, size=count), minlength=count) @ values).tolist(), count)
-        for _ in range(_DRAWS)
-    ]
+    times = [np.bincount(draw.integers(count, size=count), minlength=count) for _ in range(_DRAWS)]
+    found = [of_sums(sums, count) for sums in (np.asarray(times) @ values).tolist()]
     low, high = np.quantile(found, [(1 - _INSIDE) / 2, (1 + _INSIDE) / 2])
     return float(low), float(high)
 

@@ -26,11 +26,11 @@ class GraftReport(Record):
     """Everything about a graft, as written to ``graft.json``.
 
     ``layers``: the teacher layers of each student layer, by stack where the student has several.
-    ``tried``: agreement with the teacher on held-out text of everything that the default chose from.
+    ``tried``: agreement with the teacher, on the text that chooses, of everything that the default chose from.
     ``prompts``, ``answers``: what a language model was asked, and some of what was answered.
     """
 
-    format_version: int = 2
+    format_version: int = 3
     module: str
     module_files: dict[str, str]
     module_library: str

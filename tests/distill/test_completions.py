@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ import speech
 from peft_graft import Callback, Graft, GraftConfig
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
+from peft_graft.distill import prompt_targets
 from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.completions import Templates
+from peft_graft.distill.finite import NotFiniteError
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
 from peft_graft.errors import GraftError, ModelError, PlanError, TextError
 from peft_graft.models.loading import ModelPair, load_model
@@ -79,6 +82,40 @@ def test_the_written_graft_answers_new_prompts_as_the_teacher_was_taught(moved, 
     said = generate_answers(model, template, [Prompt.of_text(word) for word in words], Sampling(max_new_tokens=LONGEST))
     assert sum(answer.text == speech.answer(word) for answer, word in zip(said, words, strict=True)) > 45
     assert Graft.from_pretrained(moved.folder).report.prompts == moved.report.prompts
+
+
+def test_prompts_that_judge_choose_and_teach_have_nothing_in_common(asked):
+    parts = [asked.judging, asked.held_out, asked.train]
+    assert [len(part) for part in parts] == [8, 6, 46]
+    assert (asked.record.judging, asked.record.held_out, asked.record.prompts) == (8, 14, 46)
+    assert len(asked.asked) == len(asked.answers) == len(asked.bare_answers) == len(asked.groups) == 8
+    inputs = [tuple(row) for part in parts for row in part.inputs]
+    assert len(set(inputs)) == len(inputs) == 60
+    judging = [row[:start] for row, start in zip(asked.judging.inputs, asked.judging.starts, strict=True)]
+    assert judging == [asked.templates.student.ids(prompt) for prompt in asked.asked]
+
+
+def test_figures_of_prompts_have_intervals(moved):
+    verdict = moved.report.verdict
+    for found in (verdict.measured, verdict.moved, verdict.generated):
+        low, high = found.agreement_interval
+        assert low <= found.agreement <= high
+    assert verdict.generated.constant_token_f1 < 0.5
+
+
+def test_an_answer_that_is_not_finite_names_model_and_prompt(asked, speakers, monkeypatch):
+    attached = asked.attach(untrained(asked))
+    with torch.no_grad():
+        next(iter(attached.trainable().values())).fill_(float("nan"))
+    student = f"student {asked.models.student.name}: the answer to "
+    with pytest.raises(NotFiniteError, match=f"{re.escape(student)}'[a-h]{{4}} =.*' is not finite"):
+        asked.measure(attached)
+    right = prompt_targets.last_states
+    monkeypatch.setattr(prompt_targets, "last_states", lambda *given, **how: right(*given, **how) * float("nan"))
+    with pytest.raises(
+        NotFiniteError, match="^teacher .*teacher with its module: the answer to '[a-h]{4}' is not finite"
+    ):
+        ask(speakers)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

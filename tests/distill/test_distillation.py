@@ -22,7 +22,7 @@ from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.gradient_start import gradient_start
 from peft_graft.distill.targets import Targets, distillation_loss, student_answers
-from peft_graft.distill.teacher import TextDistillation, ask_teacher, held_out_size
+from peft_graft.distill.teacher import TextDistillation, ask_teacher, sample_parts
 from peft_graft.distill.training import Schedule, length_batches
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelPair, load_model
@@ -87,7 +87,7 @@ def test_the_verdict_follows_the_levels() -> None:
         verdict = judge(Agreement(agreement=least, divergence=1.0, answers=5))
         assert (verdict.level, verdict.text) == (level, text)
     assert judge(Agreement(agreement=0.1, divergence=1.0, answers=5)).text.endswith("no better than a fresh module")
-    assert judge(None).level is None
+    assert judge(None).level == "not measured"
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------------
@@ -151,11 +151,11 @@ def test_held_out_text_is_never_learned_from(world, module, paired: bool) -> Non
     texts = tiny.sentences(200, seed=8)
     pool = [Sample(a, b if paired else None) for a, b in zip(texts[:100], texts[100:], strict=True)]
     run = Run()
-    found = ask_teacher(checkpoint, models, pool, run, train=1000)
-    assert len(found.held_out) == held_out_size(100) == 20
+    found = ask_teacher(checkpoint, models, sample_parts(pool), run, train=1000)
+    assert len(found.held_out) == len(found.judging) == 10
     assert len(found.train) == len(found.samples) == (160 if paired else 80), "pairs the other way round too"
-    judging = {text for sample in pool[:20] for text in sample.texts}
-    assert not judging & {text for sample in found.samples for text in sample.texts}
+    held_out = {text for sample in pool[:20] for text in sample.texts}
+    assert not held_out & {text for sample in found.samples for text in sample.texts}
     assert "asking the teacher" in run.seconds
 
 
@@ -180,7 +180,9 @@ def test_a_polish_agrees_better_and_says_so_in_the_report(world, module, tmp_pat
     assert polish.pilots[best] == curve[1]
     assert {"moved 0.003", "gradient 0.003"} < polish.pilots.keys()
     assert min(point.divergence for point in curve) < 0.9 * curve[0].divergence
-    assert graft.report.verdict.measured.divergence == pytest.approx(min(point.divergence for point in curve), rel=1e-4)
+    verdict = graft.report.verdict  # by other text than the curve
+    assert verdict.measured.divergence < 0.9 * verdict.moved.divergence
+    assert verdict.measured.divergence not in [point.divergence for point in curve]
     assert "polish" in (tmp_path / "graft" / "README.md").read_text()
     assert not (tmp_path / f"graft{UNFINISHED}").exists()
 
@@ -188,7 +190,7 @@ def test_a_polish_agrees_better_and_says_so_in_the_report(world, module, tmp_pat
 def test_what_was_measured_is_what_was_written(world, module, tmp_path) -> None:
     """The verdict's divergence, computed again from the written checkpoint and the teacher's own library."""
     graft = transfer(world, module, polish=20, out=tmp_path / "graft", seed=4)
-    held_out = [sample.first for sample in islice(read_text(world / "text.txt", None, 4), 80)]
+    held_out = [sample.first for sample in islice(read_text(world / "text.txt", None, 4), 40)]
     answers = []
     for base, folder in ((world / "teacher", module), (world / "narrow", tmp_path / "graft")):
         model = PeftModel.from_pretrained(tiny.task_model(base), folder).eval()
@@ -257,7 +259,10 @@ def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(wo
     inputs, _ = tokenize(student, texts, 64)
     targets = Targets("words", inputs, [[(1, 2), (2, 3)]] * 40, [torch.randn(2, 5).log_softmax(-1) for _ in texts])
     models = ModelPair(student, student)
-    asked = TextDistillation(models, attached, labels, bf16=False, samples=texts, train=targets, held_out=targets)
+    asked = TextDistillation(
+        models, attached, labels, bf16=False, samples=texts, train=targets, held_out=targets, judging=targets,
+        groups=range(40),
+    )  # fmt: skip
     found = gradient_start(attached, asked)
     inactive = attach(found, student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
@@ -338,7 +343,8 @@ def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
     report = tiny.transfer(module, student=world / "narrow", text=world / "text.txt", polish=0).report
     best = min(report.tried, key=lambda name: report.tried[name].divergence)
     assert best.startswith(report.method)
-    assert report.verdict.measured == report.tried[best]
+    assert report.verdict.measured.agreement_interval is not None  # by text that chose nothing
+    assert all(found.agreement_interval is None for found in report.tried.values())
     assert {name.split(",")[0] for name in report.tried} == {"prune-align", "procrustes", "ridge", "functional"}
     assert "held-out" in report.method_reason
 

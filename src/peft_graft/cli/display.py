@@ -144,9 +144,10 @@ def show_graft(report: GraftReport, out: Path) -> None:
         labels = escaped(", ".join(report.head.labels))
         console.print(f"[bold]head[/]    {report.head.task}, {report.head.how}: {labels}", soft_wrap=True)
     for name, found in report.tried.items():
-        console.print(f"[bold]tried[/]   {name}: agreement {found.agreement:.2f}, {found.divergence:.3f} nats")
+        agreement = _figure(found.agreement)
+        console.print(f"[bold]tried[/]   {name}: agreement {agreement}, {found.divergence:.3f} nats")
     if report.polish:
-        curve = ", ".join(f"{point.step}: {point.agreement:.2f}" for point in report.polish.curve)
+        curve = ", ".join(f"{point.step}: {_figure(point.agreement)}" for point in report.polish.curve)
         begun = f"from the {report.polish.start} modules, rate {report.polish.settings.learning_rate:g}"
         console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}")
     for note in report.notes:
@@ -159,19 +160,33 @@ def show_graft(report: GraftReport, out: Path) -> None:
 
 def _show_verdict(report: GraftReport, console: Console) -> None:
     measured, generated = report.verdict.measured, report.verdict.generated
-    on = f" (agreement {measured.agreement:.2f} over {measured.answers:,} held-out answers)" if measured else ""
+    on = ""
     if generated:
         on = (
-            f" (of {generated.answers} held-out answers {generated.exact:.0%} are the teacher's, without the graft "
-            f"{generated.bare_exact:.0%}; word F1 {generated.token_f1:.2f}, without {generated.bare_token_f1:.2f})"
+            f" (agreement {_figure(generated.agreement, generated.agreement_interval)}: of {generated.answers} "
+            f"held-out answers {generated.exact:.0%}{_spread(generated.exact_interval)} are the teacher's, without the "
+            f"graft {generated.bare_exact:.0%}; word F1 {_figure(generated.token_f1, generated.token_f1_interval)}, "
+            f"without {generated.bare_token_f1:.2f})"
         )
-    console.print(f"[bold]verdict[/] {report.verdict.level or 'none'}: {report.verdict.text}{on}", soft_wrap=True)
+    elif measured and measured.agreement is not None:
+        agreement = _figure(measured.agreement, measured.agreement_interval)
+        on = f" (agreement {agreement} over {measured.answers:,} held-out answers)"
+    console.print(f"[bold]verdict[/] {report.verdict.level}: {escaped(report.verdict.text)}{on}", soft_wrap=True)
     check = report.verification
     if check and check.done:
         console.print(
             f"[bold]loads[/]   in {check.library} {check.version}, {check.tensors_loaded} tensors, "
             f"changes the output by {check.output_change:.1%} of its range"
         )
+
+
+def _figure(value: float | None, spread: tuple[float, float] | None = None) -> str:
+    """A figure with its 95 % interval."""
+    return "undefined" if value is None else f"{value:.2f}{_spread(spread)}"
+
+
+def _spread(spread: tuple[float, float] | None) -> str:
+    return "" if spread is None else f" [95 % {spread[0]:.2f}–{spread[1]:.2f}]"
 
 
 def _show_prompts(report: GraftReport, console: Console) -> None:

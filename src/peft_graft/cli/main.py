@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -286,7 +285,9 @@ def _continued(message: str) -> Iterator[None]:
 
 
 def _print_json(value: BaseModel) -> None:
-    sys.stdout.write(json.dumps(value.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+    from peft_graft.files import json_text
+
+    sys.stdout.write(json_text(value.model_dump(mode="json"), "--json", indent=2) + "\n")
 
 
 @contextmanager

@@ -1,27 +1,41 @@
-"""How far a graft agrees with its teacher on text that nothing was fitted to: the label-free score, and the verdict."""
+"""How far a graft agrees with its teacher on text that nothing was fitted to or chosen by: the label-free verdict."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, field_validator
 from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
+from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.targets import Kind, Targets, student_answers
 from peft_graft.distill.training import length_batches
+from peft_graft.metrics import OfSums, interval
 from peft_graft.models.loading import ModelHandle
 from peft_graft.record import Record
 
 #: A graft this close to its teacher, in nats, is exact: it is left alone.
 EXACT = 1e-6
+#: Divergences below, in nats, leave no room for decisions that differ on other text.
+_SAME = 1e-4
+#: A teacher's module that moves the last hidden state by less than this share of it, squared, does nothing there; a
+#: bare student this close to the teacher, in nats, has nothing to be taught.
+_IDLE, _TAUGHT = 1e-9, 1e-3
 #: Words, and the marks between them.
 WORD = re.compile(r"\w+|[^\w\s]")
-Level = Literal["exact", "strong", "useful", "weak", "none"]
+NOT_MEASURED = "not measured"
+Level = Literal["exact", "strong", "useful", "weak", "no better", "not measured"]
+#: A level as reports before version 3 have it.
+_FORMER: dict[str | None, str] = {None: NOT_MEASURED, "none": "no better"}
+Interval = tuple[float, float]
 
 #: Least agreement of each level, and what to expect of such a graft. Chance-corrected, so a graft that always gives the
 #: teacher's commonest class has 0; docs/results/quality.md shows how agreement ranks the measured gains.
@@ -30,7 +44,7 @@ LEVELS: tuple[tuple[Level, float, str], ...] = (
     ("strong", 0.8, "expected to keep most of the teacher's skill as it is"),
     ("useful", 0.5, "expected to be well above a fresh module; some labelled examples will still help"),
     ("weak", 0.15, "a better start than a fresh module, of little use without fine-tuning"),
-    ("none", -1.0, "expected to be no better than a fresh module"),
+    ("no better", -math.inf, "expected to be no better than a fresh module"),
 )
 
 
@@ -41,117 +55,383 @@ class Agreement(Record):
         agreement: for classes Cohen's kappa of the student's and the teacher's decisions (1: always the same; 0: no
             better than chance). For modules without a head the share of the teacher's mapped shift of the last hidden
             state that the student's shift reproduces, 1 - squared error / squared shift.
+            None where it is not defined; then ``undefined`` says why, and what to give.
         divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
             distribution, nats. Without a head 1 - agreement.
             For prompts the mean divergence at strict positions, over tokens that both models know, and as agreement
             1 - divergence / the bare student's.
         answers: words, samples, tokens or positions compared.
+        agreement_interval, divergence_interval: 95 %, by drawing texts; None where nothing is judged by it.
+        carried: without a head, the share of the student's last hidden state that the teacher's explains through the
+            map: how much the mapped shift says about the teacher's own.
+        constant: without a head, the agreement that one and the same shift everywhere would have at best.
     """
 
-    agreement: float
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    agreement: float | None
     divergence: float
     answers: int
+    agreement_interval: Interval | None = None
+    divergence_interval: Interval | None = None
+    carried: float | None = None
+    constant: float | None = None
+    undefined: str | None = None
 
 
 class GenerationAgreement(Record):
-    """Agreement of greedy answers with the teacher's on held-out prompts.
+    """Agreement of greedy answers with the teacher's on held-out prompts, with 95 % intervals by drawing prompts.
 
     Attributes:
-        agreement: (token F1 - the bare student's) / (1 - the bare student's): 0 for an idle graft, 1 for a perfect one.
+        agreement: (token F1 - base) / (1 - base), where base is the bare student's or that of one answer to all
+            prompts, whichever is more: 0 for an idle graft and for one that always says the same, 1 for a perfect one.
+            None where such a graft answers as the teacher does.
         exact: share of answers that are the teacher's, white space aside. token_f1: mean F1 of their words.
         bare_exact, bare_token_f1: the same of the student without the module. answers: how many.
+        constant_token_f1: of the answer that is nearest to all of the teacher's.
     """
 
-    agreement: float
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    agreement: float | None
     exact: float
     token_f1: float
     bare_exact: float
     bare_token_f1: float
     answers: int
+    agreement_interval: Interval | None = None
+    exact_interval: Interval | None = None
+    token_f1_interval: Interval | None = None
+    constant_token_f1: float | None = None
 
 
 class Verdict(Record):
     """What to expect of a graft, from its agreement with the teacher alone.
 
     Attributes:
-        level, text: the conclusion in a word and in a sentence.
-        measured: the agreement of the graft as written; None where no text was given to measure on.
-        moved: of the modules and head as moved by the maps, nothing fitted; None where not measured.
+        level, text: the conclusion in a word and in a sentence; ``not measured`` with the reason, and what to give.
+        measured: the agreement of the graft as written, on text that nothing else has seen; None where not measured.
+        moved: of the modules and head as moved by the maps, nothing fitted, on the same text.
+        generated: of a language model's answers; the level is by these where they are known.
+        seed: of the draws of the intervals.
     """
 
-    level: Level | None
+    level: Level
     text: str
     measured: Agreement | None = None
     moved: Agreement | None = None
     generated: GenerationAgreement | None = None
+    seed: int = 0
+
+    @property
+    def figure(self) -> Agreement | GenerationAgreement | None:
+        """What the level is by."""
+        return self.generated or self.measured
+
+    @field_validator("level", mode="before")
+    @classmethod
+    def _of_former_versions(cls, value: Any) -> Any:
+        return _FORMER.get(value, value) if value is None or isinstance(value, str) else value
 
 
 def judge(
-    measured: Agreement | None, moved: Agreement | None = None, generated: GenerationAgreement | None = None
+    measured: Agreement | None,
+    moved: Agreement | None = None,
+    generated: GenerationAgreement | None = None,
+    *,
+    reason: str = "give --text to compare the graft with its teacher",
+    seed: int = 0,
 ) -> Verdict:
-    """The verdict on a graft; by what it generates where that is known, which a small divergence does not promise."""
+    """The verdict on a graft; by what it generates where that is known, which a small divergence does not promise.
+
+    No level is given where the interval reaches below the next lower one.
+
+    Args:
+        reason: why nothing was measured, where that is so. seed: of the intervals.
+    """
     if measured is None:
-        return Verdict(level=None, text="not measured: give --text to compare the graft with its teacher")
-    agreement = measured.agreement if generated is None else generated.agreement
-    level, _, text = next(entry for entry in LEVELS if agreement >= entry[1] or entry[0] == "none")
-    return Verdict(level=level, text=text, measured=measured, moved=moved, generated=generated)
+        return Verdict(level=NOT_MEASURED, text=reason)
+    agreement, spread, undefined = measured.agreement, measured.agreement_interval, measured.undefined
+    if measured.constant is not None and agreement is not None:
+        beyond = 1 - measured.constant
+        agreement, spread = 1 - (1 - agreement) / beyond, spread and (1 - (1 - spread[0]) / beyond, spread[1])
+    if generated is not None:
+        agreement, spread, undefined = generated.agreement, generated.agreement_interval, _NOTHING_TO_TEACH
+    found = {"measured": measured, "moved": moved, "generated": generated, "seed": seed}
+    if agreement is None:
+        return Verdict(level=NOT_MEASURED, text=undefined or "", **found)
+    least = agreement if spread is None else spread[0]
+    carried = measured.carried if generated is None else None
+    if carried is not None and _level(carried) == len(LEVELS) - 1:
+        return Verdict(level=NOT_MEASURED, text=_UNRELATED.format(max(0.0, carried)), **found)
+    if carried is not None:  # of what is lost on the way the shift says nothing
+        agreement = min(agreement, carried)
+    level, _, text = LEVELS[max(_level(agreement), _level(least) - 1)]
+    return Verdict(level=level, text=text, **found)
 
 
-def compare_answers(given: Sequence[Answer], teacher: Sequence[Answer], bare: Sequence[Answer]) -> GenerationAgreement:
-    """Agreement of a graft's answers with the teacher's, beside that of the student without the module."""
-    exact, f1 = _same(given, teacher), _word_f1(given, teacher)
-    own_exact, own_f1 = _same(bare, teacher), _word_f1(bare, teacher)
-    corrected = (f1 - own_f1) / (1 - own_f1) if own_f1 < 1 else float(f1 == 1)
+_UNRELATED = (
+    "of the student's last hidden state the teacher's explains {:.0%}, so what the module does there says nothing "
+    "about the graft; give more text, or evaluate the graft on labelled text"
+)
+
+
+def _level(agreement: float) -> int:
+    return next(number for number, (_, least, _) in enumerate(LEVELS) if agreement >= least)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How intervals are drawn: whole texts, those that are alike together.
+
+    Attributes:
+        groups: of every answer, a number, the same for those of texts that are alike. seed: of the draws.
+    """
+
+    groups: Sequence[int]
+    seed: int = 0
+
+
+# ---- of generated answers --------------------------------------------------------------------------------------------
+
+_NOTHING_TO_TEACH = (
+    "the student answers the held-out prompts as the teacher does without any module, or by one answer to all of them, "
+    "so nothing can be seen of the graft; give prompts of the module's task"
+)
+
+
+def compare_answers(
+    given: Sequence[Answer],
+    teacher: Sequence[Answer],
+    bare: Sequence[Answer],
+    groups: Sequence[int] | None = None,
+    seed: int = 0,
+) -> GenerationAgreement:
+    """Agreement of a graft's answers with the teacher's, beside that of the student without the module.
+
+    Args:
+        groups: of the prompts, the same for those that are alike; each on its own by default. seed: of the intervals.
+    """
+    constant = max(teacher, key=lambda one: sum(_word_f1(one, wanted) for wanted in teacher))
+    figures = [
+        [1.0, _same(own, wanted), *(_word_f1(one, wanted) for one in (own, other, constant)), _same(other, wanted)]
+        for own, wanted, other in zip(given, teacher, bare, strict=True)
+    ]
+    counts = _by_group(torch.tensor(figures, dtype=torch.float64), groups or range(len(figures)))
+    exact, f1, bare_f1, constant_f1, bare_exact = (counts.sum(0)[1:] / len(figures)).tolist()
+    base, spread = max(bare_f1, constant_f1), None
+    if base < 1:
+        spread = _drawn(counts, _corrected_f1, seed)
+        spread = _less(spread, len(counts), base) if f1 == 1 else spread
     return GenerationAgreement(
-        agreement=corrected, exact=exact, token_f1=f1, bare_exact=own_exact, bare_token_f1=own_f1, answers=len(given)
+        agreement=(f1 - base) / (1 - base) if base < 1 else None,
+        exact=exact,
+        token_f1=f1,
+        bare_exact=bare_exact,
+        bare_token_f1=bare_f1,
+        answers=len(given),
+        agreement_interval=spread,
+        exact_interval=_drawn(counts, lambda sums, _: sums[1] / sums[0], seed),
+        token_f1_interval=_drawn(counts, lambda sums, _: sums[2] / sums[0], seed),
+        constant_token_f1=constant_f1,
     )
 
 
-def _same(given: Sequence[Answer], wanted: Sequence[Answer]) -> float:
-    pairs = zip(given, wanted, strict=True)
-    return sum(first.text.split() == second.text.split() for first, second in pairs) / max(1, len(given))
+def _corrected_f1(sums: Sequence[float], _: int) -> float:
+    base = max(sums[3:5])
+    return (sums[2] - base) / (sums[0] - base) if base < sums[0] else 0.0
 
 
-def _word_f1(given: Sequence[Answer], wanted: Sequence[Answer]) -> float:
-    """Mean F1 of the words, and of the marks between them, of each answer."""
-    total = 0.0
-    for first, second in zip(given, wanted, strict=True):
-        words, others = (Counter(WORD.findall(answer.text)) for answer in (first, second))
-        both = words.total() + others.total()
-        total += 2 * (words & others).total() / both if both else 1.0
-    return total / max(1, len(given))
+def _same(given: Answer, wanted: Answer) -> float:
+    return float(given.text.split() == wanted.text.split())
 
 
-def compare(given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None) -> Agreement:
-    """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``hidden``: [n, d_s])."""
+def _word_f1(given: Answer, wanted: Answer) -> float:
+    """F1 of the words, and of the marks between them."""
+    words, others = (Counter(WORD.findall(answer.text)) for answer in (given, wanted))
+    both = words.total() + others.total()
+    return 2 * (words & others).total() / both if both else 1.0
+
+
+def compare_divergences(
+    divergences: Sequence[float], bare: Sequence[float], sizes: Sequence[int], draws: Draws | None = None
+) -> Agreement:
+    """Agreement of next-token distributions: 0 for a student without a module, 1 for one that speaks as the teacher.
+
+    Args:
+        divergences, bare: of each answer, with the module and without, summed over positions, nats.
+        sizes: positions of each answer. draws: as for ``compare``.
+    """
+    rows = torch.tensor([sizes, divergences, bare], dtype=torch.float64).T
+    size, own, before = rows.sum(0).tolist()
+    taught = size > 0 and before / size > _TAUGHT
+    found = Agreement(
+        agreement=1 - own / before if taught else None,
+        divergence=max(0.0, own / max(1.0, size)),
+        answers=int(size),
+        undefined=None if taught else _NOTHING_TO_TEACH,
+    )
+    if draws is None or not size:
+        return found
+    counts = _by_group(rows, draws.groups)
+    spread = _drawn(counts, lambda sums, _: max(0.0, sums[1] / max(1.0, sums[0])), draws.seed)
+    update: dict[str, object] = {"divergence_interval": spread}
+    if taught:
+        update["agreement_interval"] = _drawn(
+            counts, lambda sums, _: 1 - sums[1] / sums[2] if sums[2] > 0 else 0.0, draws.seed
+        )
+    return found.model_copy(update=update)
+
+
+# ---- of predictions --------------------------------------------------------------------------------------------------
+
+
+def compare(
+    given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None, draws: Draws | None = None
+) -> Agreement:
+    """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``hidden``: [n, d_s]).
+
+    Args:
+        shift: ``hidden`` only, [n, d_s]: by how much the targets differ from the bare student's states.
+        draws: how to draw intervals; there are none without.
+
+    Raises:
+        NotFiniteError: an answer or a target is not finite.
+    """
+    for values, whose in ((given, "student"), (targets, "teacher")):
+        check_finite(values, whose, [f"number {row + 1}" for row in range(len(values))])
+    if not len(targets):
+        nothing = "the two models read no word of the text alike; give text in a language that both read"
+        return Agreement(agreement=None, divergence=0.0, answers=0, undefined=nothing)
     if kind == "hidden":
         assert shift is not None
-        error = float((given - targets).double().square().sum() / shift.double().square().sum().clamp_min(1e-30))
-        return Agreement(agreement=1 - error, divergence=error, answers=len(targets))
-    student = given.double().log_softmax(-1)
-    teacher = targets.double()
-    divergence = float((teacher.exp() * (teacher - student)).sum(-1).mean())
+        return _of_shifts(given, targets, shift, draws)
+    return _of_classes(given, targets, draws)
+
+
+def _of_shifts(given: Tensor, targets: Tensor, shift: Tensor, draws: Draws | None) -> Agreement:
+    errors, shifts, states = (value.double().square().sum(1) for value in (given - targets, shift, targets - shift))
+    whole = float(shifts.sum())
+    if whole <= _IDLE * float(states.sum()):
+        idle = "the teacher's module moves nothing on this text; give text of the task that it was trained for"
+        return Agreement(agreement=None, divergence=float(errors.sum()), answers=len(targets), undefined=idle)
+    error = float(errors.sum()) / whole
+    found = Agreement(agreement=1 - error, divergence=error, answers=len(targets))
+    if draws is None:
+        return found
+    constant = len(shift) * float(shift.double().mean(0).square().sum()) / whole
+    if 1 - constant <= _IDLE:
+        same = "the teacher's module does the same everywhere on this text; give text on which it differs"
+        return found.model_copy(update={"agreement": None, "undefined": same})
+    counts = _by_group(torch.stack([errors, shifts], 1), draws.groups)
+    low, high = _drawn(counts, lambda sums, _: sums[0] / sums[1] if sums[1] else 1.0, draws.seed)
+    return found.model_copy(
+        update={
+            "agreement_interval": (1 - high, 1 - low),
+            "divergence_interval": (low, high),
+            "constant": constant,
+        }
+    )
+
+
+def _of_classes(given: Tensor, targets: Tensor, draws: Draws | None) -> Agreement:
+    student, teacher = given.double().log_softmax(-1), targets.double()
+    divergences = (teacher.exp() * (teacher - student)).sum(-1)
     chosen, wanted = student.argmax(-1), teacher.argmax(-1)
     classes = targets.shape[1]
-    same = float((chosen == wanted).double().mean())
-    shares = [torch.bincount(side, minlength=classes).double() / len(targets) for side in (chosen, wanted)]
-    chance = float(shares[0] @ shares[1])
-    kappa = (same - chance) / (1 - chance) if chance < 1 else float(same == 1)
-    return Agreement(agreement=kappa, divergence=max(0.0, divergence), answers=len(targets))
+    one_hot = [torch.nn.functional.one_hot(side, classes).double() for side in (wanted, chosen)]
+    rows = torch.cat([(chosen == wanted).double()[:, None], divergences[:, None], *one_hot], 1)
+    counts = torch.cat([torch.ones(len(rows), 1, dtype=rows.dtype), rows], 1)
+    sums = counts.sum(0).tolist()
+    divergence = max(0.0, float(divergences.mean()))
+    # Distributions that differ from text to text and are met as they are: no chance, whatever they decide.
+    varied = (teacher.exp() * (teacher - teacher.exp().mean(0).clamp_min(1e-300).log())).sum(-1).mean()
+    exact = sums[1] == sums[0] and divergence <= EXACT and float(varied) > _TAUGHT
+    kappa = 1.0 if exact else _kappa(sums)
+    found = Agreement(
+        agreement=kappa,
+        divergence=divergence,
+        answers=len(targets),
+        undefined=None if kappa is not None else _ONE_CLASS,
+    )
+    if draws is None:
+        return found
+    drawn = _by_group(counts, draws.groups)
+    spread: Interval | None = (1.0, 1.0) if exact else None
+    if kappa is not None and not exact:
+        # Draws with one class in them say nothing, and are counted as no agreement.
+        spread = _drawn(drawn, lambda sums, _: _kappa(sums) or 0.0, draws.seed)
+        if sums[1] == sums[0] and divergence > _SAME:
+            spread = _less(spread, len(drawn), _chance(sums))
+    return found.model_copy(
+        update={
+            "agreement_interval": spread,
+            "divergence_interval": _drawn(drawn, lambda sums, _: max(0.0, sums[2] / sums[0]), draws.seed),
+        }
+    )
 
 
-def measure(attached: AttachedModel, student: ModelHandle, held_out: Targets) -> Agreement:
+_ONE_CLASS = (
+    "the teacher gives the same class to all of the held-out text, so agreement cannot be told from chance; give text "
+    "on which its classes differ"
+)
+
+
+def _kappa(sums: Sequence[float]) -> float | None:
+    """Cohen's kappa of counts: all, alike, divergence, and how often the teacher and the student gave each class.
+
+    None where the teacher gave one class: it is 0 then, or not defined, whatever the student says.
+    """
+    if max(sums[3 : 3 + (len(sums) - 3) // 2]) == sums[0]:
+        return None
+    chance = _chance(sums)
+    return (sums[1] / sums[0] - chance) / (1 - chance)
+
+
+def _chance(sums: Sequence[float]) -> float:
+    classes = (len(sums) - 3) // 2
+    return sum(math.prod(pair) for pair in zip(sums[3 : 3 + classes], sums[3 + classes :], strict=True)) / sums[0] ** 2
+
+
+def _by_group(rows: Tensor, groups: Sequence[int]) -> Tensor:
+    """[groups, n]: the sums of the rows [answers, n] of each group."""
+    known = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([known[group] for group in groups])
+    return rows.new_zeros(len(known), rows.shape[1]).index_add_(0, index, rows)
+
+
+def _drawn(counts: Tensor, of_sums: OfSums, seed: int) -> Interval:
+    return interval(counts.tolist(), of_sums, seed=seed)
+
+
+def _less(spread: Interval, texts: int, chance: float) -> Interval:
+    """An interval for texts that all agree, from which draws see no other: the rule of three (Hanley 1983)."""
+    return min(spread[0], max(0.0, 1 - min(1.0, 3 / texts) / (1 - chance))), spread[1]
+
+
+def measure(
+    attached: AttachedModel, student: ModelHandle, held_out: Targets, groups: Sequence[int] | None = None, seed: int = 0
+) -> Agreement:
     """Agreement of a student with a module inside with the teacher on held-out text.
 
     Args:
-        student: for its tokenizer.
+        student: for its tokenizer. groups: of the samples, to draw intervals by; without it there are none.
+
+    Raises:
+        NotFiniteError: an answer of the student is not finite.
     """
     given, order = [], []
     attached.model.eval()
     with torch.inference_mode():
         for rows in length_batches(held_out.lengths):
-            given.append(student_answers(attached, student, held_out, rows).float().cpu())
+            answers = student_answers(attached, student, held_out, rows).float().cpu()
+            texts = [held_out.text(row, student) for row in rows]
+            check_finite(answers, f"student {student.name}", texts, [len(held_out.values[row]) for row in rows])
+            given.append(answers)
             order.extend(rows)
     values = torch.cat([held_out.values[row] for row in order])
     shift = torch.cat([held_out.shift[row] for row in order]) if held_out.shift else None
-    return compare(torch.cat(given), values, held_out.kind, shift)
+    draws = None
+    if groups is not None:
+        draws = Draws([groups[row] for row in order for _ in range(len(held_out.values[row]))], seed)
+    return compare(torch.cat(given), values, held_out.kind, shift, draws)

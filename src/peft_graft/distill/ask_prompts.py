@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from peft_graft.alignment.distinct import Parts, split
 from peft_graft.alignment.text import KNOWN_COLUMNS, Sample, TextLike
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
@@ -30,10 +32,10 @@ from peft_graft.prompts.read import PromptLike, PromptSource
 from peft_graft.prompts.template import Template
 from peft_graft.run import Run
 
-#: Prompts that judge, at most and at least, and their share of a short list.
-HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 100, 8, 5
-#: Prompts at least.
-LEAST_PROMPTS = LEAST_HELD_OUT * HELD_OUT_SHARE
+#: Prompts that judge, and that choose, at most.
+HELD_OUT = 100
+#: Different prompts at least.
+LEAST_PROMPTS = 40
 #: The bare student's answers are cut at the teacher's longest and one part in so many.
 _SPARE = 4
 #: Length limits beyond this stand for none.
@@ -139,7 +141,7 @@ class Asking:
         """Let the teacher answer, and prepare what the student learns from that.
 
         Args:
-            checkpoint: the teacher's module. prompts: the first judge, the next are learned from.
+            checkpoint: the teacher's module. prompts: in random order.
             key: of the teacher, its module and the prompts; names the file that answers are kept in (``run.work``).
             duplicates: prompts that were left out before.
             excess: whether to leave prompts out where the module makes the teacher's answer no likelier.
@@ -151,25 +153,29 @@ class Asking:
         """
         where = "--seeds" if made else "--text"
         with run.stage(_STAGE):
-            fitting = self.check(prompts, models, where)
-            too_long = len(prompts) - len(fitting)
-            judging = held_out_size(len(fitting))
-            chosen = fitting[: judging + self.train]
+            parts = self.check(prompts, models, where)
+            too_long = len(prompts) - parts.given
+            chosen = parts.held_out + parts.learning[: self.train]
+            key = json.dumps([key, [prompt.key for prompt in chosen]]) if key else ""
             student = language_model(models.student, bf16=self.bf16)
             _check_speaks(language_model(models.teacher), self.templates.teacher.ids(chosen[0]))
             _check_speaks(student, self.templates.student.ids(chosen[0]))
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
-            answers = self._answers(teacher, chosen, judging, run, key)
+            answers = self._answers(teacher, chosen, len(parts.held_out), run, key)
             _check_answers(answers, self.sampling.max_new_tokens)
             asked = len(chosen)
             if excess:
-                chosen, answers, judging = self._with_excess(teacher, chosen, answers, judging, run)
+                by_prompt = dict(zip(chosen, answers, strict=True))
+                parts = self._with_excess(teacher, by_prompt, run)
+                chosen = parts.held_out + parts.learning
+                answers = [by_prompt[prompt] for prompt in chosen]
+            held, judging = len(parts.held_out), len(parts.judging)
             work = PromptTargets(
                 teacher,
                 student,
                 self.templates,
                 list(zip(chosen, answers, strict=True)),
-                judging,
+                held,
                 self.text_only,
                 self.use_given,
                 where,
@@ -192,7 +198,7 @@ class Asking:
             duplicates=duplicates,
             cut=sum(not answer.ended for answer in answers),
             empty=sum(not answer.text.strip() for answer in answers),
-            given=sum(prompt.answer is not None for prompt in chosen[judging:]) if self.use_given else 0,
+            given=sum(prompt.answer is not None for prompt in chosen[held:]) if self.use_given else 0,
             answer_tokens=sum(len(row) - start for row, start in zip(train.inputs, train.starts, strict=True)),
             shared_tokens=columns.shared,
             strict_share=shares.share,
@@ -200,6 +206,7 @@ class Asking:
             module_effect=effect,
             made=made,
             no_excess=asked - len(chosen),
+            judging=judging,
         )
         samples = [Sample(f"{prompt.text}\n{answer.text}") for prompt, answer in zip(chosen, answers, strict=True)]
         found = PromptDistillation(
@@ -211,18 +218,20 @@ class Asking:
             self.sampling,
             columns,
             train,
-            held_out,
-            1.0,
+            held_out.part(range(judging, held)),
+            held_out.part(range(judging)),
             chosen[:judging],
             answers[:judging],
             bare_answers,
-            samples[judging:],
+            parts.groups,
+            samples[held:],
             record,
-            chosen[judging:],
+            chosen[held:],
             self.on_policy,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return replace(found, bare=found.divergence_of(student, held_out))
+        bare = (found.divergences(student, part) for part in (found.held_out, found.judging))
+        return replace(found, bare=next(bare), bare_judging=next(bare))
 
     def _for_the_student(self, answers: Sequence[Answer]) -> Sampling:
         """As the teacher is asked, but cut where no answer of the teacher goes on: a student that rambles says no more
@@ -231,18 +240,18 @@ class Asking:
         cut = min(self.sampling.max_new_tokens, longest + longest // _SPARE + 1)
         return self.sampling.model_copy(update={"max_new_tokens": cut})
 
-    def check(self, prompts: Sequence[Prompt], models: ModelPair, where: str = "--text") -> list[Prompt]:
-        """The prompts that both models can read with the longest answer; what ``models`` have of weights is not used.
+    def check(self, prompts: Sequence[Prompt], models: ModelPair, where: str = "--text") -> Parts[Prompt]:
+        """The prompts that both models can read with the longest answer, in parts; of ``models`` no weights are used.
 
         Args:
             where: the prompts come from, for messages.
 
         Raises:
-            TextError: there are too few.
+            TextError: there are too few that differ.
         """
-        fitting = self.fitting(prompts, models)
-        check_enough(len(fitting), len(prompts) - len(fitting), where)
-        return fitting
+        found = prompt_parts(self.fitting(prompts, models))
+        check_enough(found, len(prompts) - found.given, where)
+        return found
 
     def fitting(self, prompts: Sequence[Prompt], models: ModelPair) -> list[Prompt]:
         """The prompts that both models can read with the longest answer."""
@@ -260,13 +269,13 @@ class Asking:
         return longest_text(model, self.max_length)
 
     def _answers(
-        self, teacher: AttachedModel, prompts: Sequence[Prompt], judging: int, run: Run, key: str
+        self, teacher: AttachedModel, prompts: Sequence[Prompt], held_out: int, run: Run, key: str
     ) -> list[Answer]:
-        """The teacher's answers; those that are given instead, where they are to be used and do not judge."""
+        """The teacher's answers; those that are given instead, where they are to be used and are learned from."""
         given = {
             number: Answer(prompt.answer, ended=True)
             for number, prompt in enumerate(prompts)
-            if self.use_given and number >= judging and prompt.answer is not None
+            if self.use_given and number >= held_out and prompt.answer is not None
         }
         asked = [number for number in range(len(prompts)) if number not in given]
         store = AnswerStore(run.work, "teacher-answers", key) if run.work and key else None
@@ -282,10 +291,8 @@ class Asking:
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]
 
-    def _with_excess(  # prompts, their answers and how many judge, as they go in and come out
-        self, teacher: AttachedModel, prompts: Sequence[Prompt], answers: Sequence[Answer], judging: int, run: Run
-    ) -> tuple[list[Prompt], list[Answer], int]:
-        """Those prompts where the module matters.
+    def _with_excess(self, teacher: AttachedModel, answers: Mapping[Prompt, Answer], run: Run) -> Parts[Prompt]:
+        """Those prompts where the module matters, in parts.
 
         Raises:
             TextError: they are too few.
@@ -294,24 +301,21 @@ class Asking:
         excess = excess_of(
             teacher,
             template,
-            [
-                template.encode(prompt, answer.text, ended=answer.ended)
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ],
+            [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in answers.items()],
             lambda done, total: run.progress(_STAGE, done, total),
         )
-        kept = [number for number, value in enumerate(excess) if value > LEAST_CHANGE]
-        judging = sum(number < judging for number in kept)
-        if judging < LEAST_HELD_OUT or judging == len(kept):
+        kept = [prompt for prompt, value in zip(answers, excess, strict=True) if value > LEAST_CHANGE]
+        found = prompt_parts(kept)
+        if not found.judging:
             raise TextError(
                 "the module makes the teacher's answers no likelier on too many prompts",
                 where="--seeds",
                 expected=f"at least {LEAST_PROMPTS} where it does",
-                found=f"{len(kept)} of {len(prompts)}",
+                found=f"{len(kept)} of {len(answers)}",
                 fix="give examples of the module's task, in the format that it was trained with, or raise "
                 "--make-prompts",
             )
-        return [prompts[number] for number in kept], [answers[number] for number in kept], judging
+        return found
 
 
 def _check_speaks(model: LanguageModel, ids: list[int]) -> None:
@@ -333,30 +337,32 @@ def longest_text(model: ModelHandle, max_length: int | None = None) -> int:
     return min(given, default=_NO_LIMIT)
 
 
-def held_out_size(prompts: int) -> int:
-    """How many of the prompts judge."""
-    return min(HELD_OUT, prompts // HELD_OUT_SHARE)
+def prompt_parts(prompts: Sequence[Prompt]) -> Parts[Prompt]:
+    """Prompts in parts: to judge, to choose and to learn from; turns of one conversation are in the same."""
+    return split(prompts, lambda prompt: prompt.opening, least=LEAST_PROMPTS, most=HELD_OUT, common=True)
 
 
-def check_enough(prompts: int, too_long: int = 0, where: str = "--text") -> None:
+def check_enough(prompts: Parts[Prompt], too_long: int = 0, where: str = "--text") -> None:
     """Refuse too few prompts.
 
     Raises:
-        TextError: there are none but too long ones, or too few.
+        TextError: there are none but too long ones, or too few that differ.
     """
-    if too_long and not prompts:
+    if too_long and not prompts.given:
         raise TextError(
             "all prompts are longer than the models read, with the answer",
             where=where,
             found=too_long,
             fix="give shorter prompts, lower --max-new-tokens, or raise --max-length",
         )
-    if held_out_size(prompts) < LEAST_HELD_OUT:
+    if not prompts.judging:
+        differ = prompts.different < prompts.given
+        found = f"{prompts.different} different of {prompts.given}" if differ else str(prompts.given)
         raise TextError(
             "too few prompts to learn from and be judged by",
             where=where,
             expected=f"at least {LEAST_PROMPTS}",
-            found=f"{prompts}, and {too_long} that are too long" if too_long else prompts,
+            found=f"{found}, and {too_long} that are too long" if too_long else found,
         )
 
 

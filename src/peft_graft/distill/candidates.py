@@ -109,9 +109,14 @@ class Candidate:
             self.attached = distillation.attach(checkpoint)
 
     def measure(self) -> Agreement:
-        """How the attached model agrees with the teacher on held-out text."""
+        """How the attached model agrees with the teacher on the text that chooses."""
         distillation, attached = self.learning
         return distillation.measure(attached)
+
+    def judge(self) -> Agreement:
+        """The same, with intervals, on the text that judges, by which nothing may be chosen."""
+        distillation, attached = self.learning
+        return distillation.judge(attached)
 
     def fit_head(self, checkpoint: PeftCheckpoint) -> tuple[PeftCheckpoint, dict[str, float]]:
         """The checkpoint with its head fitted to the teacher's answers, and what the fit reports.

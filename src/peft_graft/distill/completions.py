@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,8 +12,15 @@ from torch import Tensor
 
 from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attached import AttachedModel
-from peft_graft.distill.agreement import Agreement, GenerationAgreement, compare_answers
+from peft_graft.distill.agreement import (
+    Agreement,
+    Draws,
+    GenerationAgreement,
+    compare_answers,
+    compare_divergences,
+)
 from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.finite import not_finite
 from peft_graft.distill.generate import Answer, Sampling, generate_answers
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.token_targets import (
@@ -35,15 +43,13 @@ from peft_graft.run import Run
 BATCH = 32
 #: Rows are padded to multiples of this, so that processors do not keep a kernel for every length.
 _MULTIPLE = 8
-#: No positions whose text is learned.
-_NO_TEXT = torch.empty(0, 2, dtype=torch.int64)
 
 
 class PromptRecord(Record):
     """What was asked, and how the answers paired.
 
     Attributes:
-        prompts: that are learned from. held_out: that judge.
+        prompts: that are learned from. held_out: that choose or judge. judging: those of them that judge.
         too_long: left out, their prompt and the longest answer being longer than a model reads. duplicates: left out.
         cut: answers that came to no end. empty: answers without text. given: answers that came with the prompts.
         answer_tokens: of the student, those that are learned from. shared_tokens: in both vocabularies.
@@ -67,6 +73,7 @@ class PromptRecord(Record):
     module_effect: float
     made: MadePrompts | None = None
     no_excess: int = 0
+    judging: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,11 @@ class PromptDistillation(Distillation):
     Attributes:
         templates: how the models read prompts. sampling: how answers are drawn when a graft is judged.
         columns: the tokens that distributions are taken over.
-        train: to be learned from. held_out: to be judged by. bare: divergence of the student without a module there.
+        train: to be learned from. held_out: to choose by. judging: to be judged by.
         asked: the prompts that judge. answers: the teacher's to them. bare_answers: those of the student alone.
+        groups: of the prompts that judge, the same for those that are alike.
+        bare, bare_judging: divergences of the student without a module on ``held_out`` and ``judging``, summed over
+            the strict positions of each prompt.
         samples: prompts with their answers, as plain text to align the models on.
         record: what reports say about all this.
         prompts: those of ``train``. on_policy: the share of the steps, the last ones, that learn from what the student
@@ -97,14 +107,17 @@ class PromptDistillation(Distillation):
     columns: Columns
     train: CompletionTargets
     held_out: CompletionTargets
-    bare: float
+    judging: CompletionTargets
     asked: Sequence[Prompt]
     answers: Sequence[Answer]
     bare_answers: Sequence[Answer]
+    groups: Sequence[int]
     samples: Sequence[Sample]
     record: PromptRecord
     prompts: Sequence[Prompt] = ()
     on_policy: float = 0.0
+    bare: Sequence[float] = ()
+    bare_judging: Sequence[float] = ()
 
     speaks: ClassVar[bool] = True
     batch_size: ClassVar[int] = 16
@@ -157,8 +170,13 @@ class PromptDistillation(Distillation):
         return total / max(1, len(log_p))
 
     def measure(self, attached: AttachedModel) -> Agreement:
-        """Agreement at the strict positions of the answers that are held out (``Agreement``)."""
-        return agreement_of(self.divergence_of(attached, self.held_out), self.bare, self.held_out.positions)
+        """Agreement at the strict positions of the answers that choose (``Agreement``)."""
+        return compare_divergences(self.divergences(attached, self.held_out), self.bare, self.held_out.sizes)
+
+    def judge(self, attached: AttachedModel) -> Agreement:
+        """The same of the answers that judge."""
+        found, draws = self.divergences(attached, self.judging), Draws(self.groups, self.sampling.seed)
+        return compare_divergences(found, self.bare_judging, self.judging.sizes, draws)
 
     def generate(self, attached: AttachedModel, run: Run) -> tuple[list[Answer], GenerationAgreement]:
         """The student's own answers to the prompts that judge, and how they agree with the teacher's."""
@@ -170,47 +188,53 @@ class PromptDistillation(Distillation):
             bf16=attached.bf16,
             progress=lambda done, total: run.progress("asking the graft", done, total),
         )
-        return found, compare_answers(found, self.answers, self.bare_answers)
+        return found, compare_answers(found, self.answers, self.bare_answers, self.groups, self.sampling.seed)
 
-    def divergence_of(self, attached: AttachedModel | LanguageModel, targets: CompletionTargets) -> float:
-        """Mean divergence at strict positions, nats."""
+    def divergences(self, attached: AttachedModel | LanguageModel, targets: CompletionTargets) -> list[float]:
+        """The divergence at the strict positions of each answer, summed, nats.
+
+        Raises:
+            NotFiniteError: one of them is not finite.
+        """
         attached.model.eval()
-        total, count = 0.0, 0
+        found = [0.0] * len(targets)
         with torch.inference_mode():
             for rows in length_batches(targets.lengths, BATCH):
-                part = replace(targets.part(rows), text=[_NO_TEXT] * len(rows))
-                total += float(self._losses(attached, part)[0])
-                count += part.positions
-        return total / max(1, count)
+                part = targets.part(rows)
+                states = last_states(attached, self.templates.student, part.inputs)
+                for index, row in enumerate(rows):
+                    value = self._strict_loss(attached, states[index : index + 1], part.part([index]))
+                    if not math.isfinite(float(value)):
+                        text = self.templates.student.tokenizer.decode(targets.inputs[row], skip_special_tokens=True)
+                        raise not_finite(f"student {self.models.student.name}", str(text))
+                    found[row] = float(value)
+        return found
 
-    def _losses(
-        self, attached: AttachedModel | LanguageModel, targets: CompletionTargets
-    ) -> tuple[Tensor, Tensor, int]:
+    def _strict_loss(
+        self, attached: AttachedModel | LanguageModel, states: Tensor, targets: CompletionTargets
+    ) -> Tensor:
+        """The summed divergence at strict positions of answers, from their last hidden states [rows, length, d]."""
+        output, student = OutputLayer.of(attached.model), self.columns.student
+        top, log_p = (torch.cat(list(of)).to(states.device) for of in (targets.top, targets.log_p))
+        return in_chunks(
+            _at(states, targets.strict, targets.starts),
+            len(student.ids),
+            lambda rows, part: divergence(student.logits(output, rows), top[part], log_p[part]),
+            frozen=output.frozen is not None,
+        )
+
+    def _losses(self, attached: AttachedModel, targets: CompletionTargets) -> tuple[Tensor, Tensor, int]:
         """Summed losses at strict positions and of text, and how many positions there are."""
         states = last_states(attached, self.templates.student, targets.inputs)
-        output = OutputLayer.of(attached.model)
-        frozen = output.frozen is not None
-        top, log_p = (torch.cat(list(of)).to(states.device) for of in (targets.top, targets.log_p))
+        output, student = OutputLayer.of(attached.model), self.columns.student
         column = torch.cat([place[:, 1] for place in targets.text]).to(states.device)
-        student, width = self.columns.student, len(self.columns.student.ids)
-        strict = in_chunks(
-            _at(states, targets.strict, targets.starts),
-            width,
-            lambda rows, part: divergence(student.logits(output, rows), top[part], log_p[part]),
-            frozen=frozen,
-        )
         text = in_chunks(
             _at(states, [place[:, 0] for place in targets.text], targets.starts),
-            width,
+            len(student.ids),
             lambda rows, part: text_loss(student.logits(output, rows), column[part]),
-            frozen=frozen,
+            frozen=output.frozen is not None,
         )
-        return strict, text, len(top) + len(column)
-
-
-def agreement_of(divergence: float, bare: float, positions: int) -> Agreement:
-    """Agreement of next-token distributions: 0 for a student without a module, 1 for one that speaks as the teacher."""
-    return Agreement(agreement=1 - divergence / max(bare, 1e-12), divergence=max(0.0, divergence), answers=positions)
+        return self._strict_loss(attached, states, targets), text, targets.positions + len(column)
 
 
 def _at(states: Tensor, places: Sequence[Tensor], starts: Sequence[int]) -> Tensor:

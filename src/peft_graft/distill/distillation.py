@@ -68,4 +68,8 @@ class Distillation(ABC):
 
     @abstractmethod
     def measure(self, attached: AttachedModel) -> Agreement:
-        """How the student with a module agrees with the teacher on what is held out."""
+        """How the student with a module agrees with the teacher on what grafts are chosen by."""
+
+    @abstractmethod
+    def judge(self, attached: AttachedModel) -> Agreement:
+        """The same, with intervals, on what nothing is learned from or chosen by."""

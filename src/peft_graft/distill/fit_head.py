@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
+from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import Targets
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
@@ -24,7 +25,11 @@ _STEPS = 60
 
 
 def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
-    """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes]."""
+    """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes].
+
+    Raises:
+        NotFiniteError: some of it is not finite.
+    """
     read: list[Tensor] = []
     wanted: list[Tensor] = []
     attached.model.eval()
@@ -33,7 +38,7 @@ def features(attached: AttachedModel, student: ModelHandle, targets: Targets, re
     with torch.inference_mode():
         for rows in length_batches(targets.lengths):
             batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
-            state = attached.forward(batch)[1]
+            state, first = attached.forward(batch)[1], len(read)
             if reads == POOLED_OUT:
                 read.append(held.pop().float().cpu())
             elif reads == FIRST_OUT:
@@ -46,6 +51,9 @@ def features(attached: AttachedModel, student: ModelHandle, targets: Targets, re
                     columns = [start for start, _ in targets.spans[row]]
                     read.append(state[index, columns].float().cpu())
             wanted.extend(targets.values[row] for row in rows)
+            counts = [len(targets.values[row]) for row in rows]
+            texts = [targets.text(row, student) for row in rows]
+            check_finite(torch.cat(read[first:]), f"student {student.name}", texts, counts)
     if hook:
         hook.remove()
     return torch.cat(read).clone(), torch.cat(wanted)

@@ -25,6 +25,7 @@ from peft_graft.alignment.methods.ridge import choose_penalty, ridge_solution
 from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import Encoded
 from peft_graft.distill.teacher import MAX_LENGTH, TextDistillation, word_places
 from peft_graft.distill.training import length_batches
@@ -191,12 +192,15 @@ def _output(model: ModelHandle, site: Site) -> Space:
 def _gather(model: ModelHandle, inputs: Sequence[Encoded], places: Places, spaces: set[Space]) -> dict[Space, Tensor]:
     """space -> activations at the places of all samples, [places, d] float32, in the order of the samples."""
     found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
+    assert model.tokenizer is not None
     with torch.inference_mode(), Capture(model, spaces) as capture:
         for rows in length_batches([len(row["input_ids"]) for row in inputs]):
             held = capture.forward(pad(model, [inputs[row] for row in rows], model.device))
             for space, value in held.items():
                 for index, row in enumerate(rows):
                     found[space][row] = value[index, [start for start, _ in places[row]]].float().cpu()
+                    text = model.tokenizer.decode(inputs[row]["input_ids"], skip_special_tokens=True)
+                    check_finite(found[space][row], model.name, [str(text)], [len(places[row])])
     return {space: torch.cat(values) for space, values in found.items()}
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft_graft.checkpoints.resolve import PeftCheckpoint
-from peft_graft.distill.agreement import EXACT, judge
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.choose import Outcome
+from peft_graft.distill.finite import NotFiniteError
 from peft_graft.distill.gradient_start import gradient_start, reads_the_gradient
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop
 from peft_graft.record import Record
@@ -57,11 +58,11 @@ class PolishSettings(Record):
 
 
 class CurvePoint(Record):
-    """Agreement on held-out text after a number of steps."""
+    """Agreement on the text that chooses after a number of steps; no divergence where the training diverged."""
 
     step: int
-    agreement: float
-    divergence: float
+    agreement: float | None
+    divergence: float | None
 
 
 class PolishRecord(Record):
@@ -89,8 +90,8 @@ def polish(
     """The outcome after a label-free polish, and the record of it; unchanged where there is nothing to gain.
 
     Where to begin and how fast is tried first: every start for a twentieth of the steps, then the better one at every
-    rate. What does best on the held-out text goes on with the steps that are left. A polish that never came to where
-    the outcome stood before leaves that as it was.
+    rate. What does best on the text that chooses goes on with the steps that are left. A polish that never came to
+    where the outcome stood before leaves that as it was.
 
     Args:
         outcome: with an attached model, which is trained; an exact one is left alone, without a record.
@@ -101,8 +102,8 @@ def polish(
         starts: of ``STARTS``, where to begin; ``gradient`` is for modules that read hidden states: LoRA and bottleneck
             adapters inside the layers.
     """
-    before, candidate = outcome.verdict.measured, outcome.candidate
-    if not settings.steps or candidate.attached is None or (before and before.divergence <= EXACT):
+    candidate = outcome.candidate
+    if not settings.steps or candidate.attached is None or outcome.is_exact:
         return outcome, None
     with run.stage(_STAGE):
         course = _Course(outcome, settings, run, identity, _possible(starts, candidate))
@@ -110,7 +111,7 @@ def polish(
         curve = course.train(start, rate)
         now = candidate.measure()
         raw = candidate.learning[1].raw()
-        better = before is None or now.divergence <= before.divergence
+        better = now.divergence <= outcome.divergence
         if not better:
             candidate.put(candidate.checkpoint)
     record = PolishRecord(
@@ -123,7 +124,7 @@ def polish(
     if not better:
         return outcome, record
     polished = replace(candidate, checkpoint=candidate.read_back(raw))
-    return replace(outcome, candidate=polished, verdict=judge(now, outcome.verdict.moved)), record
+    return replace(outcome, candidate=polished, found=now), record
 
 
 def train_polish(
@@ -148,10 +149,14 @@ def train_polish(
     last = settings.steps if until is None else min(until, settings.steps)
 
     def evaluate(step: int) -> Point:
-        found = candidate.measure()
+        try:
+            found = candidate.measure()
+        except NotFiniteError:  # the training has diverged; what was best before stays
+            return Point(step, math.inf, keep=False)
         # Modules that change nothing may begin a polish, but are no result of one.
         keep = step > 0 or attached.is_active
-        return Point(step, found.divergence, {"agreement": found.agreement}, keep=keep)
+        values = {} if found.agreement is None else {"agreement": found.agreement}
+        return Point(step, found.divergence, values, keep=keep)
 
     loop = TrainingLoop(
         attached.model,
@@ -165,7 +170,11 @@ def train_polish(
         on_step=lambda step, _: run.progress(_STAGE, step, last),
     )
     return [
-        CurvePoint(step=point.step, agreement=point.values["agreement"], divergence=point.cost)
+        CurvePoint(
+            step=point.step,
+            agreement=point.values.get("agreement"),
+            divergence=point.cost if math.isfinite(point.cost) else None,
+        )
         for point in loop.run(until)
     ]
 
@@ -226,7 +235,11 @@ class _Course:
         self.tried[start, rate] = next(point for point in curve if point.step == self.pilot)
 
     def _best(self) -> tuple[str, float]:
-        return min(self.tried, key=lambda arm: self.tried[arm].divergence)
+        def cost(arm: tuple[str, float]) -> float:
+            divergence = self.tried[arm].divergence
+            return math.inf if divergence is None else divergence
+
+        return min(self.tried, key=cost)
 
     def _gradient_start(self) -> PeftCheckpoint:
         """Modules that change nothing and read where the gradient points, below a head fitted to such modules if the

@@ -11,6 +11,7 @@ from torch import Tensor
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.completions import BATCH, Templates, last_states
 from peft_graft.distill.excess import gains_of
+from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest
 from peft_graft.distill.training import length_batches
@@ -35,7 +36,7 @@ class PromptTargets:
 
     Attributes:
         teacher: with its module inside. student: without one. templates: how they read prompts.
-        answered: prompts with their answers. judging: how many of them, the first ones, judge.
+        answered: prompts with their answers. held_out: how many of them, the first ones, are not learned from.
         text_only, use_given: see ``ask_prompts.Asking``. where: the prompts come from, for messages.
     """
 
@@ -43,16 +44,17 @@ class PromptTargets:
     student: LanguageModel
     templates: Templates
     answered: Sequence[tuple[Prompt, Answer]]
-    judging: int
+    held_out: int
     text_only: bool
     use_given: bool
     where: str = "--text"
 
     def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
-        """Of what is learned from and of what judges, the columns, shares of pairs, and the module's effect.
+        """Of what is learned from and of what is held out, the columns, shares of pairs, and the module's effect.
 
         Raises:
             TextError: the module makes the answers no likelier. PairingError: the tokenizers share no token.
+            NotFiniteError: what the teacher says is not finite.
         """
         templates = self.templates
         sides = [self._encoded(template) for template in (templates.teacher, templates.student)]
@@ -81,19 +83,19 @@ class PromptTargets:
                 fix="give prompts of the task that the module was trained for, in the format that it was trained with",
             )
         rows = range(len(targets))
-        train = targets.part(rows[self.judging :])
+        train = targets.part(rows[self.held_out :])
         if self.text_only:
             none = torch.empty(0, top[0].shape[1], dtype=torch.int64)
             blank = [none] * len(train)
             train = replace(train, strict=[none[:, 0]] * len(train), top=blank, log_p=[none.float()] * len(train))
-        return train, targets.part(rows[: self.judging]), columns, shares, effect
+        return train, targets.part(rows[: self.held_out]), columns, shares, effect
 
     def _encoded(self, template: Template) -> list[Completion]:
         return [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in self.answered]
 
     def _text(self, number: int, side: Completion, strict: Sequence[int], index: Tensor) -> Tensor:
         """Positions whose text is learned: those that are not strict; all of an answer that was given."""
-        given = self.use_given and number >= self.judging and self.answered[number][0].answer is not None
+        given = self.use_given and number >= self.held_out and self.answered[number][0].answer is not None
         known = set() if given or self.text_only else set(strict)
         rows = [(place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
@@ -121,7 +123,7 @@ class PromptTargets:
     def _likely(self, students: Sequence[Completion], known: Tensor) -> Tensor:
         """Tokens that the bare student thinks likeliest in these answers, among those that are not known yet."""
         output, total = OutputLayer.of(self.student.model), torch.zeros(len(known))
-        asked = students[self.judging :][:_ASKED_FOR_OTHERS]
+        asked = students[self.held_out :][:_ASKED_FOR_OTHERS]
         with torch.inference_mode():
             for rows in length_batches([len(side.ids) for side in asked], BATCH):
                 states = last_states(self.student, self.templates.student, [asked[row].ids for row in rows])
@@ -137,23 +139,25 @@ class PromptTargets:
     ) -> tuple[list[Tensor], list[Tensor], float]:
         """Columns and log-probabilities of its likeliest tokens at strict positions, and the module's effect."""
         template, output = self.templates.teacher, OutputLayer.of(self.teacher.model)
+        name = f"teacher {template.tokenizer.name_or_path} with its module"
         top: list[Tensor] = [torch.empty(0)] * len(sides)
         log_p: list[Tensor] = [torch.empty(0)] * len(sides)
         effect = _Mean()
         done = 0
         with torch.inference_mode():
             # What judges is asked without the module too, so it has batches of its own.
-            for rows in (*_batches(sides, 0, self.judging), *_batches(sides, self.judging, len(sides))):
-                inputs, judges = [sides[row].ids for row in rows], rows[0] < self.judging
+            for rows in (*_batches(sides, 0, self.held_out), *_batches(sides, self.held_out, len(sides))):
+                inputs, held_out = [sides[row].ids for row in rows], rows[0] < self.held_out
                 states = last_states(self.teacher, template, inputs)
-                bare = last_states(self.teacher, template, inputs, module=False) if judges else states
+                bare = last_states(self.teacher, template, inputs, module=False) if held_out else states
                 for index, row in enumerate(rows):
                     side = sides[row]
                     said = states[index, side.start - 1 : len(side.ids) - 1]
+                    check_finite(said, name, [self.answered[row][0].text], [len(said)])
                     logits = columns.teacher.logits(output, said[list(strict[row])])
                     values = likeliest(logits.log_softmax(-1))
                     top[row], log_p[row] = (value.cpu().clone() for value in values)
-                if judges:
+                if held_out:
                     for gains in gains_of(self.teacher, [sides[row] for row in rows], states, bare):
                         effect.add(gains)
                 done += len(rows)

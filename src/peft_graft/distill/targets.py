@@ -51,6 +51,11 @@ class Targets:
         """Tokens of every sample, as the student reads it."""
         return [len(row["input_ids"]) for row in self.inputs]
 
+    def text(self, row: int, student: ModelHandle) -> str:
+        """A sample, as the student reads it."""
+        assert student.tokenizer is not None
+        return str(student.tokenizer.decode(self.inputs[row]["input_ids"], skip_special_tokens=True))
+
     def part(self, start: int, end: int | None = None) -> Targets:
         """The samples [start, end)."""
         of = slice(start, end)

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from peft_graft.alignment.activations import pad, tokenize
+from peft_graft.alignment.distinct import Parts, each_once, split
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span, pair_tokens
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
+from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import WORD, Agreement, measure
 from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import Encoded, Kind, Targets, distillation_loss, kind_of, pooled, student_answers
 from peft_graft.distill.training import length_batches
 from peft_graft.environment import version_of
-from peft_graft.errors import DependencyError, TextError
+from peft_graft.errors import DependencyError, HeadError, PairingError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.planning.checks import asking_option, asks_teacher
 from peft_graft.run import Run
 
-#: Samples that are looked at beyond the alignment: to judge, fit and polish.
+#: Samples that are looked at beyond the alignment: to judge, choose, fit and polish.
 POOL = 20_000
-#: Samples that judge, at most and at least, and their share of a short text; samples that a head is fitted to.
-HELD_OUT, LEAST_HELD_OUT, _HELD_OUT_SHARE, FIT = 300, 10, 5, 1500
-#: Samples with which the teacher can be asked, at least.
-LEAST_SAMPLES = LEAST_HELD_OUT * _HELD_OUT_SHARE
+#: Samples that judge, and that choose, at most; samples that a head is fitted to.
+HELD_OUT, FIT = 300, 1500
+#: Different samples with which the teacher can be asked, at least.
+LEAST_SAMPLES = 50
 MAX_LENGTH = 128
+#: Signs of a sample that may be read: what comes after them makes it no other.
+_READ_SIGNS = 4 * MAX_LENGTH
 #: The space of the last hidden state.
 TOKENS = Space(-1, TOKENS_OUT)
 
@@ -49,12 +55,18 @@ class TextDistillation(Distillation):
 
     Attributes:
         samples: the text of ``train``.
-        train: to be learned from. held_out: to be judged by; nothing is ever fitted or trained on it.
+        train: to be learned from. held_out: to choose by; nothing is ever fitted or trained on it.
+        judging: to be judged by, which nothing is chosen by either. groups: of its samples, the same for those that are
+            alike. carried: see ``agreement.Agreement``. seed: of the intervals.
     """
 
     samples: Sequence[Sample]
     train: Targets
     held_out: Targets
+    judging: Targets
+    groups: Sequence[int]
+    carried: float | None = None
+    seed: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -67,64 +79,108 @@ class TextDistillation(Distillation):
         return distillation_loss(given, self.train, rows)
 
     def measure(self, attached: AttachedModel) -> Agreement:
-        """How the student with a module agrees with the teacher on the held-out text."""
+        """How the student with a module agrees with the teacher on the text that chooses."""
         return measure(attached, self.models.student, self.held_out)
 
+    def judge(self, attached: AttachedModel) -> Agreement:
+        """The same on the text that judges."""
+        found = measure(attached, self.models.student, self.judging, self.groups, self.seed)
+        return found.model_copy(update={"carried": self.carried})
 
-def ask_teacher(
+
+def sample_parts(samples: Iterable[Sample]) -> Parts[Sample]:
+    """The first ``POOL`` samples, each once, in parts: to judge, to choose and to learn from."""
+    pool = list(islice(samples, POOL))
+    once = each_once(pool, lambda sample: sample.texts)
+    parts = split(
+        once, lambda sample: [text[:_READ_SIGNS] for text in sample.texts], least=LEAST_SAMPLES, most=HELD_OUT
+    )
+    return replace(parts, given=len(pool))
+
+
+def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
     checkpoint: PeftCheckpoint,
     models: ModelPair,
-    pool: Sequence[Sample],
+    parts: Parts[Sample],
     run: Run,
     *,
     train: int,
     shift_map: SpaceMap | None = None,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
+    config: GraftConfig | None = None,
 ) -> TextDistillation:
     """Ask the teacher about a text.
 
     Args:
         checkpoint: the teacher's module and, where it shall be carried, its head.
-        pool: the text. The first ``held_out_size(len(pool))`` samples judge, the next ``train`` are learned from;
-            sentence pairs, where there are fewer, are learned from the other way round too.
+        parts: the text. Of what is for learning the first ``train`` samples are learned from; sentence pairs, where
+            there are fewer, the other way round too.
         shift_map: the map of the last hidden state from teacher to student, needed for modules without a head.
-        bf16: forward passes in mixed precision. gradient_checkpointing: see ``Distillation``.
+        config: its ``dtype``, ``gradient_checkpointing`` and ``seed`` count; ``GraftConfig()`` by default.
+
+    Raises:
+        ModelError: an answer is not finite. PairingError: the models read no word alike.
     """
-    judging = held_out_size(len(pool))
-    chosen = list(pool[: judging + train])
-    lacking = judging + train - len(chosen)
-    chosen += [Sample(pair.second, pair.first) for pair in chosen[judging:] if pair.second is not None][:lacking]
+    config = config or GraftConfig()
+    bf16 = config.dtype == "bfloat16"
+    held = len(parts.held_out)
+    chosen = parts.held_out + parts.learning[:train]
+    lacking = held + train - len(chosen)
+    chosen += [Sample(pair.second, pair.first) for pair in chosen[held:] if pair.second is not None][:lacking]
     labels = checkpoint.head.labels if checkpoint.head else ()
+    judging = len(parts.judging)
     with run.stage(_STAGE):
         teacher = attach(checkpoint.raw, models.teacher, labels, bf16=bf16)
-        write = (lambda shift: shift_map.apply(shift, 1, "write")) if shift_map else None
-        found = _targets(models, teacher, chosen, kind_of(checkpoint.head), write, run)
+        asked = _Asked(models, teacher, chosen, kind_of(checkpoint.head), shift_map)
+        found, carried = asked.targets(run, judging)
+    if not any(map(len, found.values[judging:held])):
+        raise PairingError(
+            "no word of the text is read alike by both models, so the student cannot be asked what the teacher is",
+            where="--text",
+            fix="give text in a language that both models read",
+        )
     return TextDistillation(
         models,
         teacher,
         labels,
         bf16,
-        chosen[judging:],
-        found.part(judging),
+        chosen[held:],
+        found.part(held),
+        found.part(judging, held),
         found.part(0, judging),
-        gradient_checkpointing=gradient_checkpointing,
+        parts.groups,
+        carried,
+        config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
-def can_ask(config: GraftConfig, library: str, samples: int) -> tuple[bool, list[str]]:
+def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tuple[bool, list[str]]:
     """Whether the teacher can be run on the text, and remarks if not.
 
     Args:
-        library: of the teacher's module. samples: how many there are; a count beyond what is needed will do.
+        raw: the teacher's module. parts: of the text.
 
     Raises:
         DependencyError: what the config says needs the teacher's answers, and its module's library is not installed.
+        HeadError: it needs them, and the module's head gives a number and no classes.
         TextError: it needs them, and there is too little text.
     """
-    needed = asks_teacher(config)
-    if not samples:
+    needed, library = asks_teacher(config), raw.library
+    if not parts.given:
         return False, []
+    if raw.num_labels == 1 and config.head != "drop":
+        if needed:
+            raise HeadError(
+                "the head gives one number, and learning from the teacher's predictions takes classes",
+                where=asking_option(config),
+                expected="a head of two outputs or more",
+                found=1,
+                fix="leave the option out, or leave the head behind with --head drop",
+            )
+        return False, [
+            "neither fitted nor judged: the head gives one number, and agreement is of classes; score the graft on "
+            "labelled text"
+        ]
     if version_of(library) is None:
         if needed:
             raise DependencyError(
@@ -133,79 +189,130 @@ def can_ask(config: GraftConfig, library: str, samples: int) -> tuple[bool, list
                 fix="pip install 'peft-graft[adapters]'",
             )
         return False, [f"neither fitted nor judged: {library} is not installed, so the teacher could not be asked"]
-    if held_out_size(samples) < LEAST_HELD_OUT:
+    if not parts.judging:
         if needed:
             raise TextError(
                 "too few samples to learn from and be judged by",
                 where="--text",
                 expected=f"at least {LEAST_SAMPLES}",
-                found=samples,
+                found=_counted(parts),
+                fix="give more text; what differs by case, punctuation or one word counts once",
             )
-        return False, [f"neither fitted nor judged: {samples} samples of text are too few"]
-    return True, []
+        return False, [
+            f"neither fitted nor judged: {_counted(parts)} samples of text are too few; give at least {LEAST_SAMPLES}"
+        ]
+    repeated = parts.given - len(parts.held_out) - len(parts.learning)
+    return True, [f"{repeated} of {parts.given} samples of text repeat others, and count once"] * bool(repeated)
 
 
-def held_out_size(samples: int) -> int:
-    """How many of the samples judge."""
-    return min(HELD_OUT, samples // _HELD_OUT_SHARE)
+def _counted(parts: Parts[Sample]) -> str:
+    return str(parts.given) if parts.different == parts.given else f"{parts.different} different of {parts.given}"
 
 
-def _targets(
-    models: ModelPair,
-    teacher: AttachedModel,
-    samples: Sequence[Sample],
-    kind: Kind,
-    write: Callable[[Tensor], Tensor] | None,
-    run: Run,
-) -> Targets:
-    """The teacher's answers.
+@dataclass(frozen=True)
+class _Asked:
+    """What the teacher is asked.
 
-    Args:
-        write: ``hidden`` only: takes shifts of the teacher's last hidden state [n, d_t] to the student's [n, d_s].
+    Attributes:
+        kind: of what. shift_map: ``hidden`` only: takes shifts of the teacher's last hidden state to the student's.
     """
-    inputs_t, spans_t = tokenize(models.teacher, samples, MAX_LENGTH)
-    inputs_s, spans_s = tokenize(models.student, samples, MAX_LENGTH)
-    places_t, places_s = [], []
-    for row, sample in enumerate(samples):
-        pair = _places(kind, sample, spans_t[row], spans_s[row])
-        places_t.append(pair[0])
-        places_s.append(pair[1])
-    done = 0
-    values: list[Tensor] = [torch.empty(0)] * len(samples)
-    shift: list[Tensor] = [torch.empty(0)] * len(samples) if kind == "hidden" else []
-    with torch.inference_mode():
-        for rows in length_batches([len(row["input_ids"]) for row in inputs_t]):
-            batch = pad(models.teacher, [inputs_t[row] for row in rows], teacher.device)
-            logits, state = teacher.forward(batch)
-            bare = teacher.forward(batch, module=False)[1] if kind == "hidden" else None
+
+    models: ModelPair
+    teacher: AttachedModel
+    samples: Sequence[Sample]
+    kind: Kind
+    shift_map: SpaceMap | None
+
+    @property
+    def _read(self) -> tuple[_Side, _Side]:
+        """The samples as both models read them, and the token ranges of both that belong together."""
+        (inputs_t, spans_t), (inputs_s, spans_s) = (
+            tokenize(model, self.samples, MAX_LENGTH) for model in (self.models.teacher, self.models.student)
+        )
+        places = [_places(self.kind, *entry) for entry in zip(self.samples, spans_t, spans_s, strict=True)]
+        return (
+            _Side(self.models.teacher, inputs_t, [first for first, _ in places]),
+            _Side(self.models.student, inputs_s, [second for _, second in places]),
+        )
+
+    def targets(self, run: Run, judging: int) -> tuple[Targets, float | None]:
+        """The teacher's answers, and without a head how much the map carries on the first ``judging`` samples."""
+        side, student = self._read
+        name = f"teacher {side.model.name} with its module"
+        done = 0
+        answers, bare = ([torch.empty(0)] * len(self.samples) for _ in range(2))
+        with torch.inference_mode():
+            for rows in side.batches():
+                batch = side.padded(rows, self.teacher.device)
+                logits, state = self.teacher.forward(batch)
+                own = self.teacher.forward(batch, module=False)[1] if self.kind == "hidden" else None
+                for index, row in enumerate(rows):
+                    if own is not None:
+                        bare[row] = pooled(own[index], side.places[row]).float().cpu()
+                        found = pooled(state[index] - own[index], side.places[row])
+                    else:
+                        assert logits is not None
+                        whole = self.kind == "samples"
+                        found = logits[index : index + 1] if whole else pooled(logits[index], side.places[row])
+                    answers[row] = found.float().cpu()
+                    check_finite(answers[row], name, [_line(self.samples[row])], [len(answers[row])])
+                done += len(rows)
+                run.progress(_STAGE, done, len(self.samples))
+            shift, carried = list[Tensor](), None
+            if self.shift_map is not None:
+                shift = [self.shift_map.apply(answer, 1, "write") for answer in answers]
+                own_states = student.bare_states(self.samples)
+                values = [own + by for own, by in zip(own_states, shift, strict=True)]
+                carried = _carried(torch.cat(bare[:judging]), torch.cat(own_states[:judging]), self.shift_map)
+            else:
+                values = [answer.log_softmax(-1) for answer in answers]
+        # Tensors made in inference mode cannot take part in training.
+        values, shift = ([value.clone() for value in part] for part in (values, shift))
+        return Targets(self.kind, student.inputs, student.places, values, shift), carried
+
+
+def _line(sample: Sample) -> str:
+    """A sample as messages quote it."""
+    return " / ".join(sample.texts)
+
+
+def _carried(teacher: Tensor, student: Tensor, shift_map: SpaceMap) -> float:
+    """The share of the student's states [n, d_s] that the teacher's [n, d_t] explain through a map, each unit at its
+    best scale."""
+    mapped, own = (value.double() - value.double().mean(0) for value in (shift_map.apply(teacher, 1, "write"), student))
+    along = (own * mapped).sum(0).square() / mapped.square().sum(0).clamp_min(1e-30)
+    return float(along.sum() / own.square().sum().clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model and the samples as it reads them: inputs, and the token ranges [start, end) that are asked about."""
+
+    model: ModelHandle
+    inputs: Sequence[Encoded]
+    places: Sequence[Sequence[Place]]
+
+    def batches(self) -> Iterator[list[int]]:
+        """Numbers of samples in batches of like length."""
+        return length_batches([len(row["input_ids"]) for row in self.inputs])
+
+    def padded(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """A batch."""
+        return pad(self.model, [self.inputs[row] for row in rows], device)
+
+    def bare_states(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """The last hidden states of the model without a module, at its places.
+
+        Raises:
+            NotFiniteError: one of them is not finite.
+        """
+        found: list[Tensor] = [torch.empty(0)] * len(samples)
+        for rows in self.batches():
+            state = self.model.base(**self.padded(rows, self.model.device)).last_hidden_state
             for index, row in enumerate(rows):
-                if kind == "samples":
-                    assert logits is not None
-                    values[row] = logits[index : index + 1].float().log_softmax(-1).cpu()
-                elif kind == "words":
-                    assert logits is not None
-                    values[row] = pooled(logits[index], places_t[row]).float().log_softmax(-1).cpu()
-                else:
-                    assert bare is not None
-                    assert write is not None
-                    shift[row] = write(pooled(state[index] - bare[index], places_t[row]).float().cpu())
-            done += len(rows)
-            run.progress(_STAGE, done, len(samples))
-        if kind == "hidden":
-            values = [own + by for own, by in zip(_bare_states(models.student, inputs_s, places_s), shift, strict=True)]
-    # Tensors made in inference mode cannot take part in training.
-    clone = [value.clone() for value in values]
-    return Targets(kind, inputs_s, places_s, clone, [value.clone() for value in shift])
-
-
-def _bare_states(student: ModelHandle, inputs: Sequence[Encoded], places: Sequence[Sequence[Place]]) -> list[Tensor]:
-    """The last hidden states of the student without a module, at its places of every sample."""
-    found: list[Tensor] = [torch.empty(0)] * len(inputs)
-    for rows in length_batches([len(row["input_ids"]) for row in inputs]):
-        state = student.base(**pad(student, [inputs[row] for row in rows], student.device)).last_hidden_state
-        for index, row in enumerate(rows):
-            found[row] = pooled(state[index], places[row]).float().cpu()
-    return found
+                found[row] = pooled(state[index], self.places[row]).float().cpu()
+                check_finite(found[row], f"student {self.model.name}", [_line(samples[row])], [len(found[row])])
+        return found
 
 
 def _places(

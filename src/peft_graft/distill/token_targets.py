@@ -107,9 +107,14 @@ class CompletionTargets:
         return [len(row) for row in self.inputs]
 
     @property
+    def sizes(self) -> list[int]:
+        """Strict positions of every answer."""
+        return list(map(len, self.strict))
+
+    @property
     def positions(self) -> int:
         """Strict positions in all."""
-        return sum(map(len, self.strict))
+        return sum(self.sizes)
 
     def part(self, rows: Sequence[int]) -> CompletionTargets:
         """Some of the answers."""

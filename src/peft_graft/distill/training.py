@@ -7,6 +7,7 @@ interrupted and goes on from its saved state computes what the undisturbed one d
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -268,10 +269,12 @@ class TrainingLoop:
         record = {
             "key": self._key,
             "step": self._step,
-            "least": self._least,
+            "least": _number(self._least),
             "since": self._since,
             "scaler": self._scaler.state_dict(),
-            "curve": [{**vars(point), "values": dict(point.values)} for point in self._curve],
+            "curve": [
+                {**vars(point), "cost": _number(point.cost), "values": dict(point.values)} for point in self._curve
+            ],
         }
         self.store.save(tensors, record)
 
@@ -298,8 +301,17 @@ class TrainingLoop:
                     }
         if self.schedule.fp16:
             self._scaler.load_state_dict(record["scaler"])
-        self._step, self._since, self._least = record["step"], record["since"], record["least"]
-        self._curve = [Point(**point) for point in record["curve"]]
+        self._step, self._since, self._least = record["step"], record["since"], _cost(record["least"])
+        self._curve = [Point(**{**point, "cost": _cost(point["cost"])}) for point in record["curve"]]
+
+
+def _number(cost: float) -> float | None:
+    """A cost as JSON has it, which knows no infinity."""
+    return cost if math.isfinite(cost) else None
+
+
+def _cost(number: float | None) -> float:
+    return math.inf if number is None else number
 
 
 def length_batches(lengths: Sequence[int], size: int = 32, seed: int | None = None) -> Iterator[list[int]]:

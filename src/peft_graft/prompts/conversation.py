@@ -65,6 +65,11 @@ class Prompt:
         """The last message of the user."""
         return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
 
+    @property
+    def opening(self) -> tuple[str, ...]:
+        """What the user begins with; of one message all that tells the prompt from others."""
+        return tuple(message.content for message in self.messages if message.role == "user")[:1]
+
     @cached_property
     def key(self) -> str:
         """The messages in one string, the same for the same messages."""

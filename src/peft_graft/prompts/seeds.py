@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from peft_graft.alignment.distinct import words_of
 from peft_graft.alignment.text import shuffled_rows
 from peft_graft.errors import TextError
 from peft_graft.prompts.conversation import Message, Prompt
@@ -30,8 +31,6 @@ _SEPARATORS = ("###", "=====", "-----", "<<<>>>")
 #: A number or a bullet before an item of a list.
 _MARK = re.compile(r"\s*(?:\(?\d{1,4}(?:[.:、](?!\d)|\))\s*|[-*•]\s+)(?=\S)")
 _WRAPPED = (("**", "**"), ('"', '"'), ("“", "”"), ("'", "'"), ("`", "`"))
-#: Chinese and Japanese are written without blanks: a character is a word.
-_WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W぀-ヿ㐀-鿿]+")
 
 Misfit = Literal["wrong_length", "wrong_shape"]
 
@@ -174,7 +173,7 @@ class Unlike:
 
     def __init__(self, texts: Sequence[str], alike: float = ALIKE) -> None:
         self._alike = alike
-        known = [set(_words(text)) for text in texts]
+        known = [set(words_of(text)) for text in texts]
         self._common = set.intersection(*known) if known else set()
         self._kept: list[list[str]] = []
         self._with = defaultdict[str, list[tuple[int, int]]](list)
@@ -205,7 +204,7 @@ class Unlike:
         self._kept.append(words)
 
     def _telling(self, text: str) -> list[str]:
-        words = _words(text)
+        words = words_of(text)
         return [word for word in words if word not in self._common] or words
 
 
@@ -213,11 +212,6 @@ def _beginning(texts: Sequence[str]) -> str:
     """What all texts begin with."""
     first, last = min(texts), max(texts)
     return first[: next((place for place, letter in enumerate(first) if letter != last[place]), len(first))]
-
-
-def _words(text: str) -> list[str]:
-    """Words in lower case; of a text without any, its signs."""
-    return _WORD.findall(text.lower()) or list("".join(text.split()))
 
 
 def _subsequence(masks: dict[str, int], size: int, other: Iterable[str]) -> int:

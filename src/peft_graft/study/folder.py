@@ -12,7 +12,6 @@ OUT may be on storage that several machines share, if its files can be locked (`
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peft_graft.errors import StudyError
-from peft_graft.files import read_json
+from peft_graft.files import json_text, read_json
 from peft_graft.outputs import writing
 
 _PARTS = ("cells", "failures", "artifacts", "work", "locks")
@@ -127,7 +126,7 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False, default=list)
+            file.write(json_text(value, str(path), indent=2, sort_keys=True, default=list))
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.text import digest_of, read_text
+from peft_graft.alignment.text import read_text
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import Candidate
-from peft_graft.distill.choose import Outcome
+from peft_graft.distill.choose import Outcome, judged
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.polish import PolishSettings, polish
-from peft_graft.distill.teacher import FIT, POOL, ask_teacher
+from peft_graft.distill.teacher import FIT, ask_teacher, sample_parts
 from peft_graft.models.pair import load_pair
 from peft_graft.outputs import written_aside
 from peft_graft.run import Run
@@ -52,18 +50,18 @@ def polish_fresh_module(
     )
     # An untrained head takes the rate of the module, which is chosen by a trial as for a graft.
     settings = PolishSettings(steps=config.polish_steps, head_rate=1.0, seed=config.seed)
-    pool = list(islice(read_text(text, None, config.seed), POOL))
+    parts = sample_parts(read_text(text, None, config.seed))
     train = max(FIT, settings.steps * settings.batch_size)
-    bf16 = config.dtype == "bfloat16"
-    before = _untrained(ask_teacher(trained, pair, pool, run, train=train, bf16=bf16), checkpoint)
+    before = _untrained(ask_teacher(trained, pair, parts, run, train=train, config=config), checkpoint)
     files = [dict(module.raw.files) for module in (trained, checkpoint)]
-    identity = json.dumps([*pair.keys, config.record(), *files, digest_of(sample.texts for sample in pool)])
+    content = parts.digest(lambda sample: sample.texts)
+    identity = json.dumps([*pair.keys, config.record(), *files, content])
     outcome, polished = polish(before, settings, run, identity=identity, starts=("moved",))
     raw = checkpoint_of_student(outcome.candidate.checkpoint, pair.student)
     with written_aside(out, force=True) as staging:
         write_checkpoint(staging, raw, written_names(pair.student, raw.task))
     return {
-        "verdict": outcome.verdict.model_dump(mode="json"),
+        "verdict": judged(outcome, run, seed=config.seed).model_dump(mode="json"),
         "polish": polished.model_dump(mode="json") if polished else None,
         "seconds": {**run.seconds, "all": round(time.perf_counter() - start, 1)},
     }
@@ -73,4 +71,4 @@ def _untrained(distillation: Distillation, checkpoint: PeftCheckpoint) -> Outcom
     """The fresh module where a graft stands before its polish."""
     alignment = Alignment("fresh", "", "", {})
     candidate = Candidate("fresh", alignment, checkpoint, [], None, distillation, distillation.attach(checkpoint))
-    return Outcome(candidate, None, judge(candidate.measure()))
+    return Outcome(candidate, None, found=candidate.measure())

@@ -68,7 +68,7 @@ class StudentRun:
     def agreement(self) -> float | None:
         """Of the graft with the teacher on held-out text, as its verdict has it."""
         measured = self.graft["result"]["verdict"].get("measured") if self.graft else None
-        return float(measured["agreement"]) if measured else None
+        return measured["agreement"] if measured else None
 
 
 @dataclass
@@ -332,10 +332,15 @@ def ablation(records: Sequence[Record]) -> list[str]:
                              for ending in (", as moved", ", head fitted"))  # fmt: skip
             name = entry.start.removesuffix(", head fit")
             lines.append(
-                f"| {name} | {moved['agreement']:.3f} | {fitted['agreement']:.3f} | {fitted['divergence']:.3f} "
+                f"| {name} | {_agreement(moved)} | {_agreement(fitted)} | {fitted['divergence']:.3f} "
                 f"| {entry.mean:.3f} |"
             )
     return lines
+
+
+def _agreement(found: Mapping[str, Any]) -> str:
+    """To three places; nothing where it is not defined."""
+    return "" if found["agreement"] is None else f"{found['agreement']:.3f}"
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

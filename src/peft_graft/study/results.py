@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_graft.errors import StudyError
+from peft_graft.files import json_text
 from peft_graft.outputs import reserved, write_aside
 
 Record = Mapping[str, Any]
@@ -56,9 +57,9 @@ def write_results(records: Sequence[Record], path: Path) -> None:
     """Write records, a line each.
 
     Raises:
-        OutputError: they cannot be written.
+        OutputError: they cannot be written, or a number in them is not finite.
     """
-    lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
+    lines = [json_text(record, str(path), separators=(",", ":")) for record in records]
     write_aside(path, "".join(f"{line}\n" for line in lines), force=True)
 
 
