@@ -115,7 +115,9 @@ def test_a_hub_module_that_cannot_be_reached(move) -> None:
 
 def test_a_folder_that_is_no_checkpoint(move, world) -> None:
     with pytest.raises(
-        CheckpointError, match=r"no module checkpoint; expected adapter_config\.json.*found config\.json"
+        CheckpointError,
+        match=r"no module checkpoint: this is a whole model, with no module in it or one that was merged into it; "
+        r"expected adapter_config\.json of peft or adapters, found config\.json.*Fix: give the folder that save_",
     ):
         move(world / "teacher")
 

@@ -20,6 +20,30 @@ One message says what is wrong, where, what was expected, what came, and what to
 
 from __future__ import annotations
 
+import re
+
+#: What a terminal or a page would obey and not show: control codes, line ends, what turns the direction of text round.
+_CODES = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 1_000  # of each part of a message
+
+
+def plain(text: str) -> str:
+    """Text on one line, as names that stand in files of others must be shown: codes escaped."""
+    return _CODES.sub(lambda code: code[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return plain(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, on one line; by its name, where the text alone says too little."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    if first and isinstance(error, OSError | RuntimeError | ValueError) and not isinstance(error, RecursionError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
 
 class GraftError(Exception):
     """Root of the errors of this package.
@@ -42,13 +66,13 @@ class GraftError(Exception):
         fix: str | None = None,
     ) -> None:
         self.message, self.where, self.expected, self.found, self.fix = message, where, expected, found, fix
-        text = f"{where}: {message}" if where else message
+        text = f"{_short(where)}: {_short(message)}" if where else _short(message)
         if expected is not None:
-            text += f"; expected {expected}"
+            text += f"; expected {_short(expected)}"
         if found is not None:
-            text += f"{',' if expected is not None else ';'} found {found}"
+            text += f"{',' if expected is not None else ';'} found {_short(found)}"
         if fix:
-            text += f". Fix: {fix}"
+            text += f". Fix: {_short(fix)}"
         super().__init__(text)
 
 

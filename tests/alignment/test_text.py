@@ -24,6 +24,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("name", ["d.parquet", "d.jsonl", "d.csv", "d.tsv", "d.txt"])
+def test_files_are_read_without_a_word_to_any_host(folder, monkeypatch, name: str) -> None:
+    asked = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: asked.append(host))
+    odd = folder / f"[1]*{name}"  # which a pattern of names would not find
+    (folder / name).rename(odd)
+    assert len(list(load_rows(str(odd), streaming=True))) == len(load_rows(str(odd)))
+    assert len(list(read_text(odd, ["text" if name == "d.txt" else "premise"]))) == len(ROWS)
+    assert not asked
+
+
 @pytest.mark.parametrize("name", ["d.parquet", "d.jsonl", "d.csv", "d.tsv"])
 def test_sentence_pairs_by_name(folder, name: str) -> None:
     found = set(read_text(folder / name, ["premise", "hypothesis"]))
@@ -79,3 +92,12 @@ def test_python_objects() -> None:
         Sample("e f"),
         Sample("g"),
     ]
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN"])
+def test_values_that_would_end_the_process(value: str, tmp_path) -> None:
+    (tmp_path / "rows.json").write_text(f'[{value}, {{"text": "Infinity"}}]')
+    with pytest.raises(TextError, match=f"the text cannot be read .*{value} is no value of JSON"):
+        list(read_text(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text('[{"text": "NaN and Infinity"}]')
+    assert list(read_text(tmp_path / "rows.json")) == [Sample("NaN and Infinity")]

@@ -9,22 +9,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
 from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
-from peft_graft.errors import AlignmentError, CheckpointError
+from peft_graft.errors import AlignmentError, CheckpointError, reason
 from peft_graft.files import downloaded, read_json, read_tensors, write_json, write_tensors
 from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.spaces import Space
+from peft_graft.modules.base import misfit
 from peft_graft.outputs import written_aside
+from peft_graft.record import Stored
 
 Pair = tuple[Space, Space]  # teacher space, student space
 CONFIG, MAPS = "alignment.json", "alignment.safetensors"
 _SEPARATOR = " -> "
 _FORMAT = 2  # raised with the way in which models are told apart
 _MATRICES = ("reading", "writing", "shift")
+
+
+class _Sizes(Stored):
+    teacher_size: int = Field(ge=1, le=2**31)
+    student_size: int = Field(ge=1, le=2**31)
+
+
+class _File(Stored):
+    """``alignment.json``."""
+
+    format_version: int
+    method: str
+    teacher: str
+    student: str
+    pairs: dict[str, _Sizes]
+    details: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -131,25 +150,33 @@ def _read(folder: Path) -> Alignment:
             fix="make one with `peft-graft align TEACHER STUDENT --text SOURCE --out DIR`",
         )
     config = read_json(folder / CONFIG)
-    if config.get("method") not in METHODS or config.get("format_version") != _FORMAT:
+    file = _File.of(config, str(folder / CONFIG))
+    if file.method not in METHODS or file.format_version != _FORMAT:
         raise AlignmentError(
             "the alignment was written by another version",
             where=str(folder),
-            found=f"method {config.get('method')!r}, format {config.get('format_version')!r}",
+            found=f"method {file.method!r}, format {file.format_version}",
             fix="make it again with `peft-graft align`",
         )
     tensors = read_tensors(folder / MAPS)
-    maps, diagnostics = {}, {}
-    try:
-        for key, entry in config["pairs"].items():
-            first, _, second = key.partition(_SEPARATOR)
+    maps: dict[Pair, SpaceMap] = {}
+    diagnostics: dict[Pair, Diagnostics] = {}
+    for key, sizes in file.pairs.items():
+        first, _, second = key.partition(_SEPARATOR)
+        try:
             pair = Space.from_key(first), Space.from_key(second)
-            maps[pair] = _map(tensors, key, entry["teacher_size"])
-            diagnostics[pair] = {k: v for k, v in entry.items() if k not in ("teacher_size", "student_size")}
-        teacher, student = config["teacher"], config["student"]
-    except (KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{CONFIG} and {MAPS} do not fit each other ({error})", where=str(folder)) from error
-    return Alignment(config["method"], teacher, student, maps, diagnostics, config.get("details", {}))
+            if pair in maps:
+                raise ValueError("the pair stands there twice")
+            maps[pair] = _map(tensors, key, sizes)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{CONFIG} and {MAPS} do not fit each other at {key} ({reason(error)})",
+                where=str(folder),
+                fix="make it again with `peft-graft align`",
+            ) from error
+        entry = config["pairs"][key]
+        diagnostics[pair] = {k: v for k, v in entry.items() if k not in ("teacher_size", "student_size")}
+    return Alignment(file.method, file.teacher, file.student, maps, diagnostics, file.details)
 
 
 def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
@@ -161,11 +188,29 @@ def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
     return {"": space_map.indices}
 
 
-def _map(tensors: Mapping[str, Tensor], key: str, teacher_size: int) -> SpaceMap:
+def _map(tensors: Mapping[str, Tensor], key: str, sizes: _Sizes) -> SpaceMap:
+    """The map of a pair of spaces.
+
+    Raises:
+        KeyError, ValueError: its tensors are missing, or have other shapes than its entry says.
+    """
+    d_t, d_s = sizes.teacher_size, sizes.student_size
     if key in tensors:
-        return Selection(tensors[key], teacher_size)
-    reading, writing = (tensors.get(f"{key} {part}") for part in ("reading", "writing"))
-    return LinearMap(reading, writing, tensors[f"{key} shift"])
+        indices = tensors[key]
+        if (
+            indices.dtype != torch.int64
+            or list(indices.shape) != [d_s]
+            or not bool(((indices >= -1) & (indices < d_t)).all())
+        ):
+            raise ValueError(f"expected {d_s} numbers of units below {d_t}")
+        return Selection(indices, d_t)
+    found = {part: tensors[f"{key} {part}"] for part in _MATRICES if f"{key} {part}" in tensors}
+    shapes: dict[str, tuple[str | int, ...]] = {"reading": (d_t, d_s), "writing": (d_s, d_t), "shift": (d_t,)}
+    if wrong := misfit(found, shapes):
+        raise ValueError(f"its {wrong[0]} has shape {wrong[2]}, expected {wrong[1]}")
+    if not all(value.is_floating_point() for value in found.values()):
+        raise ValueError("its matrices hold whole numbers")
+    return LinearMap(found.get("reading"), found.get("writing"), found["shift"])
 
 
 def copy_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student: str) -> Alignment:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import importlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft_graft.errors import TextError
+from peft_graft.errors import GraftError, TextError, reason
 
 #: Columns tried in this order when none are named.
 KNOWN_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -25,7 +27,13 @@ KNOWN_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("question", "context"),
     ("content",),
 )
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+#: What ``datasets`` reads a type of file with.
+_READERS = {
+    ".txt": ("text", "TextDatasetReader"),
+    **dict.fromkeys((".jsonl", ".json"), ("json", "JsonDatasetReader")),
+    **dict.fromkeys((".csv", ".tsv"), ("csv", "CsvDatasetReader")),
+    ".parquet": ("parquet", "ParquetDatasetReader"),
+}
 _SHUFFLE_BUFFER = 20_000
 _T = TypeVar("_T")
 
@@ -144,7 +152,7 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
         TextError: no such file or data set, or an unknown file type.
     """
     suffix = _suffix(source)
-    from datasets import load_dataset
+    from datasets import NamedSplit, load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -152,9 +160,30 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
         if suffix is None:
             name, config, split = [*source.split(":"), "", ""][:3]
             return load_dataset(name, config or None, split=split or "train", streaming=streaming)
-        loader = "text" if suffix == ".txt" else _LOADERS[suffix]
+        if suffix in (".json", ".jsonl"):
+            _check_json(source)
+        # Not by ``load_dataset``, which tells a host that files are read.
+        module, reader = _READERS[suffix]
         options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-        return load_dataset(loader, data_files=source, split="train", streaming=streaming, **options)
+        read = getattr(importlib.import_module(f"datasets.io.{module}"), reader)
+        files = glob.escape(str(Path(source).resolve()))
+        return read(files, split=NamedSplit("train"), streaming=streaming, **options).read()
+
+
+def _check_json(source: str) -> None:
+    """Refuse values that are none of JSON's: some end the process inside pyarrow.
+
+    Raises:
+        ValueError: there is one, or no JSON.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no value of JSON")
+
+    with Path(source).open(encoding="utf-8") as file:
+        for text in file if _has_a_row_a_line(source) else [file.read()]:
+            if "Infinity" in text or "NaN" in text:
+                json.loads(text, parse_constant=refuse)
 
 
 def _suffix(source: str) -> str | None:
@@ -165,7 +194,7 @@ def _suffix(source: str) -> str | None:
     """
     path = Path(source)
     suffix = path.suffix.lower()
-    known = (".txt", *_LOADERS)
+    known = tuple(_READERS)
     if path.is_file():
         if suffix not in known:
             raise TextError(
@@ -251,20 +280,17 @@ def _explained(source: str) -> Iterator[None]:
     """Errors of ``datasets`` and of files as ours."""
     try:
         yield
+    except GraftError:
+        raise
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is one of the latter
         raise TextError(
-            f"no such data set, or the hub cannot be reached ({type(error).__name__}: {_first_line(error)})",
+            f"no such data set, or the hub cannot be reached ({type(error).__name__}: {reason(error)})",
             where=source,
             fix="check the name, or give a local file",
         ) from error
-    except (ValueError, OSError) as error:
-        raise TextError(
-            f"the text cannot be read ({type(error).__name__}: {_first_line(error)})", where=source
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+    except Exception as error:  # of a damaged file ``datasets`` raises what comes
+        said = reason(error).removeprefix(f"{type(error).__name__}: ")
+        raise TextError(f"the text cannot be read ({type(error).__name__}: {said})", where=source) from error
 
 
 def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str, fix: str) -> None:

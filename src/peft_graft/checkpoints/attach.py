@@ -17,7 +17,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.config import Library
 from peft_graft.environment import version_of
-from peft_graft.errors import DependencyError, ModelError, VerificationError
+from peft_graft.errors import DependencyError, GraftError, ModelError, VerificationError, reason
 from peft_graft.files import read_json
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
@@ -164,8 +164,10 @@ def _attach_peft(
         adapted = wrapper(model, config, NAME)
         _give_memory(adapted, known, handle.device)
         fill_peft(adapted, raw, tensors)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise VerificationError(f"peft cannot load it ({_first_line(error)})", where=handle.name) from error
+    except GraftError:
+        raise
+    except Exception as error:  # every kind has code of its own in peft, and fails in its own way
+        raise VerificationError(f"peft cannot load it ({reason(error)})", where=handle.name) from error
     if trainable and prompts:
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad = "prompt_encoder." in name or ".modules_to_save." in name
@@ -198,7 +200,7 @@ def _load_peft(
     model, own = _task_model(raw, handle, labels)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # as above
         raise VerificationError(f"peft cannot load it ({_first_line(error, folder)})", where=handle.name) from error
     return AttachedModel(adapted, raw, names, read_json(folder / CONFIG), own_biases=own)
 
@@ -241,7 +243,7 @@ def _load_adapters(
             loading_info=info,
             use_safetensors=raw.weights_suffix == ".safetensors",
         )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # as for peft
         raise VerificationError(f"adapters cannot load it ({_first_line(error, folder)})", where=handle.name) from error
     if info.get("missing_keys") or info.get("unexpected_keys"):
         raise VerificationError(

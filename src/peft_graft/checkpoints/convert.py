@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.formats.peft.format import config_dict
+from peft_graft.checkpoints.formats.peft.patterns import Patterns
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
-from peft_graft.errors import CheckpointError
+from peft_graft.errors import CheckpointError, GraftError, reason
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.sizes import linear_shape
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 #: Share of the squared singular values of every layer's update that the LoRA keeps.
 ENERGY = 1 - 1e-6
 _START = "base_model.model."
+#: Options that search for layers by expressions, beside ``target_modules``.
+_SEARCHES = {"exclude_modules", "layers_to_transform", "layers_pattern"}
 
 
 def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
@@ -52,17 +56,19 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("ignore")
         try:
-            adapted = peft.get_peft_model(model, _config(raw))
+            adapted = peft.get_peft_model(model, _config(raw, [name for name, _ in model.named_modules()], where))
             loaded = peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"peft cannot load the {kind} module ({error})", where=where) from error
-        _check_loaded(loaded.unexpected_keys, kind, where)
-        adapted.eval()
-        if adapted.supports_lora_conversion():
-            config, tensors = peft.convert_to_lora(adapted, ENERGY)
-            options = {name: getattr(config, name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
-        else:
-            options, tensors = _by_merging(adapted, kind, where)
+            _check_loaded(loaded.unexpected_keys, kind, where)
+            adapted.eval()
+            if adapted.supports_lora_conversion():
+                config, tensors = peft.convert_to_lora(adapted, ENERGY)
+                options = {name: getattr(config, name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+            else:
+                options, tensors = _by_merging(adapted, kind, where)
+        except GraftError:
+            raise
+        except Exception as error:  # every kind has code of its own in peft, and fails in its own way
+            raise CheckpointError(f"peft cannot load the {kind} module ({reason(error)})", where=where) from error
     lora = peft.LoraConfig(
         task_type=raw.config.get("task_type"),
         base_model_name_or_path=raw.base_model,
@@ -75,8 +81,11 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     return replace(found, task=raw.task, labels=raw.labels, files=raw.files, notes=raw.notes)
 
 
-def _config(raw: RawCheckpoint) -> peft.PeftConfig:
+def _config(raw: RawCheckpoint, modules: Sequence[str], where: str) -> peft.PeftConfig:
     """The module's configuration, made by peft.
+
+    Args:
+        modules: paths of all modules of the model.
 
     Raises:
         ValueError: peft says that modules of the version that wrote it compute something else today.
@@ -88,7 +97,7 @@ def _config(raw: RawCheckpoint) -> peft.PeftConfig:
             kind.check_kwargs(**raw.config)
         except UserWarning as warning:
             raise ValueError(str(warning)) from warning
-    return peft.PeftConfig.from_peft_type(**raw.config)
+    return peft.PeftConfig.from_peft_type(**_without_patterns(raw, modules, where))
 
 
 def _check_loaded(unexpected: Sequence[str], kind: str, where: str) -> None:
@@ -101,17 +110,39 @@ def _check_loaded(unexpected: Sequence[str], kind: str, where: str) -> None:
         )
 
 
+def _without_patterns(raw: RawCheckpoint, modules: Sequence[str], where: str) -> dict[str, Any]:
+    """The configuration with the paths of the layers that have tensors in place of expressions that search for them."""
+    found = dict(raw.config)
+    layers = _layers(raw, set(modules))
+    found |= {"target_modules": layers, **dict.fromkeys(_SEARCHES & found.keys())}
+    for name in ("rank_pattern", "alpha_pattern"):
+        if found.get(name) and raw.config["peft_type"] != "ADALORA":  # which has masks there, by name
+            patterns = Patterns[Any](found[name], where)
+            values = {layer: patterns.at(layer, None) for layer in layers}
+            found[name] = {re.escape(layer): value for layer, value in values.items() if value is not None}
+    return found
+
+
+def _layers(raw: RawCheckpoint, modules: Collection[str]) -> list[str]:
+    """Paths of the modules that have tensors, heads aside."""
+    found: dict[str, None] = {}
+    for key in raw.unconverted.keys() - _heads(raw).keys():
+        path = key.removeprefix(_START)
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        if path:
+            found[path] = None
+    return sorted(found)
+
+
 def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
     """A LoRA of rank 1 without values at the layers that the module changes, to plan with before weights are loaded."""
     shapes = {path: linear_shape(module) for path, module in blank_model(teacher, raw.task).named_modules()}
+    linear = {path: shape for path, shape in shapes.items() if shape}
     parts: dict[str, Part] = {}
-    for key in raw.unconverted.keys() - _heads(raw).keys():
-        path = key.removeprefix(_START)
-        while path and not shapes.get(path):
-            path = path.rpartition(".")[0]
-        if shape := shapes.get(path):
-            a, b = (torch.empty(size, device="meta") for size in ((1, shape[0]), (shape[1], 1)))
-            parts[path] = LoraPart(a, b, scaling=1.0)
+    for path in _layers(raw, linear):
+        a, b = (torch.empty(size, device="meta") for size in ((1, linear[path][0]), (linear[path][1], 1)))
+        parts[path] = LoraPart(a, b, scaling=1.0)
     head = {key.removeprefix(_START): value for key, value in _heads(raw).items()}
     return replace(raw, kind="lora", parts=parts, head=head, unconverted={})
 

@@ -43,6 +43,16 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
     Raises:
         HeadError: its form is not known, or a part of it is missing.
     """
+    odd = sorted(key for key, tensor in raw.head.items() if not tensor.numel() or not tensor.is_floating_point())
+    if odd:
+        raise HeadError(
+            f"the head's {odd[0]} holds whole numbers"
+            if raw.head[odd[0]].numel()
+            else f"the head's {odd[0]} is empty, as DeepSpeed's ZeRO-3 leaves it where weights were not gathered",
+            where=raw.base_model or raw.name,
+            fix="save the module again with stage3_gather_16bit_weights_on_model_save set to true, or leave the head "
+            "behind with --head drop",
+        )
     if is_prediction_head(raw.head):
         return _labelled(read_head(raw), raw)
     form = architecture.row.heads.get(raw.task)

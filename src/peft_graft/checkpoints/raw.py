@@ -112,7 +112,7 @@ class RawCheckpoint:
         """Rows of the head's output layer, None without a head."""
         inner = ("dense", "pre_classifier")
         outputs = [tensor for key, tensor in self.head.items() if not any(name in key for name in inner)]
-        return outputs[-1].shape[0] if outputs else None
+        return outputs[-1].shape[0] or None if outputs and outputs[-1].ndim else None
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from peft_graft.checkpoints.formats.peft.format import weights_file
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.environment import version_of
-from peft_graft.errors import CheckpointError, VerificationError
+from peft_graft.errors import CheckpointError, VerificationError, reason
 from peft_graft.files import read_tensors
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import complete
@@ -60,18 +60,17 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
     try:
         written = read_tensors(weights_file(folder)) if library == Library.PEFT else written_tensors(folder, raw)
     except CheckpointError as error:
-        reason = error.message.replace(f"{folder}{os.sep}", "")
-        raise VerificationError(f"what was written cannot be read ({reason})", where=student.name) from error
+        said = error.message.replace(f"{folder}{os.sep}", "")
+        raise VerificationError(f"what was written cannot be read ({said})", where=student.name) from error
     attached = attach_written(folder, raw, student, labels)
     _compare(written, attached.tensors(), student.name)
     batch = {name: value.to(attached.device) for name, value in probe(student).items()}
     with torch.inference_mode():
         try:
             with_module = attached.forward(batch)[1].clone()
-        except (RuntimeError, TypeError, ValueError) as error:  # such as virtual tokens in a model that takes none
+        except Exception as error:  # such as virtual tokens in a model that takes none
             raise VerificationError(
-                f"{library} loads the module, but the student cannot be run with it "
-                f"({(str(error).splitlines() or [type(error).__name__])[0]})",
+                f"{library} loads the module, but the student cannot be run with it ({reason(error)})",
                 where=student.name,
                 fix="move another kind of module",
             ) from error

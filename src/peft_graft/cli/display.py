@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from peft_graft.errors import plain
 
 if TYPE_CHECKING:
     from peft_graft._evaluate import Evaluation
@@ -23,13 +26,13 @@ _SHOWN = 3
 
 
 def escaped(text: str) -> str:
-    """Text as rich prints it unchanged."""
-    return text.replace("[", "\\[")
+    """Text as rich prints it unchanged, with the codes in it shown and not sent to the terminal."""
+    return escape("\n".join(map(plain, text.split("\n"))))
 
 
 def show_inspection(found: Inspection) -> None:
     """What ``inspect`` found."""
-    console = Console()
+    console = Console(emoji=False)
     console.print(
         f"[bold]{escaped(found.module)}[/]: {found.module_library} {found.kind}, {found.parameters:,} parameters"
     )
@@ -109,7 +112,7 @@ def _show_outlook(student: StudentSummary, asked: PromptOutlook, console: Consol
 
 def show_graft(report: GraftReport, out: Path) -> None:
     """What ``transfer`` did."""
-    console = Console()
+    console = Console(emoji=False)
     console.print(f"[bold]method[/]  {report.method}: {escaped(report.method_reason)}", soft_wrap=True)
     console.print(f"[bold]layers[/]  {_layers(report.layers)}")
     if report.pairing:
@@ -233,7 +236,7 @@ def show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
             + "\n"
         )
         return
-    console = Console()
+    console = Console(emoji=False)
     table = Table("teacher space", "student space", "units", "mean correlation of matched units")
     for pair, space_map in found.maps.items():
         correlation = found.diagnostics[pair].get("mean_correlation")
@@ -249,7 +252,7 @@ def show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
 
 def show_evaluation(found: Evaluation, out: Path | None) -> None:
     """What ``evaluate`` found: scores side by side, and some of the answers."""
-    console = Console()
+    console = Console(emoji=False)
     names = list(found.rows[0].scores)
     table = Table("", *names, title=f"{found.prompts:,} prompts, with 95 % intervals")
     for row in found.rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import peft_graft
 from peft_graft.cli.display import escaped, show_alignment, show_evaluation, show_graft, show_inspection
@@ -239,7 +240,8 @@ def main() -> None:
         if code == _INTERRUPTED:  # typer turns the signal into its exit code
             raise KeyboardInterrupt
     except GraftError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
+        console = Console(stderr=True, highlight=False, emoji=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted; nothing was written")
@@ -285,9 +287,13 @@ def _continued(message: str) -> Iterator[None]:
 
 
 def _print_json(value: BaseModel) -> None:
+    import json
+
     from peft_graft.files import json_text
 
-    sys.stdout.write(json_text(value.model_dump(mode="json"), "--json", indent=2) + "\n")
+    text = json_text(value.model_dump(mode="json"), "--json", indent=2)
+    codes = {letter for letter in text if not letter.isprintable() and letter != "\n"}  # which a terminal would obey
+    sys.stdout.write(text.translate({ord(letter): json.dumps(letter)[1:-1] for letter in codes}) + "\n")
 
 
 @contextmanager

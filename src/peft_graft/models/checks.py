@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from peft_graft.models.task_models import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+#: Layers or experts of a model.
+_MOST = 10_000
 _CONFIG, _MODULE = "config.json", "adapter_config.json"
 #: What repositories of quantised weights call themselves.
 _QUANTISED = re.compile(r"(?i)(?<![a-z0-9])(bnb|[48]-?bit|awq|gptq|int[48]|nf4|fp8|gguf)(?![a-z0-9])")
@@ -33,7 +36,9 @@ def check_no_module(name: str, source: Mapping[str, Any], role: str) -> None:
         ModelError: it is such a thing.
     """
     folder = Path(name) / (source.get("subfolder") or "")
-    if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    with explained(name, role):  # a name that the file system does not take, or an address
+        here = folder.is_dir()
+    if not here and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         why = "this is a file" if folder.exists() else "there is no folder of this name"
         raise ModelError(
             f"the {role} cannot be loaded: {why}",
@@ -110,6 +115,19 @@ def check_quantisation(config: PretrainedConfig, chosen: Any, name: str, role: s
         ) from error
 
 
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of more layers or experts than any model has, which would take hours to make.
+
+    Raises:
+        ValueError: it is one.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value)
+        elif isinstance(value, int) and value > _MOST and any(part in name for part in ("layer", "expert")):
+            raise ValueError(f"{name} is {value}, expected {_MOST} at most")
+
+
 @contextmanager
 def explained(name: str, role: str) -> Iterator[None]:
     """What libraries raise while they load something, in one line that says what to do.
@@ -117,6 +135,13 @@ def explained(name: str, role: str) -> Iterator[None]:
     Raises:
         ModelError: in place of any error that is not ours.
     """
+    if "://" in name:  # transformers would fetch what a module's configuration says, from any host
+        raise ModelError(
+            f"the {role} is named by an address",
+            where=name,
+            expected="a folder or a hub id",
+            fix=f"give one of these{_option(role)}",
+        )
     try:
         with quiet_libraries():
             yield
@@ -142,7 +167,7 @@ def _option(role: str) -> str:
 
 
 def _near(name: str) -> str:
-    if not Path(name).exists():
+    if not os.path.exists(name):  # noqa: PTH110 - pathlib fails for long names
         plain = "; the same model in 16 bit does as well" if _QUANTISED.search(name) else ""
         return f"; there is no folder {name}{plain}"
     return ""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
 from peft_graft.models.architecture import Architecture, describe
-from peft_graft.models.checks import check_no_module, check_quantisation, explained
+from peft_graft.models.checks import check_counts, check_no_module, check_quantisation, explained
 from peft_graft.models.devices import (
     BaseTensors,
     check_device,
@@ -278,9 +278,12 @@ def blank_handle(config: PretrainedConfig, name: str = "", *, trust_remote_code:
     Raises:
         ModelError: it cannot be built. ArchitectureError: its architecture is unknown.
     """
-    base = blank_model(config, Task.BASE, trust_remote_code=trust_remote_code).eval()
-    architecture = describe(base, config.model_type, prefix_of(base))
-    return ModelHandle(name or config.name_or_path or config.model_type, base, architecture)
+    name = name or config.name_or_path or config.model_type
+    with explained(name, "model of this configuration"):
+        check_counts(config.to_dict())
+        base = blank_model(config, Task.BASE, trust_remote_code=trust_remote_code).eval()
+        architecture = describe(base, config.model_type, prefix_of(base))
+    return ModelHandle(name, base, architecture)
 
 
 def load_model(

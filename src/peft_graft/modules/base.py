@@ -64,6 +64,12 @@ class Part:
     is_own_module: ClassVar[bool] = False
     #: The matrix [width, d_in] by which it reads its input, by name, where it has one.
     reading_matrix: ClassVar[str | None] = None
+    #: Axes of its tensors by name; those of one name are of one size. A number is the size itself.
+    SHAPES: ClassVar[Mapping[str, tuple[str | int, ...]]] = {}
+
+    def misfit(self) -> tuple[str, str, str] | None:
+        """The first tensor whose shape does not fit ``SHAPES``: its name, what was expected, what is there."""
+        return misfit(self.tensors, self.SHAPES)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -178,6 +184,28 @@ class Base:
         """Whether the linear layer at a site holds several roles."""
         linear = self.architecture.row.linears.get(site.role)
         return bool(linear and linear.fused)
+
+
+def misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str | int, ...]]) -> tuple[str, str, str] | None:
+    """The first tensor whose shape does not fit, its own or those before it.
+
+    Args:
+        shapes: axes of the tensors by name; those of one name are of one size, and a number is the size itself.
+
+    Returns:
+        The tensor's name, what was expected, what is there.
+    """
+    sizes: dict[str | int, int] = {}
+    for name in (name for name in shapes if name in tensors):
+        axes, shape = shapes[name], tensors[name].shape
+        given = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes)
+        fits = len(shape) == len(axes) and all(
+            size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+            for axis, size in zip(axes, shape, strict=True)
+        )
+        if not fits:
+            return name, f"[{', '.join(map(str, axes))}]" + f" with {given}" * bool(given), str(list(shape))
+    return None
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:

@@ -26,6 +26,16 @@ class BottleneckPart(Part):
 
     is_own_module: ClassVar = True
     reading_matrix: ClassVar = "down.weight"
+    SHAPES: ClassVar = {
+        "down.weight": ("b", "d"),
+        "down.bias": ("b",),
+        "up.weight": ("d", "b"),
+        "up.bias": ("d",),
+        **{f"norm_{side}.{name}": ("d",) for side in ("before", "after") for name in ("weight", "bias")},
+        "gate.weight": (1, "d"),
+        "gate.bias": (1,),
+        "scaling": ("scaling",),
+    }
 
     @property
     def tensors(self) -> dict[str, Tensor]:

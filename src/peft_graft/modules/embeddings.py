@@ -49,6 +49,8 @@ class RowsPart(Part):
 
     rows: Tensor
 
+    SHAPES: ClassVar = {"rows": ("V", "d")}
+
     @property
     def is_active(self) -> bool:
         """Whether a row is anything but zero."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peft_graft.errors import HeadError
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Axis, LabelledTensor
+from peft_graft.modules.base import Axis, LabelledTensor, misfit
 
 #: Activation functions between a head's layers.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -17,6 +18,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": torch.nn.functional.gelu,
 }
+
+
+#: Axes of a head's tensors, without and with an inner layer.
+_OUT = {"out.weight": ("labels", "d"), "out.bias": ("labels",)}
+_INNER = {"dense.weight": ("h", "d"), "dense.bias": ("h",), "out.weight": ("labels", "h"), "out.bias": ("labels",)}
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,22 @@ class Head:
 
 
 def head_tensors(values: Mapping[str, Tensor], reads: str) -> dict[str, LabelledTensor]:
-    """Label a head's tensors: its first layer reads ``reads``."""
+    """Label a head's tensors: its first layer reads ``reads``.
+
+    Raises:
+        HeadError: they do not fit each other, or the output layer's weight is missing.
+    """
     read = Axis("read", reads)
     first = "dense" if "dense.weight" in values else "out"
+    wrong = misfit(values, _INNER if first == "dense" else _OUT)
+    if wrong or "out.weight" not in values:
+        name, expected, found = wrong or ("out.weight", "[labels, d]", "none")
+        raise HeadError(
+            f"{name} of the head has another shape than the rest of it",
+            expected=expected,
+            found=found,
+            fix="leave the head behind with --head drop",
+        )
     return {
         name: LabelledTensor(value, (None,) if value.ndim == 1 else (None, read if name == f"{first}.weight" else None))
         for name, value in values.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class ScalePart(Part):
 
     output: Tensor | None = None
     input: Tensor | None = None
+
+    SHAPES: ClassVar = {"output": ("d_out",), "input": ("d_in",)}
 
 
 @register_module(ScalePart)

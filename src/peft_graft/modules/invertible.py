@@ -30,6 +30,16 @@ class InvertiblePart(Part):
     values: Mapping[str, Tensor]
 
     is_own_module: ClassVar = True
+    SHAPES: ClassVar = {
+        "F.0.weight": ("b", "second"),
+        "F.0.bias": ("b",),
+        "F.2.weight": ("first", "b"),
+        "F.2.bias": ("first",),
+        "G.0.weight": ("c", "first"),
+        "G.0.bias": ("c",),
+        "G.2.weight": ("second", "c"),
+        "G.2.bias": ("second",),
+    }
 
     @property
     def tensors(self) -> dict[str, Tensor]:

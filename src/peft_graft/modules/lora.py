@@ -33,6 +33,11 @@ class LoraPart(Part):
     base_bias: Tensor | None = None
 
     reading_matrix: ClassVar[str | None] = "A"
+    SHAPES: ClassVar = {
+        "A": ("r", "d_in"),
+        "B": ("d_out", "r"),
+        **dict.fromkeys(("bias", "magnitude", "base_bias"), ("d_out",)),
+    }
 
     @property
     def rank(self) -> int:
@@ -71,6 +76,7 @@ class EmbeddingLoraPart(LoraPart):
     """Factors of word embeddings: ``A`` [r, V] and ``B`` [d, r]."""
 
     reading_matrix: ClassVar[str | None] = None
+    SHAPES: ClassVar = {"A": ("r", "V"), "B": ("d", "r")}
 
     def trains_tokens(self, path: str) -> bool:
         """Always."""

@@ -21,6 +21,8 @@ class NormPart(Part):
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    SHAPES: ClassVar = {"weight": ("d",), "bias": ("d",)}
+
 
 @register_module(NormPart)
 @dataclass(frozen=True)

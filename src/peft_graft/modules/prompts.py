@@ -28,6 +28,7 @@ class PromptPart(Part):
 
     embeddings: Tensor
 
+    SHAPES: ClassVar = {"embeddings": ("n", "d")}
     is_virtual: ClassVar = True
 
     @property
@@ -43,6 +44,7 @@ class PrefixPart(Part):
     key: Tensor
     value: Tensor
 
+    SHAPES: ClassVar = {"key": ("n", "d_kv"), "value": ("n", "d_kv")}
     is_virtual: ClassVar = True
 
 

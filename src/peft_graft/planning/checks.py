@@ -149,7 +149,7 @@ def check_pooler(sites: SitePlans, student: ModelHandle) -> None:
 def with_teacher_labels(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
     """Label names from the teacher's configuration, for a head saved without them that they fit."""
     labels = own_labels(teacher)
-    rows = {tensor.shape[0] for tensor in raw.head.values()}
+    rows = {tensor.shape[0] for tensor in raw.head.values() if tensor.ndim}
     return replace(raw, labels=labels) if labels and not raw.labels and len(labels) in rows else raw
 
 

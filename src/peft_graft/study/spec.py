@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from peft_graft.config import AUTO, POLISH_STEPS, Dtype, GraftConfig, HeadChoice, Library
-from peft_graft.errors import PlanError, StudyError
+from peft_graft.errors import PlanError, StudyError, reason
 from peft_graft.metrics import METRICS as TEXT_METRICS
 from peft_graft.models.tasks import Task
 from peft_graft.record import Record
@@ -64,8 +64,8 @@ class TaskSpec(Record):
     @model_validator(mode="before")
     @classmethod
     def _usual_metric(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("kind") in METRICS:
-            value = {"metric": METRICS[value["kind"]][0], **value}
+        if isinstance(value, dict) and isinstance(kind := value.get("kind"), str) and kind in METRICS:
+            value = {"metric": METRICS[Task(kind)][0], **value}
         return value
 
     @model_validator(mode="after")
@@ -253,6 +253,8 @@ class Study(Record):
     def _fill_in(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("grid"), list | tuple):
             defaults = value.get("defaults", {})
+            if not isinstance(defaults, dict):
+                raise ValueError(f"defaults are no table, but {type(defaults).__name__}")
             value = {
                 **value,
                 "grid": [{**defaults, **grid} if isinstance(grid, dict) else grid for grid in value["grid"]],
@@ -301,9 +303,11 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
         StudyError: the file cannot be read, or says something that a study cannot.
     """
     try:
+        if path.is_char_device():  # which has no end
+            raise ValueError("it is no file")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise StudyError(f"the study file cannot be read ({error})", where=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StudyError(f"the study file cannot be read ({reason(error)})", where=str(path)) from error
     for change in changes:
         _change(content, change)
     folder = path.resolve().parent
@@ -344,13 +348,22 @@ def _change(content: dict[str, Any], change: str) -> None:
     table: Any = content
     for name in tables:
         if isinstance(table, list):
-            index = int(name) if name.isdigit() else len(table)
-            table = table[index] if index < len(table) else None
+            index = _number(name, table)
+            table = None if index is None else table[index]
         else:
             table = table.setdefault(name, {})
         if not isinstance(table, dict | list):
             raise StudyError("names no table of the study", where=f"--set {change}", found=name)
-    table[int(last) if isinstance(table, list) else last] = value
+    place = _number(last, table) if isinstance(table, list) else last
+    if place is None:
+        raise StudyError("names nothing in this list of the study", where=f"--set {change}", found=last)
+    table[place] = value
+
+
+def _number(name: str, of: list[Any]) -> int | None:
+    """A place in a list, None where it has none of this number."""
+    number = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else len(of)
+    return number if number < len(of) else None
 
 
 def paper_study(name: str) -> Path:

@@ -14,6 +14,17 @@ from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import Site
+from peft_graft.modules.base import Part
+
+#: Files that belong to a module, whatever its format; the rest of a folder is not looked into.
+FILES = ("*.json", "adapter*", "pytorch_*", "model_head*", "value_head*")
+_LONGEST_NAME = 1_000
+#: What leaves tensors without values, and how to get them back.
+_ZERO3 = ": this is what is left where DeepSpeed's ZeRO-3 spread the weights and they were saved without being gathered"
+_GATHER = (
+    "save it again with stage3_gather_16bit_weights_on_model_save set to true, or get the weights back from the "
+    "training run's checkpoint with its zero_to_fp32.py"
+)
 
 
 class Format(ABC):
@@ -100,6 +111,65 @@ def format_of(library: str) -> Format:
             fix="register it with register_format, and import its file before the checkpoint is read",
         )
     return FORMATS[library]
+
+
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a file without tensors, or with names that no module of a model has.
+
+    Raises:
+        CheckpointError: it is such a file.
+    """
+    if not tensors:
+        raise CheckpointError(f"the file holds no tensors at all{_ZERO3}", where=where, fix=_GATHER)
+    longest = max(tensors, key=len)
+    if len(longest) > _LONGEST_NAME:
+        raise CheckpointError(
+            "a tensor's name is longer than any path in a model",
+            where=where,
+            expected=f"{_LONGEST_NAME} characters at most",
+            found=len(longest),
+        )
+
+
+def check_values(found: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+    """Refuse a module's tensors, by path and name, that hold nothing or whole numbers.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    everything = {f"{path}.{name}": tensor for path, values in found.items() for name, tensor in values.items()}
+    if empty := [name for name, tensor in everything.items() if not tensor.numel()]:
+        raise CheckpointError(
+            f"{len(empty)} of the module's {len(everything)} tensors are empty, {min(empty)} among them{_ZERO3}",
+            where=where,
+            fix=_GATHER,
+        )
+    for name, tensor in everything.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"tensor {name} holds {str(tensor.dtype).removeprefix('torch.')}, which no module is trained in",
+                where=where,
+                expected="float32, float16 or bfloat16",
+                fix="save the module as it was before it was quantised",
+            )
+
+
+def check_shapes(parts: Mapping[str, Part], where: str) -> None:
+    """Refuse a part whose tensors do not fit each other.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for path, part in parts.items():
+        if wrong := part.misfit():
+            name, expected, found = wrong
+            raise CheckpointError(
+                f"{name} of {path} has another shape than the rest of the module",
+                where=where,
+                expected=expected,
+                found=found,
+                fix="the file is damaged, or was written by something else; save the module again with its library",
+            )
 
 
 def write_checkpoint(folder: Path, raw: RawCheckpoint, names: StudentNames) -> None:

@@ -33,6 +33,21 @@ class Saved:
     hidden_size: int
     where: str
 
+    def setting(self, name: str) -> Any:
+        """A setting that the weights mean nothing without.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if self.settings.get(name) is None:
+            raise CheckpointError(
+                f"the adapter's settings lack {name}",
+                where=self.where,
+                found=", ".join(self.settings),
+                fix="save it again with the library's save_adapter",
+            )
+        return self.settings[name]
+
 
 class Codec(ABC):
     """How the library keeps one kind of module; a subclass is registered by ``register_codec``."""

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_graft.errors import CheckpointError
+from peft_graft.errors import CheckpointError, reason
+
+_FIX = "save it again with the library's save_adapter"
+#: Values of a matrix that is written out at most.
+_MOST = 1 << 27
 
 
 def written_out(
@@ -46,6 +50,14 @@ def written_out(
         position = "up" if path.endswith("_up") else "down"
         common = {name.replace(f"W_{position}", "W"): tensor for name, tensor in shared.items()}
         rule, inner = (_factor({**common, **parts}, name, f"{where} {path}") for name in ("phm_rule", "W"))
+        if rule.ndim != 3 or inner.ndim != 3 or len(rule) != len(inner) or rule[0].numel() * inner[0].numel() > _MOST:
+            raise CheckpointError(
+                "the compacter's factors do not fit each other",
+                where=f"{where} {path}",
+                expected="phm_rule [n, n, n] and W [n, in/n, out/n]",
+                found=f"{list(rule.shape)} and {list(inner.shape)}",
+                fix=_FIX,
+            )
         whole = torch.stack([torch.kron(a, w) for a, w in zip(rule, inner, strict=True)]).sum(0)
         found[f"{path}.weight"] = whole.T.contiguous()
         found[f"{path}.bias"] = parts.get("b", whole.new_zeros(whole.shape[1]))
@@ -58,7 +70,10 @@ def _factor(parts: Mapping[str, Tensor], name: str, where: str) -> Tensor:
         return parts[name]
     pair = parts.get(f"{name}_left"), parts.get(f"{name}_right")
     if pair[0] is None or pair[1] is None:
+        raise CheckpointError(f"the compacter lacks its {name}", where=where, fix=_FIX)
+    try:
+        return torch.bmm(pair[0], pair[1])
+    except RuntimeError as error:
         raise CheckpointError(
-            f"the compacter lacks its {name}", where=where, fix="save it again with the library's save_adapter"
-        )
-    return torch.bmm(pair[0], pair[1])
+            f"the compacter's {name} does not fit ({reason(error)})", where=where, fix=_FIX
+        ) from error

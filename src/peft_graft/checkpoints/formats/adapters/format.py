@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from peft_graft.checkpoints.foreign import missing_weights
 from peft_graft.checkpoints.formats.adapters.codec import CODECS, Codec, Saved
+from peft_graft.checkpoints.formats.adapters.settings import FileSettings, HeadFile, ModuleSettings
 from peft_graft.checkpoints.formats.adapters.versions import (
     DEFAULT,
     VERSION,
@@ -18,7 +20,14 @@ from peft_graft.checkpoints.formats.adapters.versions import (
     todays_settings,
     todays_tensors,
 )
-from peft_graft.checkpoints.formats.base import Format, register_format
+from peft_graft.checkpoints.formats.base import (
+    FILES,
+    Format,
+    check_shapes,
+    check_tensors,
+    check_values,
+    register_format,
+)
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.config import Library
@@ -61,23 +70,24 @@ class AdaptersFormat(Format):
     def read(self, folder: Path) -> RawCheckpoint:
         """The module in a folder and the head beside it."""
         config = read_json(folder / CONFIG)
-        _codec(module_config(config, str(folder / CONFIG)), str(folder))
+        FileSettings.of(config, str(folder / CONFIG))
+        _codec(module_config(config, str(folder / CONFIG)), str(folder / CONFIG))
         weights, suffix = _find(folder, _WEIGHTS)
         if weights is None:
-            raise CheckpointError(
-                "the weights file is missing", where=str(folder), expected=" or ".join(_WEIGHTS.values())
-            )
+            raise missing_weights(folder, list(_WEIGHTS.values()))
         raw = self.parse(config, read_tensors(weights), where=str(weights))
         head_weights, _ = _find(folder, _HEAD_WEIGHTS)
-        head_config = read_json(folder / HEAD_CONFIG) if (folder / HEAD_CONFIG).is_file() else None
-        task = Task.of_class(str(head_config.get("model_class"))) if head_config else Task.BASE
+        about = folder / HEAD_CONFIG
+        head_config = read_json(about) if about.is_file() else None
+        head = HeadFile.of(head_config or {}, str(about))
+        task = Task.of_class(str(head.model_class)) if head_config else Task.BASE
         return replace(
             raw,
             task=task if raw.task is Task.BASE else raw.task,
             head=_head(read_tensors(head_weights), head_config) if head_weights and head_config else {},
             head_config=head_config,
             labels=_labels(head_config),
-            files=file_hashes(folder),
+            files=file_hashes(folder, FILES),
             weights_suffix=suffix,
         )
 
@@ -85,19 +95,23 @@ class AdaptersFormat(Format):
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str = "the module"
     ) -> RawCheckpoint:
         """A module from memory, without a head; one of an earlier version as the library loads it today."""
+        file = FileSettings.of(config, where)
+        check_tensors(tensors, where)
+        check_values({file.name or "the module": tensors}, where)
         settings, found = module_config(config, where), todays_tensors(tensors, where)
         settings, found, notes = todays_inverse(settings, config, found)
+        ModuleSettings.of(settings, where)
         codec = _codec(settings, where)
         _check_options(codec, settings, where)
-        name = str(config.get("name") or "default")
-        saved = Saved(found, settings, name, int(config.get("hidden_size") or 0), where)
-        parts, now = codec.parts(saved)
+        name = file.name or "default"
+        parts, now = codec.parts(Saved(found, settings, name, file.hidden_size or 0, where))
+        check_shapes(parts, where)
         return RawCheckpoint(
             library=self.library,
             kind=codec.kind,
             name=name,
-            base_model=config.get("model_name") or None,
-            task=Task.of_class(str(config.get("model_class") or "")),
+            base_model=file.model_name or None,
+            task=Task.of_class(file.model_class or ""),
             config={**config, "config": now, "version": VERSION},
             parts=parts,
             notes=notes,
@@ -117,7 +131,8 @@ class AdaptersFormat(Format):
         if not raw.head or not raw.head_config:
             return None
         name = raw.head_config.get("name")
-        tensors = {re.sub(r"^layers\.", f"heads.{name}.", key): tensor for key, tensor in raw.head.items()}
+        start = f"heads.{name}."
+        tensors = {re.sub(r"^layers\.", lambda _: start, key): tensor for key, tensor in raw.head.items()}
         return {**_named(raw.head_config, raw.labels), **_model_fields(raw, names), "version": VERSION}, tensors
 
     def tensors_in_model(self, raw: RawCheckpoint, names: StudentNames) -> dict[str, Tensor]:
@@ -174,7 +189,7 @@ def _identified(name: str, where: str) -> dict[str, Any]:
         if name.partition("[")[0] not in ADAPTER_CONFIG_MAP:  # the library would look for a file of that name
             raise ValueError(name)
         found: dict[str, Any] = AdapterConfig.load(name).to_dict()
-    except (ValueError, TypeError, KeyError, SyntaxError) as error:
+    except Exception as error:  # of a text that is none the library raises what comes
         raise CheckpointError(
             "the adapter's configuration is an identifier that the library adapters does not know",
             where=where,

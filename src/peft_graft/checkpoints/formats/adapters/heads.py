@@ -5,6 +5,7 @@ A checkpoint has them by their places in that sequence, ``layers.1.weight`` and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head, head_tensors
 
 _START = "layers."
+_KEY = re.compile(r"layers\.\d{1,4}\.(weight|bias)")
 _TASKS = {"tagging": Task.TOKEN_CLASSIFICATION, "classification": Task.SEQUENCE_CLASSIFICATION}
 _TYPES = {TOKENS_OUT: "tagging", FIRST_OUT: "classification", POOLED_OUT: "classification"}
 
@@ -34,7 +36,14 @@ def read_head(raw: RawCheckpoint) -> Head:
         HeadError: it is of a type that is not supported.
     """
     settings = dict((raw.head_config or {}).get("config") or {})
-    kind, numbers = settings.get("head_type"), _numbers(raw.head)
+    kind = settings.get("head_type")
+    if odd := [key for key in raw.head if not _KEY.fullmatch(key)]:
+        raise HeadError(
+            f"tensor {odd[0]} belongs to no known layer of a prediction head",
+            where=raw.name,
+            fix="leave the head behind with --head drop",
+        )
+    numbers = _numbers(raw.head)
     if kind not in _TASKS or len(numbers) > 2:
         raise HeadError(
             f"prediction heads of type {kind!r} with {len(numbers)} layers are not supported yet",

@@ -26,7 +26,7 @@ class Ia3Codec(Codec):
     def parts(self, saved: Saved) -> tuple[dict[str, Part], Settings]:
         """The factors with alpha in them."""
         found = in_container(saved, "loras", self.kind, {"lora_B": "output"})
-        alpha = saved.settings["alpha"]
+        alpha = saved.setting("alpha")
         return {path: ScalePart(values["output"].flatten() * alpha) for path, values in found.items()}, saved.settings
 
     def tensors(self, raw: RawCheckpoint, settings: Settings, names: StudentNames) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class LoraCodec(Codec):
     def parts(self, saved: Saved) -> tuple[dict[str, Part], Settings]:
         """The factors of every layer."""
         found = in_container(saved, "loras", self.kind, {"lora_A": "A", "lora_B": "B"})
-        scaling = saved.settings["alpha"] / saved.settings["r"]
+        scaling = saved.setting("alpha") / saved.setting("r")
         return {path: LoraPart(**values, scaling=scaling) for path, values in found.items()}, saved.settings
 
     def tensors(self, raw: RawCheckpoint, settings: Settings, names: StudentNames) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from peft_graft.checkpoints.formats.adapters.codec import Codec, Saved, Settings, register_codec
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
-from peft_graft.errors import CheckpointError
+from peft_graft.errors import CheckpointError, reason
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 from peft_graft.modules.prompts import prefix_layer, prefix_pairs, prefix_parts
@@ -113,7 +113,7 @@ def _written_out(parts: Mapping[str, Tensor], settings: Settings, where: str) ->
         return parts["control_trans"].flatten()
     from transformers.activations import get_activation
 
-    words, first, first_bias, second, second_bias = (parts[name].float() for name in names)
+    words, *network = (parts[name].float() for name in names)
     name = str(settings.get("non_linearity", "tanh")).lower()
     try:
         activation = get_activation(_ACTIVATIONS.get(name, name))
@@ -124,5 +124,10 @@ def _written_out(parts: Mapping[str, Tensor], settings: Settings, where: str) ->
             found=name,
             fix="make it flat with the library's eject_prefix_tuning and save it again",
         ) from error
-    inner = activation(torch.nn.functional.linear(words, first, first_bias))
-    return torch.nn.functional.linear(inner, second, second_bias).to(parts["wte.weight"].dtype).flatten()
+    try:
+        inner = activation(torch.nn.functional.linear(words, *network[:2]))
+        return torch.nn.functional.linear(inner, *network[2:]).to(parts["wte.weight"].dtype).flatten()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the layers of the prefix's network do not fit each other ({reason(error)})", where=where, fix=_FIX
+        ) from error

@@ -70,16 +70,16 @@ def part(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], whe
         return RowsPart(values[WHOLE])
     if TOKENS not in values:
         return None
-    ids = _ids(path, config)
-    if len(ids) != len(values[TOKENS]):
+    ids, rows = _ids(path, config), values[TOKENS]
+    if rows.ndim != 2 or len(set(ids)) != len(rows) or len(ids) != len(rows):
         raise CheckpointError(
             f"the rows of {path} and trainable_token_indices disagree",
             where=where,
-            expected=f"{len(values[TOKENS])} ids",
-            found=len(ids),
+            expected=f"{len(set(ids))} rows, one for each id" if rows.ndim != 2 else f"{len(rows)} different ids",
+            found=f"shape {list(rows.shape)}" if rows.ndim != 2 else len(set(ids)),
             fix="save the module again with save_pretrained, which writes both",
         )
-    return TokenRowsPart(values[TOKENS], tuple(ids))
+    return TokenRowsPart(rows, tuple(ids))
 
 
 def tensors(path: str, part: RowsPart) -> dict[str, Tensor]:

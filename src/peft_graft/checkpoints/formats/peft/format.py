@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import peft
 from torch import Tensor
 
-from peft_graft.checkpoints.formats.base import Format, register_format
+from peft_graft.checkpoints.foreign import foreign_names, missing_weights
+from peft_graft.checkpoints.formats.base import (
+    FILES,
+    Format,
+    check_shapes,
+    check_tensors,
+    check_values,
+    register_format,
+)
 from peft_graft.checkpoints.formats.peft.codec import CODECS, Codec, codec_of_type
+from peft_graft.checkpoints.formats.peft.settings import PeftSettings
 from peft_graft.checkpoints.raw import WEIGHTS, RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.checkpoints.wrappers import without_wrapper_patterns, without_wrappers
@@ -58,7 +67,7 @@ class PeftFormat(Format):
     def read(self, folder: Path) -> RawCheckpoint:
         """The checkpoint in a folder, with labels from a model configuration beside it."""
         config = read_json(folder / CONFIG)
-        _check_type(config, str(folder))
+        _checked(config, str(folder / CONFIG))
         weights = weights_file(folder)
         raw = self.parse(config, read_tensors(weights), where=str(weights))
         labels_file = folder / "config.json"
@@ -66,7 +75,7 @@ class PeftFormat(Format):
         return replace(
             raw,
             labels=list(labels) or None,
-            files=file_hashes(folder),
+            files=file_hashes(folder, FILES),
             weights_suffix=weights.suffix,
             notes=raw.notes or _value_head_beside(folder),
         )
@@ -75,9 +84,10 @@ class PeftFormat(Format):
         self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str = "the module"
     ) -> RawCheckpoint:
         """A checkpoint from memory; one of a type that has to become a LoRA first has no parts (``weights``)."""
-        _check_type(config, where)
+        settings = _checked(config, where)
+        check_tensors(tensors, where)
         config, tensors = without_wrapper_patterns(config), without_wrappers(tensors, where)
-        codec = codec_of_type(str(config["peft_type"]))
+        codec = codec_of_type(settings.peft_type)
         parts: Mapping[str, Part] = {}
         others: dict[str, Tensor] = {}
         tensors, notes = _without_value_head(tensors)
@@ -103,7 +113,9 @@ class PeftFormat(Format):
                 else:
                     others[re.sub(r"\.modules_to_save\.[^.]+", "", path)] = tensor
             _check_others(others, config, where)
+            check_values(found, where)
             parts = codec.parts(found, config, where)
+            check_shapes(parts, where)
         else:
             paths = {key.removeprefix(Codec.prefix): tensor for key, tensor in tensors.items()}
             others = {path: tensor for path, tensor in paths.items() if saved_beside(path, config)}
@@ -111,8 +123,8 @@ class PeftFormat(Format):
             library=self.library,
             kind=codec.kind if codec else WEIGHTS,
             name="default",
-            base_model=config.get("base_model_name_or_path") or None,
-            task=_task(config),
+            base_model=settings.base_model_name_or_path or None,
+            task=_task(settings),
             config=config,
             parts=parts,
             head=others,
@@ -155,7 +167,7 @@ def weights_file(folder: Path) -> Path:
     for name in WEIGHTS_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError("the weights file is missing", where=str(folder), expected=" or ".join(WEIGHTS_FILES))
+    raise missing_weights(folder, WEIGHTS_FILES)
 
 
 def config_dict(config: PeftConfig) -> dict[str, Any]:
@@ -164,15 +176,24 @@ def config_dict(config: PeftConfig) -> dict[str, Any]:
     return plain
 
 
-def _check_type(config: Mapping[str, Any], where: str) -> None:
-    peft_type = str(config.get("peft_type"))
-    if peft_type in _NO_WEIGHTS or peft_type not in {*peft.PeftType.__members__, *_registered_types()}:
+def _checked(config: Mapping[str, Any], where: str) -> PeftSettings:
+    """The options that are read.
+
+    Raises:
+        CheckpointError: one has a value of another type, or the module is of a type that cannot be moved.
+    """
+    settings = PeftSettings.of(config, where)
+    if settings.peft_type in _NO_WEIGHTS or settings.peft_type not in {
+        *peft.PeftType.__members__,
+        *_registered_types(),
+    }:
         raise CheckpointError(
-            f"PEFT modules of type {peft_type} cannot be moved",
+            f"PEFT modules of type {settings.peft_type} cannot be moved",
             where=where,
             expected=f"{', '.join(_registered_types())}, or a type that changes weights",
             fix="train a LoRA in its place",
         )
+    return settings
 
 
 def _registered_types() -> list[str]:
@@ -209,18 +230,22 @@ def saved_beside(path: str, config: Mapping[str, Any]) -> bool:
     """
     # peft compares ends of module names: "classifier" also saves DistilBERT's "pre_classifier"
     names = [*(config.get("modules_to_save") or []), *_HEADS]
-    return any(re.match(rf".*{re.escape(name)}($|\..*)", path) for name in names)
+    return any(path.endswith(name) or f"{name}." in path for name in names)
 
 
 def _check_others(others: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
     for path in others:
         outside = path.endswith((".weight", ".bias")) and not re.search(r"\.\d+\.", path)  # of the layers: a head
-        if not outside and not saved_beside(path, config):
+        other = foreign_names(others)
+        if other or (not outside and not saved_beside(path, config)):
             raise CheckpointError(
-                f"tensor {path} is neither a part of a {config['peft_type']} module nor one of modules_to_save "
+                other.what
+                if other
+                else f"tensor {path} is neither a part of a {config['peft_type']} module nor one of modules_to_save "
                 f"({', '.join(config.get('modules_to_save') or []) or 'none'})",
                 where=where,
-                fix="this kind of module is not supported yet",
+                found=path if other else None,
+                fix=other.fix if other else "this kind of module is not supported yet",
             )
 
 
@@ -243,6 +268,6 @@ def _value_head_beside(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def _task(config: Mapping[str, Any]) -> Task:
-    base_class = (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    return Task.of_peft(config.get("task_type")) or Task.of_class(base_class)
+def _task(settings: PeftSettings) -> Task:
+    base_class = settings.auto_mapping.base_model_class if settings.auto_mapping else None
+    return Task.of_peft(settings.task_type) or Task.of_class(base_class or "")

@@ -37,6 +37,13 @@ class Ia3Codec(Codec):
         if not found:
             raise CheckpointError("the file holds no tensors of its kind", where=where, expected="IA3")
         vectors = {path: values["ia3_l"] for path, values in found.items()}
+        if odd := [path for path, value in vectors.items() if value.ndim < 2]:
+            raise CheckpointError(
+                f"the factors of {odd[0]} say neither that they scale what is read nor what is written",
+                where=where,
+                expected="[1, d] or [d, 1]",
+                found=list(vectors[odd[0]].shape),
+            )
         return {
             path: ScalePart(input=value.flatten()) if value.shape[0] == 1 else ScalePart(output=value.flatten())
             for path, value in vectors.items()

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.peft import embeddings
 from peft_graft.checkpoints.formats.peft.codec import Codec, Found, register_codec
 from peft_graft.checkpoints.formats.peft.options import SHARED, Options
+from peft_graft.checkpoints.formats.peft.patterns import Patterns
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
@@ -103,9 +103,10 @@ class LoraCodec(Codec):
             raise CheckpointError(
                 "the file holds no LoRA factors", where=where, expected="keys that end in lora_A.weight"
             )
+        alphas = Patterns[float](config.get("alpha_pattern") or {}, where)
         for path, values in found.items():
             rows = embeddings.part(path, values, config, where)
-            parts[path] = rows or _lora(path, values, config, where)
+            parts[path] = rows or _lora(path, values, config, alphas, where)
         return parts
 
     def tensors(self, parts: Mapping[str, Part]) -> dict[str, Tensor]:
@@ -164,11 +165,17 @@ def _factors(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     return next(((values[a], values[b]) for a, b in pairs if a in values and b in values), None)
 
 
-def _lora(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> LoraPart:
+def _lora(
+    path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], alphas: Patterns[float], where: str
+) -> LoraPart:
     names = _LINEAR | _EMBEDDING
     pair = _factors(values)
     if pair is None:
         raise CheckpointError(f"lora_{names[next(iter(values))]} of {path} lacks its twin", where=where)
+    if {"lora_A.weight", "lora_B.weight"} & values.keys() and _EMBEDDING.keys() & values.keys():
+        raise CheckpointError(
+            f"{path} has factors of a linear layer and of embeddings", where=where, found=", ".join(sorted(values))
+        )
     if config.get("use_dora") and "lora_magnitude_vector" not in values:
         raise CheckpointError(f"DoRA at {path} lacks its magnitudes", where=where)
     a, b = pair
@@ -189,14 +196,9 @@ def _lora(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], wh
             fix="correct r and lora_alpha in adapter_config.json",
         )
     part = EmbeddingLoraPart if "lora_embedding_A" in values else LoraPart
-    return part(**{names[name]: value for name, value in values.items()}, scaling=_scaling(config, path, len(a)))
-
-
-def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """What B A is multiplied by at this path."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), path), config.get("lora_alpha", _DEFAULT_ALPHA))
-    return rank_stabilised_scaling(alpha, rank, rslora=bool(config.get("use_rslora")))
+    alpha = alphas.at(path, config.get("lora_alpha", _DEFAULT_ALPHA))
+    scaling = rank_stabilised_scaling(alpha, len(a), rslora=bool(config.get("use_rslora")))
+    return part(**{names[name]: value for name, value in values.items()}, scaling=scaling)
 
 
 def _plain(value: float) -> float | int:
