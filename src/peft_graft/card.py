@@ -119,6 +119,7 @@ def write_model_card(
         .render(
             **values,
             card_data=about.to_yaml(),
+            figure=report.verdict.figure,
             labels=labels,
             text=_public(report.text) if report.text else None,
             notes=[_without_paths(note, report) for note in report.notes],

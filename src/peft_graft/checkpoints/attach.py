@@ -201,7 +201,7 @@ def _load_peft(
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # as above
-        raise VerificationError(f"peft cannot load it ({_first_line(error, folder)})", where=handle.name) from error
+        raise VerificationError(f"peft cannot load it ({_said(error, folder)})", where=handle.name) from error
     return AttachedModel(adapted, raw, names, read_json(folder / CONFIG), own_biases=own)
 
 
@@ -244,7 +244,7 @@ def _load_adapters(
             use_safetensors=raw.weights_suffix == ".safetensors",
         )
     except Exception as error:  # as for peft
-        raise VerificationError(f"adapters cannot load it ({_first_line(error, folder)})", where=handle.name) from error
+        raise VerificationError(f"adapters cannot load it ({_said(error, folder)})", where=handle.name) from error
     if info.get("missing_keys") or info.get("unexpected_keys"):
         raise VerificationError(
             "keys are missing or unexpected on loading",
@@ -256,9 +256,6 @@ def _load_adapters(
     return AttachedModel(model, raw, names, raw.config, name)
 
 
-def _first_line(error: BaseException, folder: Path | None = None) -> str:
+def _said(error: BaseException, folder: Path) -> str:
     """What a library says first, without the temporary folder that the checkpoint lies in."""
-    text = str(error).strip()
-    if folder is not None:
-        text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the checkpoint")
-    return (text.splitlines() or [type(error).__name__])[0]
+    return reason(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "the checkpoint")

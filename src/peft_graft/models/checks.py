@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_graft.errors import DependencyError, GraftError, ModelError
+from peft_graft.errors import DependencyError, GraftError, ModelError, reason
 from peft_graft.files import read_json
 from peft_graft.models.task_models import quiet_libraries
 
@@ -109,7 +109,7 @@ def check_quantisation(config: PretrainedConfig, chosen: Any, name: str, role: s
         quantiser.validate_environment()
     except Exception as error:  # every library has errors of its own here
         raise DependencyError(
-            f"the {role}'s weights are quantised by {_text(method)}, and cannot be loaded here ({_first_line(error)})",
+            f"the {role}'s weights are quantised by {_text(method)}, and cannot be loaded here ({_said(error)})",
             where=name,
             fix=f"install that library, or give the same model in 16 bit{_option(role)}",
         ) from error
@@ -155,7 +155,7 @@ def explained(name: str, role: str) -> Iterator[None]:
                 fix="read that code; if you trust it, --trust-remote-code (trust_remote_code=True) runs it",
             ) from error
         raise ModelError(
-            f"the {role} cannot be loaded ({_first_line(error)})",
+            f"the {role} cannot be loaded ({_said(error)})",
             where=name,
             fix=f"give a folder, or a hub id that can be reached from here{_option(role)}{_near(name)}",
         ) from error
@@ -178,6 +178,6 @@ def _text(method: Any) -> str:
     return str(getattr(method, "value", method) or "bitsandbytes")
 
 
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(", or contain one of the following strings in its name")[0]
+def _said(error: BaseException) -> str:
+    """What a library says, without transformers' list of all model types."""
+    return reason(error).partition(", or contain one of the following strings in its name")[0]
