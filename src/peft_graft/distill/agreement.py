@@ -44,7 +44,7 @@ LEVELS: tuple[tuple[Level, float, str], ...] = (
     ("strong", 0.8, "expected to keep most of the teacher's skill as it is"),
     ("useful", 0.5, "expected to be well above a fresh module; some labelled examples will still help"),
     ("weak", 0.15, "a better start than a fresh module, of little use without fine-tuning"),
-    ("no better", -math.inf, "expected to be no better than a fresh module"),
+    ("no better", -1.0, "expected to be no better than a fresh module"),
 )
 
 
@@ -177,7 +177,8 @@ _UNRELATED = (
 
 
 def _level(agreement: float) -> int:
-    return next(number for number, (_, least, _) in enumerate(LEVELS) if agreement >= least)
+    last = len(LEVELS) - 1  # whatever is less
+    return next((number for number, (_, least, _) in enumerate(LEVELS[:last]) if agreement >= least), last)
 
 
 @dataclass(frozen=True)
