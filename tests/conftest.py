@@ -36,28 +36,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
-    if "transformers" in sys.modules:
-        broadcast_masks()
-
-
-def broadcast_masks() -> None:
-    """Have transformers 4 make attention masks as transformers 5 does; its own way takes longer than a tiny model."""
-    from transformers import masking_utils
-
-    if not hasattr(masking_utils, "_vmap_for_bhqkv"):
-        return
-
-    def broadcasting(mask: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
-        def made(*indices: Any) -> Any:
-            shape = [len(each) for each in indices]
-            views = (each.view([-1 if axis == own else 1 for axis in range(len(shape))])
-                     for own, each in enumerate(indices))  # fmt: skip
-            return mask(*views).expand(shape)
-
-        return made
-
-    masking_utils._vmap_for_bhqkv = broadcasting
-
 
 #: Files whose tests take longest, beside those that are ``real``.
 LONG = ("test_studies", "test_sharding", "test_causal", "test_matrix")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import peft_graft
 from peft_graft import Callback, GraftConfig
 from peft_graft.errors import DeviceError
-from peft_graft.run import Run
+from peft_graft.run import Run, uninterrupted
 
 
 class Recorder(Callback):
@@ -85,3 +86,23 @@ def test_what_does_not_fit_says_what_to_lower(error: Exception) -> None:
     assert "\n" not in str(it.value)
     with pytest.raises(RuntimeError, match="^shapes$"), Run().stage("polishing"):
         raise RuntimeError("shapes")
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_for_the_end_of_a_block(monkeypatch, which) -> None:
+    done: list[str] = []
+
+    def stop(*_: object) -> None:
+        done.append("stopped")
+        raise KeyboardInterrupt
+
+    before = signal.signal(which, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            signal.raise_signal(which)
+            signal.raise_signal(which)
+            done.append("the block")
+        assert done == ["the block", "stopped"]
+        assert signal.getsignal(which) is stop
+    finally:
+        signal.signal(which, before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +81,29 @@ class Run:
         """Tell the callbacks how far a stage is."""
         for callback in self.callbacks:
             callback.on_progress(stage, done, total)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C, and what else ends a process in an orderly way, wait for the end of a block.
+
+    Python gives signals to the main thread alone; in others nothing interrupts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    handled = {which: handler for which, handler in before.items() if callable(handler)}
+    for which in handled:
+        signal.signal(which, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for which, handler in handled.items():
+            signal.signal(which, handler)
+        for number in dict.fromkeys(came):
+            signal.raise_signal(number)
 
 
 def _is_of_memory(error: Exception) -> bool:

@@ -16,7 +16,6 @@ import pytest
 import peft_graft
 import processes
 from peft_graft._inspect import Inspection
-from peft_graft.cli.progress import Bars
 from peft_graft.report import GraftReport
 
 COMMAND = [sys.executable, "-m", "peft_graft"]
@@ -151,29 +150,12 @@ def test_an_interrupted_transfer_leaves_nothing(world, tmp_path, terminal) -> No
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
-def interrupted_between_two_steps(*arguments: str) -> None:
-    """The command; within a step of the optimizer an interruption leaves nothing to go on from."""
-    show = Bars.on_progress
-
-    def on_progress(self, stage: str, done: int, total: int | None) -> None:
-        show(self, stage, done, total)
-        if (done, total) == (3, 5000):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    Bars.on_progress = on_progress
-    processes.command(*arguments)
-
-
 def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path, terminal) -> None:
-    command = ("transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
-               world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g")  # fmt: skip
-    ours, theirs = pty.openpty()
-    process = processes.start(interrupted_between_two_steps, *map(str, command), err=os.ttyname(theirs))
-    seen = _read_until(ours, b"goes on from there")
-    process.join(60)
-    os.close(theirs)
-    os.close(ours)
-    assert process.exitcode == 130
+    code, seen = _interrupt(
+        b"/5000", "transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
+        world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g",
+    )  # fmt: skip
+    assert code == 130
     assert b"the same command goes on from there" in seen
     assert [path.name for path in tmp_path.iterdir()] == ["g.unfinished"]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peft_graft.models.devices import seed_generators, trainable_attention
 from peft_graft.outputs import read_state, write_state
 from peft_graft.record import Record
+from peft_graft.run import uninterrupted
 
 #: Share of the steps in which the learning rate rises.
 WARM_UP = 0.06
@@ -134,7 +135,6 @@ class TrainingLoop:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self.schedule.fp16)
         self._step, self._since, self._least = 0, 0, float("inf")
         self._curve: list[Point] = []
-        self._whole = True
         self._best = self._copy() if self.keep_best and self.evaluate else {}
 
     @property
@@ -168,8 +168,7 @@ class TrainingLoop:
                 if self.on_step:
                     self.on_step(self._step, loss)
         except KeyboardInterrupt:
-            if self._whole:
-                self._keep()
+            self._keep()
             raise
         self._leave_result()
         return self._curve
@@ -210,12 +209,11 @@ class TrainingLoop:
             total += loss.detach().to(self._device)
         self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _MAX_NORM)
-        self._whole = False  # an interruption in here leaves what no state may hold
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad()
-        self._step += 1
-        self._whole = True
+        with uninterrupted():  # half an update is what no state may hold
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad()
+            self._step += 1
         return total
 
     def _precision(self) -> AbstractContextManager[Any]:

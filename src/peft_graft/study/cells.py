@@ -42,7 +42,7 @@ from peft_graft.study.tasks import Example, StudyTask
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
 #: Part of every id; raised when the same configuration comes to stand for other work.
-FORMAT = 2
+FORMAT = 3
 #: Seed of the examples and the module on which learning rates are tried, which no student has.
 _RATE_SEED = 10_000
 #: Examples on which a rate is chosen where a budget has all.
