@@ -115,7 +115,8 @@ REPORTS = {
         error="ZeRO-3",
     ),
     "a base that was changed first": Report(
-        "huggingface/peft/pull/1626", settings(init_lora_weights="pissa"), error="save it with peft's path_initial_model_for_weight_conversion"
+        "huggingface/peft/pull/1626", settings(init_lora_weights="pissa"),
+        error="save it with peft's path_initial_model_for_weight_conversion"
     ),
     "mlx-lm": Report("ml-explore/mlx-lm/issues/1119", as_mlx, error="mlx-lm"),
     "a training checkpoint without a module": Report(

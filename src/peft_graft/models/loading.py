@@ -94,10 +94,7 @@ DEFAULT_LOADING = Loading()
 
 
 class ModelRecord(Record):
-    """What a report says about a teacher or student: family, depth, and fingerprint of its weights.
-
-    ``name``: where it is, a hub id or an absolute path. ``hub_id``: what the hub calls it, as far as is known.
-    """
+    """What a report says about a teacher or student: ``name`` is a hub id or a path, ``hub_id`` as far as is known."""
 
     name: str
     hub_id: str | None = None

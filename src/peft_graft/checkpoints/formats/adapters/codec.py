@@ -137,3 +137,12 @@ def check_complete(found: Mapping[str, Mapping[str, Tensor]], needed: set[str], 
     for path, values in found.items():
         if not needed <= values.keys():
             raise CheckpointError(f"{path} lacks {', '.join(sorted(needed - values.keys()))}", where=where)
+
+
+def on_fused_layer(path: str) -> CheckpointError:
+    """Why a module at this path is not moved."""
+    return CheckpointError(
+        "AdapterHub's module on a fused layer holds some of its projections only, which cannot be moved yet",
+        where=path,
+        fix="train the module with peft",
+    )

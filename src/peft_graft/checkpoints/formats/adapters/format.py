@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from peft_graft.checkpoints.foreign import missing_weights
-from peft_graft.checkpoints.formats.adapters.codec import CODECS, Codec, Saved
+from peft_graft.checkpoints.formats.adapters.codec import CODECS, Codec, Saved, on_fused_layer
 from peft_graft.checkpoints.formats.adapters.settings import FileSettings, HeadFile, ModuleSettings
 from peft_graft.checkpoints.formats.adapters.versions import (
     DEFAULT,
@@ -153,11 +153,7 @@ class AdaptersFormat(Format):
         """Refuse fused layers, on which the library has modules of some projections only."""
         linears = [architecture.row.linears.get(site.role) for site in sites]
         if any(linear and linear.fused for linear in linears):
-            raise CheckpointError(
-                "AdapterHub's module on a fused layer holds some of its projections only, which cannot be moved yet",
-                where=path,
-                fix="train the module with peft",
-            )
+            raise on_fused_layer(path)
 
 
 def module_config(config: Mapping[str, Any], where: str = CONFIG) -> dict[str, Any]:

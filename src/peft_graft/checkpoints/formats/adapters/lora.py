@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from peft_graft.checkpoints.formats.adapters.codec import Codec, Saved, Settings, in_container, register_codec
+from peft_graft.checkpoints.formats.adapters.codec import (
+    Codec,
+    Saved,
+    Settings,
+    in_container,
+    on_fused_layer,
+    register_codec,
+)
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.errors import CheckpointError
@@ -25,8 +32,16 @@ class LoraCodec(Codec):
         return settings.get("architecture") == "lora" and settings.get("composition_mode") != "scale"
 
     def parts(self, saved: Saved) -> tuple[dict[str, Part], Settings]:
-        """The factors of every layer."""
+        """The factors of every layer.
+
+        Raises:
+            CheckpointError: they are of several projections of a fused layer.
+        """
         found = in_container(saved, "loras", self.kind, {"lora_A": "A", "lora_B": "B"})
+        for path, values in found.items():
+            ranks = [len(values["A"]), values["B"].shape[-1]] if values["A"].ndim == values["B"].ndim == 2 else [1, 1]
+            if ranks[1] and ranks[0] > ranks[1] and ranks[0] % ranks[1] == 0:  # the factors of several projections
+                raise on_fused_layer(path)
         scaling = saved.setting("alpha") / saved.setting("r")
         return {path: LoraPart(**values, scaling=scaling) for path, values in found.items()}, saved.settings
 
