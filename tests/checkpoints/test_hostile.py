@@ -231,8 +231,8 @@ def test_words_of_a_module_reach_the_terminal_as_words(command, module: Path) ->
     (module / "config.json").write_text(json.dumps({"id2label": labels}))
     shown = command("inspect", module, code=1).out
     assert not set("\x1b\x07\u202e") & set(shown)
-    assert r"\x1b]0;owned\x07\x1b[31m[bold red]" in shown
-    as_json = command("inspect", module, "--json").out
+    assert r"base model   \x1b]0;owned\x07\x1b[31m[bold red]\n| `x` | <script>\u202e" in shown
+    as_json = command("inspect", module, "--json", code=1).out
     assert not set("\x1b\x07\u202e") & set(as_json)
     assert json.loads(as_json)["labels"] == list(labels.values())
     config_of(module, peft_type=f"{ESCAPES}:smile:")

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 _SHOWN = 3
 
 
-def escaped(text: str) -> str:
-    """Text as rich prints it unchanged, with the codes in it shown and not sent to the terminal."""
-    return escape("\n".join(map(plain, text.split("\n"))))
+def escaped(text: str, *, lines: bool = False) -> str:
+    """Text as rich prints it unchanged, with the codes in it shown and not sent to the terminal.
+
+    Args:
+        lines: whether line ends are kept, as in answers; names and messages are shown on one line.
+    """
+    return escape("\n".join(map(plain, text.split("\n"))) if lines else plain(text))
 
 
 def show_inspection(found: Inspection) -> None:
@@ -56,7 +60,7 @@ def show_inspection(found: Inspection) -> None:
         console.print(table)
     else:
         for path in found.paths:
-            console.print(f"  {path}")
+            console.print(f"  {escaped(path)}")
     for path in found.left_out:
         console.print(f"without a role, and so left out: {escaped(path)}", soft_wrap=True)
     if found.teacher_problem:
@@ -216,7 +220,7 @@ def _show_prompts(report: GraftReport, console: Console) -> None:
         )
     table = Table("prompt", "teacher", "graft", title="answers to prompts that were held out", show_lines=True)
     for sample in report.answers[:_SHOWN]:
-        table.add_row(*(escaped(text) for text in (sample.prompt, sample.teacher, sample.graft)))
+        table.add_row(*(escaped(text, lines=True) for text in (sample.prompt, sample.teacher, sample.graft)))
     console.print(table)
 
 
@@ -269,7 +273,7 @@ def show_evaluation(found: Evaluation, out: Path | None) -> None:
         table = Table("prompt", "reference", *asked, title="some of the answers", show_lines=True)
         for sample in found.answers[:_SHOWN]:
             said = (sample.prompt, sample.references[0], *(sample.answers[name] for name in asked))
-            table.add_row(*map(escaped, said))
+            table.add_row(*(escaped(text, lines=True) for text in said))
         console.print(table)
     if out is not None:
         console.print(f"[bold green]written[/] {escaped(str(out))}", soft_wrap=True)

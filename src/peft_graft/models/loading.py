@@ -269,8 +269,7 @@ def describe_config(config: PretrainedConfig) -> Architecture:
 def blank_handle(config: PretrainedConfig, name: str = "", *, trust_remote_code: bool = False) -> ModelHandle:
     """A model without values, made from a configuration alone.
 
-    It is on torch's meta device and its ``base_tensors`` are meta tensors: code that needs shapes only works on it as
-    on a loaded model. It has no fingerprint.
+    It is on torch's meta device, as are its ``base_tensors``, for code that needs shapes only. It has no fingerprint.
 
     Raises:
         ModelError: it cannot be built. ArchitectureError: its architecture is unknown.
