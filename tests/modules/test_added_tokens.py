@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 
+import peft_graft
 import tiny
+from peft_graft import GraftConfig
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import checkpoint_of_student, resolve
@@ -115,3 +117,18 @@ def test_factors_of_a_vocabulary_that_was_resized_need_the_resized_model(kind: s
     trained(tmp_path, kind, tied=False, resized=True, ensured=False)
     with pytest.raises(CheckpointError, match=r"was resized .*; expected 20 tokens, found 22\. Fix: save the resized"):
         returned(tmp_path, wrap_model(model_of(tied=False)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["tokens of embeddings", "embeddings saved", "LoRA on embeddings"])
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("student", [True, False])
+def test_rows_that_one_model_has_in_its_output_layer_too_are_noted(
+    kind: str, teacher: bool, student: bool, tmp_path: Path
+) -> None:
+    trained(tmp_path, kind, tied=teacher, resized=False, ensured=False)
+    config = GraftConfig(method="copy")
+    found = peft_graft.inspect(tmp_path, model_of(tied=student), teacher=model_of(tied=teacher), config=config)
+    assert found.student is not None
+    noted = [note for note in found.student.notes if "output layer" in note]
+    assert bool(noted) == (kind == "tokens of embeddings" and teacher != student), found

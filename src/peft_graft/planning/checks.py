@@ -15,8 +15,10 @@ from peft_graft.config import AUTO, GraftConfig
 from peft_graft.errors import AlignmentError, HeadError, PlanError, TextError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import POOLED_OUT, Space
+from peft_graft.models.spec import EMBED_ROLE
 from peft_graft.models.task_models import blank_model, is_remote, own_labels
 from peft_graft.models.tasks import Task
+from peft_graft.modules.embeddings import RowsModule, TokenRowsPart
 from peft_graft.planning.sites import SitePlans
 from peft_graft.planning.spaces import check_reads_text
 
@@ -55,6 +57,31 @@ def check_vocabulary(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
             where=tokens,
             fix=f"leave it behind by naming what moves: --sites {','.join(checkpoint.roles)}",
         )
+
+
+def tying_notes(moved: PeftCheckpoint, models: ModelPair) -> tuple[str, ...]:
+    """What is to say where rows of word embeddings move that one of the models has in its output layer too.
+
+    peft trains such rows in both where they are trained token by token, or where ``ensure_weight_tying`` is set.
+    """
+    raw = moved.raw
+    in_both = raw.config.get("ensure_weight_tying") or any(
+        isinstance(part, TokenRowsPart) for part in raw.parts.values()
+    )
+    rows = {site.role for site, module in moved.modules.items() if isinstance(module, RowsModule)}
+    teacher, student = (
+        bool(getattr(model.text_config, "tie_word_embeddings", False)) for model in (models.teacher, models.student)
+    )
+    if raw.task is not Task.CAUSAL_LM or not in_both or rows != {EMBED_ROLE} or teacher == student:
+        return ()
+    if teacher:
+        return (
+            "the rows that were trained are of the teacher's output layer too, which is its word embeddings; the "
+            "student has an output layer of its own, and it stays as it was",
+        )
+    return (
+        "the student's output layer is its word embeddings, so it changes with them; the teacher's stayed as it was",
+    )
 
 
 def check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:

@@ -29,6 +29,7 @@ from peft_graft.planning.checks import (
     check_task_models,
     check_vocabulary,
     no_predictions,
+    tying_notes,
     with_given_labels,
     with_teacher_labels,
 )
@@ -189,4 +190,5 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
 def _sites(
     moved: PeftCheckpoint, models: ModelPair, config: GraftConfig, method: Method, experts: ExpertMap | None = None
 ) -> SitePlans:
-    return plan_sites(moved, models.teacher.architecture, models.student.architecture, config, method, experts)
+    found = plan_sites(moved, models.teacher.architecture, models.student.architecture, config, method, experts)
+    return replace(found, notes=(*found.notes, *tying_notes(moved, models)))
