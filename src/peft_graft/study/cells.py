@@ -41,8 +41,6 @@ from peft_graft.study.spec import Budget, ModuleSpec, SomeTask
 from peft_graft.study.tasks import Example, StudyTask
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
-#: Part of every id; raised when the same configuration comes to stand for other work.
-FORMAT = 3
 #: Seed of the examples and the module on which learning rates are tried, which no student has.
 _RATE_SEED = 10_000
 #: Examples on which a rate is chosen where a budget has all.
@@ -97,6 +95,8 @@ class Cell(Record, ABC):
     """One unit of work."""
 
     kind: ClassVar[str]
+    #: Part of the id; raised when the same configuration comes to stand for other work.
+    version: ClassVar[int] = 2
     names: Names
     config: Config
     needs: Needs = Needs()
@@ -104,7 +104,7 @@ class Cell(Record, ABC):
     @property
     def id(self) -> str:
         """Stable: the same work has the same id in every study, other work another."""
-        content = [FORMAT, self.kind, self.hashed(), self.needs.model_dump(exclude_none=True)]
+        content = [self.version, self.kind, self.hashed(), self.needs.model_dump(exclude_none=True)]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         slug = "-".join(str(value) for value in self.names.model_dump(exclude_none=True).values())
         plain = "".join(char if char.isalnum() or char in "-." else "_" for char in slug)
@@ -238,6 +238,7 @@ class GraftCell(Cell):
     """Move a teacher's module; it leaves a checkpoint with its report."""
 
     kind = "graft"
+    version = 3  # text is split by what differs, and what judges chooses nothing
     config: TransferConfig
 
     def hashed(self) -> dict[str, Any]:
@@ -283,6 +284,7 @@ class FreshPolishCell(Cell):
     """Polish the student's own untrained module on the teacher's answers; it leaves a checkpoint."""
 
     kind = "polish"
+    version = 3
     config: FreshPolishConfig
 
     def hashed(self) -> dict[str, Any]:
