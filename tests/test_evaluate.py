@@ -17,7 +17,7 @@ import peft_graft
 import speech
 import tiny
 from peft_graft import Callback, EvaluateConfig, Evaluation, Graft, GraftConfig, GraftError, evaluate
-from peft_graft.cli import main as cli
+from peft_graft.cli import main
 from peft_graft.metrics import METRICS, interval
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
@@ -212,7 +212,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "140")
         monkeypatch.setattr(sys, "argv", ["peft-graft", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         done = capsys.readouterr()
         assert ended.value.code == code, done.out + done.err
         return done
