@@ -31,6 +31,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+# A base that a mutant names is not to be looked for.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import peft
 import torch
 import transformers
@@ -615,7 +618,6 @@ def main() -> int:
     options.add_argument("--transfers", action="store_true")
     options.add_argument("--corpus", type=Path, help="keep what is mutated in this folder, and take it from there")
     chosen = options.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, quiet_libraries():
         root = chosen.corpus or Path(name)

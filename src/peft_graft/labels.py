@@ -25,7 +25,7 @@ def declared_names(id2label: object) -> tuple[str, ...]:
         return ()
     try:
         numbered = {int(index): str(name) for index, name in id2label.items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ()
     names = tuple(numbered[index] for index in sorted(numbered))
     in_order = sorted(numbered) == list(range(len(names)))

@@ -20,6 +20,7 @@ from peft_graft.alignment.maps import LinearMap, Selection
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.errors import AlignmentError, CheckpointError, GraftError, ModelError, StudyError, plain, reason
 from peft_graft.files import read_json, read_tensors
+from peft_graft.labels import declared_names
 from peft_graft.models.loading import load_config
 from peft_graft.models.spaces import Space
 from peft_graft.study.spec import read_study
@@ -279,3 +280,8 @@ def test_names_that_the_file_system_or_a_host_would_be_asked_for() -> None:
         load_config("http://127.0.0.1:1/config.json", role="teacher")
     with pytest.raises(ModelError, match="the teacher cannot be loaded"):
         load_config("a" * 5000, role="teacher")
+
+
+@pytest.mark.parametrize("numbers", [{"inf": "A"}, {float("inf"): "A"}, {"x": "A"}, {None: "A"}, {0: "A", 2: "B"}])
+def test_numbers_of_labels_that_are_none_name_nothing(numbers: dict) -> None:
+    assert declared_names(numbers) == ()
