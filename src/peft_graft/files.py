@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
@@ -134,6 +134,27 @@ def _check_tensor(name: str, tensor: Tensor, where: str) -> None:
         found=kind,
         fix="save it again with .to_dense() and .to(torch.bfloat16), on the CPU",
     )
+
+
+def renamed(
+    tensors: Mapping[str, Tensor], name_of: Callable[[str], str], where: str, *, clash: str, fix: str
+) -> dict[str, Tensor]:
+    """A file's tensors by other names.
+
+    Args:
+        clash, fix: what is said where two of them would have one name.
+
+    Raises:
+        CheckpointError: two of them would.
+    """
+    found: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        new = name_of(name)
+        if new in found:
+            raise CheckpointError(clash, where=where, found=f"{origins[new]} and {name}", fix=fix)
+        found[new], origins[new] = tensor, name
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

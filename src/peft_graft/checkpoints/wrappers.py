@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_graft.errors import CheckpointError
+from peft_graft.files import renamed
 
 #: A wrapper's name as one part of a path, which in an expression has a backslash before the dot.
 _WRAPPER = re.compile(
@@ -24,19 +24,13 @@ def without_wrappers(tensors: Mapping[str, Tensor], where: str) -> dict[str, Ten
     Raises:
         CheckpointError: two of them would have one name.
     """
-    plain: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        own = _WRAPPER.sub("", name)
-        if own in plain:
-            raise CheckpointError(
-                "the file holds one tensor twice, with a wrapper's name in its path and without",
-                where=where,
-                found=f"{names[own]} and {name}",
-                fix="keep one of the two",
-            )
-        plain[own], names[own] = tensor, name
-    return plain
+    return renamed(
+        tensors,
+        lambda name: _WRAPPER.sub("", name),
+        where,
+        clash="the file holds one tensor twice, with a wrapper's name in its path and without",
+        fix="keep one of the two",
+    )
 
 
 def without_wrapper_patterns(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,13 @@ from peft_graft.models.families.llama import GATED_FFN, LLAMA_ATTENTION, LLAMA_F
 from peft_graft.models.rows import linears, optional
 from peft_graft.models.spec import ArchitectureRow, Experts, of_expert
 
+#: Of each layer, where not all are mixtures: dense feed-forward blocks, or experts, some of whom see every token.
+_EXPERTS = Experts("mlp", "mlp.experts", linears(**GATED_FFN))
+_DENSE_AND_SHARED = {
+    **optional(linears(**LLAMA_FFN)),
+    **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_experts")),
+}
+
 register_architecture(
     ArchitectureRow(
         model_types=("mixtral",),
@@ -37,7 +44,7 @@ register_architecture(
                     **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_expert")),
                     **optional(of_expert("shared", linears(ffn_router="mlp.shared_expert_gate"))),
                 },
-                experts=Experts("mlp", "mlp.experts", linears(**GATED_FFN)),
+                experts=_EXPERTS,
             ),
         ),
         heads=LLAMA_HEADS,
@@ -60,10 +67,9 @@ register_architecture(
                         attn_kv_up="self_attn.kv_b_proj",
                         attn_output="self_attn.o_proj",
                     ),
-                    **optional(linears(**LLAMA_FFN)),
-                    **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_experts")),
+                    **_DENSE_AND_SHARED,
                 },
-                experts=Experts("mlp", "mlp.experts", linears(**GATED_FFN)),
+                experts=_EXPERTS,
             ),
         ),
         heads=LLAMA_HEADS,
@@ -75,10 +81,9 @@ register_architecture(
                 LLAMA_STACK,
                 linears={
                     **linears(**LLAMA_ATTENTION),
-                    **optional(linears(**LLAMA_FFN)),
-                    **optional(of_expert("shared", linears(**GATED_FFN), "mlp.shared_experts")),
+                    **_DENSE_AND_SHARED,
                 },
-                experts=Experts("mlp", "mlp.experts", linears(**GATED_FFN)),
+                experts=_EXPERTS,
             ),
         ),
         heads=LLAMA_HEADS,

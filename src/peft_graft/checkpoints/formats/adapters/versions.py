@@ -13,6 +13,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError
+from peft_graft.files import renamed
 
 #: The version whose form is written, and what is read is brought to.
 VERSION = "adapters.1.3.0"
@@ -77,21 +78,14 @@ def todays_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tenso
     Raises:
         CheckpointError: two of them have one key today.
     """
-    found: dict[str, Tensor] = {}
-    origins: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        new = key
+
+    def todays(key: str) -> str:
         for old, name in _NAMES.items():
-            new = new.replace(old, name)
-        if new in found:
-            raise CheckpointError(
-                "two tensors of the file are at one place in today's versions of the library",
-                where=where,
-                found=f"{origins[new]} and {key}",
-                fix="keep the tensors of one adapter in the file",
-            )
-        found[new], origins[new] = tensor, key
-    return found
+            key = key.replace(old, name)
+        return key
+
+    clash = "two tensors of the file are at one place in today's versions of the library"
+    return renamed(tensors, todays, where, clash=clash, fix="keep the tensors of one adapter in the file")
 
 
 def todays_inverse(
