@@ -1,0 +1,47 @@
+"""Every choice of a user: one model per verb, from which the command line, studies and records are made.
+
+Nothing here imports torch, so that ``peft-graft --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from peft_graft.config.align import AlignConfig
+from peft_graft.config.base import (
+    AUTO,
+    CHAT,
+    FRESH,
+    MAX_TOKENS,
+    METHOD_SUMMARIES,
+    POLISH_STEPS,
+    Dtype,
+    HeadChoice,
+    Library,
+    Option,
+    method_help,
+    option_name,
+    option_of,
+)
+from peft_graft.config.evaluate import EvaluateConfig
+from peft_graft.config.graft import GraftConfig, PairConfig
+from peft_graft.config.study import StudyConfig
+
+__all__ = [
+    "AUTO",
+    "CHAT",
+    "FRESH",
+    "MAX_TOKENS",
+    "METHOD_SUMMARIES",
+    "POLISH_STEPS",
+    "AlignConfig",
+    "Dtype",
+    "EvaluateConfig",
+    "GraftConfig",
+    "HeadChoice",
+    "Library",
+    "Option",
+    "PairConfig",
+    "StudyConfig",
+    "method_help",
+    "option_name",
+    "option_of",
+]

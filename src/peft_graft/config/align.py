@@ -1,0 +1,45 @@
+"""How ``align`` aligns two models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from peft_graft.config.base import (
+    HOW,
+    WHAT,
+    WHERE,
+    Option,
+    check_method,
+)
+from peft_graft.config.graft import PairConfig
+
+
+class AlignConfig(PairConfig):
+    """How ``align`` aligns two models.
+
+    Attributes:
+        sites: roles to cover, such as ``("attn.query", "attn.value")``, ``adapter`` for bottleneck adapters; all when
+            None.
+        ray: run the pass on Ray, by a cluster's address or ``local``, in ``shards`` parts, one for each CPU by default.
+    """
+
+    method: Annotated[str, Option(HOW)] = Field(default="prune-align", description="The method whose maps to find.")
+    sites: Annotated[tuple[str, ...] | None, Option(WHAT)] = Field(
+        default=None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default."
+    )
+    ray: Annotated[str | None, Option(WHERE, decides=False)] = Field(
+        default=None, description="Run on Ray: local for this machine, or a cluster's address."
+    )
+    shards: Annotated[int | None, Option(WHERE, decides=False)] = Field(
+        default=None, description="Parts of the text on Ray; one for each CPU by default."
+    )
+
+    @model_validator(mode="after")
+    def _choices_exist(self) -> Self:
+        check_method(self.method, allow_auto=False)
+        return self
