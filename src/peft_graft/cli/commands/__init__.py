@@ -1,0 +1,8 @@
+"""The verbs, a file each: a thin layer over the functions of the same names.
+
+A new verb is a file here and its name below, which is also its place on the help page.
+"""
+
+from peft_graft.cli.commands import inspect, transfer, align, evaluate, study, demo  # isort: skip
+
+__all__ = ["align", "demo", "evaluate", "inspect", "study", "transfer"]

@@ -1,0 +1,38 @@
+"""The command ``inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import peft_graft
+from peft_graft.cli.display import show_inspection
+from peft_graft.cli.late import command
+from peft_graft.cli.output import Json, print_json
+
+if TYPE_CHECKING:
+    from peft_graft.config import GraftConfig
+
+
+@command
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="Folder or hub id of a module.")],
+    config: GraftConfig,
+    student: Annotated[str | None, typer.Option(help="Plan a transfer to this model, without its weights.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The module's base, if its configuration is wrong.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text that the transfer would be given.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="The examples that the transfer would make prompts from.")] = None,
+    alignment: Annotated[str | None, typer.Option(help="The alignment that the transfer would be given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a module is, where it attaches, and what would become of it on a student."""
+    found = peft_graft.inspect(
+        adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, config=config
+    )
+    if as_json:
+        print_json(found)
+    else:
+        show_inspection(found)
+    if found.teacher_problem or (found.student and found.student.problem):
+        raise typer.Exit(1)
