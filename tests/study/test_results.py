@@ -120,7 +120,7 @@ def test_new_runs_take_the_place_of_old_ones_with_the_same_seed(tmp_path: Path) 
     assert len(entry.runs) == 2
 
 
-@pytest.mark.parametrize("page", ["quality.md", "decoders.md", "../../README.md"])
+@pytest.mark.parametrize("page", ["index.md", "quality.md", "decoders.md", "../../README.md"])
 def test_published_pages_are_made_from_published_results(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     assert render(text, [record for name in PUBLISHED for record in read_results(DOCS / name)]) == text
