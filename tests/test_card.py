@@ -85,9 +85,13 @@ def grafted(made: Path, module: str, out: Path, patch: pytest.MonkeyPatch, **opt
         return peft_graft.transfer(f"modules/{module}", student, out=out, config=GraftConfig(method="copy", **options))
 
 
+def codes_of(folder: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.M | re.S)
+
+
 def code_of(folder: Path) -> str:
-    found = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.M | re.S)
-    assert len(found) == 1
+    found = codes_of(folder)
+    assert len(found) == 1 + ("\nIn one line:\n" in (folder / "README.md").read_text())
     return found[0]
 
 
@@ -137,10 +141,16 @@ def test_the_code_of_the_card_loads_the_graft_from_another_folder(
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     space: dict[str, Any] = {}
+    transformers.set_seed(0)  # pipelines draw
     exec(compile(code_of(tmp_path / "graft"), "README.md", "exec"), space)
-    assert capsys.readouterr().out.strip()
+    answer = capsys.readouterr().out
+    assert answer.strip()
     model = space["model"]
     assert torch.equal(last(model), last(graft.model.eval()))
+    for line in codes_of(tmp_path / "graft")[1:]:
+        transformers.set_seed(0)
+        exec(compile(line, "README.md", "exec"), {})
+        assert capsys.readouterr().out == answer
     if graft.labels:
         names = model.get_labels_dict() if hasattr(model, "get_labels_dict") else model.config.id2label
         assert tuple(names[index] for index in sorted(names)) == graft.labels
@@ -157,6 +167,9 @@ def test_what_is_written_loads_with_the_automatic_classes(made: Path, tmp_path: 
         ("bare", peft.AutoPeftModel),
     ):
         assert torch.equal(last(auto.from_pretrained(name)), last(grafts[name].model.eval()))
+    grafted(made, "tags", tmp_path / "tags", monkeypatch, labels=tiny.LABELS)
+    tagger = peft.AutoPeftModelForTokenClassification.from_pretrained("tags", num_labels=5)
+    assert torch.equal(last(tagger), last(Graft.from_pretrained("tags").model.eval()))
     speak = transformers.pipeline("text-generation", model="speech")
     assert torch.equal(last(speak.model), last(grafts["speech"].model.eval()))
     assert speak("river", max_new_tokens=3)[0]["generated_text"]

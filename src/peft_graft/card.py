@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from peft_graft.checkpoints.beside import TOKENIZER
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
@@ -32,15 +33,19 @@ class Usage:
         graft: what the card calls it, its folder's name or its hub id. base: the student's hub id, None where only the
             graft's configuration says where the student is.
         auto_class: of transformers. options: further arguments of ``from_pretrained``, by name.
+        brings_tokenizer: whether the student's tokenizer lies beside the module.
         num_labels: None where no head is written. vocabulary: what the embeddings are resized to, where they are.
         reads_text, is_encoder_decoder: what the student does. prompt: an example of what it is asked.
         chat, chat_args: the same as messages, where it is asked by its chat template, and arguments of that template.
+        one_line: code that loads it and asks, None where no pipeline is for its task. auto_peft: the class of peft that
+            loads it by itself, if there is one.
     """
 
     graft: str
     base: str | None
     auto_class: str
     options: dict[str, object]
+    brings_tokenizer: bool
     labels: tuple[str, ...]
     num_labels: int | None
     vocabulary: int | None
@@ -49,6 +54,8 @@ class Usage:
     prompt: str
     chat: list[dict[str, str]] | None
     chat_args: dict[str, object]
+    one_line: str | None
+    auto_peft: str | None
 
     @classmethod
     def of(
@@ -57,8 +64,10 @@ class Usage:
         student: ModelHandle,
         report: GraftReport,
         labels: tuple[str, ...],
+        *,
         names: StudentNames,
         graft: str,
+        brings_tokenizer: bool,
     ) -> Usage:
         """What the card of a written checkpoint has to say; the arguments are those of ``write_model_card``."""
         settings, config = report.settings, student.base.config
@@ -69,20 +78,38 @@ class Usage:
         format = settings.format_of_student if report.prompts else None
         messages = [{"role": "system", "content": settings.system}] if settings.system else []
         size = student.base.get_input_embeddings().num_embeddings if raw.vocabulary_size else 0
+        auto_class = raw.task.auto_class_of(report.student.model_type)
+        chat = [*messages, {"role": "user", "content": example}] if report.prompts and not format else None
+        prompt = _filled(format, example, settings.system) if format else example
         return cls(
             graft=graft,
             base=names.name if names.name == report.student.hub_id else None,
-            auto_class=raw.task.auto_class_of(report.student.model_type),
+            auto_class=auto_class,
             options=options,
+            brings_tokenizer=brings_tokenizer,
             labels=labels,
             num_labels=raw.num_labels,
             vocabulary=raw.vocabulary_size if raw.vocabulary_size > size else None,
             reads_text={stack.kind for stack in student.architecture.row.stacks} <= {"encoder", "decoder"},
             is_encoder_decoder=bool(config.is_encoder_decoder),
-            prompt=_filled(format, example, settings.system) if format else example,
-            chat=[*messages, {"role": "user", "content": example}] if report.prompts and not format else None,
+            prompt=prompt,
+            chat=chat,
             chat_args=settings.template_args or {},
+            one_line=None if chat and settings.template_args else _in_one_line(raw, graft, chat or prompt),
+            auto_peft=f"AutoPeft{auto_class.removeprefix('Auto')}" if raw.task.peft_type else None,
         )
+
+
+def _in_one_line(raw: RawCheckpoint, graft: str, asked: str | list[dict[str, str]]) -> str | None:
+    """Code that loads a graft and asks it; by transformers alone where that loads it whole."""
+    if raw.library == Library.PEFT and raw.task is Task.CAUSAL_LM:
+        loaded = f'transformers.pipeline("text-generation", model={python(graft)})'
+        return f"import transformers\n\nprint({loaded}({python(asked)}, max_new_tokens=64))"
+    if raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION):
+        return (
+            f"import peft_graft\n\nprint(peft_graft.Graft.from_pretrained({python(graft)}).pipeline()({python(asked)}))"
+        )
+    return None
 
 
 def write_model_card(
@@ -111,7 +138,9 @@ def write_model_card(
         pipeline_tag=task.pipeline_tag,
     )
     loading = format_of(raw.library).loading_template
-    usage = Usage.of(raw, student, report, labels, names, graft)
+    usage = Usage.of(
+        raw, student, report, labels, names=names, graft=graft, brings_tokenizer=(folder / TOKENIZER).is_file()
+    )
     values = {"report": report, "task": raw.task, "Task": Task, "usage": usage, "raw": raw}
     content = (
         _environment()

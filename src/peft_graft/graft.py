@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.card import write_model_card
 from peft_graft.checkpoints.attach import attach
+from peft_graft.checkpoints.beside import tokenizer_of, write_beside
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
@@ -20,17 +20,12 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
-from peft_graft.config import Library
-from peft_graft.errors import CheckpointError
+from peft_graft.errors import CheckpointError, ModelError
 from peft_graft.files import read_json, write_json
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
-from peft_graft.models.task_models import set_labels
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
 from peft_graft.report import GraftReport
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 REPORT = "graft.json"
 
@@ -91,6 +86,32 @@ class Graft:
             speaks = self.raw.task is Task.CAUSAL_LM
             return attach(self.raw, student, self.labels, trainable=True, speaks=speaks).model
 
+    @property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer, None where it has none."""
+        return tokenizer_of(self.student)
+
+    def pipeline(self, **options: Any) -> Any:
+        """A pipeline of transformers that answers as the graft does, with its head and the names of its classes.
+
+        Args:
+            options: of ``transformers.pipeline``, such as ``aggregation_strategy`` or ``batch_size``.
+
+        Raises:
+            ModelError: transformers has no pipeline for what the graft does; call ``model`` then.
+        """
+        import transformers
+
+        task = self.raw.task.pipeline_tag
+        if task not in transformers.pipelines.get_supported_tasks():
+            raise ModelError(
+                f"transformers {transformers.__version__} has no pipeline for this",
+                where=str(self.folder or "the graft"),
+                found=self.raw.task,
+                fix="call graft.model itself",
+            )
+        return transformers.pipeline(task, model=self.model.eval(), tokenizer=self.tokenizer, **options)
+
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.
 
@@ -114,10 +135,8 @@ class Graft:
             names = replace(names, name=self.report.student.hub_id or names.name)
         with written_aside(out, force=force) as staging:
             write_checkpoint(staging, raw, names)
-            if self.labels and raw.library == Library.PEFT:
-                _write_labels(staging, student.base.config, self.labels)
             verification = verify(staging, raw, student, self.labels)
-            notes = list(self.report.notes)
+            notes = [*self.report.notes, *write_beside(staging, raw, student, self.labels)]
             if raw.head and self.checkpoint.head is None:
                 notes.append(
                     f"an untrained head stands in for one that was not carried, as peft demands for {raw.task}"
@@ -211,10 +230,3 @@ class Graft:
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)
         return cls(checkpoint, report, None, handle, folder, raw)
-
-
-def _write_labels(folder: Path, config: PretrainedConfig, labels: tuple[str, ...]) -> None:
-    """Label names beside the module, which peft does not store: the student's configuration as its users need it."""
-    named = copy.deepcopy(config)
-    set_labels(named, labels)
-    named.save_pretrained(folder)

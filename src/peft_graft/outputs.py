@@ -155,8 +155,9 @@ def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
                 staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
                 staging.chmod(0o777 & ~_umask())
                 yield staging
-                for path in staging.iterdir():
-                    path.chmod(0o666 & ~_umask())  # safetensors writes files for the owner alone
+                for path in staging.rglob("*"):
+                    # Safetensors writes files for the owner alone.
+                    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
                     _flush(path)
                 _swap_in(staging, out, force=force)
         finally:
