@@ -8,7 +8,7 @@ from transformers import QuantoConfig
 from typer.testing import CliRunner
 
 import peft_graft
-from peft_graft import AlignConfig, EvaluateConfig, GraftConfig, GraftError
+from peft_graft import AlignConfig, EvaluateConfig, ExportConfig, GraftConfig, GraftError
 from peft_graft.cli.late import with_options
 from peft_graft.cli.main import app
 from peft_graft.cli.options import options_from
@@ -19,6 +19,7 @@ COMMANDS = {
     "transfer": GraftConfig,
     "align": AlignConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "study": StudyConfig,
 }
 

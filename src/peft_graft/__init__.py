@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_graft._align import align
     from peft_graft._evaluate import Evaluation, evaluate
+    from peft_graft._export import Export, export
     from peft_graft._inspect import inspect
     from peft_graft._transfer import transfer
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.alignment.methods import register_method
     from peft_graft.checkpoints.formats.base import register_format
-    from peft_graft.config import AlignConfig, EvaluateConfig, GraftConfig
+    from peft_graft.config import AlignConfig, EvaluateConfig, ExportConfig, GraftConfig
     from peft_graft.errors import GraftError
     from peft_graft.graft import Graft
     from peft_graft.models.families import register_architecture
@@ -29,12 +30,15 @@ __all__ = [
     "Callback",
     "EvaluateConfig",
     "Evaluation",
+    "Export",
+    "ExportConfig",
     "Graft",
     "GraftConfig",
     "GraftError",
     "GraftReport",
     "align",
     "evaluate",
+    "export",
     "inspect",
     "register_architecture",
     "register_format",
@@ -49,12 +53,15 @@ _HOME = {
     "Callback": "run",
     "EvaluateConfig": "config",
     "Evaluation": "_evaluate",
+    "Export": "_export",
+    "ExportConfig": "config",
     "Graft": "graft",
     "GraftConfig": "config",
     "GraftError": "errors",
     "GraftReport": "report",
     "align": "_align",
     "evaluate": "_evaluate",
+    "export": "_export",
     "inspect": "_inspect",
     "register_architecture": "models.families",
     "register_format": "checkpoints.formats.base",

@@ -128,7 +128,7 @@ class AttachedModel:
                 without = {"use_cache": False} if self.checkpoint.task is Task.CAUSAL_LM else {}
                 return None, self.base(**inputs, **without).last_hidden_state
             output = model(**inputs, output_hidden_states=True)
-        state, logits = _last_state(output), output.get("logits")
+        state, logits = last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0
         return logits[:, before:] if before and logits is not None and logits.ndim == 3 else logits, state[:, before:]
 
@@ -227,7 +227,7 @@ def check_keys(missing: list[str], unexpected: list[str], raw: RawCheckpoint) ->
         )
 
 
-def _last_state(output: Any) -> Tensor:
+def last_state(output: Any) -> Tensor:
     """The last hidden state, a decoder's where there is an encoder too; of two towers what both say, [batch, d + d]."""
     if "last_hidden_state" in output:
         state = output.last_hidden_state

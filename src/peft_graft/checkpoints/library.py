@@ -20,11 +20,11 @@ _MATRICES = {"attn.query": "q", "attn.key": "k", "attn.value": "v"}
 _SWITCHES = {"ffn.up": "intermediate_lora", "ffn.down": "output_lora"}
 
 
-def in_library(checkpoint: PeftCheckpoint, library: Library | None) -> PeftCheckpoint:
+def in_library(checkpoint: PeftCheckpoint, library: Library | None, *, option: str = "--library") -> PeftCheckpoint:
     """The same LoRA as a checkpoint of the other library; unchanged where it is of this one already.
 
     Args:
-        library: None for the module's own.
+        library: None for the module's own. option: that asks for it, for messages.
 
     Raises:
         PlanError: the module is no plain LoRA, or the library has no such sites or head.
@@ -36,11 +36,11 @@ def in_library(checkpoint: PeftCheckpoint, library: Library | None) -> PeftCheck
         if not isinstance(module, LoraModule) or not module.is_plain:
             raise PlanError(
                 "only a plain LoRA means the same in both libraries",
-                where=f"--library {library}",
+                where=f"{option} {library}",
                 found=f"{checkpoint.raw.kind} at {site}",
-                fix="leave --library out",
+                fix=f"leave {option} out" if option == "--library" else "use the module with its own library",
             )
-    return _as_peft(checkpoint) if library == Library.PEFT else _as_adapters(checkpoint)
+    return _as_peft(checkpoint) if library == Library.PEFT else _as_adapters(checkpoint, f"{option} {library}")
 
 
 def _as_peft(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
@@ -56,13 +56,13 @@ def _as_peft(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
     return replace(checkpoint, raw=_converted(raw, Library.PEFT, task, config), wrapped=task is not Task.BASE)
 
 
-def _as_adapters(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
+def _as_adapters(checkpoint: PeftCheckpoint, asked: str) -> PeftCheckpoint:
     try:
         from adapters import LoRAConfig
     except ImportError as error:
         raise DependencyError(
             "the library adapters is not installed, and its configuration is its own",
-            where="--library adapters",
+            where=asked,
             fix="pip install 'peft-graft[adapters]'",
         ) from error
     raw, head = checkpoint.raw, checkpoint.head
@@ -70,10 +70,10 @@ def _as_adapters(checkpoint: PeftCheckpoint) -> PeftCheckpoint:
     if unknown:
         raise PlanError(
             "AdapterHub has no LoRA at these sites",
-            where="--library adapters",
+            where=asked,
             expected=", ".join([*_MATRICES, *_SWITCHES]),
             found=", ".join(unknown),
-            fix="choose some with --sites, or leave --library out",
+            fix="choose some with transfer --sites, or keep it for peft",
         )
     settings = LoRAConfig(
         selfattn_lora=any(role in _MATRICES for role in checkpoint.roles),

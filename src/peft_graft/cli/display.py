@@ -15,6 +15,7 @@ from peft_graft.errors import plain
 
 if TYPE_CHECKING:
     from peft_graft._evaluate import Evaluation
+    from peft_graft._export import Export
     from peft_graft._inspect import Inspection, PromptOutlook, StudentSummary
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.distill.side_by_side import Score
@@ -300,3 +301,22 @@ def _layers(mapping: list[list[int]] | dict[str, list[list[int]]]) -> str:
     if isinstance(mapping, dict):
         return "; ".join(f"{stack}: {_layers(layers)}" for stack, layers in mapping.items())
     return ", ".join(f"{'+'.join(map(str, sources))} → {layer}" for layer, sources in enumerate(mapping))
+
+
+def show_export(found: Export) -> None:
+    """What ``export`` wrote, and how it answers."""
+    console = Console(emoji=False)
+    same = found.comparison
+    if same is None:
+        console.print("[yellow]not compared[/] with the module as it was")
+    else:
+        choices = (
+            "" if same.same_choices is None else f", {same.same_choices:.1%} of the likeliest answers are the same"
+        )
+        console.print(f"[bold]compared[/]  {same.lost:.2%} of the module's effect lost{choices}", soft_wrap=True)
+    if found.kept is not None and found.kept < 1:
+        console.print(f"[bold]converted[/] the LoRA holds {found.kept:.2%} of the module's change of the weights")
+    for note in found.notes:
+        console.print(f"note      {escaped(note)}", soft_wrap=True)
+    console.print(f"[bold]written[/]   {escaped(found.out)}", soft_wrap=True)
+    console.print(f"[bold]use it[/]    {escaped(found.use, lines=True)}", soft_wrap=True)

@@ -22,6 +22,7 @@ from peft_graft.config.base import (
     option_of,
 )
 from peft_graft.config.evaluate import EvaluateConfig
+from peft_graft.config.export import ExportConfig, Target
 from peft_graft.config.graft import GraftConfig, PairConfig
 from peft_graft.config.study import StudyConfig
 
@@ -35,12 +36,14 @@ __all__ = [
     "AlignConfig",
     "Dtype",
     "EvaluateConfig",
+    "ExportConfig",
     "GraftConfig",
     "HeadChoice",
     "Library",
     "Option",
     "PairConfig",
     "StudyConfig",
+    "Target",
     "method_help",
     "option_name",
     "option_of",

@@ -1,0 +1,1 @@
+"""Grafts for other programs: merged into their base, and in the forms that servers take."""
