@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from peft_graft.checkpoints.attached import quiet
 from peft_graft.checkpoints.formats.base import write_checkpoint
@@ -23,6 +24,7 @@ from peft_graft.models.loading import DTYPES
 from peft_graft.models.places import is_folder
 from peft_graft.models.task_models import auto_class, prefix_of
 from peft_graft.models.tasks import Task
+from peft_graft.modules.embeddings import TokenRowsPart
 from peft_graft.outputs import temporary_folder
 from peft_graft.serving.subject import Subject, compare, outputs
 from peft_graft.serving.target import Form, Written, register_form
@@ -82,7 +84,6 @@ class Merged(Form):
             merged = getattr(merged, prefix_of(merged)) if is_bare and raw.task is not Task.BASE else merged
             merged = merged.to(DTYPES[dtype])
             check_range(merged, subject.name)
-            _untie(merged)
             merged.save_pretrained(folder)
             notes = _copy_files(subject, folder)
             again = _loaded(type(merged), folder, dtype, trust=config.trust_remote_code).to(batch_device(batch))
@@ -120,6 +121,7 @@ def _whole(subject: Subject, raw: RawCheckpoint) -> tuple[PreTrainedModel, bool]
     needed = raw.vocabulary_size
     if needed and needed > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(needed, mean_resizing=False)
+    _untie(model, raw)
     is_bare = not raw.head and (raw.task is Task.BASE or bool(info["missing_keys"]))
     return model, is_bare
 
@@ -137,14 +139,20 @@ def _around(model: PreTrainedModel, subject: Subject, raw: RawCheckpoint) -> Ite
             raise VerificationError(f"peft cannot merge it ({reason(error)})", where=subject.name) from error
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """Say in the configuration that the output layer is no longer the word embeddings, where a module changed one."""
+def _untie(model: PreTrainedModel, raw: RawCheckpoint) -> None:
+    """Give the output layer values of its own, where a module changes it or the word embeddings alone.
+
+    Merging would change both: they are one tensor.
+    """
     words, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if words is None or output is None or torch.equal(words.weight, output.weight):
+    if words is None or output is None or words.weight is not output.weight or raw.config.get("ensure_weight_tying"):
         return
-    for config in (model.config, getattr(model.config, "text_config", None)):
-        if config is not None:
-            config.tie_word_embeddings = False
+    # Of tokens that are trained one by one peft changes both itself.
+    if any(part.trains_tokens(path) and not isinstance(part, TokenRowsPart) for path, part in raw.parts.items()):
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, getattr(model.config, "text_config", None)):
+            if config is not None:
+                config.tie_word_embeddings = False
 
 
 def _copy_files(subject: Subject, folder: Path) -> list[str]:
