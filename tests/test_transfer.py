@@ -51,8 +51,9 @@ def test_adapterhub_modules_move_to_every_family_of_the_library(world, tmp_path,
 
     tiny.adapterhub_module(tmp_path / "module", world / "teacher", settings)
     student = tiny.base_model(tmp_path / "student", family, seed=8, layers=3, hidden=24, tokens="unigram")
+    method = "auto" if family == "roberta" else "prune-align"  # which the library is does not change with the method
     graft = tiny.transfer(
-        tmp_path / "module", student=student, out=tmp_path / "graft", text=world / "text.txt", polish=3
+        tmp_path / "module", student=student, out=tmp_path / "graft", text=world / "text.txt", method=method, polish=3
     )
     assert graft.report.verification.done
     model = AutoAdapterModel.from_pretrained(student)
@@ -135,9 +136,15 @@ def test_peft_options_survive(world, tmp_path, options) -> None:
         torch.testing.assert_close(found[name], delta)
 
 
-def test_target_modules_are_written_as_a_person_would(world, tmp_path) -> None:
-    tiny.transfer(world / "lora", student=world / "narrow", out=tmp_path / "g", text=world / "text.txt")
-    config = json.loads((tmp_path / "g" / "adapter_config.json").read_text())
+@pytest.fixture(scope="module")
+def narrowed(world, tmp_path_factory):
+    """A graft by the default, written."""
+    out = tmp_path_factory.mktemp("narrowed") / "g"
+    return tiny.transfer(world / "lora", student=world / "narrow", out=out, text=world / "text.txt")
+
+
+def test_target_modules_are_written_as_a_person_would(world, narrowed) -> None:
+    config = json.loads((narrowed.folder / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_lin", "v_lin"]
     assert config["base_model_name_or_path"] == str(world / "narrow")
     assert config["modules_to_save"] == ["classifier"]
@@ -177,7 +184,8 @@ def test_an_adapterhub_head_can_be_dropped(world, tmp_path) -> None:
 
 def test_a_module_on_a_bare_model(world, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", task="base")
-    tiny.transfer(tmp_path / "m", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g")
+    options = {"text": world / "text.txt", "method": "prune-align"}
+    tiny.transfer(tmp_path / "m", student=world / "narrow", out=tmp_path / "g", **options)
     keys = load_file(tmp_path / "g" / "adapter_model.safetensors")
     assert all(key.startswith("base_model.model.transformer.layer.") for key in keys)
     PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(world / "narrow"), tmp_path / "g")
@@ -199,19 +207,22 @@ def test_a_wider_head_of_two_layers_computes_the_same_logits(world, tmp_path) ->
     """A RoBERTa sentence head has an inner layer of hidden size; a wider student pads it with units that do nothing."""
     base = tiny.base_model(tmp_path / "base", "roberta", layers=2, hidden=24)
     tiny.peft_lora(tmp_path / "m", base, task="sequence-classification", labels=("a", "b", "c"))
-    wide = tiny.transfer(tmp_path / "m", student=world / "wide", text=world / "text.txt", out=tmp_path / "g")
+    options = {"text": world / "text.txt", "method": "prune-align"}
+    wide = tiny.transfer(tmp_path / "m", student=world / "wide", out=tmp_path / "g", **options)
     head = wide.checkpoint.head
     assert head.tensors["dense.weight"].values.shape == (48, 48)
     assert not head.tensors["dense.weight"].values[24:].any()
     assert wide.report.head.dropped_inner_units == 0
     narrow = tiny.base_model(tmp_path / "narrow", "roberta", layers=2, hidden=16)
-    small = tiny.transfer(tmp_path / "m", student=narrow, text=world / "text.txt", out=tmp_path / "s")
+    small = tiny.transfer(tmp_path / "m", student=narrow, out=tmp_path / "s", **options)
     assert small.report.head.dropped_inner_units == 8
 
 
 def test_a_bert_sentence_head_becomes_a_roberta_one(world, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", task="sequence-classification", labels=("a", "b", "c"))
-    graft = tiny.transfer(tmp_path / "m", student=world / "wide", text=world / "text.txt", out=tmp_path / "g")
+    graft = tiny.transfer(
+        tmp_path / "m", student=world / "wide", text=world / "text.txt", method="prune-align", out=tmp_path / "g"
+    )
     assert graft.checkpoint.head.activation == "tanh"
     keys = load_file(tmp_path / "g" / "adapter_model.safetensors")
     assert keys["base_model.model.classifier.dense.weight"].shape == (48, 48)
@@ -259,10 +270,9 @@ def test_a_live_graft_can_be_saved_later(world, tmp_path) -> None:
     assert saved.report.verification.done
 
 
-def test_the_report_round_trips_and_names_its_inputs(world, tmp_path) -> None:
-    graft = tiny.transfer(world / "lora", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g")
-    report = GraftReport.model_validate_json((tmp_path / "g" / "graft.json").read_text())
-    assert report == graft.report
+def test_the_report_round_trips_and_names_its_inputs(world, narrowed) -> None:
+    report = GraftReport.model_validate_json((narrowed.folder / "graft.json").read_text())
+    assert report == narrowed.report
     assert report.module_files["adapter_model.safetensors"] == _sha256(world / "lora" / "adapter_model.safetensors")
     assert report.pairing.samples == 320  # a fifth judges
     assert report.pairing.one_to_one > 0
@@ -279,6 +289,7 @@ def test_sampling_depends_on_the_seed_only(world) -> None:
             max_tokens=500,
             seed=seed,
             method="prune-align",
+            head="carry",
         )
         return [m.indices.tolist() for m in graft.alignment.maps.values()]
 
@@ -315,7 +326,11 @@ def test_static_heads_and_bare_models_of_adapterhub(world, tmp_path) -> None:
         tiny.randomise(model, 3, ["adapters.x", "classifier"])
         model.save_adapter(str(tmp_path / task), "x")
         graft = tiny.transfer(
-            tmp_path / task, student=world / "narrow", text=world / "text.txt", out=tmp_path / f"{task}-graft"
+            tmp_path / task,
+            student=world / "narrow",
+            text=world / "text.txt",
+            method="prune-align",
+            out=tmp_path / f"{task}-graft",
         )
         assert graft.report.verification.done
         assert (graft.checkpoint.head is not None) == (task != "base")
@@ -330,7 +345,9 @@ def test_bottleneck_parts_beside_the_projections(world, tmp_path) -> None:
         ln_before=True, ln_after=True, use_gating=True, scaling="channel", reduction_factor={"1": 4, "default": 8}
     )
     tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
-    graft = tiny.transfer(tmp_path / "m", student=world / "narrow", text=world / "text.txt", out=tmp_path / "g")
+    graft = tiny.transfer(
+        tmp_path / "m", student=world / "narrow", text=world / "text.txt", method="prune-align", out=tmp_path / "g"
+    )
     module = graft.checkpoint.modules[Site(0, "ffn.adapter")]
     assert module.tensors["scaling"].values.shape == (24,)
     assert module.tensors["gate.weight"].values.shape == (1, 24)

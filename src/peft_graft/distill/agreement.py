@@ -300,7 +300,7 @@ def compare(
         NotFiniteError: an answer or a target is not finite.
     """
     for values, whose in ((given, "student"), (targets, "teacher")):
-        check_finite(values, whose, [f"number {row + 1}" for row in range(len(values))])
+        check_finite(values, whose, (f"number {row + 1}" for row in range(len(values))))
     if not len(targets):
         nothing = "the two models read no word of the text alike; give text in a language that both read"
         return Agreement(agreement=None, divergence=0.0, answers=0, undefined=nothing)
@@ -426,8 +426,8 @@ def measure(
     with torch.inference_mode():
         for rows in length_batches(held_out.lengths):
             answers = student_answers(attached, student, held_out, rows).float().cpu()
-            texts = [held_out.text(row, student) for row in rows]
-            check_finite(answers, f"student {student.name}", texts, [len(held_out.values[row]) for row in rows])
+            counts = [len(held_out.values[row]) for row in rows]
+            check_finite(answers, f"student {student.name}", (held_out.text(row, student) for row in rows), counts)
             given.append(answers)
             order.extend(rows)
     values = torch.cat([held_out.values[row] for row in order])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ class NotFiniteError(ModelError):
     """A model answers a text with NaN or infinity."""
 
 
-def check_finite(answers: Tensor, model: str, texts: Sequence[str], counts: Sequence[int] | None = None) -> None:
+def check_finite(answers: Tensor, model: str, texts: Iterable[str], counts: Sequence[int] | None = None) -> None:
     """Refuse answers [n, ...] that are not finite.
 
     Args:
-        model: what it is and what it is called. texts: that were answered. counts: answers to each; one by default.
+        model: what it is and what it is called. texts: that were answered, read up to the first bad one. counts:
+            answers to each; one by default.
 
     Raises:
         NotFiniteError: it names the model and the first such text.
@@ -29,8 +31,8 @@ def check_finite(answers: Tensor, model: str, texts: Sequence[str], counts: Sequ
     if bool(good.all()):
         return
     bad = int((~good).nonzero()[0])
-    ends = torch.tensor(counts if counts is not None else [1] * len(texts)).cumsum(0)
-    raise not_finite(model, texts[int((ends <= bad).sum())])
+    text = bad if counts is None else int((torch.tensor(counts).cumsum(0) <= bad).sum())
+    raise not_finite(model, next(islice(texts, text, None)))
 
 
 def not_finite(model: str, text: str) -> NotFiniteError:

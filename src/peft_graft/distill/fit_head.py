@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Targets
+from peft_graft.distill.targets import Targets, pooled
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
@@ -47,13 +47,15 @@ def features(attached: AttachedModel, student: ModelHandle, targets: Targets, re
                 last = batch["attention_mask"].sum(1) - 1
                 read.append(state[torch.arange(len(state), device=state.device), last].float().cpu())
             else:
-                for index, row in enumerate(rows):
-                    columns = [start for start, _ in targets.spans[row]]
-                    read.append(state[index, columns].float().cpu())
+                read.append(pooled(state, [targets.spans[row] for row in rows]).float().cpu())
             wanted.extend(targets.values[row] for row in rows)
             counts = [len(targets.values[row]) for row in rows]
-            texts = [targets.text(row, student) for row in rows]
-            check_finite(torch.cat(read[first:]), f"student {student.name}", texts, counts)
+            check_finite(
+                torch.cat(read[first:]),
+                f"student {student.name}",
+                (targets.text(row, student) for row in rows),
+                counts,
+            )
     if hook:
         hook.remove()
     return torch.cat(read).clone(), torch.cat(wanted)

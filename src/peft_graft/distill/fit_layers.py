@@ -192,15 +192,22 @@ def _output(model: ModelHandle, site: Site) -> Space:
 def _gather(model: ModelHandle, inputs: Sequence[Encoded], places: Places, spaces: set[Space]) -> dict[Space, Tensor]:
     """space -> activations at the places of all samples, [places, d] float32, in the order of the samples."""
     found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
-    assert model.tokenizer is not None
+
+    def read(row: int) -> str:
+        assert model.tokenizer is not None
+        return str(model.tokenizer.decode(inputs[row]["input_ids"], skip_special_tokens=True))
+
     with torch.inference_mode(), Capture(model, spaces) as capture:
         for rows in length_batches([len(row["input_ids"]) for row in inputs]):
             held = capture.forward(pad(model, [inputs[row] for row in rows], model.device))
+            counts = [len(places[row]) for row in rows]
+            index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+            columns = torch.tensor([start for row in rows for start, _ in places[row]], dtype=torch.long)
             for space, value in held.items():
-                for index, row in enumerate(rows):
-                    found[space][row] = value[index, [start for start, _ in places[row]]].float().cpu()
-                    text = model.tokenizer.decode(inputs[row]["input_ids"], skip_special_tokens=True)
-                    check_finite(found[space][row], model.name, [str(text)], [len(places[row])])
+                values = value[index, columns].float().cpu()
+                check_finite(values, model.name, (read(row) for row in rows), counts)
+                for row, own in zip(rows, torch.split(values, counts), strict=True):
+                    found[space][row] = own
     return {space: torch.cat(values) for space, values in found.items()}
 
 

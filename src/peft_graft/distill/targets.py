@@ -69,11 +69,17 @@ def kind_of(head: Head | None) -> Kind:
     return "words" if head.task == Task.TOKEN_CLASSIFICATION else "samples"
 
 
-def pooled(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """[length, d] -> [spans, d], the mean over each span."""
-    if not spans:
-        return values[:0]
-    return torch.stack([values[start:end].mean(0) for start, end in spans])
+def pooled(values: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """[rows, length, d] -> [all spans, d], the mean over each row's spans in their order."""
+    cells = [(row, column) for row, own in enumerate(spans) for start, end in own for column in range(start, end)]
+    lengths = torch.tensor([end - start for own in spans for start, end in own], device=values.device)
+    rows, columns = torch.tensor(cells, dtype=torch.long, device=values.device).reshape(-1, 2).unbind(1)
+    found = values[rows, columns]
+    if len(found) == len(lengths):  # every span is one token
+        return found
+    groups = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    sums = found.new_zeros(len(lengths), values.shape[-1]).index_add(0, groups, found)
+    return sums / lengths[:, None].to(sums.dtype)
 
 
 def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targets, rows: Sequence[int]) -> Tensor:
@@ -89,11 +95,7 @@ def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targ
         return logits
     values = state if targets.kind == "hidden" else logits
     assert values is not None
-    if targets.kind == "words":  # every span is one token
-        row_index = [index for index, row in enumerate(rows) for _ in targets.spans[row]]
-        columns = [start for row in rows for start, _ in targets.spans[row]]
-        return values[row_index, columns]
-    return torch.cat([pooled(values[index], targets.spans[row]) for index, row in enumerate(rows)])
+    return pooled(values, [targets.spans[row] for row in rows])
 
 
 def distillation_loss(given: Tensor, targets: Targets, rows: Sequence[int]) -> Tensor:

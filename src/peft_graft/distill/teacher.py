@@ -245,17 +245,17 @@ class _Asked:
             for rows in side.batches():
                 batch = side.padded(rows, self.teacher.device)
                 logits, state = self.teacher.forward(batch)
-                own = self.teacher.forward(batch, module=False)[1] if self.kind == "hidden" else None
-                for index, row in enumerate(rows):
-                    if own is not None:
-                        bare[row] = pooled(own[index], side.places[row]).float().cpu()
-                        found = pooled(state[index] - own[index], side.places[row])
-                    else:
-                        assert logits is not None
-                        whole = self.kind == "samples"
-                        found = logits[index : index + 1] if whole else pooled(logits[index], side.places[row])
-                    answers[row] = found.float().cpu()
-                    check_finite(answers[row], name, [_line(self.samples[row])], [len(answers[row])])
+                own_state = self.teacher.forward(batch, module=False)[1] if self.kind == "hidden" else None
+                places = [side.places[row] for row in rows]
+                counts = [1 if self.kind == "samples" else len(own) for own in places]
+                if own_state is not None:
+                    _put(bare, rows, pooled(own_state, places), counts)
+                    found = pooled(state - own_state, places)
+                else:
+                    assert logits is not None
+                    found = logits if self.kind == "samples" else pooled(logits, places)
+                check_finite(found, name, (_line(self.samples[row]) for row in rows), counts)
+                _put(answers, rows, found, counts)
                 done += len(rows)
                 run.progress(_STAGE, done, len(self.samples))
             shift, carried = list[Tensor](), None
@@ -309,10 +309,17 @@ class _Side:
         found: list[Tensor] = [torch.empty(0)] * len(samples)
         for rows in self.batches():
             state = self.model.base(**self.padded(rows, self.model.device)).last_hidden_state
-            for index, row in enumerate(rows):
-                found[row] = pooled(state[index], self.places[row]).float().cpu()
-                check_finite(found[row], f"student {self.model.name}", [_line(samples[row])], [len(found[row])])
+            places = [self.places[row] for row in rows]
+            states, counts = pooled(state, places), [len(own) for own in places]
+            check_finite(states, f"student {self.model.name}", (_line(samples[row]) for row in rows), counts)
+            _put(found, rows, states, counts)
         return found
+
+
+def _put(found: list[Tensor], rows: Sequence[int], values: Tensor, counts: Sequence[int]) -> None:
+    """A batch's answers at their samples' numbers, so many of each."""
+    for row, own in zip(rows, torch.split(values.float().cpu(), list(counts)), strict=True):
+        found[row] = own
 
 
 def _places(
