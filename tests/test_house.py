@@ -50,6 +50,8 @@ PUBLIC = [
     "GraftConfig",
     "GraftError",
     "GraftReport",
+    "ShelfModule",
+    "ShelfReport",
     "align",
     "evaluate",
     "export",
@@ -59,6 +61,7 @@ PUBLIC = [
     "register_method",
     "register_module",
     "transfer",
+    "transfer_all",
 ]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft_graft._export import Export, export
     from peft_graft._inspect import inspect
     from peft_graft._transfer import transfer
+    from peft_graft._transfer_all import transfer_all
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.alignment.methods import register_method
     from peft_graft.checkpoints.formats.base import register_format
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peft_graft.modules.base import register_module
     from peft_graft.report import GraftReport
     from peft_graft.run import Callback
+    from peft_graft.shelf import ShelfModule, ShelfReport
 
 __all__ = [
     "AlignConfig",
@@ -36,6 +38,8 @@ __all__ = [
     "GraftConfig",
     "GraftError",
     "GraftReport",
+    "ShelfModule",
+    "ShelfReport",
     "align",
     "evaluate",
     "export",
@@ -45,6 +49,7 @@ __all__ = [
     "register_method",
     "register_module",
     "transfer",
+    "transfer_all",
 ]
 #: The module of every public name.
 _HOME = {
@@ -59,6 +64,8 @@ _HOME = {
     "GraftConfig": "config",
     "GraftError": "errors",
     "GraftReport": "report",
+    "ShelfModule": "shelf",
+    "ShelfReport": "shelf",
     "align": "_align",
     "evaluate": "_evaluate",
     "export": "_export",
@@ -68,6 +75,7 @@ _HOME = {
     "register_method": "alignment.methods",
     "register_module": "modules.base",
     "transfer": "_transfer",
+    "transfer_all": "_transfer_all",
 }
 
 

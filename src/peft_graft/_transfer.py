@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
-from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
+from peft_graft.alignment.aligner import Aligner, SharedAlignments, WantedMaps
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.distinct import Parts, form_of
-from peft_graft.alignment.methods import Method, map_methods
-from peft_graft.alignment.text import Sample, TextLike, TextSource
+from peft_graft.alignment.methods import map_methods
+from peft_graft.alignment.text import TextLike
 from peft_graft.alignment.vocabulary import Vocabularies
-from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import Verdict, judge
-from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompt_parts, prompts_of
-from peft_graft.distill.ask_seeds import listing_of, prompts_from, seeds_of
+from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import CandidateBuilder
-from peft_graft.distill.choose import Outcome, choose, judged
-from peft_graft.distill.completions import PromptDistillation
-from peft_graft.distill.distillation import Distillation
-from peft_graft.distill.make_prompts import MadePrompts
-from peft_graft.distill.polish import PROMPT_RATES, PolishRecord, PolishSettings, polish
-from peft_graft.distill.teacher import FIT, TOKENS, ask_teacher, can_ask, sample_parts
+from peft_graft.distill.choose import Outcome, choose
+from peft_graft.distill.polish import PolishRecord, polish
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
+from peft_graft.material import Material, PromptMaterial, TextMaterial, material_of, module_key
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, reserving_output
@@ -45,14 +37,9 @@ from peft_graft.planning.sources import (
     config_of_live,
     given_alignment,
 )
-from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.read import PromptLike, PromptSource
-from peft_graft.prompts.seeds import Seeds
-from peft_graft.report import AnswerSample, GraftReport
+from peft_graft.prompts.read import PromptLike
+from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
-
-#: Answers that the report shows.
-_SAMPLES = 20
 
 
 @reserving_output
@@ -98,269 +85,170 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     config = config_of_live(config or GraftConfig(), student)
     if out is not None:
         check_output(Path(out), force=config.force)
-    module = ModuleSource.of(adapter, config)
-    sources = ModelSources.of(module, teacher, student, config, tokenizers)
-    given = given_alignment(alignment, config.token)
-    shapes = sources.described()
-    module = module.of_teacher(shapes.teacher.architecture)
-    raw = module.shapes(shapes.teacher.base.config)
-    taught = _text_of(text, seeds_of(seeds, text, module.raw, config), module, sources, shapes, config)
-    plan = Plan.make(
-        raw, shapes, config, has_text=taught.source is not None, has_prompts=isinstance(taught, _Prompts), given=given
+    move = Move.planned(
+        adapter,
+        student,
+        teacher=teacher,
+        text=text,
+        seeds=seeds,
+        alignment=alignment,
+        config=config,
+        tokenizers=tokenizers,
     )
-    if text is not None or seeds is not None or module.raw.trains_tokens:
-        sources.check_tokenizers()
-
     run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     with run.stage("loading models"):
-        models = sources.loaded(tokenizers=taught.source is not None or module.raw.trains_tokens)
-    with run.stage("converting to LoRA") if module.is_converted else nullcontext():
-        raw = module.values(models.teacher)
-    if isinstance(taught, _Prompts):
-        taught.make(models, config, run)
-    plan = plan.bind(raw, models, taught.plain)
-    vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
-    outcome, polished, aligner, notes = _moved(plan, taught, vocabularies, run)
-    verdict, told = taught.judged(outcome, config, run)
+        models = move.sources.loaded(tokenizers=move.reads_text)
+    graft = move.carried_out(models, run)
+    return graft if out is None else written(graft, Path(out), run)
 
-    report = _report(plan, outcome, polished, aligner, run).model_copy(
-        update={
-            "verdict": verdict,
-            "module": place_of(module.name),
-            "text": taught.source.name if taught.source else None,
-            "alignment": str(alignment) if isinstance(alignment, str | Path) else None,
-            "notes": [*plan.sites.notes, *taught.remarks, *notes],
-            **told,
-        }
-    )
-    graft = Graft(outcome.candidate.checkpoint, report, outcome.candidate.alignment, models.student)
-    if out is None:
-        return graft
+
+def written(graft: Graft, out: Path, run: Run) -> Graft:
+    """The graft in its folder, verified; the state of unfinished work goes."""
     with run.stage("writing and verifying"):
-        graft = graft.save_pretrained(out, force=config.force)
+        graft = graft.save_pretrained(out, force=graft.report.settings.force)
     shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
     return graft
 
 
 @dataclass(frozen=True)
-class _Text:
-    """Unlabelled text: its first samples in parts, and all that follow.
+class Move:
+    """One transfer, planned before any weights are loaded.
 
-    ``asked``: whether the teacher is asked about it; where it is not ``remarks`` give the reason.
+    Attributes:
+        module, sources: what moves, between which models. material: what is learned from. plan: from shapes alone.
+        alignment: the one that was given, as the user named it; None for a live one, or none.
     """
 
-    source: TextSource | None
-    parts: Parts[Sample]
-    rest: Iterable[Sample]
-    asked: bool
-    remarks: Sequence[str]
+    module: ModuleSource
+    sources: ModelSources
+    material: Material
+    plan: Plan
+    alignment: str | None
 
-    @staticmethod
-    def of(source: TextSource | None, raw: RawCheckpoint, config: GraftConfig) -> _Text:
-        """The text, and whether the teacher can be asked about it (``can_ask``)."""
-        samples = source.samples() if source else iter(())
-        parts = sample_parts(samples)
-        asked, remarks = can_ask(config, raw, parts)
-        return _Text(source, parts, samples, asked, remarks)
+    @classmethod
+    def planned(
+        cls,
+        adapter: str | Path | nn.Module,
+        student: ModelLike,
+        *,
+        teacher: ModelLike | None,
+        text: TextLike | PromptLike | None,
+        seeds: PromptLike | None,
+        alignment: str | Path | Alignment | None,
+        config: GraftConfig,
+        tokenizers: Tokenizers | None = None,
+    ) -> Move:
+        """Plan a transfer; arguments as for ``transfer``.
+
+        Raises:
+            GraftError: all that can be known without weights.
+        """
+        module = ModuleSource.of(adapter, config)
+        sources = ModelSources.of(module, teacher, student, config, tokenizers)
+        given = given_alignment(alignment, config.token)
+        shapes = sources.described()
+        module = module.of_teacher(shapes.teacher.architecture)
+        raw = module.shapes(shapes.teacher.base.config)
+        material = material_of(text, seeds, module, sources, shapes, config)
+        plan = Plan.make(
+            raw,
+            shapes,
+            config,
+            has_text=material.source is not None,
+            has_prompts=isinstance(material, PromptMaterial),
+            given=given,
+        )
+        if text is not None or seeds is not None or module.raw.trains_tokens:
+            sources.check_tokenizers()
+        return cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
 
     @property
-    def plain(self) -> Sequence[Sample]:
-        """Samples that neither judge nor choose."""
-        return self.parts.learning
+    def reads_text(self) -> bool:
+        """Whether the models' tokenizers are needed."""
+        return self.material.source is not None or self.module.raw.trains_tokens
 
     @property
-    def content(self) -> str:
-        """A hash of what is learned from, chosen by and judged by."""
-        return self.parts.digest(lambda sample: sample.texts)
-
-    def to_align(self) -> AlignmentText | None:
-        """All but what judges or chooses."""
-        if self.source is None:
+    def wanted(self) -> WantedMaps | None:
+        """The maps that plain text will be streamed for, as far as shapes tell; None where it will not."""
+        if self.plan.given or not isinstance(self.material, TextMaterial) or self.material.source is None:
             return None
-        held = self.parts.held_out if self.asked else []
-        first = self.parts.learning if self.asked else [*self.parts.held_out, *self.parts.learning]
-        key = json.dumps([self.source.key, "each once", len(held)]) if self.source.key else None
-        known = {form_of(sample.texts) for sample in held}
-        rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
-        return AlignmentText(chain(first, rest), self.source.name, key)
-
-    def polishing(self, config: GraftConfig) -> PolishSettings:
-        """How the polish trains."""
-        return PolishSettings(steps=config.polish_steps if self.asked else 0, seed=config.seed)
-
-    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation | None:
-        """The teacher's classes or hidden states; None where it is not asked."""
-        if not self.asked:
+        if not any(method.needs_text for method in map_methods(self.plan.methods).values()):
             return None
-        check_tokenizers(plan.models)
-        config, settings = plan.config, self.polishing(plan.config)
-        fit = FIT if config.head in ("auto", "fit") else 0
-        shift_map = None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS))
-        return ask_teacher(
-            plan.module,
-            plan.models,
-            self.parts,
+        return self.plan.wanted_maps(shifts=_shifts(self.plan, self.material))
+
+    def identity(self, models: ModelPair) -> str:
+        """A hash of all that the graft depends on: both models, the module, the choices, the text, an alignment."""
+        parts = [str(self.module.raw.task), _identity(replace(self.plan, models=models), self.module, self.material)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def carried_out(self, models: ModelPair, run: Run, shared: SharedAlignments | None = None) -> Graft:
+        """The graft, in memory.
+
+        Args:
+            models: those of ``sources``, loaded. shared: alignments that other modules of the same models use too.
+
+        Raises:
+            GraftError: as for ``transfer``.
+        """
+        module, material, config = self.module, self.material, self.plan.config
+        identity = self.identity(models)
+        with run.stage("converting to LoRA") if module.is_converted else nullcontext():
+            raw = module.values(models.teacher)
+        if isinstance(material, PromptMaterial):
+            material.make(models, config, run)
+        plan = self.plan.bind(raw, models, material.plain)
+        vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
+        work = replace(self, plan=plan)
+        outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
+        verdict, told = material.judged(outcome, config, run)
+        report = _report(plan, outcome, polished, aligner, run).model_copy(
+            update={
+                "verdict": verdict,
+                "module": place_of(module.name),
+                "text": material.source.name if material.source else None,
+                "alignment": self.alignment,
+                "notes": [*plan.sites.notes, *material.remarks, *notes],
+                "identity": identity,
+                **told,
+            }
+        )
+        return Graft(outcome.candidate.checkpoint, report, outcome.candidate.alignment, models.student)
+
+    def _moved(
+        self, vocabularies: Vocabularies | None, run: Run, shared: SharedAlignments | None
+    ) -> tuple[Outcome, PolishRecord | None, Aligner, list[str]]:
+        """Align, move by every method, choose by the teacher's answers, polish; and remarks for the user."""
+        plan, text = self.plan, self.material
+        config, models, methods = plan.config, plan.models, plan.methods
+        notes = []
+        maps_of = map_methods(methods)
+        aligner = Aligner(
+            models,
+            plan.wanted_maps(shifts=_shifts(plan, text)),
+            list(dict.fromkeys(maps_of.values())),
+            text.to_align(),
+            config,
             run,
-            train=max(fit, settings.steps * settings.batch_size),
-            shift_map=shift_map,
-            config=config,
+            given=plan.given,
+            shared=shared if isinstance(text, TextMaterial) else None,
         )
-
-    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
-        """The verdict, and what else the report says about the text: nothing."""
-        if self.source is not None and not self.asked:
-            return judge(None, reason="; ".join(self.remarks) or "there is no text to judge by"), {}
-        return judged(outcome, run, seed=config.seed), {}
-
-
-@dataclass
-class _Prompts:
-    """Prompts for the teacher to answer, or examples to make them from.
-
-    ``made``: how they were made. ``asked``: what came of it.
-    """
-
-    source: PromptSource | Seeds
-    prompts: Sequence[Prompt]
-    asking: Asking
-    key: str
-    made: MadePrompts | None = None
-    asked: PromptDistillation | None = None
-
-    @property
-    def remarks(self) -> list[str]:
-        """What the report says about the text."""
-        if self.made is None or self.made.ended == "enough":
-            return []
-        why = "hardly any new ones came" if self.made.ended == "nothing new" else "that took all attempts"
-        return [f"fewer prompts were made than asked for, since {why}: {self.made.text}"]
-
-    def make(self, models: ModelPair, config: GraftConfig, run: Run) -> None:
-        """Make the prompts, where there are only examples."""
-        if not isinstance(self.source, Seeds):
-            return
-        self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
-
-    @property
-    def plain(self) -> Sequence[Sample]:
-        """The prompts alone, as text."""
-        return [Sample(prompt.text) for prompt in prompt_parts(self.prompts).learning]
-
-    @property
-    def content(self) -> str:
-        """A hash of the prompts in their parts, and of the answers that came with them."""
-        return prompt_parts(self.prompts).digest(lambda prompt: [prompt.key, prompt.answer or ""])
-
-    def to_align(self) -> AlignmentText:
-        """Prompts with their answers, but for what is held out; there once the teacher has been asked."""
-
-        def samples() -> Iterator[Sample]:
-            assert self.asked is not None
-            yield from self.asked.samples
-
-        return AlignmentText(samples(), self.source.name, None)
-
-    def polishing(self, config: GraftConfig) -> PolishSettings:
-        """How the polish trains."""
-        size, known = PromptDistillation.batch_size, len(self.asked.lengths) if self.asked else len(self.prompts)
-        return PolishSettings(
-            steps=config.polish_steps_on(known, size), batch_size=size, rates=PROMPT_RATES, seed=config.seed
-        )
-
-    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
-        """The teacher's answers."""
-        key = json.dumps([self.key, self.content, _module_key(plan.module.raw), *plan.models.speaking_keys])
-        self.asked = self.asking.ask(
-            plan.module,
-            plan.models,
-            self.prompts,
+        if vocabularies:
+            notes += [note for module in plan.moved.modules.values() if (note := vocabularies.left_out(module))]
+        builder = CandidateBuilder(
+            plan.moved,
+            plan.sites,
+            models,
+            vocabularies,
+            lambda method: aligner.alignment(maps_of[method.name]),
             run,
-            key=key,
-            excess=self.made is not None,
-            made=self.made,
-            duplicates=0 if isinstance(self.source, Seeds) else self.source.dropped_duplicates,
+            text.ask(plan, aligner, maps_of, run),
         )
-        return self.asked
-
-    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
-        """The verdict by what the graft generates, and what the report says about prompts and answers."""
-        found, asked = judged(outcome, run, seed=config.seed), self.asked
-        attached = outcome.candidate.attached
-        assert asked is not None
-        assert attached is not None
-        with run.stage("asking the graft"):
-            said, generated = asked.generate(attached, run)
-        verdict = judge(found.measured, found.moved, generated, seed=config.seed)
-        samples = [
-            AnswerSample(prompt=prompt.text, teacher=teacher.text, graft=own.text, bare=bare.text)
-            for prompt, teacher, own, bare in zip(asked.asked, asked.answers, said, asked.bare_answers, strict=True)
-        ]
-        return verdict, {"prompts": asked.record, "answers": samples[:_SAMPLES]}
-
-
-def _text_of(
-    text: TextLike | PromptLike | None,
-    seeds: Seeds | None,
-    module: ModuleSource,
-    sources: ModelSources,
-    shapes: ModelPair,
-    config: GraftConfig,
-) -> _Text | _Prompts:
-    """The text as what it is: prompts for a language model, else plain text.
-
-    Raises:
-        GraftError: see ``asking_of`` and ``can_ask``.
-    """
-    prompts = seeds or prompts_of(text, module.raw, config)
-    if prompts is None:
-        # Rows that are no prompts, in memory, are what a text source refuses.
-        source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
-        return _Text.of(source, module.raw, config)
-    asking = asking_of(config, sources, shapes, module.raw.library)
-    if isinstance(prompts, Seeds):
-        listing_of(prompts, asking, shapes, config)
-        found = []
-    else:
-        found = list(islice(prompts.prompts(), config.max_prompts + 2 * HELD_OUT))
-        asking.check(found, shapes)
-    settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
-    return _Prompts(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
-
-
-def _moved(
-    plan: Plan, text: _Text | _Prompts, vocabularies: Vocabularies | None, run: Run
-) -> tuple[Outcome, PolishRecord | None, Aligner, list[str]]:
-    """Align, move by every method, choose by the teacher's answers, polish; and remarks for the user."""
-    config, models, methods = plan.config, plan.models, plan.methods
-    notes = []
-    maps_of = map_methods(methods)
-    shifts = isinstance(text, _Text) and text.asked and plan.moved.head is None
-    aligner = Aligner(
-        models,
-        plan.wanted_maps(shifts=shifts),
-        list(dict.fromkeys(maps_of.values())),
-        text.to_align(),
-        config,
-        run,
-        given=plan.given,
-    )
-    if vocabularies:
-        notes += [note for module in plan.moved.modules.values() if (note := vocabularies.left_out(module))]
-    builder = CandidateBuilder(
-        plan.moved,
-        plan.sites,
-        models,
-        vocabularies,
-        lambda method: aligner.alignment(maps_of[method.name]),
-        run,
-        text.ask(plan, aligner, maps_of, run),
-    )
-    outcome = choose(builder, methods, config.head)
-    polishing = text.polishing(config)
-    outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, text))
-    if polishing.steps and polished is None and outcome.is_exact:
-        notes.append("not polished: the graft computes what the teacher does")
-    return outcome, polished, aligner, [*notes, *outcome.notes]
+        outcome = choose(builder, methods, config.head)
+        polishing = text.polishing(config)
+        outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, self.module, text))
+        if polishing.steps and polished is None and outcome.is_exact:
+            notes.append("not polished: the graft computes what the teacher does")
+        return outcome, polished, aligner, [*notes, *outcome.notes]
 
 
 def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner: Aligner, run: Run) -> GraftReport:
@@ -394,24 +282,19 @@ def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner
     )
 
 
-def _shift_method(maps_of: dict[str, Method]) -> Method:
-    """The method whose map of the last hidden state says where the teacher's shift of it points in the student."""
-    return maps_of.get("ridge") or next(iter(maps_of.values()))
+def _shifts(plan: Plan, material: Material) -> bool:
+    """Whether shifts of the last hidden state are moved, to judge a module without a head."""
+    return isinstance(material, TextMaterial) and material.asked and plan.moved.head is None
 
 
-def _identity(plan: Plan, text: _Text | _Prompts) -> str:
+def _identity(plan: Plan, module: ModuleSource, material: Material) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
     parts = [
-        *(plan.models.speaking_keys if isinstance(text, _Prompts) else plan.models.keys),
-        _module_key(plan.module.raw),
+        *(plan.models.speaking_keys if isinstance(material, PromptMaterial) else plan.models.keys),
+        module_key(module.raw),
         plan.config.record(),
-        text.source.key if text.source else None,
-        text.content,
+        material.source.key if material.source else None,
+        material.content,
         plan.given.digest if plan.given else None,
     ]
     return json.dumps(parts, default=str)
-
-
-def _module_key(raw: RawCheckpoint) -> dict[str, str] | str:
-    """Hashes of the module's files; of its values, where it is a live one."""
-    return dict(raw.files) or raw.digest

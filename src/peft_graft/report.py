@@ -28,6 +28,7 @@ class GraftReport(Record):
     ``layers``: the teacher layers of each student layer, by stack where the student has several.
     ``tried``: agreement with the teacher, on the text that chooses, of everything that the default chose from.
     ``prompts``, ``answers``: what a language model was asked, and some of what was answered.
+    ``identity``: a hash of all that the graft depends on, by which a finished one is known; None in those of before.
     """
 
     format_version: int = 3
@@ -52,6 +53,7 @@ class GraftReport(Record):
     prompts: PromptRecord | None = None
     answers: list[AnswerSample] = []
     notes: list[str]
+    identity: str | None = None
     verification: Verification | None = None
     seconds: dict[str, float]
     versions: dict[str, str]

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import chain, islice, tee
 
 from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, shape_alignment, solve_alignment
-from peft_graft.alignment.cache import AlignmentCache
+from peft_graft.alignment.cache import AlignmentCache, assembled
 from peft_graft.alignment.collect import CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
 from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
@@ -55,6 +55,14 @@ class WantedMaps:
             for pair in self.pairs
         }
 
+    def widened(self, other: WantedMaps) -> WantedMaps:
+        """These and those of another, in all directions that either asks for; lenient as these are."""
+        asked: dict[str, set[str]] = {}
+        for wanted in (self, other):
+            for name in {pair[0].name for pair in wanted.pairs}:
+                asked.setdefault(name, set()).update(wanted.directions.get(name, BOTH))
+        return replace(self, pairs={**other.pairs, **self.pairs}, directions=asked)
+
 
 @dataclass
 class AlignmentText:
@@ -69,6 +77,24 @@ class AlignmentText:
     key: str | None = None
 
 
+@dataclass
+class SharedAlignments:
+    """Alignments of the same models, kept in memory for modules that move one after another.
+
+    Attributes:
+        wanted: what all of these modules ask for, gathered in the pass of the first. made: by the key of their text.
+    """
+
+    wanted: WantedMaps
+    made: dict[str, list[Alignment]] = field(default_factory=dict)
+
+    def find(self, methods: Iterable[Method], text: str, wanted: WantedMaps) -> list[Alignment]:
+        """The alignments by all methods on a text, none if one is lacking."""
+        kept = self.made.get(text, [])
+        found = [assembled(kept, method, wanted.moments([method])) for method in methods]
+        return [one for one in found if one] if all(found) else []
+
+
 class Aligner:
     """The alignments that the methods of one run need, made when they are first asked for.
 
@@ -76,10 +102,10 @@ class Aligner:
 
     Args:
         methods: all that may be asked for. given: an alignment to use in place of text.
-        processes: how the pass is shared out.
+        shared: those that modules before this one had made. processes: how the pass is shared out.
     """
 
-    def __init__(
+    def __init__(  # what is aligned, on what and how; given and shared ones stand in for it
         self,
         models: ModelPair,
         wanted: WantedMaps,
@@ -89,9 +115,11 @@ class Aligner:
         run: Run,
         *,
         given: Alignment | None = None,
+        shared: SharedAlignments | None = None,
         processes: Processes | None = None,
     ) -> None:
         self.models, self.wanted, self.text, self.config, self.run = models, wanted, text, config, run
+        self.shared = shared
         self.methods = [method for method in methods if method.needs_text]
         self.cache = AlignmentCache.of(config, text.key if text else None)
         self.processes = processes or Processes()
@@ -121,11 +149,13 @@ class Aligner:
         return self._made[method.name]
 
     def _kept(self) -> list[Alignment]:
-        """The alignments by all methods from the cache, none if one is lacking."""
+        """The alignments by all methods that other modules had made, none if one is lacking."""
+        if self.shared is not None and (found := self.shared.find(self.methods, self._text_key, self.wanted)):
+            return found
         if self.cache is None:
             return []
-        found = [self.cache.find(method, self.models.keys, self.wanted.moments([method])) for method in self.methods]
-        return [one for one in found if one] if all(found) else []
+        kept = [self.cache.find(method, self.models.keys, self.wanted.moments([method])) for method in self.methods]
+        return [one for one in kept if one] if all(kept) else []
 
     def _solved(self) -> list[Alignment]:
         """Stream, check, and solve with every method: in one pass, or in as many as their statistics need to fit."""
@@ -143,7 +173,14 @@ class Aligner:
         if self.cache is not None and self.processes.first:
             for method, alignment in zip(self.methods, found, strict=True):
                 self.cache.keep(alignment, method, self.models.keys)
+        if self.shared is not None:
+            self.shared.made.setdefault(self._text_key, []).extend(found)
         return found
+
+    @property
+    def _gathered(self) -> WantedMaps:
+        """What a pass is for: also what modules after this one will ask for."""
+        return self.wanted if self.shared is None else self.wanted.widened(self.shared.wanted)
 
     @property
     def _holds_out(self) -> bool:
@@ -151,7 +188,7 @@ class Aligner:
 
     def _parts(self) -> list[Wanted]:
         """What the methods need, in as many parts as memory asks for; the same in every process."""
-        wanted = self.wanted.moments(self.methods)
+        wanted = self._gathered.moments(self.methods)
         limit = self.processes.least(memory_of_a_pass(self.models.teacher.device, self.processes.sharers))
         return Layout.of(self.models, wanted).parts(wanted, limit, hold_out=self._holds_out)
 
@@ -177,13 +214,15 @@ class Aligner:
                 where=f"--dtype {self.config.dtype}",
                 fix="use --dtype float32 or bfloat16",
             )
-        if self.wanted.lenient:
-            few = [
-                pair
-                for pair, (fit, held_out) in statistics.items()
-                if pair[0].layer < 0 and fit.count + held_out.count < max(self.wanted.pairs[pair])
-            ]
-            statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
+        sizes = self._gathered.pairs
+        few = [  # which are an error where they are needed now
+            pair
+            for pair, (fit, held_out) in statistics.items()
+            if (self.wanted.lenient or pair not in self.wanted.pairs)
+            and pair[0].layer < 0
+            and fit.count + held_out.count < max(sizes[pair])
+        ]
+        statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
         check_pairs(statistics)
         with self.run.stage("solving alignments"):
             found = [

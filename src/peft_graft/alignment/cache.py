@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,24 +85,17 @@ class AlignmentCache:
         Args:
             models: keys of teacher and student (``ModelHandle.key``).
         """
-        if not method.is_built_in:
-            return None
-        maps: dict[Pair, SpaceMap] = {}
-        diagnostics = {}
+        return assembled(self._kept(method, models), method, wanted) if method.is_built_in else None
+
+    def _kept(self, method: Method, models: tuple[str, str]) -> Iterator[Alignment]:
         for folder in sorted(self._pass(models).glob(f"{method.name}-*")):
             try:
                 found = Alignment.from_pretrained(folder)
             except GraftError:  # damaged, or removed meanwhile
                 continue
-            for pair in wanted.keys() & found.maps.keys():
-                if _has(found.maps[pair], method, wanted[pair]):
-                    maps[pair] = found.maps[pair]
-                    diagnostics[pair] = found.diagnostics[pair]
             with suppress(OSError):  # removed meanwhile, or read-only
                 os.utime(folder)
-            if maps.keys() == wanted.keys():
-                return replace(found, maps=maps, diagnostics=diagnostics)
-        return None
+            yield found
 
     def keep(self, alignment: Alignment, method: Method, models: tuple[str, str]) -> None:
         """Keep an alignment, and drop those used least recently where there are too many.
@@ -122,6 +115,26 @@ class AlignmentCache:
             total += size
             if total > MOST:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def assembled(kept: Iterable[Alignment], method: Method, wanted: Mapping[Pair, Iterable[Moment]]) -> Alignment | None:
+    """An alignment by a method that has every wanted map, put together from others of the same models and text.
+
+    Args:
+        kept: read as far as they are needed. wanted: pairs of spaces, and the moments that their maps are made of.
+    """
+    maps: dict[Pair, SpaceMap] = {}
+    diagnostics = {}
+    for found in kept:
+        if found.method != method.name:
+            continue
+        for pair in wanted.keys() & found.maps.keys():
+            if _has(found.maps[pair], method, wanted[pair]):
+                maps[pair] = found.maps[pair]
+                diagnostics[pair] = found.diagnostics[pair]
+        if maps.keys() == wanted.keys():
+            return replace(found, maps=maps, diagnostics=diagnostics)
+    return None
 
 
 def _use(folder: Path) -> tuple[float, int]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.distill.side_by_side import Score
     from peft_graft.report import GraftReport
+    from peft_graft.shelf import ShelfReport
 
 
 #: Answers that a terminal shows.
@@ -164,6 +165,31 @@ def show_graft(report: GraftReport, out: Path) -> None:
         _show_prompts(report, console)
     _show_verdict(report, console)
     console.print(f"[bold green]written[/] {escaped(str(out))} (README.md shows how to load it)", soft_wrap=True)
+
+
+def show_shelf(report: ShelfReport, out: Path) -> None:
+    """What became of every module of a shelf."""
+    console = Console(emoji=False)
+    table = Table("module", "method", "verdict", "agreement", "seconds", "", title=f"onto {escaped(report.student)}")
+    for one in report.modules:
+        figure = one.verdict.figure if one.verdict else None
+        table.add_row(
+            escaped(one.name),
+            one.method or "",
+            one.verdict.level if one.verdict else "",
+            _figure(figure.agreement) if figure else "",
+            "" if one.seconds is None else f"{one.seconds:,.1f}",
+            f"[red]{one.state}[/]" if one.state == "failed" else one.state,
+        )
+    console.print(table)
+    for one in report.failed:
+        console.print(f"[red]failed[/]  {escaped(one.name)}: {escaped(one.error or '')}", soft_wrap=True)
+    if report.first_seconds is not None and report.next_seconds is not None:
+        console.print(
+            f"[bold]price[/]   the first module of a teacher took {report.first_seconds:,.1f} s, with loading and "
+            f"aligning; one after it {report.next_seconds:,.1f} s"
+        )
+    console.print(f"[bold green]written[/] {escaped(str(out))} (shelf.json has all verdicts)", soft_wrap=True)
 
 
 def _show_verdict(report: GraftReport, console: Console) -> None:

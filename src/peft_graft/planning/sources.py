@@ -157,13 +157,14 @@ class ModelSources:
         Raises:
             ModelError, DeviceError, ArchitectureError: see ``loading.load_model``.
         """
-        first, second = (
-            wrap_model(model, tokenizer, find_tokenizer=tokenizers, role=role)
-            if isinstance(model, nn.Module)
-            else load_model(str(model), loading_of(self.config, role), role=role, tokenizer=tokenizers)
-            for model, tokenizer, role in self._sides
-        )
-        return ModelPair(first, second)
+        return ModelPair(self.load("teacher", tokenizers=tokenizers), self.load("student", tokenizers=tokenizers))
+
+    def load(self, role: str, *, tokenizers: bool) -> ModelHandle:
+        """The teacher or the student alone; arguments and errors as for ``loaded``."""
+        model, tokenizer, _ = next(side for side in self._sides if side[2] == role)
+        if isinstance(model, nn.Module):
+            return wrap_model(model, tokenizer, find_tokenizer=tokenizers, role=role)
+        return load_model(str(model), loading_of(self.config, role), role=role, tokenizer=tokenizers)
 
     def tokenizer_pair(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
         """Both tokenizers, before any weights.

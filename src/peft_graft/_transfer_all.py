@@ -1,0 +1,254 @@
+"""``transfer_all``: a shelf of modules moved to one model, which is loaded once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from peft_graft._transfer import Move, written
+from peft_graft.alignment.aligner import SharedAlignments
+from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.text import TextLike
+from peft_graft.config import GraftConfig
+from peft_graft.errors import GraftError, OutputError, reason
+from peft_graft.files import json_text, read_json
+from peft_graft.graft import REPORT
+from peft_graft.models.loading import ModelHandle, ModelPair
+from peft_graft.models.places import place_of
+from peft_graft.outputs import reserved, reserving_output, write_aside
+from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
+from peft_graft.prompts.read import PromptLike
+from peft_graft.report import GraftReport
+from peft_graft.run import UNFINISHED, Callback, Run
+from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names
+
+logger = logging.getLogger("peft_graft")
+
+
+@reserving_output
+def transfer_all(  # as ``transfer``, and all that it takes is for every module
+    adapters: Sequence[str | Path | ShelfModule],
+    student: ModelLike,
+    *,
+    out: str | Path,
+    teacher: ModelLike | None = None,
+    text: TextLike | PromptLike | None = None,
+    seeds: PromptLike | None = None,
+    alignment: str | Path | Alignment | None = None,
+    config: GraftConfig | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> ShelfReport:
+    """Move several modules to one model: models are loaded once, and aligned once on plain text.
+
+    Modules of one teacher follow one another. Each graft is what ``transfer`` makes of the module alone, and is written
+    to ``out``/NAME as soon as it is done; one that is there already and depends on the same is kept. A module that
+    cannot be moved is listed, and the rest go on.
+
+    Args:
+        adapters: folders or hub ids of modules; ``ShelfModule`` says more of one.
+        out: folder of the grafts, and of ``shelf.json``, which says what became of each.
+        student, teacher, text, seeds, alignment, config: as for ``transfer``; text in memory is read once.
+        callbacks: watch the run; stages carry the name of their module.
+
+    Raises:
+        PlanError: there is no module, or two would be written to the same folder.
+        OutputError: ``out`` cannot be written.
+        AlignmentError: there is no alignment of that name.
+    """
+    config = config_of_live(config or GraftConfig(), student)
+    modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
+    check_names(modules)
+    given = given_alignment(alignment, config.token)
+    shelf = _Shelf(
+        student,
+        teacher,
+        text if text is None or isinstance(text, str | Path) else cast(TextLike, list(text)),
+        seeds if seeds is None or isinstance(seeds, str | Path) else cast(PromptLike, list(seeds)),
+        (given, str(alignment) if isinstance(alignment, str | Path) else None),
+        config,
+        Path(out),
+        callbacks,
+    )
+    return shelf.moved(modules)
+
+
+class _Named(Callback):
+    """Tells another callback of the stages of one module."""
+
+    def __init__(self, inner: Callback, name: str) -> None:
+        self._inner, self._name = inner, name
+
+    def on_stage_begin(self, stage: str) -> None:
+        self._inner.on_stage_begin(f"{self._name}: {stage}")
+
+    def on_progress(self, stage: str, done: int, total: int | None) -> None:
+        self._inner.on_progress(f"{self._name}: {stage}", done, total)
+
+    def on_stage_end(self, stage: str, seconds: float) -> None:
+        self._inner.on_stage_end(f"{self._name}: {stage}", seconds)
+
+
+@dataclass
+class _Loaded:
+    """The student and the last teacher, as they were loaded."""
+
+    held: dict[str, tuple[object, ModelHandle]] = field(default_factory=dict)
+
+    def has(self, sources: ModelSources, *, tokenizers: bool) -> bool:
+        """Whether both models are there."""
+        return all(role in self.held and self.held[role][0] == key for role, key in _keys(sources, tokenizers).items())
+
+    def pair(self, sources: ModelSources, *, tokenizers: bool) -> ModelPair:
+        """The models of these sources; what is not there takes the place of what is."""
+        for role, key in _keys(sources, tokenizers).items():
+            if role not in self.held or self.held[role][0] != key:
+                self.held.pop(role, None)  # before another takes as much memory
+                self.held[role] = key, sources.load(role, tokenizers=tokenizers)
+        return ModelPair(self.held["teacher"][1], self.held["student"][1])
+
+
+def _keys(sources: ModelSources, tokenizers: bool) -> dict[str, object]:
+    sides = {"student": sources.student, "teacher": sources.teacher}
+    return {role: (model if isinstance(model, nn.Module) else str(model), tokenizers) for role, model in sides.items()}
+
+
+@dataclass
+class _Shelf:
+    """One run over all modules; attributes as the arguments of ``transfer_all``.
+
+    Attributes:
+        alignment: and the name that it was given by.
+    """
+
+    student: ModelLike
+    teacher: ModelLike | None
+    text: TextLike | PromptLike | None
+    seeds: PromptLike | None
+    alignment: tuple[Alignment | None, str | None]
+    config: GraftConfig
+    out: Path
+    callbacks: Sequence[Callback]
+    loaded: _Loaded = field(default_factory=_Loaded)
+    shared: dict[object, SharedAlignments] = field(default_factory=dict)
+    entries: dict[str, ShelfEntry] = field(default_factory=dict)
+
+    def moved(self, modules: Sequence[ShelfModule]) -> ShelfReport:
+        """All modules moved, one teacher after another."""
+        groups: dict[object, list[ShelfModule]] = {}
+        earlier, order = self._earlier(), [module.folder for module in modules]
+        for module in modules:
+            try:
+                move = self._planned(module)
+            except GraftError as error:
+                self.entries[module.folder] = _failure(module, error)
+                continue
+            teacher = _keys(move.sources, tokenizers=True)["teacher"]
+            groups.setdefault(teacher, []).append(module)
+            if wanted := move.wanted:
+                known = self.shared.get(teacher)
+                self.shared[teacher] = SharedAlignments(known.wanted.widened(wanted) if known else wanted)
+        self.out.mkdir(parents=True, exist_ok=True)
+        report = self._report(order)
+        for teacher, group in groups.items():
+            for module in group:
+                self.entries[module.folder] = self._entry(module, self.shared.get(teacher), earlier)
+                report = self._report(order)
+            self.shared.pop(teacher, None)
+        return report
+
+    def _report(self, order: Sequence[str]) -> ShelfReport:
+        """All that is known by now, also written."""
+        name = self.student if isinstance(self.student, str | Path) else type(self.student).__name__
+        report = ShelfReport.of(place_of(str(name)), [self.entries[one] for one in order if one in self.entries])
+        content = json_text(report.model_dump(mode="json"), str(self.out / SHELF), indent=2)
+        write_aside(self.out / SHELF, content, force=True)
+        return report
+
+    def _earlier(self) -> dict[str, ShelfEntry]:
+        """What an earlier run says of its modules, for the time that they took."""
+        try:
+            return {one.name: one for one in ShelfReport.model_validate(read_json(self.out / SHELF)).modules}
+        except (GraftError, OSError, ValueError):  # there was none, or one of another version
+            return {}
+
+    def _planned(self, module: ShelfModule) -> Move:
+        # A module's own text or examples take the place of both.
+        own = module.text is not None or module.seeds is not None
+        given, name = self.alignment
+        move = Move.planned(
+            module.adapter,
+            self.student,
+            teacher=module.teacher or self.teacher,
+            text=module.text if own else self.text,
+            seeds=module.seeds if own else self.seeds,
+            alignment=given,
+            config=self.config,
+        )
+        return replace(move, alignment=name)
+
+    def _entry(
+        self, module: ShelfModule, shared: SharedAlignments | None, earlier: dict[str, ShelfEntry]
+    ) -> ShelfEntry:
+        """What becomes of a module: moved, kept or failed."""
+        start = time.perf_counter()
+        out = self.out / module.folder
+        try:
+            move = self._planned(module)
+            run = Run([_Named(one, module.folder) for one in self.callbacks], work=Path(f"{out}{UNFINISHED}"))
+            first = not self.loaded.has(move.sources, tokenizers=move.reads_text)
+            with reserved(out):
+                with run.stage("loading models"):
+                    models = self.loaded.pair(move.sources, tokenizers=move.reads_text)
+                report = self._kept(move, models, out)
+                kept = report is not None
+                if report is None:
+                    report = written(move.carried_out(models, run, shared), out, run).report
+        except Exception as error:  # whatever it is, the others go on, and this one says why
+            self.loaded = _Loaded()  # what it has left in them is not known
+            if not isinstance(error, GraftError):
+                logger.exception("%s cannot be moved", module.adapter)
+            return _failure(module, error)
+        before = earlier.get(module.folder)
+        if kept and before is not None and before.state != "failed":
+            return before.model_copy(update={"state": "kept"})
+        return ShelfEntry(
+            name=module.folder,
+            module=report.module,
+            teacher=report.teacher.name,
+            state="kept" if kept else "written",
+            method=report.method,
+            verdict=report.verdict,
+            first=first,
+            seconds=None if kept else round(time.perf_counter() - start, 1),
+        )
+
+    def _kept(self, move: Move, models: ModelPair, out: Path) -> GraftReport | None:
+        """The report of a finished graft of the same work; None where there is none, or it shall be replaced.
+
+        Raises:
+            OutputError: something else is there.
+        """
+        if self.config.force or not out.exists():
+            return None
+        try:
+            report = GraftReport.model_validate(read_json(out / REPORT))
+        except (GraftError, OSError, ValueError):
+            report = None
+        if report is None or report.identity != move.identity(models):
+            raise OutputError(
+                "something else is there, and no graft of this module with these models, choices and text",
+                where=str(out),
+                fix="choose another --out, or replace it with --force",
+            )
+        return report
+
+
+def _failure(module: ShelfModule, error: Exception) -> ShelfEntry:
+    said = str(error) if isinstance(error, GraftError) else reason(error)
+    return ShelfEntry(name=module.folder, module=module.adapter, teacher=module.teacher, state="failed", error=said)

@@ -1,0 +1,234 @@
+"""What a transfer learns from: unlabelled text or prompts, and what the teacher says to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import cast
+
+from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
+from peft_graft.alignment.distinct import Parts, form_of
+from peft_graft.alignment.methods import Method
+from peft_graft.alignment.text import Sample, TextLike, TextSource
+from peft_graft.checkpoints.raw import RawCheckpoint
+from peft_graft.config import GraftConfig
+from peft_graft.distill.agreement import Verdict, judge
+from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompt_parts, prompts_of
+from peft_graft.distill.ask_seeds import listing_of, prompts_from, seeds_of
+from peft_graft.distill.choose import Outcome, judged
+from peft_graft.distill.completions import PromptDistillation
+from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.make_prompts import MadePrompts
+from peft_graft.distill.polish import PROMPT_RATES, PolishSettings
+from peft_graft.distill.teacher import FIT, TOKENS, ask_teacher, can_ask, sample_parts
+from peft_graft.models.loading import ModelPair
+from peft_graft.planning.plan import Plan
+from peft_graft.planning.sources import ModelSources, ModuleSource
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.read import PromptLike, PromptSource
+from peft_graft.prompts.seeds import Seeds
+from peft_graft.report import AnswerSample
+from peft_graft.run import Run
+
+#: Answers that the report shows.
+_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class TextMaterial:
+    """Unlabelled text: its first samples in parts, and all that follow.
+
+    ``asked``: whether the teacher is asked about it; where it is not ``remarks`` give the reason.
+    """
+
+    source: TextSource | None
+    parts: Parts[Sample]
+    rest: Iterable[Sample]
+    asked: bool
+    remarks: Sequence[str]
+
+    @staticmethod
+    def of(source: TextSource | None, raw: RawCheckpoint, config: GraftConfig) -> TextMaterial:
+        """The text, and whether the teacher can be asked about it (``can_ask``)."""
+        samples = source.samples() if source else iter(())
+        parts = sample_parts(samples)
+        asked, remarks = can_ask(config, raw, parts)
+        return TextMaterial(source, parts, samples, asked, remarks)
+
+    @property
+    def plain(self) -> Sequence[Sample]:
+        """Samples that neither judge nor choose."""
+        return self.parts.learning
+
+    @property
+    def content(self) -> str:
+        """A hash of what is learned from, chosen by and judged by."""
+        return self.parts.digest(lambda sample: sample.texts)
+
+    def to_align(self) -> AlignmentText | None:
+        """All but what judges or chooses."""
+        if self.source is None:
+            return None
+        held = self.parts.held_out if self.asked else []
+        first = self.parts.learning if self.asked else [*self.parts.held_out, *self.parts.learning]
+        key = json.dumps([self.source.key, "each once", len(held)]) if self.source.key else None
+        known = {form_of(sample.texts) for sample in held}
+        rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
+        return AlignmentText(chain(first, rest), self.source.name, key)
+
+    def polishing(self, config: GraftConfig) -> PolishSettings:
+        """How the polish trains."""
+        return PolishSettings(steps=config.polish_steps if self.asked else 0, seed=config.seed)
+
+    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation | None:
+        """The teacher's classes or hidden states; None where it is not asked."""
+        if not self.asked:
+            return None
+        check_tokenizers(plan.models)
+        config, settings = plan.config, self.polishing(plan.config)
+        fit = FIT if config.head in ("auto", "fit") else 0
+        shift_map = None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS))
+        return ask_teacher(
+            plan.module,
+            plan.models,
+            self.parts,
+            run,
+            train=max(fit, settings.steps * settings.batch_size),
+            shift_map=shift_map,
+            config=config,
+        )
+
+    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
+        """The verdict, and what else the report says about the text: nothing."""
+        if self.source is not None and not self.asked:
+            return judge(None, reason="; ".join(self.remarks) or "there is no text to judge by"), {}
+        return judged(outcome, run, seed=config.seed), {}
+
+
+@dataclass
+class PromptMaterial:
+    """Prompts for the teacher to answer, or examples to make them from.
+
+    ``made``: how they were made. ``asked``: what came of it.
+    """
+
+    source: PromptSource | Seeds
+    prompts: Sequence[Prompt]
+    asking: Asking
+    key: str
+    made: MadePrompts | None = None
+    asked: PromptDistillation | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the report says about the text."""
+        if self.made is None or self.made.ended == "enough":
+            return []
+        why = "hardly any new ones came" if self.made.ended == "nothing new" else "that took all attempts"
+        return [f"fewer prompts were made than asked for, since {why}: {self.made.text}"]
+
+    def make(self, models: ModelPair, config: GraftConfig, run: Run) -> None:
+        """Make the prompts, where there are only examples."""
+        if not isinstance(self.source, Seeds):
+            return
+        self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
+
+    @property
+    def plain(self) -> Sequence[Sample]:
+        """The prompts alone, as text."""
+        return [Sample(prompt.text) for prompt in prompt_parts(self.prompts).learning]
+
+    @property
+    def content(self) -> str:
+        """A hash of the prompts in their parts, and of the answers that came with them."""
+        return prompt_parts(self.prompts).digest(lambda prompt: [prompt.key, prompt.answer or ""])
+
+    def to_align(self) -> AlignmentText:
+        """Prompts with their answers, but for what is held out; there once the teacher has been asked."""
+
+        def samples() -> Iterator[Sample]:
+            assert self.asked is not None
+            yield from self.asked.samples
+
+        return AlignmentText(samples(), self.source.name, None)
+
+    def polishing(self, config: GraftConfig) -> PolishSettings:
+        """How the polish trains."""
+        size, known = PromptDistillation.batch_size, len(self.asked.lengths) if self.asked else len(self.prompts)
+        return PolishSettings(
+            steps=config.polish_steps_on(known, size), batch_size=size, rates=PROMPT_RATES, seed=config.seed
+        )
+
+    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
+        """The teacher's answers."""
+        key = json.dumps([self.key, self.content, module_key(plan.module.raw), *plan.models.speaking_keys])
+        self.asked = self.asking.ask(
+            plan.module,
+            plan.models,
+            self.prompts,
+            run,
+            key=key,
+            excess=self.made is not None,
+            made=self.made,
+            duplicates=0 if isinstance(self.source, Seeds) else self.source.dropped_duplicates,
+        )
+        return self.asked
+
+    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
+        """The verdict by what the graft generates, and what the report says about prompts and answers."""
+        found, asked = judged(outcome, run, seed=config.seed), self.asked
+        attached = outcome.candidate.attached
+        assert asked is not None
+        assert attached is not None
+        with run.stage("asking the graft"):
+            said, generated = asked.generate(attached, run)
+        verdict = judge(found.measured, found.moved, generated, seed=config.seed)
+        samples = [
+            AnswerSample(prompt=prompt.text, teacher=teacher.text, graft=own.text, bare=bare.text)
+            for prompt, teacher, own, bare in zip(asked.asked, asked.answers, said, asked.bare_answers, strict=True)
+        ]
+        return verdict, {"prompts": asked.record, "answers": samples[:_SAMPLES]}
+
+
+Material = TextMaterial | PromptMaterial
+
+
+def material_of(
+    text: TextLike | PromptLike | None,
+    seeds: PromptLike | None,
+    module: ModuleSource,
+    sources: ModelSources,
+    shapes: ModelPair,
+    config: GraftConfig,
+) -> Material:
+    """The text as what it is: prompts for a language model, or examples to make them from, else plain text.
+
+    Raises:
+        GraftError: see ``seeds_of``, ``asking_of`` and ``can_ask``.
+    """
+    prompts = seeds_of(seeds, text, module.raw, config) or prompts_of(text, module.raw, config)
+    if prompts is None:
+        # Rows that are no prompts, in memory, are what a text source refuses.
+        source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
+        return TextMaterial.of(source, module.raw, config)
+    asking = asking_of(config, sources, shapes, module.raw.library)
+    if isinstance(prompts, Seeds):
+        listing_of(prompts, asking, shapes, config)
+        found = []
+    else:
+        found = list(islice(prompts.prompts(), config.max_prompts + 2 * HELD_OUT))
+        asking.check(found, shapes)
+    settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
+    return PromptMaterial(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
+
+
+def _shift_method(maps_of: dict[str, Method]) -> Method:
+    """The method whose map of the last hidden state says where the teacher's shift of it points in the student."""
+    return maps_of.get("ridge") or next(iter(maps_of.values()))
+
+
+def module_key(raw: RawCheckpoint) -> dict[str, str] | str:
+    """Hashes of a module's files; of its values, where it is a live one."""
+    return dict(raw.files) or raw.digest
