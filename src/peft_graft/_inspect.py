@@ -181,7 +181,7 @@ def _resolved(
     """The module with its task and at the sites of its teacher, or why that cannot be said."""
     try:
         handle = described(module.teacher(teacher), config, "teacher")
-        module = module.of_teacher(handle.architecture)
+        module = module.of_teacher(handle, config)
         raw = module.shapes(handle.base.config)
         return module, at_teacher(raw, handle, config), None
     except GraftError as error:

@@ -147,7 +147,7 @@ class Move:
         sources = ModelSources.of(module, teacher, student, config, tokenizers)
         given = given_alignment(alignment, config.token)
         shapes = sources.described()
-        module = module.of_teacher(shapes.teacher.architecture)
+        module = module.of_teacher(shapes.teacher, config)
         raw = module.shapes(shapes.teacher.base.config)
         material = material_of(text, seeds, module, sources, shapes, config)
         plan = Plan.make(
@@ -289,6 +289,7 @@ def _shifts(plan: Plan, material: Material) -> bool:
 
 def _identity(plan: Plan, module: ModuleSource, material: Material) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
+    head = plan.moved.head
     parts = [
         *(plan.models.speaking_keys if isinstance(material, PromptMaterial) else plan.models.keys),
         module_key(module.raw),
@@ -296,5 +297,6 @@ def _identity(plan: Plan, module: ModuleSource, material: Material) -> str:
         material.source.key if material.source else None,
         material.content,
         plan.given.digest if plan.given else None,
+        *([head.problem_type] if head and head.problem_type else []),
     ]
     return json.dumps(parts, default=str)

@@ -34,7 +34,8 @@ class Usage:
             graft's configuration says where the student is.
         auto_class: of transformers. options: further arguments of ``from_pretrained``, by name.
         brings_tokenizer: whether the student's tokenizer lies beside the module.
-        num_labels: None where no head is written. vocabulary: what the embeddings are resized to, where they are.
+        num_labels: None where no head is written. problem_type: what its outputs are, None where nothing says so.
+        vocabulary: what the embeddings are resized to, where they are.
         reads_text, is_encoder_decoder: what the student does. prompt: an example of what it is asked.
         chat, chat_args: the same as messages, where it is asked by its chat template, and arguments of that template.
         one_line: code that loads it and asks, None where no pipeline is for its task. auto_peft: the class of peft that
@@ -48,6 +49,7 @@ class Usage:
     brings_tokenizer: bool
     labels: tuple[str, ...]
     num_labels: int | None
+    problem_type: str | None
     vocabulary: int | None
     reads_text: bool
     is_encoder_decoder: bool
@@ -89,6 +91,7 @@ class Usage:
             brings_tokenizer=brings_tokenizer,
             labels=labels,
             num_labels=raw.num_labels,
+            problem_type=raw.problem_type.value if raw.problem_type else None,
             vocabulary=raw.vocabulary_size if raw.vocabulary_size > size else None,
             reads_text={stack.kind for stack in student.architecture.row.stacks} <= {"encoder", "decoder"},
             is_encoder_decoder=bool(config.is_encoder_decoder),

@@ -1,16 +1,31 @@
-"""Names of a head's classes, in the order of its rows: as configurations have them, and as a user gives them."""
+"""Names of a head's classes, in the order of its rows, and what its outputs are: as configurations and users say it."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
 from peft_graft.errors import PlanError
+
+
+class ProblemType(StrEnum):
+    """What the outputs of a classifier of whole texts are, as configurations of transformers have it."""
+
+    SINGLE_LABEL = "single_label_classification"
+    MULTI_LABEL = "multi_label_classification"
+    REGRESSION = "regression"
+
+    @classmethod
+    def declared(cls, value: object) -> ProblemType | None:
+        """The ``problem_type`` of a configuration, None where it names none that is known."""
+        return cls(value) if isinstance(value, str) and value in list(cls) else None
+
 
 #: What ``--labels`` says of the answers that come with the prompts of a language model.
 ANSWERS = ("ignore", "use")

@@ -129,7 +129,7 @@ def _task_model(
     raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], *, speaks: bool = False
 ) -> tuple[Any, dict[str, Tensor]]:
     """The model that a peft checkpoint is put into, as large as its vocabulary, and biases that it replaces."""
-    model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
+    model = _with_head(raw, handle, labels)
     if speaks:
         fill_output(model, handle)
     own = {
@@ -139,6 +139,12 @@ def _task_model(
     if needed and needed > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
         model.resize_token_embeddings(needed, mean_resizing=False)
     return model, own
+
+
+def _with_head(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...]) -> Any:
+    model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
+    model.config.problem_type = raw.problem_type and raw.problem_type.value  # which pipelines and losses go by
+    return model
 
 
 def _attach_peft(
@@ -230,7 +236,7 @@ def _load_adapters(
             if own[key].data_ptr() not in filled:  # one tensor may have several names
                 own[key].zero_()  # such as a pooler, which the checkpoint may lack
     else:
-        model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
+        model = _with_head(raw, handle, labels)
         if speaks:
             fill_output(model, handle)
         adapters.init(model)

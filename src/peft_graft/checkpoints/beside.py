@@ -43,9 +43,10 @@ def write_beside(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels:
     Returns:
         Remarks on what was not written.
     """
-    if labels and raw.library == Library.PEFT:
+    if (labels or raw.problem_type) and raw.library == Library.PEFT:
         named = copy.deepcopy(student.base.config)
-        set_labels(named, labels)
+        set_labels(named, labels, raw.num_labels)
+        named.problem_type = raw.problem_type and raw.problem_type.value
         named.save_pretrained(folder)
     rows = max(student.architecture.sizes.get(Space(-1, VOCABULARY), 0), raw.vocabulary_size or 0)
     remark = _write_tokenizer(folder, student, rows)

@@ -78,7 +78,9 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     )
     written = {**config_dict(lora), "auto_mapping": raw.config.get("auto_mapping")}
     found = format_of(Library.PEFT).parse(written, tensors | heads)
-    return replace(found, task=raw.task, labels=raw.labels, files=raw.files, notes=raw.notes)
+    return replace(
+        found, task=raw.task, labels=raw.labels, problem_type=raw.problem_type, files=raw.files, notes=raw.notes
+    )
 
 
 def _config(raw: RawCheckpoint, modules: Sequence[str], where: str) -> peft.PeftConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def _labelled(head: Head, raw: RawCheckpoint) -> Head:
             expected=f"{len(labels)} labels ({', '.join(labels)})",
             found=f"{head.num_labels} rows",
         )
-    return Head(head.task, head.tensors, head.reads, tuple(labels), head.activation)
+    return replace(head, labels=tuple(labels), problem_type=raw.problem_type)
 
 
 def _parts(path: str) -> list[tuple[str, str]]:

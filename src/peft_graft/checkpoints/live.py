@@ -11,6 +11,7 @@ from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
+from peft_graft.labels import ProblemType
 from peft_graft.models.task_models import own_labels, quiet_libraries, shared_copy
 
 
@@ -40,7 +41,11 @@ def read_live(model: Any) -> tuple[RawCheckpoint, nn.Module]:
         key: value.detach().cpu() for key, value in peft.get_peft_model_state_dict(model, adapter_name=name).items()
     }
     raw = format_of(Library.PEFT).parse(config, tensors, where="the live model")
-    return replace(raw, labels=own_labels(inside.config) or None), _without_module(model)
+    return replace(
+        raw,
+        labels=own_labels(inside.config) or None,
+        problem_type=ProblemType.declared(getattr(inside.config, "problem_type", None)),
+    ), _without_module(model)
 
 
 def _without_module(model: Any) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_graft.labels import ProblemType
 from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
@@ -35,7 +36,7 @@ class RawCheckpoint:
         head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
             AdapterHub's prediction heads.
         head_config: AdapterHub only, the head's configuration file, unchanged.
-        labels: label names in order, where the files have them.
+        labels: label names in order, where the files have them. problem_type: what the head's outputs are, likewise.
         files: file name -> SHA-256, where it comes from files.
         weights_suffix: ``.safetensors`` or ``.bin``.
         unconverted: of kind ``weights`` alone, all tensors by their keys in the file.
@@ -52,6 +53,7 @@ class RawCheckpoint:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     head_config: Mapping[str, Any] | None = None
     labels: Sequence[str] | None = None
+    problem_type: ProblemType | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     weights_suffix: str = ".safetensors"
     unconverted: Mapping[str, Tensor] = field(default_factory=dict)
@@ -104,8 +106,17 @@ class RawCheckpoint:
         parts = {f"{path} {name}": value for path, part in self.parts.items() for name, value in part.tensors.items()}
         values = hash_tensors(sorted({**parts, **self.head, **self.unconverted}.items()))
         said = [self.library, self.kind, self.task, self.config, self.head_config, self.labels]
+        said += [self.problem_type] if self.problem_type else []
         text = json.dumps(said, sort_keys=True, default=_plain)
         return f"{values} {hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def gives_numbers(self) -> bool:
+        """Whether the head gives numbers and decides nothing: one, unless it is a label that holds or not."""
+        decides = self.problem_type is ProblemType.MULTI_LABEL
+        return bool(self.head) and (
+            self.problem_type is ProblemType.REGRESSION or (self.num_labels == 1 and not decides)
+        )
 
     @property
     def num_labels(self) -> int | None:

@@ -1,17 +1,22 @@
-"""The task of a module whose configuration names none, or another: its paths and its saved head show it."""
+"""What a module was trained for, where its files do not say: its task, and what its head's outputs are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from peft_graft.checkpoints.formats.adapters.heads import is_prediction_head
 from peft_graft.checkpoints.heads import fits_form
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
+from peft_graft.labels import ProblemType
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spec import HeadForm
 from peft_graft.models.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 #: What configurations also say of models with another head, or with none.
 _UNSURE = (Task.BASE, Task.CAUSAL_LM, Task.SEQ2SEQ_LM, Task.MASKED_LM)
@@ -53,6 +58,20 @@ def with_task(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
     wrapped = raw.task is Task.BASE and (raw.trains_output or _is_wrapped(raw, architecture))
     # Whisper's and T5's modules are often called causal, and those of decoders in a model that also sees seq2seq.
     return replace(raw, task=around) if wrapped or {raw.task, around} == _GENERATE else raw
+
+
+def with_problem_type(raw: RawCheckpoint, named: ProblemType | None, teacher: PretrainedConfig) -> RawCheckpoint:
+    """The checkpoint with what its head's outputs are: as a user says, else as its files do, else as the teacher's own
+    configuration does, for a head of as many outputs.
+
+    Args:
+        raw: with its task (``with_task``).
+    """
+    if raw.task not in (Task.SEQUENCE_CLASSIFICATION, Task.PREDICTION_HEADS):  # transformers has it for no others
+        return replace(raw, problem_type=None)
+    own = ProblemType.declared(getattr(teacher, "problem_type", None))
+    found = named or raw.problem_type or (own if raw.num_labels == teacher.num_labels else None)
+    return replace(raw, problem_type=found)
 
 
 def _tasks_of_head(raw: RawCheckpoint, architecture: Architecture) -> list[Task]:

@@ -34,7 +34,7 @@ from peft_graft.config.base import (
     check_method,
 )
 from peft_graft.errors import PlanError
-from peft_graft.labels import Labels
+from peft_graft.labels import Labels, ProblemType
 
 
 class PairConfig(Config):
@@ -140,6 +140,11 @@ class GraftConfig(PairConfig):
         default="ignore",
         description="Names of a head's classes where no file has them: O,B-PER,I-PER, or a JSON or text file. Of a "
         "language model, answers that come with the prompts: ignore, or use: learn them in place of the teacher's.",
+    )
+    problem_type: Annotated[ProblemType | None, Option(WHAT, later=True)] = Field(
+        default=None,
+        description="What the outputs of a classifier of whole texts are, where neither the module's files nor the "
+        "teacher's configuration say it: one class that holds, labels each of which holds or not, or numbers.",
     )
     learn: Annotated[Literal["distributions", "text"], Option(PROMPTS, later=True)] = Field(
         default="distributions",

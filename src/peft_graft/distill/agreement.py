@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
-from peft_graft.distill.targets import Kind, Targets, student_answers
+from peft_graft.distill.targets import Kind, Targets, log_probabilities, student_answers
 from peft_graft.distill.training import length_batches
 from peft_graft.metrics import OfSums, interval
 from peft_graft.models.loading import ModelHandle
@@ -53,11 +53,12 @@ class Agreement(Record):
 
     Attributes:
         agreement: for classes Cohen's kappa of the student's and the teacher's decisions (1: always the same; 0: no
-            better than chance). For modules without a head the share of the teacher's mapped shift of the last hidden
-            state that the student's shift reproduces, 1 - squared error / squared shift.
+            better than chance), for labels that hold or not of all their decisions. For modules without a head the
+            share of the teacher's mapped shift of the last hidden state that the student's shift reproduces,
+            1 - squared error / squared shift.
             None where it is not defined; then ``undefined`` says why, and what to give.
         divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
-            distribution, nats. Without a head 1 - agreement.
+            distribution, nats, of labels summed over them. Without a head 1 - agreement.
             For prompts the mean divergence at strict positions, over tokens that both models know, and as agreement
             1 - divergence / the bare student's.
         answers: words, samples, tokens or positions compared.
@@ -290,7 +291,8 @@ def compare_divergences(
 def compare(
     given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None, draws: Draws | None = None
 ) -> Agreement:
-    """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``hidden``: [n, d_s]).
+    """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``labels``:
+    [n, labels, 2]; ``hidden``: [n, d_s]).
 
     Args:
         shift: ``hidden`` only, [n, d_s]: by how much the targets differ from the bare student's states.
@@ -307,7 +309,7 @@ def compare(
     if kind == "hidden":
         assert shift is not None
         return _of_shifts(given, targets, shift, draws)
-    return _of_classes(given, targets, draws)
+    return _of_classes(given, targets, kind, draws)
 
 
 def _of_shifts(given: Tensor, targets: Tensor, shift: Tensor, draws: Draws | None) -> Agreement:
@@ -335,25 +337,27 @@ def _of_shifts(given: Tensor, targets: Tensor, shift: Tensor, draws: Draws | Non
     )
 
 
-def _of_classes(given: Tensor, targets: Tensor, draws: Draws | None) -> Agreement:
-    student, teacher = given.double().log_softmax(-1), targets.double()
-    divergences = (teacher.exp() * (teacher - student)).sum(-1)
-    chosen, wanted = student.argmax(-1), teacher.argmax(-1)
-    classes = targets.shape[1]
-    one_hot = [torch.nn.functional.one_hot(side, classes).double() for side in (wanted, chosen)]
-    rows = torch.cat([(chosen == wanted).double()[:, None], divergences[:, None], *one_hot], 1)
+def _of_classes(given: Tensor, targets: Tensor, kind: Kind, draws: Draws | None) -> Agreement:
+    student, teacher = log_probabilities(given.double(), kind), targets.double()
+    divergences = (teacher.exp() * (teacher - student)).flatten(1).sum(-1)
+    chosen, wanted = student.argmax(-1), teacher.argmax(-1)  # of labels, whether each holds
+    one_hot = [torch.nn.functional.one_hot(side, targets.shape[-1]).double().flatten(1) for side in (wanted, chosen)]
+    alike = (chosen == wanted).double().reshape(len(targets), -1).mean(1)
+    rows = torch.cat([alike[:, None], divergences[:, None], *one_hot], 1)
     counts = torch.cat([torch.ones(len(rows), 1, dtype=rows.dtype), rows], 1)
     sums = counts.sum(0).tolist()
     divergence = max(0.0, float(divergences.mean()))
     # Distributions that differ from text to text and are met as they are: no chance, whatever they decide.
-    varied = (teacher.exp() * (teacher - teacher.exp().mean(0).clamp_min(1e-300).log())).sum(-1).mean()
+    common = teacher.exp().mean(0).clamp_min(1e-300).log()
+    varied = (teacher.exp() * (teacher - common)).flatten(1).sum(-1).mean()
     exact = sums[1] == sums[0] and divergence <= EXACT and float(varied) > _TAUGHT
     kappa = 1.0 if exact else _kappa(sums)
+    unchanging = ("labels", "they") if kind == "labels" else ("class", "its classes")
     found = Agreement(
         agreement=kappa,
         divergence=divergence,
         answers=len(targets),
-        undefined=None if kappa is not None else _ONE_CLASS,
+        undefined=None if kappa is not None else _UNCHANGING.format(*unchanging),
     )
     if draws is None:
         return found
@@ -372,26 +376,33 @@ def _of_classes(given: Tensor, targets: Tensor, draws: Draws | None) -> Agreemen
     )
 
 
-_ONE_CLASS = (
-    "the teacher gives the same class to all of the held-out text, so agreement cannot be told from chance; give text "
-    "on which its classes differ"
+_UNCHANGING = (
+    "the teacher gives the same {} to all of the held-out text, so agreement cannot be told from chance; give text on "
+    "which {} differ"
 )
 
 
 def _kappa(sums: Sequence[float]) -> float | None:
-    """Cohen's kappa of counts: all, alike, divergence, and how often the teacher and the student gave each class.
+    """Cohen's kappa of counts: all, alike, divergence, and how often the teacher and the student gave each class; of
+    labels, how often each held and not. Agreement and its chance are means over the labels.
 
     None where the teacher gave one class: it is 0 then, or not defined, whatever the student says.
     """
-    if max(sums[3 : 3 + (len(sums) - 3) // 2]) == sums[0]:
+    if all(count in (0, sums[0]) for count in _counts(sums)[0]):
         return None
     chance = _chance(sums)
     return (sums[1] / sums[0] - chance) / (1 - chance)
 
 
 def _chance(sums: Sequence[float]) -> float:
+    teacher, student = _counts(sums)
+    decisions = sum(teacher) / sums[0]  # one, or as many as labels
+    return sum(map(math.prod, zip(teacher, student, strict=True))) / sums[0] ** 2 / decisions
+
+
+def _counts(sums: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
     classes = (len(sums) - 3) // 2
-    return sum(math.prod(pair) for pair in zip(sums[3 : 3 + classes], sums[3 + classes :], strict=True)) / sums[0] ** 2
+    return sums[3 : 3 + classes], sums[3 + classes :]
 
 
 def _by_group(rows: Tensor, groups: Sequence[int]) -> Tensor:

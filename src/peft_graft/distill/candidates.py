@@ -18,6 +18,7 @@ from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.fit_head import features, fit_head
 from peft_graft.distill.fit_layers import fit_modules
 from peft_graft.distill.teacher import FIT, TextDistillation
+from peft_graft.labels import ProblemType
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
@@ -57,6 +58,7 @@ class HeadRecord(Record):
     """The head: task, what it reads, label names, its map, inner units that the student has no place for.
 
     ``how``: ``carried`` through the map, or ``fitted`` to the teacher's predictions; then ``fit`` says how well.
+    ``problem_type``: what its outputs are, None where nothing says so.
     """
 
     task: Task
@@ -66,6 +68,7 @@ class HeadRecord(Record):
     diagnostics: dict[str, float]
     how: str | None = None
     fit: dict[str, float] = {}
+    problem_type: ProblemType | None = None
 
 
 @dataclass
@@ -251,6 +254,7 @@ def project_head(
         reads=moved.reads,
         labels=list(moved.labels) or [f"LABEL_{index}" for index in range(moved.num_labels)],
         dropped_inner_units=dropped,
+        problem_type=moved.problem_type,
         diagnostics=alignment.diagnostics.get((space, space), {}),
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Targets, pooled
+from peft_graft.distill.targets import Targets, cross_entropy, kind_of, log_probabilities, pooled
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
@@ -25,7 +25,7 @@ _STEPS = 60
 
 
 def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
-    """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes].
+    """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes], or [n, labels, 2].
 
     Raises:
         NotFiniteError: some of it is not finite.
@@ -74,7 +74,8 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     fitted to all. An inner layer is held near where it starts.
 
     Args:
-        head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities.
+        head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities, or
+            [n, labels, 2] (``targets.Targets``).
 
     Returns:
         The head, and what to report: ``penalty``, and ``divergence`` (nats) on the last fifth.
@@ -83,11 +84,11 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     known = (read - mean) / deviation
     cut = max(1, len(read) * 4 // 5)
     probabilities = targets.exp()
-    entropy = -float((probabilities[cut:] * targets[cut:]).sum(-1).mean())
+    entropy = float(cross_entropy(targets[cut:], probabilities[cut:]))
     scores = {}
     for penalty in PENALTIES:
         fitted = _solve(head, known[:cut], probabilities[:cut], mean, deviation, penalty)
-        scores[penalty] = _cross_entropy(_logits(fitted, known[cut:], head), probabilities[cut:]) - entropy
+        scores[penalty] = float(_cross_entropy(_logits(fitted, known[cut:], head), probabilities[cut:], head)) - entropy
     best = min(scores, key=scores.__getitem__)
     fitted = {k: v.double() for k, v in _solve(head, known, probabilities, mean, deviation, best).items()}
     # Back from standardised features: w (x - mean) / deviation + b.
@@ -109,13 +110,15 @@ def _solve(
         start["dense.bias"] = start["dense.bias"] + start["dense.weight"] @ mean
         start["dense.weight"] = start["dense.weight"] * deviation
         origin = start["dense.weight"].clone()
-    start["out.weight"], start["out.bias"] = torch.zeros_like(start["out.weight"]), probabilities.mean(0).log()
+    common = probabilities.mean(0).log()
+    common = common[:, 1] - common[:, 0] if common.ndim == 2 else common
+    start["out.weight"], start["out.bias"] = torch.zeros_like(start["out.weight"]), common
     values = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.LBFGS(list(values.values()), max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = _cross_entropy_tensor(_logits(values, known, head), probabilities)
+        total = _cross_entropy(_logits(values, known, head), probabilities, head)
         total = total + penalty * values["out.weight"].square().sum()
         if head.has_inner_layer:
             total = total + penalty * (values["dense.weight"] - origin).square().sum()
@@ -133,9 +136,5 @@ def _logits(values: dict[str, Tensor], known: Tensor, head: Head) -> Tensor:
     return known @ values["out.weight"].T + values["out.bias"]
 
 
-def _cross_entropy_tensor(logits: Tensor, probabilities: Tensor) -> Tensor:
-    return -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
-
-
-def _cross_entropy(logits: Tensor, probabilities: Tensor) -> float:
-    return float(_cross_entropy_tensor(logits, probabilities))
+def _cross_entropy(logits: Tensor, probabilities: Tensor, head: Head) -> Tensor:
+    return cross_entropy(log_probabilities(logits, kind_of(head)), probabilities)

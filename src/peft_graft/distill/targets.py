@@ -14,13 +14,17 @@ from torch import Tensor
 
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
+from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head
 
-#: ``words``: class logits at the first token of every word; ``samples``: class logits of a whole sample;
-#: ``hidden``: the last hidden state, for modules without a head of their own.
-Kind = Literal["words", "samples", "hidden"]
+#: ``words``: class logits at the first token of every word; ``samples``: class logits of a whole sample; ``labels``: of
+#: a whole sample the logits of labels, each of which holds or not; ``hidden``: the last hidden state, for modules
+#: without a head of their own.
+Kind = Literal["words", "samples", "labels", "hidden"]
+#: Kinds of one answer to a sample.
+WHOLE: tuple[Kind, ...] = ("samples", "labels")
 Encoded = dict[str, list[int]]
 
 
@@ -31,9 +35,10 @@ class Targets:
     Attributes:
         kind: what was asked.
         inputs: each sample as the student reads it. spans: its token ranges [start, end) that answers belong to, one
-            for each answer; unused for ``samples``.
-        values: for each sample [answers, classes], log-probabilities, float32; for ``hidden`` [answers, d_s], what the
-            student's last hidden state should be.
+            for each answer; unused for ``samples`` and ``labels``.
+        values: for each sample [answers, classes], log-probabilities, float32; for ``labels`` [1, labels, 2], that each
+            does not hold and that it does; for ``hidden`` [answers, d_s], what the student's last hidden state should
+            be.
         shift: ``hidden`` only: for each sample [answers, d_s], by how much that differs from the bare student's.
     """
 
@@ -66,7 +71,21 @@ def kind_of(head: Head | None) -> Kind:
     """What a module with this head can be asked."""
     if head is None:
         return "hidden"
-    return "words" if head.task == Task.TOKEN_CLASSIFICATION else "samples"
+    if head.task == Task.TOKEN_CLASSIFICATION:
+        return "words"
+    return "labels" if head.problem_type is ProblemType.MULTI_LABEL else "samples"
+
+
+def log_probabilities(logits: Tensor, kind: Kind) -> Tensor:
+    """[n, classes] logits -> the same of log-probabilities; for ``labels`` [n, labels, 2], as ``Targets`` has them."""
+    if kind == "labels":
+        logits = torch.stack([torch.zeros_like(logits), logits], -1)
+    return logits.log_softmax(-1)
+
+
+def cross_entropy(given: Tensor, wanted: Tensor) -> Tensor:
+    """The mean cross entropy of log-probabilities with probabilities, nats; that of an answer's labels is their sum."""
+    return -(wanted * given).flatten(1).sum(-1).mean()
 
 
 def pooled(values: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
@@ -90,7 +109,7 @@ def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targ
     """
     batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
     logits, state = attached.forward(batch)
-    if targets.kind == "samples":
+    if targets.kind in WHOLE:
         assert logits is not None
         return logits
     values = state if targets.kind == "hidden" else logits
@@ -108,4 +127,4 @@ def distillation_loss(given: Tensor, targets: Targets, rows: Sequence[int]) -> T
     if targets.kind == "hidden":
         shift = torch.cat([targets.shift[row] for row in rows]).to(given.device)
         return (given - wanted).square().sum() / shift.square().sum().clamp_min(1e-12)
-    return -(wanted.exp() * given.log_softmax(-1)).sum(-1).mean()
+    return cross_entropy(log_probabilities(given, targets.kind), wanted.exp())

@@ -22,10 +22,21 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import WORD, Agreement, measure
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Encoded, Kind, Targets, distillation_loss, kind_of, pooled, student_answers
+from peft_graft.distill.targets import (
+    WHOLE,
+    Encoded,
+    Kind,
+    Targets,
+    distillation_loss,
+    kind_of,
+    log_probabilities,
+    pooled,
+    student_answers,
+)
 from peft_graft.distill.training import length_batches
 from peft_graft.environment import version_of
 from peft_graft.errors import DependencyError, HeadError, PairingError, TextError
+from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.planning.checks import asking_option, asks_teacher
@@ -162,24 +173,25 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
 
     Raises:
         DependencyError: what the config says needs the teacher's answers, and its module's library is not installed.
-        HeadError: it needs them, and the module's head gives a number and no classes.
+        HeadError: it needs them, and the module's head gives numbers and no classes.
         TextError: it needs them, and there is too little text.
     """
     needed, library = asks_teacher(config), raw.library
     if not parts.given:
         return False, []
-    if raw.num_labels == 1 and config.head != "drop":
+    if raw.gives_numbers and config.head != "drop":
+        what = "one number" if raw.num_labels == 1 else "numbers"
         if needed:
             raise HeadError(
-                "the head gives one number, and learning from the teacher's predictions takes classes",
+                f"the head gives {what}, and learning from the teacher's predictions takes classes",
                 where=asking_option(config),
-                expected="a head of two outputs or more",
-                found=1,
-                fix="leave the option out, or leave the head behind with --head drop",
+                expected="a head of two outputs or more, of classes or labels",
+                found=raw.num_labels,
+                fix=f"leave the option out, leave the head behind with --head drop, or {_LABELS}",
             )
         return False, [
-            "neither fitted nor judged: the head gives one number, and agreement is of classes; score the graft on "
-            "labelled text"
+            f"neither fitted nor judged: the head gives {what}, and agreement is of classes; score the graft on "
+            f"labelled text, or {_LABELS}"
         ]
     if version_of(library) is None:
         if needed:
@@ -203,6 +215,9 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
         ]
     repeated = parts.given - len(parts.held_out) - len(parts.learning)
     return True, [f"{repeated} of {parts.given} samples of text repeat others, and count once"] * bool(repeated)
+
+
+_LABELS = f"say --problem-type {ProblemType.MULTI_LABEL} if its outputs are labels that hold or not"
 
 
 def _counted(parts: Parts[Sample]) -> str:
@@ -247,13 +262,13 @@ class _Asked:
                 logits, state = self.teacher.forward(batch)
                 own_state = self.teacher.forward(batch, module=False)[1] if self.kind == "hidden" else None
                 places = [side.places[row] for row in rows]
-                counts = [1 if self.kind == "samples" else len(own) for own in places]
+                counts = [1 if self.kind in WHOLE else len(own) for own in places]
                 if own_state is not None:
                     _put(bare, rows, pooled(own_state, places), counts)
                     found = pooled(state - own_state, places)
                 else:
                     assert logits is not None
-                    found = logits if self.kind == "samples" else pooled(logits, places)
+                    found = logits if self.kind in WHOLE else pooled(logits, places)
                 check_finite(found, name, (_line(self.samples[row]) for row in rows), counts)
                 _put(answers, rows, found, counts)
                 done += len(rows)
@@ -265,7 +280,7 @@ class _Asked:
                 values = [own + by for own, by in zip(own_states, shift, strict=True)]
                 carried = _carried(torch.cat(bare[:judging]), torch.cat(own_states[:judging]), self.shift_map)
             else:
-                values = [answer.log_softmax(-1) for answer in answers]
+                values = [log_probabilities(answer, self.kind) for answer in answers]
         # Tensors made in inference mode cannot take part in training.
         values, shift = ([value.clone() for value in part] for part in (values, shift))
         return Targets(self.kind, student.inputs, student.places, values, shift), carried
@@ -326,7 +341,7 @@ def _places(
     kind: Kind, sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
 ) -> tuple[list[Place], list[Place]]:
     """Token ranges of both models that belong together."""
-    if kind == "samples":
+    if kind in WHOLE:
         return [], []
     if kind == "hidden":
         blocks = pair_tokens(teacher, student)

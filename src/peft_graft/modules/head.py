@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.errors import HeadError
+from peft_graft.labels import ProblemType
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Axis, LabelledTensor, misfit
 
@@ -31,7 +32,8 @@ class Head:
 
     ``out.weight`` [labels, d], ``out.bias`` [labels] and optionally ``dense.weight`` [h, d], ``dense.bias`` [h],
     followed by ``activation``; then ``out.weight`` is [labels, h]. ``reads`` names the space it reads: the last hidden
-    state of every token, of the first token, or the pooler's output.
+    state of every token, of the first token, or the pooler's output. ``problem_type`` is None where nothing says
+    otherwise than that one of the classes holds.
     """
 
     task: Task
@@ -39,6 +41,7 @@ class Head:
     reads: str
     labels: tuple[str, ...]
     activation: str | None = None
+    problem_type: ProblemType | None = None
 
     @property
     def can_be_fitted(self) -> bool:

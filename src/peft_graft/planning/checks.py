@@ -103,6 +103,22 @@ def check_labels(checkpoint: PeftCheckpoint, student: PretrainedConfig) -> None:
         )
 
 
+def check_problem_type(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
+    """Refuse ``--problem-type`` where no classifier of whole texts moves.
+
+    Raises:
+        HeadError: there is no head, or one of another task.
+    """
+    head = checkpoint.head
+    if config.problem_type and (head is None or head.task is not Task.SEQUENCE_CLASSIFICATION):
+        raise HeadError(
+            "no classifier of whole texts moves whose outputs it could describe",
+            where="--problem-type",
+            found=head.task if head else "no head",
+            fix="leave --problem-type out",
+        )
+
+
 def check_head_fit(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
     """Refuse ``--head fit`` where there is no head, or one that cannot be fitted.
 

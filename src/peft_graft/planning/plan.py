@@ -25,6 +25,7 @@ from peft_graft.planning.checks import (
     check_labels,
     check_method,
     check_pooler,
+    check_problem_type,
     check_reading,
     check_task_models,
     check_vocabulary,
@@ -93,6 +94,7 @@ class Plan:
         """
         module, moved = _resolved(raw, models, config)
         check_head_fit(moved, config)
+        check_problem_type(moved, config)
         check_reading(models, config, has_text=bool(has_text))
         if asks_teacher(config) and has_text is False:
             raise no_predictions(config)

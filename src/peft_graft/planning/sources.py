@@ -13,10 +13,9 @@ from peft_graft.checkpoints.convert import as_lora, stand_in
 from peft_graft.checkpoints.live import is_peft_model, read_live
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
-from peft_graft.checkpoints.task import with_task
+from peft_graft.checkpoints.task import with_problem_type, with_task
 from peft_graft.config import GraftConfig, PairConfig
 from peft_graft.errors import CheckpointError, ModelError
-from peft_graft.models.architecture import Architecture
 from peft_graft.models.devices import check_device
 from peft_graft.models.loading import (
     ModelHandle,
@@ -95,9 +94,10 @@ class ModuleSource:
             )
         return base
 
-    def of_teacher(self, teacher: Architecture) -> ModuleSource:
-        """The same with its task, where only the paths and the head show it (``with_task``)."""
-        return replace(self, raw=with_task(self.raw, teacher))
+    def of_teacher(self, teacher: ModelHandle, config: GraftConfig) -> ModuleSource:
+        """The same with its task and what its head's outputs are, where only other things show it (``with_task``)."""
+        raw = with_task(self.raw, teacher.architecture)
+        return replace(self, raw=with_problem_type(raw, config.problem_type, teacher.base.config))
 
     def shapes(self, teacher: PretrainedConfig) -> RawCheckpoint:
         """The module to plan with, before weights are loaded."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_graft.checkpoints.foreign import missing_weights
 from peft_graft.checkpoints.formats.adapters.codec import CODECS, Codec, Saved, on_fused_layer
+from peft_graft.checkpoints.formats.adapters.heads import problem_type_of
 from peft_graft.checkpoints.formats.adapters.settings import FileSettings, HeadFile, ModuleSettings
 from peft_graft.checkpoints.formats.adapters.versions import (
     DEFAULT,
@@ -87,6 +88,7 @@ class AdaptersFormat(Format):
             head=_head(read_tensors(head_weights), head_config) if head_weights and head_config else {},
             head_config=head_config,
             labels=_labels(head_config),
+            problem_type=problem_type_of(head_config),
             files=file_hashes(folder, FILES),
             weights_suffix=suffix,
         )

@@ -14,19 +14,32 @@ from torch import Tensor
 from peft_graft.checkpoints.formats.adapters.versions import VERSION
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.errors import HeadError, PlanError
+from peft_graft.labels import ProblemType
 from peft_graft.models.spaces import FIRST_OUT, POOLED_OUT, TOKENS_OUT
 from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head, head_tensors
 
 _START = "layers."
 _KEY = re.compile(r"layers\.\d{1,4}\.(weight|bias)")
-_TASKS = {"tagging": Task.TOKEN_CLASSIFICATION, "classification": Task.SEQUENCE_CLASSIFICATION}
+_MULTI_LABEL = "multilabel_classification"
+_TASKS = {
+    "tagging": Task.TOKEN_CLASSIFICATION,
+    "classification": Task.SEQUENCE_CLASSIFICATION,
+    _MULTI_LABEL: Task.SEQUENCE_CLASSIFICATION,
+}
 _TYPES = {TOKENS_OUT: "tagging", FIRST_OUT: "classification", POOLED_OUT: "classification"}
 
 
 def is_prediction_head(tensors: Mapping[str, Tensor]) -> bool:
     """Whether saved tensors are of a prediction head, and not of a head of a task model."""
     return any(key.startswith(_START) for key in tensors)
+
+
+def problem_type_of(head_config: Mapping[str, Any] | None) -> ProblemType | None:
+    """What the head's outputs are, as far as its type says."""
+    settings = (head_config or {}).get("config")
+    kind = settings.get("head_type") if isinstance(settings, Mapping) else None
+    return ProblemType.MULTI_LABEL if kind == _MULTI_LABEL else None
 
 
 def read_head(raw: RawCheckpoint) -> Head:
@@ -48,7 +61,7 @@ def read_head(raw: RawCheckpoint) -> Head:
         raise HeadError(
             f"prediction heads of type {kind!r} with {len(numbers)} layers are not supported yet",
             where=raw.name,
-            expected="tagging or classification, of one or two layers",
+            expected=f"{', '.join(_TASKS)}, of one or two layers",
             fix="leave the head behind with --head drop",
         )
     names = {place: name for name, place in _places(raw.head).items()}
@@ -82,7 +95,7 @@ def build_head(head: Head, name: str) -> tuple[dict[str, Any], dict[str, Tensor]
     places = {"out": f"{_START}4", "dense": f"{_START}1"} if head.has_inner_layer else {"out": f"{_START}1"}
     labels = head.labels or tuple(f"LABEL_{index}" for index in range(head.num_labels))
     settings = {
-        "head_type": _TYPES[head.reads],
+        "head_type": _MULTI_LABEL if head.problem_type is ProblemType.MULTI_LABEL else _TYPES[head.reads],
         "num_labels": head.num_labels,
         "layers": len(places),
         "activation_function": head.activation or "tanh",

@@ -29,7 +29,7 @@ from peft_graft.checkpoints.wrappers import without_wrapper_patterns, without_wr
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError
 from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
-from peft_graft.labels import declared_names
+from peft_graft.labels import ProblemType, declared_names
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 
@@ -71,10 +71,11 @@ class PeftFormat(Format):
         weights = weights_file(folder)
         raw = self.parse(config, read_tensors(weights), where=str(weights))
         labels_file = folder / "config.json"
-        labels = declared_names(read_json(labels_file).get("id2label")) if labels_file.is_file() else ()
+        model = read_json(labels_file) if labels_file.is_file() else {}
         return replace(
             raw,
-            labels=list(labels) or None,
+            labels=list(declared_names(model.get("id2label"))) or None,
+            problem_type=ProblemType.declared(model.get("problem_type")),
             files=file_hashes(folder, FILES),
             weights_suffix=weights.suffix,
             notes=raw.notes or _value_head_beside(folder),
