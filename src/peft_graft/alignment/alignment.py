@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from peft_graft.alignment.compose import compose_maps
 from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
 from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
@@ -130,6 +131,70 @@ class Alignment:
             CheckpointError: its files are damaged.
         """
         return _read(_located(name, revision, token, subfolder))
+
+    @staticmethod
+    def compose(first: Alignment, second: Alignment) -> Alignment:
+        """The alignment of A -> C from those of A -> B and B -> C, with no pass over A and C together.
+
+        It is exact where B keeps all that C has of A, as between permutations or rotations of one model; regressions
+        are multiplied, each direction on its own. A layer of C is served by the layers of A that serve, in B, the
+        layers that serve it. Where several ways lead from one space to another, the first is taken.
+
+        Args:
+            first: of A -> B. second: of B -> C, by the same method; or one of them by ``copy``.
+
+        Raises:
+            AlignmentError: they do not meet in one model, are by different methods, or share no space of B.
+        """
+        where = "first and second alignment"
+        if first.student != second.teacher:
+            raise AlignmentError(
+                "the student of the first is not the teacher of the second",
+                where=where,
+                expected=f"weights with fingerprint {first.student[:12]}",
+                found=second.teacher[:12],
+                fix="give A -> B, then B -> C, both made with the same B",
+            )
+        methods = {first.method, second.method} - {"copy"}
+        if len(methods) > 1:
+            raise AlignmentError(
+                "alignments by different methods do not compose",
+                where=where,
+                expected=f"{first.method} for both",
+                found=second.method,
+                fix="make one of them again with the other's --method",
+            )
+        maps: dict[Pair, SpaceMap] = {}
+        for (start, middle), before in first.maps.items():
+            for (known, end), after in second.maps.items():
+                if middle == known and (start, end) not in maps:
+                    _check_meeting(middle, before, after)
+                    if composed := compose_maps(before, after):
+                        maps[start, end] = composed
+        if not maps:
+            raise AlignmentError(
+                "the alignments share no space of the model between, in one direction",
+                where=where,
+                fix="make both with the same --sites, or with all",
+            )
+        details = {
+            "teacher": first.details.get("teacher"),
+            "student": second.details.get("student"),
+            "composed": [dict(first.details), dict(second.details)],
+        }
+        method = next(iter(methods), "copy")
+        return Alignment(method, first.teacher, second.student, maps, {pair: {} for pair in maps}, details)
+
+
+def _check_meeting(space: Space, before: SpaceMap, after: SpaceMap) -> None:
+    if before.student_size != after.teacher_size:
+        raise AlignmentError(
+            "the alignments have this space in different sizes",
+            where=str(space),
+            expected=before.student_size,
+            found=after.teacher_size,
+            fix="make both again",
+        )
 
 
 def _located(name: str | Path, revision: str | None, token: str | None, subfolder: str | None) -> Path:

@@ -270,7 +270,7 @@ def show_alignment(found: Alignment, out: Path, *, as_json: bool) -> None:
     console = Console(emoji=False)
     table = Table("teacher space", "student space", "units", "mean correlation of matched units")
     for pair, space_map in found.maps.items():
-        correlation = found.diagnostics[pair].get("mean_correlation")
+        correlation = found.diagnostics.get(pair, {}).get("mean_correlation")
         table.add_row(
             str(pair[0]),
             str(pair[1]),
