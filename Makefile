@@ -3,11 +3,12 @@
 # make demo-llm  the same on language models: downloads 330 MB, then some twelve minutes
 # make lint      style, types and the direction of imports
 # make test      lint and tests
-# make picture   docs/packages.svg, drawn from the imports in the code
+# make docs      the documentation into out/site, which needs no network; a warning is an error
+# make picture   the pictures of the documentation
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo demo-llm lint test picture clean
+.PHONY: install demo demo-llm lint test docs picture clean
 
 install: .venv/installed
 
@@ -17,7 +18,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools setuptools-scm wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,evaluate,adapters,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,evaluate,adapters,docs,dev]"
 	touch $@
 
 demo: install
@@ -37,8 +38,12 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 picture: install
 	$(BIN)/python docs/picture.py
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv out

@@ -37,7 +37,8 @@ def align(
     writes. An interrupted pass goes on when the same is asked for again with the same ``out``.
 
     Args:
-        teacher, student: folders or hub ids.
+        teacher: folder or hub id of the modules' own model.
+        student: folder or hub id of the model that they move to.
         text: unlabelled text, a file or a data set of the hub (``alignment.text.read_text``).
         out: folder to write the alignment to; nothing is written without it.
         config: how to align, and on which device; ``AlignConfig()`` by default.

@@ -140,8 +140,13 @@ def inspect(
     """Look at a module, and plan its transfer to a student.
 
     Args:
-        adapter, student, teacher, text, seeds, alignment, config: as for ``transfer``. Without text it stays open
-            whether there will be any.
+        adapter: as for ``transfer``.
+        student: as for ``transfer``; without one only the module is described.
+        teacher: as for ``transfer``.
+        text: as for ``transfer``; without any it stays open whether there will be some.
+        seeds: as for ``transfer``.
+        alignment: as for ``transfer``.
+        config: as for ``transfer``.
 
     Returns:
         The findings. A teacher that cannot be reached or is not the module's base, or a student that cannot receive

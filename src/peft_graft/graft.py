@@ -116,7 +116,8 @@ class Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.
 
         Args:
-            folder: it must not exist. force: replace it if it does.
+            folder: it must not exist.
+            force: replace it if it does.
 
         Returns:
             The same graft with ``folder`` and the verification in its report.
@@ -162,7 +163,11 @@ class Graft:
         """Upload the graft to the hub, verified as ``save_pretrained`` does.
 
         Args:
-            repo_id: ``owner/name``; made if it does not exist. revision: branch to commit to.
+            repo_id: ``owner/name``; made if it does not exist.
+            private: whether a repository that is made is private.
+            token: of the hub; by default the one that is logged in.
+            revision: branch to commit to.
+            commit_message: of the commit.
 
         Returns:
             The address of the commit.

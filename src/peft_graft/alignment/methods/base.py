@@ -82,7 +82,9 @@ def register_method(
     Args:
         name: what users type after ``--method``.
         summary: one line for help pages; the built-in methods have theirs in ``config.METHOD_SUMMARIES``.
-        moments, holds_out, automatic: see ``Method``.
+        moments: see ``Method``.
+        holds_out: see ``Method``.
+        automatic: see ``Method``.
 
     Raises:
         ValueError: the name is taken, or the method has no summary.
