@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 ABOUT = """# Command line
 
 Every verb is a function of the same name in Python ([reference](python.md)), and every option below the
-first panel is a field of its config: `--max-tokens` is `GraftConfig(max_tokens=...)`. `peft-graft VERB --help` says the same.
+first panel is a field of its config: `--max-tokens` is `GraftConfig(max_tokens=...)`. `peft-graft VERB --help` says the
+same.
 
 """
 
@@ -24,9 +26,7 @@ first panel is a field of its config: `--max-tokens` is `GraftConfig(max_tokens=
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages."""
     files.append(File.generated(config, "reference/cli.md", content=command_line()))
-    files.append(
-        File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    )
+    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
     return files
 
 
@@ -72,5 +72,6 @@ def _row(parameter: Any, context: Any) -> str:
     else:
         default = f"`{getattr(default, 'value', default)}`"
     takes = " or ".join(f"`{choice}`" for choice in takes.split("|")) if "|" in takes else takes
-    cells = ("<br>".join(f"`{name}`" for name in names), takes, default, " ".join((parameter.help or "").split()))
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("<T", "&lt;T") for cell in cells) + " |"
+    about = re.sub(r"([\\`*_\[<])", r"\\\1", " ".join((parameter.help or "").split()))
+    cells = ("<br>".join(f"`{name}`" for name in names), takes, default, about)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

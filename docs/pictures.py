@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -107,7 +108,7 @@ def tokens() -> Picture:
             found.append(place)
         ends.append(found)
     shared = sorted(set(ends[0]) & set(ends[1]))
-    for start, end in zip(shared, shared[1:], strict=False):
+    for start, end in pairwise(shared):
         alone = all(sum(start < place <= end for place in found) == 1 for found in ends)
         x, width = left + start * step + 2, (end - start) * step - 4
         picture.lines.append(
@@ -115,7 +116,9 @@ def tokens() -> Picture:
         )
         if width > 60:
             picture.text((x + width / 2, 112), "one to one" if alone else "means pair", size=12, middle=True)
-    picture.text((left, 203), "Blocks are the smallest pieces of text that begin and end at the same character for both.")
+    picture.text(
+        (left, 203), "Blocks are the smallest pieces of text that begin and end at the same character for both."
+    )
     return picture
 
 

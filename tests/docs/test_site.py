@@ -1,4 +1,4 @@
-"""What the documentation is made of: pictures that are drawn anew, pages that are found, a reference of every option."""
+"""What the documentation is made of: pictures that a command draws, pages in the menu, a reference of all options."""
 
 from __future__ import annotations
 
