@@ -31,7 +31,14 @@ ELSEWHERE = {"docs/extending.md": ("checkpoints/test_extending.py", "models/test
 DEMO = "out/demo"
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<language>.*)\n(?P<code>(?:.*\n)*?)```$", re.M)
 #: What is added to commands of a verb, to spare time.
-SHORT = {"transfer": ("--polish", "2", "--max-tokens", "600", "--force"), "align": ("--max-tokens", "600")}
+SHORT = {"transfer": ("--polish", "2", "--max-tokens", "600"), "align": ("--max-tokens", "600")}
+NEED_ADAPTERS = ("docs/how-to/adapter-to-lora.md", "docs/export.md")
+#: Folders that pages speak of, and how another page has made them.
+MADE = {
+    "out/graft": "peft-graft transfer my-lora --student Qwen/Qwen3-0.6B --text prompts.jsonl --out out/graft",
+    "out/as-peft": "peft-graft transfer my-adapters-lora --student small-encoder --text sentences.txt --library peft "
+    "--out out/as-peft",
+}
 CHAT = "{% for m in messages %}{{ m['content'] }}{{ ' =' if m['role'] == 'user' else eos_token }}{% endfor %}"
 
 
@@ -77,7 +84,8 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
         shutil.copytree(world / "pfeiffer", root / "my-adapter")
         tiny.adapterhub_module(root / "my-adapters-lora", world / "teacher", "lora")
     (root / "sentences.txt").write_text("\n".join(tiny.sentences(120)))
-    speech.prompt_file(root / "prompts.jsonl", speech.words(44))
+    for name in ("prompts.jsonl", "titles.jsonl"):
+        speech.prompt_file(root / name, speech.words(44))
     known = speech.words(12, seed=4)
     speech.prompt_file(root / "labelled.jsonl", known, [speech.answer(word) for word in known])
     return root
@@ -97,13 +105,13 @@ def _loha(folder: Path, base: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=needs_adapters) if page == "docs/how-to/adapter-to-lora.md" else page
-        for page in pages()
-    ],
+    [pytest.param(page, marks=needs_adapters) if page in NEED_ADAPTERS else page for page in pages()],
 )
 def test_the_snippets_of_a_page(page: str, stage: Path, command: Callable[..., Any], monkeypatch) -> None:
     monkeypatch.chdir(stage)
+    for folder, line in MADE.items():
+        if folder in (ROOT / page).read_text(encoding="utf-8"):
+            run_or_check(line, command, run=True)
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
         match block.language:
