@@ -338,7 +338,10 @@ def _mutate_json(path: Path, rng: random.Random) -> str:
         holder[rng.choice(options)] = value
     else:
         holder[key] = value
-    path.write_text(json.dumps(content))
+    try:
+        path.write_text(json.dumps(content))
+    except (ValueError, RecursionError):  # a value was put into itself
+        return _mutate_bytes(path, rng)
     return f"{how} {key} {str(value)[:40]!r}"
 
 
