@@ -35,12 +35,14 @@ class Vocabularies:
     Attributes:
         teacher: the tokenizer that the module was trained with. student: the student's.
         size: rows of the student's embeddings. same: take ids for tokens, where there are no tokenizers to ask.
+        before: rows of the teacher's embeddings before tokens were added for the module; None where nothing counts.
     """
 
     teacher: PreTrainedTokenizerBase | None
     student: PreTrainedTokenizerBase | None
     size: int
     same: bool = False
+    before: int | None = None
     _selections: dict[int, Selection] = field(default_factory=dict)
 
     @classmethod
@@ -57,6 +59,7 @@ class Vocabularies:
             student.tokenizer,
             student.architecture.sizes.get(Space(-1, VOCABULARY), 0),
             same=similarity is not None and similarity > _SAME,
+            before=models.teacher.architecture.sizes.get(Space(-1, VOCABULARY)),
         )
 
     def map_for(self, module: Module) -> Selection:
@@ -105,17 +108,25 @@ class Vocabularies:
         return sorted(found.items())
 
     def left_out(self, module: Module) -> str | None:
-        """A remark on trained tokens that the student does not have, None where it has them all.
+        """A remark on trained tokens that the student does not have, or that nothing names; None where it has them all.
 
         Raises:
             PlanError: it has none of them.
         """
-        tokens = module.trained_tokens
-        if tokens is None:
+        tokens, size = module.trained_tokens, _size(module)
+        if not size:
             return None
         known = set(self.teacher.get_vocab().values()) if self.teacher else None
+        kept = set(self.selection(size).indices.tolist())
+        added = range(size if self.before is None else self.before, size)
+        if nameless := [row for row in added if row not in kept and (known is None or row not in known)]:
+            return (
+                f"{module.site}: {len(nameless)} rows that were added to the teacher's vocabulary are left out, for no "
+                "tokenizer lies beside the module to say which tokens they are"
+            )
+        if tokens is None:
+            return None
         trained = [token for token in tokens.tolist() if known is None or token in known]
-        kept = set(self.selection(_size(module)).indices.tolist())
         lost = [token for token in trained if token not in kept]
         if not lost:
             return None
@@ -133,13 +144,14 @@ class Vocabularies:
 
 
 def _size(module: Module) -> int:
-    """Number of tokens of the vocabulary that a module's axes live in."""
-    return next(
+    """Number of tokens of the vocabulary that a module's axes live in, 0 where they do not."""
+    sizes = (
         tensor.values.shape[axis]
         for tensor in module.tensors.values()
         for axis, label in enumerate(tensor.axes)
         if label is not None and label.space == VOCABULARY
     )
+    return next(sizes, 0)
 
 
 def _same_ids(first: int, second: int) -> list[tuple[int, int]]:

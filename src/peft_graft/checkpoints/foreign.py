@@ -68,6 +68,11 @@ _LIGHTNING = Foreign(
     "this is a checkpoint of PyTorch Lightning, of a whole run of training",
     "load it with the code that trained it, and save the module with save_pretrained",
 )
+_TRAINER = Foreign(
+    "this is a checkpoint of a training run, whose weights are those of the whole model",
+    "load pytorch_model.bin or model.safetensors into the model with the module, and save the module with "
+    "save_pretrained",
+)
 _ARCHIVE = Foreign("this is an archive", "unpack it, and give the folder in it that holds adapter_config.json")
 _NO_CONFIG = Foreign(
     "these are a module's weights without adapter_config.json, which says what they mean",
@@ -92,6 +97,7 @@ _BY_FILES: Sequence[tuple[tuple[str, ...], Foreign]] = (
 _WITHOUT_CONFIG: Sequence[tuple[tuple[str, ...], Foreign]] = (
     (("adapter_model.safetensors", "adapter_model.bin", "pytorch_adapter.bin", "adapter.safetensors"), _NO_CONFIG),
     (("head_config.json", "model_head.safetensors", "pytorch_model_head.bin"), _HEAD),
+    (("trainer_state.json", "optimizer.pt", "optimizer.bin"), _TRAINER),
     (("*.zip", "*.tar", "*.tar.gz", "*.tgz"), _ARCHIVE),
 )
 _OF_A_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "tf_model.h5")
@@ -129,6 +135,10 @@ def foreign_names(names: Iterable[str]) -> Foreign | None:
             return _DIFFUSERS
         if name.endswith((".lora_a", ".lora_b")):
             return _MLX
+        if name.endswith((".loraA", ".loraB")):
+            return _GGUF
+        if name.endswith((".adapter.linear_in.weight", ".adapter.linear_out.weight")):
+            return _NEMO
     return None
 
 
