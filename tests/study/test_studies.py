@@ -634,7 +634,7 @@ def test_tables_are_turned_where_the_terminal_is_too_narrow() -> None:
     narrow, wide = ([line.split("│")[1:-1] for line in shown[width].splitlines() if "│" in line] for width in (80, 200))
     assert [cell.strip() for cell in narrow[0]] == ["l00", "80.0", "40.0", "60.0"]
     assert [cell.strip() for cell in wide[0]][:3] == ["teacher", "80.0", "80.0"]
-    assert len(narrow) == len(languages) + 4  # mean, difference, share and p
+    assert len(narrow) == len(languages) + 5  # mean, difference, share, p and its correction
 
 
 def test_the_test_is_paired_by_language_and_seed() -> None:

@@ -7,20 +7,17 @@
     rate       choose a learning rate for the fresh module     -> the rate
     student    fine-tune and score one student                 -> scores
 
-A cell is data with a stable id: a readable slug and a hash of everything that its result depends on. What several
-comparisons share is one cell.
+``controls`` has those that grafts are compared with, and ``chains`` an alignment put together of two.
+
+What several comparisons share is one cell.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import transformers
 
@@ -29,15 +26,14 @@ from peft_graft._transfer import transfer
 from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json
 from peft_graft.outputs import written_aside
-from peft_graft.record import Record
 from peft_graft.run import Callback, Run
-from peft_graft.study.data import read_task, read_unlabelled, text_file
+from peft_graft.study.cell import Cell, Config, hashed, load_plugins, unlabelled_text
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
 from peft_graft.study.generation import GenerationTask
 from peft_graft.study.modules import load_module, new_module, save_module
-from peft_graft.study.plugins import Plugin, load_plugin
-from peft_graft.study.spec import Budget, ModuleSpec, SomeTask
+from peft_graft.study.plugins import Plugin
+from peft_graft.study.spec import Budget, ModuleSpec
 from peft_graft.study.tasks import Example, StudyTask
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score, with_teacher_answers
 
@@ -45,100 +41,6 @@ from peft_graft.study.training import TrainingSettings, Validation, fine_tune, s
 _RATE_SEED = 10_000
 #: Examples on which a rate is chosen where a budget has all.
 _RATE_EXAMPLES = 1000
-
-
-class Names(Record):
-    """What a cell is called in tables; what it is not about is None."""
-
-    teacher: str | None = None
-    student: str | None = None
-    module: str | None = None
-    task: str | None = None
-    language: str | None = None
-    method: str | None = None
-    layers: str | None = None
-    roles: str | None = None
-    start: str | None = None
-    budget: Budget | None = None
-    seed: int | None = None
-
-
-class Examples(Record):
-    """The labelled examples of a task in one language."""
-
-    task: str
-    language: str
-    spec: SomeTask
-
-    def read(self) -> tuple[StudyTask, list[Example], list[Example], list[Example]]:
-        """The task and its training, validation and test examples."""
-        return read_task(self.task, self.spec, self.language)
-
-
-class Needs(Record):
-    """The ids of the cells that come before one, by what they are for it."""
-
-    teacher: str | None = None
-    alignment: str | None = None
-    graft: str | None = None
-    rate: str | None = None
-
-
-class Config(Record):
-    """Everything that the result of a cell depends on, beside what it needs."""
-
-    examples: Examples
-    device: str = "cpu"
-
-
-class Cell(Record, ABC):
-    """One unit of work."""
-
-    kind: ClassVar[str]
-    #: Part of the id; raised when the same configuration comes to stand for other work.
-    version: ClassVar[int] = 2
-    names: Names
-    config: Config
-    needs: Needs = Needs()
-
-    @property
-    def id(self) -> str:
-        """Stable: the same work has the same id in every study, other work another."""
-        content = [self.version, self.kind, self.hashed(), self.needs.model_dump(exclude_none=True)]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        slug = "-".join(str(value) for value in self.names.model_dump(exclude_none=True).values())
-        plain = "".join(char if char.isalnum() or char in "-." else "_" for char in slug)
-        return f"{self.kind}-{plain[:120]}-{digest[:10]}"
-
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """The ids of the cells that come before it."""
-        return tuple(self.needs.model_dump(exclude_none=True).values())
-
-    def hashed(self) -> dict[str, Any]:
-        """The configuration as it enters the id."""
-        return self.config.model_dump(mode="json")
-
-    def record(self) -> dict[str, Any]:
-        """What the cell's record says about what it is."""
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "names": self.names.model_dump(exclude_none=True),
-            "config": self.config.model_dump(mode="json"),
-            "needs": self.needs.model_dump(exclude_none=True),
-        }
-
-    @abstractmethod
-    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-        """Do the work.
-
-        Args:
-            folder: has what the cell needs, and takes what it leaves for others; its work folder is the cell's own.
-
-        Returns:
-            What the cell's record says as its result: scores, curve, seconds, ...
-        """
 
 
 # ---- teachers --------------------------------------------------------------------------------------------------------
@@ -165,7 +67,7 @@ class TeacherCell(Cell):
         task, train, validation, test = config.examples.read()
         library, settings = config.module.library, config.training
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-        model = new_module(config.model, library, task, settings.seed, config.module.config)
+        model = self.untrained(task)
         scored = _validation(task, validation, tokenizer, settings, keep_best=config.keep_best)
         state = folder.work(self.id) / "training"
         tuned = fine_tune(model, task.encode(train, tokenizer), tokenizer, settings, scored, folder=state)
@@ -182,6 +84,11 @@ class TeacherCell(Cell):
             "test_examples": len(test),
             "training_seconds": round(tuned.seconds, 1),
         }
+
+    def untrained(self, task: StudyTask) -> Any:
+        """What is trained."""
+        config = self.config
+        return new_module(config.model, config.module.library, task, config.training.seed, config.module.config)
 
 
 # ---- alignments ------------------------------------------------------------------------------------------------------
@@ -204,13 +111,13 @@ class AlignmentCell(Cell):
 
     def hashed(self) -> dict[str, Any]:
         """Options without those that do not matter to the result, plugins by their content."""
-        return _hashed(self.config, "align", self.config.align.record())
+        return hashed(self.config, self.config.plugins, "align", self.config.align.record())
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Align and write."""
         config = self.config
-        _load(config.plugins)
-        with _unlabelled_text(config.examples, folder.work(self.id)) as text:
+        load_plugins(config.plugins)
+        with unlabelled_text(config.examples, folder.work(self.id)) as text:
             found = align(
                 config.teacher,
                 config.student,
@@ -244,15 +151,17 @@ class GraftCell(Cell):
     def hashed(self) -> dict[str, Any]:
         """Options without those that do not matter to the result, with the steps that ``auto`` stands for."""
         transfer = self.config.transfer
-        return _hashed(self.config, "transfer", {**transfer.record(), "polish": transfer.polish_steps})
+        return hashed(
+            self.config, self.config.plugins, "transfer", {**transfer.record(), "polish": transfer.polish_steps}
+        )
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Transfer and write; an interrupted polish goes on."""
         config, needs = self.config, self.needs
-        _load(config.plugins)
+        load_plugins(config.plugins)
         assert needs.teacher is not None
         kept, artifact = folder.work(self.id) / "graft", folder.artifact(self.id)
-        with _unlabelled_text(config.examples, folder.work(self.id)) as text:
+        with unlabelled_text(config.examples, folder.work(self.id)) as text:
             if not (kept / "graft.json").exists():  # else an interruption came between writing it and its result
                 transfer(
                     folder.artifact(needs.teacher),
@@ -290,21 +199,16 @@ class FreshPolishCell(Cell):
     def hashed(self) -> dict[str, Any]:
         """As for grafts."""
         transfer = self.config.transfer
-        return _hashed(self.config, "transfer", {**transfer.record(), "polish": transfer.polish_steps})
+        return hashed(
+            self.config, self.config.plugins, "transfer", {**transfer.record(), "polish": transfer.polish_steps}
+        )
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Polish and write; an interrupted polish goes on."""
         config, work = self.config, folder.work(self.id)
         assert self.needs.teacher is not None
-        task = config.examples.read()[0]
-        fresh = work / "fresh"
-        if not fresh.exists():
-            with written_aside(fresh) as staging:
-                model = new_module(
-                    config.student, config.module.library, task, config.transfer.seed, config.module.config
-                )
-                save_module(model, staging, config.module.library, task)
-        with _unlabelled_text(config.examples, work) as text:
+        fresh = self.fresh_module(folder)
+        with unlabelled_text(config.examples, work) as text:
             return polish_fresh_module(
                 (folder.artifact(self.needs.teacher), fresh),
                 (config.teacher, config.student),
@@ -313,6 +217,18 @@ class FreshPolishCell(Cell):
                 config.transfer,
                 Run(callbacks, work / "polish"),
             )
+
+    def fresh_module(self, folder: StudyFolder) -> Path:
+        """The student's own untrained module, as a checkpoint."""
+        config, fresh = self.config, folder.work(self.id) / "fresh"
+        if not fresh.exists():
+            task = config.examples.read()[0]
+            with written_aside(fresh) as staging:
+                model = new_module(
+                    config.student, config.module.library, task, config.transfer.seed, config.module.config
+                )
+                save_module(model, staging, config.module.library, task)
+        return fresh
 
 
 # ---- students --------------------------------------------------------------------------------------------------------
@@ -423,26 +339,3 @@ def _validation(
     if isinstance(task, GenerationTask) and not keep_best and settings.patience is None:
         return None
     return Validation(task.questions(examples, tokenizer), task, tokenizer, keep_best=keep_best)
-
-
-def _hashed(config: AlignmentConfig | TransferConfig, option: str, record: dict[str, Any]) -> dict[str, Any]:
-    plugins = [plugin.sha256 for plugin in config.plugins]
-    return {**config.model_dump(mode="json", exclude={option, "plugins"}), option: record, "plugins": plugins}
-
-
-def _load(plugins: Sequence[Plugin]) -> None:
-    """Import them in this process too, which may not be the one that read the study."""
-    for plugin in plugins:
-        load_plugin(plugin.path)
-
-
-@contextmanager
-def _unlabelled_text(examples: Examples, work: Path) -> Iterator[Path]:
-    """The text that grafts are made on, without labels, as a file for the time of a block."""
-    path = work / "text.jsonl"
-    work.mkdir(parents=True, exist_ok=True)
-    text_file(read_unlabelled(examples.spec, examples.language), path)
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

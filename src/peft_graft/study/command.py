@@ -13,7 +13,7 @@ from peft_graft.config import StudyConfig
 from peft_graft.errors import StudyError
 from peft_graft.outputs import reserved
 from peft_graft.run import Callback
-from peft_graft.study.cells import Cell
+from peft_graft.study.cell import Cell
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import cells_of
 from peft_graft.study.results import export

@@ -1,9 +1,10 @@
-"""A fresh module polished on the teacher's answers: what a graft has to be better than."""
+"""A fresh module, or a control's, polished on the teacher's answers: what a graft has to be better than."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ def polish_fresh_module(
     out: Path,
     config: GraftConfig,
     run: Run,
+    *,
+    moved: Path | None = None,
+    fit_head: bool = False,
 ) -> dict[str, Any]:
     """Polish an untrained module and head as ``transfer`` polishes a graft, and write the checkpoint.
 
@@ -38,6 +42,8 @@ def polish_fresh_module(
         modules: checkpoints of the teacher's trained module and of the student's untrained one.
         models: teacher and student by folder or hub id.
         run: with a folder for the state of an interrupted polish.
+        moved: a checkpoint on the student, at the same sites, whose module takes the untrained one's place.
+        fit_head: whether the head is fitted to the teacher's answers first, as a graft's is.
 
     Returns:
         The verdict, the polish and the seconds that stages took, as a graft's report has them.
@@ -48,12 +54,21 @@ def polish_fresh_module(
         resolve(read_checkpoint(folder), model.architecture, model.base_tensors())
         for folder, model in zip(modules, (pair.teacher, pair.student), strict=True)
     )
+    if moved is not None:
+        source = resolve(
+            read_checkpoint(moved), pair.student.architecture, pair.student.base_tensors(), with_head=False
+        )
+        checkpoint = replace(checkpoint, modules=source.modules)
     # An untrained head takes the rate of the module, which is chosen by a trial as for a graft.
-    settings = PolishSettings(steps=config.polish_steps, head_rate=1.0, seed=config.seed)
+    settings = PolishSettings(steps=config.polish_steps, seed=config.seed, **({} if fit_head else {"head_rate": 1.0}))
     parts = sample_parts(read_text(text, None, config.seed))
     train = max(FIT, settings.steps * settings.batch_size)
-    before = _untrained(ask_teacher(trained, pair, parts, run, train=train, config=config), checkpoint)
-    files = [dict(module.raw.files) for module in (trained, checkpoint)]
+    before = _untrained(
+        ask_teacher(trained, pair, parts, run, train=train, config=config), checkpoint, fit_head=fit_head
+    )
+    files: list[object] = [dict(module.raw.files) for module in (trained, checkpoint)]
+    if moved is not None or fit_head:
+        files += [dict(source.raw.files) if moved is not None else None, fit_head]
     content = parts.digest(lambda sample: sample.texts)
     identity = json.dumps([*pair.keys, config.record(), *files, content])
     outcome, polished = polish(before, settings, run, identity=identity, starts=("moved",))
@@ -67,8 +82,11 @@ def polish_fresh_module(
     }
 
 
-def _untrained(distillation: Distillation, checkpoint: PeftCheckpoint) -> Outcome:
-    """The fresh module where a graft stands before its polish."""
+def _untrained(distillation: Distillation, checkpoint: PeftCheckpoint, *, fit_head: bool) -> Outcome:
+    """The module where a graft stands before its polish."""
     alignment = Alignment("fresh", "", "", {})
     candidate = Candidate("fresh", alignment, checkpoint, [], None, distillation, distillation.attach(checkpoint))
+    if fit_head:
+        candidate.checkpoint, _ = candidate.fit_head(checkpoint)
+        candidate.put(candidate.checkpoint)
     return Outcome(candidate, None, found=candidate.measure())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -12,16 +12,13 @@ from peft_graft.alignment.methods import METHODS
 from peft_graft.config import AUTO, METHOD_SUMMARIES, POLISH_STEPS, AlignConfig, GraftConfig, Library
 from peft_graft.config import FRESH as METHOD_FRESH
 from peft_graft.errors import StudyError
+from peft_graft.study.cell import Cell, Examples, Names, Needs
 from peft_graft.study.cells import (
     AlignmentCell,
     AlignmentConfig,
-    Cell,
-    Examples,
     FreshPolishCell,
     FreshPolishConfig,
     GraftCell,
-    Names,
-    Needs,
     RateCell,
     RateConfig,
     StudentCell,
@@ -30,14 +27,19 @@ from peft_graft.study.cells import (
     TeacherConfig,
     TransferConfig,
 )
+from peft_graft.study.chains import ChainCell, ChainConfig
+from peft_graft.study.controls import BareTeacherCell, ControlCell, ControlConfig
 from peft_graft.study.plugins import Plugin
 from peft_graft.study.spec import (
+    CONTROL,
+    CONTROL_NAMES,
     DEFAULT,
     FRESH,
     GRAFT_OPTIONS,
     POLISHED_FRESH,
     PROMPT_OPTIONS,
     Budget,
+    Control,
     GenerationSpec,
     Grid,
     ModuleSpec,
@@ -82,11 +84,16 @@ def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
 
 @dataclass(frozen=True)
 class Start:
-    """What a student starts from: a graft, or its own fresh module after a polish, and how it goes on."""
+    """What a student starts from: a graft, or its own fresh module after a polish, and how it goes on.
+
+    ``control``: the start stands for one of these. ``way``: by which a graft comes, where not straight.
+    """
 
     transfer: GraftConfig
     from_fresh: bool = False
     distil: bool = False
+    control: Control | None = None
+    way: str = ""
 
     @property
     def name(self) -> str:
@@ -97,6 +104,8 @@ class Start:
     def graft_name(self) -> str:
         """The same of the graft alone."""
         option = self.transfer
+        if self.control:
+            return CONTROL + CONTROL_NAMES[self.control]
         if self.from_fresh:
             parts = [POLISHED_FRESH]
         else:
@@ -109,6 +118,7 @@ class Start:
             parts.append(f"learn {option.learn}")
         if option.on_policy:
             parts.append(f"on-policy {option.on_policy:g}")
+        parts += [self.way] if self.way else []
         return ", ".join(parts)
 
     @property
@@ -132,14 +142,85 @@ class _Comparison:
         yield teacher
         for budget, seed in product((*self.grid.budgets, *self.grid.fresh_budgets), self.grid.seeds):
             yield from self._students(None, None, teacher, budget, seed)
-        for start, seed in product(self._starts(), self.grid.seeds):
+        starts = list(self._starts())
+        for start, seed in product(starts, self.grid.seeds):
             alignment = self._alignment(start)
             if alignment:
                 yield alignment
-            graft = self._graft(start, seed, teacher, alignment)
-            yield graft
-            for budget in self.grid.budgets:
-                yield from self._students(start, graft, teacher, budget, seed)
+            yield from self._grafted(start, self._graft(start, seed, teacher, alignment), teacher, seed)
+            for between in () if start.from_fresh else self.grid.through:
+                yield from self._chained(start, between, seed, teacher, alignment)
+        for control, seed in product(self.grid.controls, self.grid.seeds):
+            start = replace(next(start for start in starts if not start.from_fresh), distil=False, control=control)
+            needed = self._other_teacher(control)
+            if needed:
+                yield needed
+            yield from self._grafted(start, self._control(start, control, seed, (teacher, needed)), teacher, seed)
+
+    def _grafted(self, start: Start, graft: Cell, teacher: Cell, seed: int) -> Iterator[Cell]:
+        yield graft
+        for budget in self.grid.budgets:
+            yield from self._students(start, graft, teacher, budget, seed)
+
+    def _chained(
+        self, start: Start, between: str, seed: int, teacher: Cell, alignment: AlignmentCell | None
+    ) -> Iterator[Cell]:
+        """The same start by way of another model: in two grafts, and by the alignment that two make."""
+        near = replace(self, grid=self.grid.model_copy(update={"student": between}))
+        far = replace(self, grid=self.grid.model_copy(update={"teacher": between}))
+        parts = near._alignment(start), far._alignment(start)
+        yield from (part for part in parts if part)
+        first = near._graft(start, seed, teacher, parts[0])
+        yield first
+        way = replace(start, way=f"through {between}")
+        second = far._graft(way, seed, first, parts[1])
+        second = second.model_copy(update={"names": self._graft(way, seed, teacher, None).names})
+        yield from self._grafted(way, second, teacher, seed)
+        if alignment and parts[0] and parts[1]:
+            way = replace(start, way=f"composed through {between}")
+            config = ChainConfig(
+                examples=self._examples,
+                device=self.study.device,
+                teacher=self._models[0],
+                through=self.study.models[between],
+                student=self._models[1],
+            )
+            names = alignment.names.model_copy(update={"start": f"through {between}"})
+            chain = ChainCell(names=names, config=config, needs=Needs(alignment=parts[0].id, other=parts[1].id))
+            yield chain
+            yield from self._grafted(way, self._graft(way, seed, teacher, chain), teacher, seed)
+
+    def _other_teacher(self, control: Control) -> TeacherCell | None:
+        """The teacher of another task, or the one whose head alone is trained, where the control needs it."""
+        if control == "bare-teacher":
+            teacher = self._teacher()
+            return BareTeacherCell(names=teacher.names, config=teacher.config)
+        if control != "other-task":
+            return None
+        other = self.study.other_task(self.task, [self.language])
+        assert other is not None
+        return replace(self, task=other)._teacher()
+
+    def _control(
+        self, start: Start, control: Control, seed: int, teachers: tuple[TeacherCell, TeacherCell | None]
+    ) -> ControlCell:
+        asked, other = teachers
+        needs = Needs(teacher=asked.id, other=other.id if other else None)
+        if control == "bare-teacher" and other:
+            needs = Needs(teacher=other.id)
+        config = ControlConfig(
+            examples=self._examples,
+            device=start.transfer.device,
+            teacher=self._models[0],
+            student=self._models[1],
+            transfer=start.transfer.model_copy(update={"seed": seed}),
+            plugins=self._plugins(start.transfer),
+            module=self._spec,
+            control=control,
+        )
+        return ControlCell(
+            names=self._names(teacher=self.grid.teacher, start=start.graft_name, seed=seed), config=config, needs=needs
+        )
 
     def _starts(self) -> Iterator[Start]:
         grid = self.grid

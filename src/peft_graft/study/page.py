@@ -25,7 +25,7 @@ from peft_graft.errors import DependencyError, GraftError, StudyError
 from peft_graft.models.tasks import Task
 from peft_graft.study.lift import lift, lifts
 from peft_graft.study.results import Record, about, read_results
-from peft_graft.study.spec import DEFAULT, FRESH, POLISHED_FRESH, Budget
+from peft_graft.study.spec import CONTROL, DEFAULT, FRESH, POLISHED_FRESH, Budget
 from peft_graft.study.tables import mean_spread, rank_correlation, share_of_gain
 from peft_graft.study.tasks import METRICS
 
@@ -235,7 +235,7 @@ def verdicts(entries: Sequence[Entry]) -> list[str]:
         known = [
             (agreement, share)
             for entry in entries
-            if entry.budget == budget and entry.fresh
+            if entry.budget == budget and entry.fresh and not entry.start.startswith(CONTROL)
             if (agreement := entry.agreement) is not None and (share := entry.share) is not None
         ]
         if len(known) > 3:

@@ -17,10 +17,10 @@ from peft_graft.outputs import reserved, write_aside
 
 Record = Mapping[str, Any]
 #: An alignment has no figures.
-_KINDS = ("teacher", "graft", "polish", "rate", "student")
+_KINDS = ("teacher", "bare-teacher", "graft", "polish", "control", "rate", "student")
 
 #: What is published of a configuration.
-_CONFIG = ("module", "training", "transfer", "budget", "share", "rates", "keep_best")
+_CONFIG = ("module", "training", "transfer", "budget", "share", "rates", "keep_best", "control")
 
 
 def about(record: Record, model: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from peft_graft.alignment.sharding import start_ray
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import GraftError, StudyError
 from peft_graft.run import Callback, Run
-from peft_graft.study.cells import Cell
+from peft_graft.study.cell import Cell
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import cells_of
 from peft_graft.study.spec import Study

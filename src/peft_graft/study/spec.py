@@ -24,6 +24,15 @@ FRESH = "fresh"
 #: What tables call a graft by the method ``auto``, and a fresh module that was polished on the teacher's answers.
 DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
 Budget = int | Literal["all"]
+#: Controls of a grid (``study.controls``) -> what tables call them, behind ``CONTROL``.
+Control = Literal["other-task", "random", "bare-teacher", "head"]
+CONTROL = "control: "
+CONTROL_NAMES: dict[Control, str] = {
+    "other-task": "module of another task",
+    "random": "random module",
+    "bare-teacher": "bare teacher",
+    "head": "head alone",
+}
 #: Lists of a grid -> the options of ``transfer`` that their values are for.
 GRAFT_OPTIONS = {"layers": "layers", "methods": "method", "heads": "head", "polish": "polish"}
 #: The same for tasks of generated text alone.
@@ -191,6 +200,9 @@ class Grid(Record):
         distil: whether the fine-tuning goes on learning from the teacher too.
         from_fresh: whether the student's own untrained module is polished on the teacher's answers, in place of the
             teacher's module. It takes ``polish`` and ``distil`` alone, with the method ``auto``.
+        controls: what the first of its starts is compared with (``study.controls``).
+        through: models between teacher and student: the module moves to each and from there on, and by the alignment
+            that is put together of two where the method has one.
         budgets: labelled training examples, or ``all``; students are scored before and after they learn from them.
         fresh_budgets: more of them, for the fresh module alone.
         seeds: of the labels drawn, of what is initialised and of the order of training.
@@ -209,6 +221,8 @@ class Grid(Record):
     on_policy: tuple[float, ...] = (0.0,)
     distil: tuple[bool, ...] = (False,)
     from_fresh: tuple[bool, ...] = (False,)
+    controls: tuple[Control, ...] = ()
+    through: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = ("all",)
     fresh_budgets: tuple[Budget, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -265,7 +279,7 @@ class Study(Record):
     def _known_names(self) -> Study:
         for number, grid in enumerate(self.grid):
             for what, names, known in (
-                ("model", (grid.teacher, grid.student), self.models),
+                ("model", (grid.teacher, grid.student, *grid.through), self.models),
                 ("module", grid.modules, self.modules),
                 ("task", grid.tasks, self.tasks),
             ):
@@ -278,6 +292,10 @@ class Study(Record):
                 missing = set(grid.languages) - set(self.tasks[task].languages)
                 if missing == set(grid.languages) and missing:
                     raise ValueError(f"grid {number}: {task} has none of the languages {', '.join(grid.languages)}")
+                if "other-task" in grid.controls and not self.other_task(task, grid.languages):
+                    raise ValueError(
+                        f"grid {number}: the control other-task needs another task in the language of {task}"
+                    )
                 if isinstance(self.tasks[task], GenerationSpec):
                     self._check_generation(f"grid {number}: {task} is a task of generation, which", grid)
                 elif any(getattr(grid, name) != Grid.model_fields[name].default for name in PROMPT_OPTIONS):
@@ -290,6 +308,23 @@ class Study(Record):
             raise ValueError(f"{what} takes modules of peft")
         if any(grid.distil) or any(grid.from_fresh):
             raise ValueError(f"{what} takes neither distil nor from_fresh, but the method fresh")
+        if grid.controls or grid.through:
+            raise ValueError(f"{what} takes neither controls nor through")
+
+    def other_task(self, task: str, languages: Sequence[str] = ()) -> str | None:
+        """The first task after this one, in the order of the file and from its start again, with labels and in all of
+        the same languages; None where there is none."""
+        names = list(self.tasks)
+        after = names[names.index(task) + 1 :] + names[: names.index(task)]
+        wanted = set(languages or self.tasks[task].languages) & set(self.tasks[task].languages)
+        return next(
+            (
+                name
+                for name in after
+                if not isinstance(self.tasks[name], GenerationSpec) and wanted <= set(self.tasks[name].languages)
+            ),
+            None,
+        )
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> Study:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from peft_graft.errors import DependencyError
-from peft_graft.study.spec import FRESH
+from peft_graft.study.spec import CONTROL, FRESH
 
 TEACHER = "teacher"
 MEAN = "mean"
@@ -30,6 +30,7 @@ class Entry:
         score: mean over seeds (and languages). spread: standard deviation over seeds, None with one.
         difference, share: from the fresh module's score at the same budget, and as a share of what the teacher is above
             it; None without one, and for the teacher and the fresh module themselves.
+        over_controls: difference from the best control's score; None without one, and for the controls themselves.
     """
 
     score: float
@@ -37,15 +38,22 @@ class Entry:
     runs: int
     difference: float | None = None
     share: float | None = None
+    over_controls: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One start. ``p``: of the paired test against the fresh module (``paired_p``)."""
+    """One start.
+
+    Attributes:
+        p: of the paired test against the fresh module (``paired_p``). holm: the same, corrected for all tests of the
+            tables that it stands among (``holm``).
+    """
 
     start: str
     entries: dict[str, Entry]
     p: float | None = None
+    holm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,25 @@ def result_tables(records: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
     groups = dict(iter(scores_of(records).groupby(_TABLE, sort=False)))
     order = {0: -1.0, "all": math.inf}
     keys = sorted(groups, key=lambda key: (*map(str, key[:4]), order.get(key[4], key[4])))
-    return [_table(key, groups[key]) for key in keys if set(groups[key]["start"]) - {FRESH, TEACHER}]
+    return _corrected([_table(key, groups[key]) for key in keys if set(groups[key]["start"]) - {FRESH, TEACHER}])
+
+
+def _corrected(tables: list[ResultTable]) -> list[ResultTable]:
+    """The tables with every p corrected for how many there are."""
+    corrected = iter(holm([row.p for table in tables for row in table.rows if row.p is not None]))
+    return [
+        replace(table, rows=[row if row.p is None else replace(row, holm=next(corrected)) for row in table.rows])
+        for table in tables
+    ]
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the k-th smallest of n p-values times n - k + 1, none below one before it."""
+    found, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, values[place] * (len(values) - rank)))
+        found[place] = largest
+    return found
 
 
 def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
@@ -164,7 +190,10 @@ def _entry(scores: pd.DataFrame, start: str, languages: Sequence[str]) -> Entry:
     if start in (FRESH, TEACHER) or fresh is None:
         return Entry(score, spread, len(own))
     share = share_of_gain(score, fresh, teacher) if teacher is not None else None
-    return Entry(score, spread, len(own), difference=score - fresh, share=share)
+    controls = [mean_of(name) for name in scores.index if name.startswith(CONTROL) and not start.startswith(CONTROL)]
+    known = [value for value in controls if value is not None]
+    best = score - max(known) if known else None
+    return Entry(score, spread, len(own), difference=score - fresh, share=share, over_controls=best)
 
 
 def paired_p(scores: pd.DataFrame, start: str) -> float | None:
@@ -196,18 +225,38 @@ def cell_text(entry: Entry | None, *, share: bool = False) -> str:
 
 
 def grid_of(table: ResultTable) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text: languages, mean, difference from fresh, share of the gain, p."""
+    """Header and rows of text: languages, mean, differences from fresh and the best control, share of the gain, p."""
     several = len(table.languages) > 1
-    header = ["", *table.languages, *([MEAN] if several else []), "Δ fresh", "share of the gain", "p"]
+    controlled = any(row.start.startswith(CONTROL) for row in table.rows)
+    more = ["Δ best control"] if controlled else []
+    tested = any(row.p is not None for row in table.rows)
+    corrected = ["p (Holm)"] if tested else []
+    header = [
+        "",
+        *table.languages,
+        *([MEAN] if several else []),
+        "Δ fresh",
+        *more,
+        "share of the gain",
+        "p",
+        *corrected,
+    ]
     lines = []
     for row in table.rows:
         last = row.entries.get(MEAN)
         cells = [cell_text(row.entries.get(language)) for language in table.languages]
-        lines.append([
-            row.start, *cells, *([cell_text(last)] if several else []),
-            "" if last is None or last.difference is None else f"{100 * last.difference:+.1f}",
-            cell_text(last, share=True), "" if row.p is None else f"{row.p:.2g}",
-        ])  # fmt: skip
+        over = "" if last is None or last.over_controls is None else f"{100 * last.over_controls:+.1f}"
+        lines.append(
+            [
+                row.start,
+                *cells,
+                *([cell_text(last)] if several else []),
+                "" if last is None or last.difference is None else f"{100 * last.difference:+.1f}",
+                *([over] if controlled else []),
+                cell_text(last, share=True),
+                *("" if p is None else f"{p:.2g}" for p in (row.p, *([row.holm] if tested else []))),
+            ]
+        )
     return header, lines
 
 
@@ -243,7 +292,8 @@ def comma_separated(tables: Sequence[ResultTable]) -> str:
             "teacher": table.teacher, "student": table.student, "module": table.module, "task": table.task,
             "budget": table.budget, "metric": table.metric, "start": row.start, "language": language,
             "score": entry.score, "spread": entry.spread, "runs": entry.runs, "difference": entry.difference,
-            "share_of_gain": entry.share, "p": row.p if language == MEAN else None,
+            "share_of_gain": entry.share, "over_controls": entry.over_controls,
+            "p": row.p if language == MEAN else None, "p_holm": row.holm if language == MEAN else None,
         }
         for table in tables
         for row in table.rows

@@ -1,0 +1,130 @@
+"""Controls: students that had all that a graft has but the teacher's module of the task.
+
+    other-task    the module of a teacher of another task, moved
+    random        a random module with the norms of the teacher's, moved
+    bare-teacher  the student's fresh module; the answers are those of the teacher's model with a head alone
+    head          the student's fresh module, which learns nothing; the head alone is fitted
+
+Each then has its head fitted and is polished as a graft is, ``head`` without the polish. A gain that they share with a
+graft is not its module's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from peft_graft._transfer import transfer
+from peft_graft.checkpoints.formats.base import write_checkpoint
+from peft_graft.checkpoints.read import read_checkpoint
+from peft_graft.checkpoints.student_names import written_names
+from peft_graft.models.loading import blank_handle, load_config
+from peft_graft.outputs import written_aside
+from peft_graft.run import Callback, Run
+from peft_graft.study.cell import load_plugins, unlabelled_text
+from peft_graft.study.cells import FreshPolishCell, FreshPolishConfig, TeacherCell
+from peft_graft.study.folder import StudyFolder
+from peft_graft.study.fresh_polish import polish_fresh_module
+from peft_graft.study.spec import Control
+from peft_graft.study.tasks import StudyTask
+
+
+class BareTeacherCell(TeacherCell):
+    """Train a head alone on the teacher's model, whose module stays untrained; it leaves a checkpoint."""
+
+    kind = "bare-teacher"
+    version: ClassVar[int] = 1
+
+    def untrained(self, task: StudyTask) -> Any:
+        """All but the head frozen."""
+        model = super().untrained(task)
+        heads = ("modules_to_save.", "heads.")
+        for name, value in model.named_parameters():
+            value.requires_grad_(value.requires_grad and any(part in name for part in heads))
+        return model
+
+
+class ControlConfig(FreshPolishConfig):
+    """``control``: which of them."""
+
+    control: Control
+
+
+class ControlCell(FreshPolishCell):
+    """A control, from its module to its polish; it leaves a checkpoint."""
+
+    kind = "control"
+    version: ClassVar[int] = 1
+    config: ControlConfig
+
+    def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Move a module where there is one, fit the head, polish and write; an interrupted polish goes on."""
+        config, work = self.config, folder.work(self.id)
+        load_plugins(config.plugins)
+        assert self.needs.teacher is not None
+        option = config.transfer.model_copy(update={"polish": 0}) if config.control == "head" else config.transfer
+        with unlabelled_text(config.examples, work) as text:
+            return polish_fresh_module(
+                (folder.artifact(self.needs.teacher), self.fresh_module(folder)),
+                (config.teacher, config.student),
+                text,
+                folder.artifact(self.id),
+                option,
+                Run(callbacks, work / "polish"),
+                moved=self._moved(folder, text),
+                fit_head=True,
+            )
+
+    def _moved(self, folder: StudyFolder, text: Path) -> Path | None:
+        """The control's module on the student; None where that is the student's fresh one."""
+        config, needs, out = self.config, self.needs, folder.work(self.id) / "moved"
+        if config.control in ("bare-teacher", "head"):
+            return None
+        if out.exists():
+            return out
+        assert needs.teacher is not None
+        if config.control == "random":
+            module = folder.work(self.id) / "random"
+            if not module.exists():
+                write_random(folder.artifact(needs.teacher), module, config.teacher, config.transfer.seed)
+        else:
+            assert needs.other is not None
+            module = folder.artifact(needs.other)
+        transfer(
+            module,
+            teacher=config.teacher,
+            student=config.student,
+            text=text,
+            out=out,
+            config=config.transfer.model_copy(update={"polish": 0, "head": "drop", "force": True}),
+        )
+        return out
+
+
+def write_random(module: Path, out: Path, model: str, seed: int) -> None:
+    """Write a checkpoint like another one, its module's tensors random with the same norms; the head stays."""
+    raw, draw = read_checkpoint(module), torch.Generator().manual_seed(seed)
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=draw)
+        return (noise * (value.float().norm() / noise.norm().clamp_min(1e-12))).to(value.dtype)
+
+    parts = {
+        path: replace(part, **{name: drawn(getattr(part, name)) for name in _tensors(part)})
+        for path, part in raw.parts.items()
+    }
+    with written_aside(out, force=True) as staging:
+        handle = blank_handle(load_config(model), model)
+        write_checkpoint(staging, replace(raw, parts=parts), written_names(handle, raw.task))
+
+
+def _tensors(part: Any) -> list[str]:
+    """The names of a part's tensors."""
+    return [field.name for field in fields(part) if isinstance(getattr(part, field.name), Tensor)]
