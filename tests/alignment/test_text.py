@@ -101,3 +101,19 @@ def test_values_that_would_end_the_process(value: str, tmp_path) -> None:
         list(read_text(tmp_path / "rows.json"))
     (tmp_path / "rows.json").write_text('[{"text": "NaN and Infinity"}]')
     assert list(read_text(tmp_path / "rows.json")) == [Sample("NaN and Infinity")]
+
+
+def test_null_for_a_row_would_end_the_process(tmp_path) -> None:
+    (tmp_path / "rows.json").write_text('\n null\n{"text": "a"}\n')
+    with pytest.raises(TextError, match="the text cannot be read .*the first row is null"):
+        list(read_text(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_rows_without_a_bottom_would_end_the_process(name: str, tmp_path) -> None:
+    deep, brackets = "[" * 20_000 + "]" * 20_000, "[" * 20_000
+    (tmp_path / name).write_text(f'{{"text": "a", "more": {deep}}}\n')
+    with pytest.raises(TextError, match="the text cannot be read .*(nested more than 500 deep|recursion depth)"):
+        list(read_text(tmp_path / name))
+    (tmp_path / name).write_text(f'{{"text": "{brackets}"}}\n')
+    assert list(read_text(tmp_path / name)) == [Sample(brackets)]

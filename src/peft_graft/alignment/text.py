@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from peft_graft.errors import GraftError, TextError, reason
 
@@ -35,6 +38,9 @@ _READERS = {
     ".parquet": ("parquet", "ParquetDatasetReader"),
 }
 _SHUFFLE_BUFFER = 20_000
+#: How deep a row of JSON may be nested; pyarrow ends the process at some ten thousand.
+_DEEPEST = 500
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 _T = TypeVar("_T")
 
 
@@ -171,7 +177,8 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
 
 
 def _check_json(source: str) -> None:
-    """Refuse values that are none of JSON's: some end the process inside pyarrow.
+    """Refuse what ends the process in pyarrow: values that are none of JSON's, rows that are nested without end, null
+    in the place of the first row.
 
     Raises:
         ValueError: there is one, or no JSON.
@@ -180,10 +187,27 @@ def _check_json(source: str) -> None:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no value of JSON")
 
+    is_first = True
     with Path(source).open(encoding="utf-8") as file:
         for text in file if _has_a_row_a_line(source) else [file.read()]:
+            if is_first and text.strip():
+                is_first = False
+                if text.lstrip().startswith("null"):
+                    raise ValueError("the first row is null")
             if "Infinity" in text or "NaN" in text:
                 json.loads(text, parse_constant=refuse)
+            if _depth(text) > _DEEPEST and _depth(_STRINGS.sub("", text)) > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def _depth(text: str) -> int:
+    """How deep JSON is nested, or more, where brackets stand in its strings."""
+    if len(text) <= _DEEPEST:
+        return 0
+    signs = np.frombuffer(text.encode(), dtype=np.uint8)
+    opening, closing = np.isin(signs, [ord("["), ord("{")]), np.isin(signs, [ord("]"), ord("}")])
+    steps = np.where(opening, 1, -1)[opening | closing]
+    return int(steps.cumsum().max(initial=0))
 
 
 def _suffix(source: str) -> str | None:
