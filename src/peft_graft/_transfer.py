@@ -201,13 +201,14 @@ class Move:
         work = replace(self, plan=plan)
         outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
         verdict, told = material.judged(outcome, config, run)
+        remark = plan.given.remark(material.judging) if plan.given else None
         report = _report(plan, outcome, polished, aligner, run).model_copy(
             update={
                 "verdict": verdict,
                 "module": place_of(module.name),
                 "text": material.source.name if material.source else None,
                 "alignment": self.alignment,
-                "notes": [*plan.sites.notes, *material.remarks, *notes],
+                "notes": [*plan.sites.notes, *material.remarks, *([remark] if remark else []), *notes],
                 "identity": identity,
                 **told,
             }

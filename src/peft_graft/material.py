@@ -68,6 +68,11 @@ class TextMaterial:
         return self.parts.learning
 
     @property
+    def judging(self) -> Sequence[Sequence[str]]:
+        """The texts of every sample that judges."""
+        return [sample.texts for sample in self.parts.judging] if self.asked else []
+
+    @property
     def content(self) -> str:
         """A hash of what is learned from, chosen by and judged by."""
         return self.parts.digest(lambda sample: sample.texts)
@@ -149,6 +154,11 @@ class PromptMaterial:
     def plain(self) -> Sequence[Sample]:
         """The prompts alone, as text."""
         return [Sample(prompt.text) for prompt in prompt_parts(self.prompts).learning]
+
+    @property
+    def judging(self) -> Sequence[Sequence[str]]:
+        """The text of every prompt that judges."""
+        return [[prompt.text] for prompt in prompt_parts(self.prompts).judging]
 
     @property
     def content(self) -> str:

@@ -12,6 +12,7 @@ from itertools import chain, islice, tee
 from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, shape_alignment, solve_alignment
 from peft_graft.alignment.cache import AlignmentCache, assembled
 from peft_graft.alignment.collect import CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
+from peft_graft.alignment.distinct import key_of
 from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
@@ -125,6 +126,7 @@ class Aligner:
         self.processes = processes or Processes()
         self.counts: PairingCounts | None = None
         self._made: dict[str, Alignment] = {}
+        self._seen: set[int] | None = set()
         if given is not None:
             check_alignment(given, models)
             self._made[given.method] = given
@@ -229,6 +231,7 @@ class Aligner:
                 solve_alignment(method, statistics, *self.models.fingerprints, self._details(counts))
                 for method in self.methods
             ]
+            found = [replace(one, seen=None if self._seen is None else frozenset(self._seen)) for one in found]
         for alignment, folder in zip(found, kept, strict=False):
             alignment.save_pretrained(folder, force=True)
         return found
@@ -268,6 +271,7 @@ class Aligner:
         settings = CollectionSettings(max_tokens=self.config.max_tokens)
         state = Unfinished(self.run.work, key) if self.run.work else None
         if self.processes.on_ray:
+            self._seen = None  # others read the text
             return collect_on_ray(
                 self.processes.on_ray,
                 self.models,
@@ -279,7 +283,7 @@ class Aligner:
             )
         totals, counts = collect_totals(
             self.models,
-            samples,
+            self._noted(samples),
             wanted,
             settings,
             self.run,
@@ -291,6 +295,13 @@ class Aligner:
             totals.merge_processes()
             counts.nonfinite_pairs = totals.nonfinite
         return totals, counts
+
+    def _noted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The same, and note which texts are read."""
+        for sample in samples:
+            if self._seen is not None:
+                self._seen.update(map(key_of, sample.texts))
+            yield sample
 
 
 def no_text(what: str, why: str = "aligns the two models on text", *, alignment: bool = True) -> TextError:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peft_graft.alignment.compose import compose_maps
+from peft_graft.alignment.distinct import key_of
 from peft_graft.alignment.maps import LinearMap, Selection, SpaceMap
 from peft_graft.alignment.methods import METHODS, Diagnostics, Method, Solver
 from peft_graft.alignment.moments import PairedStatistics
@@ -26,6 +27,7 @@ from peft_graft.record import Stored
 
 Pair = tuple[Space, Space]  # teacher space, student space
 CONFIG, MAPS = "alignment.json", "alignment.safetensors"
+_TEXT = "text"  # what MAPS has beside maps
 _SEPARATOR = " -> "
 _FORMAT = 2  # raised with the way in which models are told apart
 _MATRICES = ("reading", "writing", "shift")
@@ -52,7 +54,8 @@ class Alignment:
     """Maps for the pairs of spaces of two models, found once and used for every module of that pair.
 
     ``teacher`` and ``student`` are fingerprints of the models (``models.fingerprint``); ``details`` records how the
-    alignment was made (text, tokens, versions) and ends up in its JSON file.
+    alignment was made (text, tokens, versions) and ends up in its JSON file. ``seen`` are keys of the texts that it was
+    made from (``distinct.key_of``), None where they are not known.
     """
 
     method: str
@@ -61,6 +64,7 @@ class Alignment:
     maps: Mapping[Pair, SpaceMap]
     diagnostics: Mapping[Pair, Diagnostics] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    seen: frozenset[int] | None = field(default=None, repr=False)
 
     @property
     def digest(self) -> str:
@@ -69,6 +73,23 @@ class Alignment:
             (f"{self.method} {first.key}{_SEPARATOR}{second.key}{suffix}", tensor)
             for (first, second), space_map in sorted(self.maps.items(), key=lambda item: str(item[0]))
             for suffix, tensor in _tensors(space_map).items()
+        )
+
+    def remark(self, judging: Sequence[Sequence[str]]) -> str | None:
+        """What is to be said of a verdict by these samples' texts on a graft that moves through these maps."""
+        if not judging or not METHODS[self.method].needs_text:
+            return None
+        if self.seen is None:
+            return (
+                "the alignment does not say which text it was made from, which may have had what judges the graft in "
+                "it; align again, or give other text"
+            )
+        count = sum(all(key_of(text) in self.seen for text in texts) for texts in judging)
+        if not count:
+            return None
+        return (
+            f"the alignment was made from text that has {count} of the {len(judging)} samples that judge the graft in "
+            "it, which may flatter the verdict; give other text"
         )
 
     def map(self, pair: Pair) -> SpaceMap:
@@ -111,14 +132,14 @@ class Alignment:
                     },
                 },
             )
-            write_tensors(
-                staging / MAPS,
-                {
-                    f"{keys[pair]}{suffix}": tensor
-                    for pair, space_map in self.maps.items()
-                    for suffix, tensor in _tensors(space_map).items()
-                },
-            )
+            tensors = {
+                f"{keys[pair]}{suffix}": tensor
+                for pair, space_map in self.maps.items()
+                for suffix, tensor in _tensors(space_map).items()
+            }
+            if self.seen is not None:
+                tensors[_TEXT] = torch.tensor(sorted(self.seen), dtype=torch.int64)
+            write_tensors(staging / MAPS, tensors)
 
     @classmethod
     def from_pretrained(
@@ -183,7 +204,8 @@ class Alignment:
             "composed": [dict(first.details), dict(second.details)],
         }
         method = next(iter(methods), "copy")
-        return Alignment(method, first.teacher, second.student, maps, {pair: {} for pair in maps}, details)
+        seen = None if first.seen is None or second.seen is None else first.seen | second.seen
+        return Alignment(method, first.teacher, second.student, maps, {pair: {} for pair in maps}, details, seen)
 
 
 def _check_meeting(space: Space, before: SpaceMap, after: SpaceMap) -> None:
@@ -241,7 +263,10 @@ def _read(folder: Path) -> Alignment:
             ) from error
         entry = config["pairs"][key]
         diagnostics[pair] = {k: v for k, v in entry.items() if k not in ("teacher_size", "student_size")}
-    return Alignment(file.method, file.teacher, file.student, maps, diagnostics, file.details)
+    seen = tensors.get(_TEXT)  # earlier versions wrote none
+    known = seen is not None and seen.dtype == torch.int64 and seen.ndim == 1
+    texts = frozenset(seen.tolist()) if seen is not None and known else None
+    return Alignment(file.method, file.teacher, file.student, maps, diagnostics, file.details, texts)
 
 
 def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
@@ -293,7 +318,8 @@ def copy_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student:
                 found=student_size,
                 fix="use --method prune-align with --text",
             )
-    return Alignment("copy", teacher, student, {pair: Selection.identity(sizes[0]) for pair, sizes in pairs.items()})
+    maps = {pair: Selection.identity(sizes[0]) for pair, sizes in pairs.items()}
+    return Alignment("copy", teacher, student, maps, seen=frozenset())
 
 
 def shape_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student: str) -> Alignment:
@@ -302,7 +328,7 @@ def shape_alignment(pairs: Mapping[Pair, tuple[int, int]], teacher: str, student
         pair: Selection(torch.where(torch.arange(wide) < size, torch.arange(wide), -1), size)
         for pair, (size, wide) in pairs.items()
     }
-    return Alignment("fresh", teacher, student, maps)
+    return Alignment("fresh", teacher, student, maps, seen=frozenset())
 
 
 def solve_alignment(

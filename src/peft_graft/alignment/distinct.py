@@ -6,6 +6,7 @@ lines: what is alike goes to the same part, and what counts is how many texts th
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections import Counter
@@ -42,6 +43,11 @@ def words_of(text: str) -> list[str]:
 def form_of(texts: Sequence[str]) -> tuple[str, ...]:
     """The same for texts that differ in nothing but case, accents, punctuation, blanks and their order."""
     return tuple(sorted("".join(words_of(text)) for text in texts))
+
+
+def key_of(text: str) -> int:
+    """A hash of 63 bits, the same for texts that differ in nothing but case, accents, punctuation and blanks."""
+    return int.from_bytes(hashlib.blake2b("".join(words_of(text)).encode(), digest_size=8).digest()) >> 1
 
 
 def without_common(rows: Sequence[list[str]]) -> list[list[str]]:
