@@ -32,7 +32,6 @@ max_tokens = 800
 
 [models]
 big = "{models}/teacher"
-middle = "{models}/wide"
 small = "{models}/shallow"
 
 [tasks.names]
@@ -70,11 +69,11 @@ controls = ["other-task", "random", "bare-teacher", "head"]
 
 [[grid]]
 teacher = "big"
-student = "small"
+student = "big"
 polish = [0]
 methods = ["procrustes"]
 heads = ["carry"]
-through = ["middle"]
+through = ["small"]
 """
 
 
@@ -94,7 +93,7 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     kinds = [cell.kind for cell in cells.values()]
     # Of chains: the straight alignment, those of both steps, and one that they make; four grafts, one on the way.
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-        "teacher": 2, "bare-teacher": 1, "control": 4, "alignment": 3, "chain": 1, "graft": 5, "student": 9,
+        "teacher": 2, "bare-teacher": 1, "control": 4, "alignment": 3, "chain": 1, "graft": 5, "student": 10,
     }  # fmt: skip
     order = list(cells)
     assert all(order.index(need) < order.index(name) for name, cell in cells.items() for need in cell.needed)
@@ -107,9 +106,9 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     assert cells[other.needs.other].names.task == "ends"
     assert cells[other.needs.teacher].names.task == "names"
     assert cells[made[f"{CONTROL}bare teacher"].needs.teacher].kind == "bare-teacher"
-    twice = made["procrustes/skip, head carry, polish 0, through middle"]
-    assert cells[twice.needs.teacher].names.student == "middle"
-    assert cells[made["procrustes/skip, head carry, polish 0, composed through middle"].needs.alignment].kind == "chain"
+    twice = made["procrustes/skip, head carry, polish 0, through small"]
+    assert cells[twice.needs.teacher].names.student == "small"
+    assert cells[made["procrustes/skip, head carry, polish 0, composed through small"].needs.alignment].kind == "chain"
     plain = cells_of(read_study(file, ["grid.0.controls=[]", "grid.1.through=[]"]))
     assert set(plain) < set(cells)
 
@@ -122,7 +121,7 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
             "grid.0.controls.0: Input should be 'other-task', 'random', 'bare-teacher' or 'he",
         ),
         (["tasks.ends.languages=['de']"], "grid 0: the control other-task needs another task in the language of names"),
-        (["grid.1.through=['huge']"], "grid 1: unknown model huge; named are big, middle, small"),
+        (["grid.1.through=['huge']"], "grid 1: unknown model huge; named are big, small"),
     ],
 )
 def test_controls_that_cannot_be_are_refused(file: Path, changes: list[str], message: str) -> None:
@@ -161,12 +160,15 @@ def test_controls_and_chains_run_and_tables_show_the_best_control(file: Path, tm
     assert by_control["random"]["result"]["polish"]["settings"]["steps"] == 4
     alone = load_file(folder.artifact(by_control["head"]["id"]) / "adapter_model.safetensors")
     assert not any(value.any() for name, value in alone.items() if "lora_B" in name)
-    (table,) = result_tables(records)
+    table = next(table for table in result_tables(records) if table.student == "small")
     header, lines = grid_of(table)
     shown = {line[0]: line[header.index("Δ best control")] for line in lines}
     best = max(row.entries["mean"].score for row in table.rows if row.start.startswith(CONTROL))
     graft = next(row for row in table.rows if row.start == "copy/skip, head carry, polish 4")
     assert shown[graft.start] == f"{100 * (graft.entries['mean'].score - best):+.1f}"
+    composed = next(one for one in records if one["kind"] == "graft" and "composed" in one["names"]["start"])
+    # Of two layers in the model between, each serves two of the student's.
+    assert composed["result"]["layers"] == [[0], [0], [2], [2]]
     assert all(shown[row.start] == "" for row in table.rows if row.start.startswith(CONTROL))
 
 

@@ -170,7 +170,7 @@ class GraftCell(Cell):
                     text=text,
                     alignment=folder.artifact(needs.alignment) if needs.alignment else None,
                     out=kept,
-                    config=config.transfer.model_copy(update={"force": True}),
+                    config=self.options(folder).model_copy(update={"force": True}),
                     callbacks=callbacks,
                 )
         report = read_json(kept / "graft.json")
@@ -181,6 +181,10 @@ class GraftCell(Cell):
             key: report[key]
             for key in ("method", "method_reason", "verdict", "tried", "polish", "layers", "notes", "seconds")
         } | {"head": report["head"]["how"] if report["head"] else None}
+
+    def options(self, folder: StudyFolder) -> GraftConfig:
+        """Those of the transfer, some of which may be known only now."""
+        return self.config.transfer
 
 
 class FreshPolishConfig(TransferConfig):

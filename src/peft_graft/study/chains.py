@@ -1,4 +1,4 @@
-"""Chains A -> B -> C: an alignment that is put together of two. Grafts of grafts need no kind of their own."""
+"""Chains A -> B -> C: an alignment that is put together of two, and the graft by it. Grafts of grafts are grafts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from peft_graft.alignment.alignment import Alignment
+from peft_graft.config import GraftConfig
 from peft_graft.run import Callback
 from peft_graft.study.cell import Cell, Config
+from peft_graft.study.cells import GraftCell
 from peft_graft.study.folder import StudyFolder
 
 
@@ -34,3 +36,20 @@ class ChainCell(Cell):
         found = Alignment.compose(*parts)
         found.save_pretrained(folder.artifact(self.id), force=True)
         return {"spaces": len(found.maps)}
+
+
+class ChainGraftCell(GraftCell):
+    """Move a module by the alignment of a chain, between the layers that the chain brings together."""
+
+    def options(self, folder: StudyFolder) -> GraftConfig:
+        """With the layers of the alignment, where one serves each: those between the ends of a chain differ from what
+        the ends alone would have, and from nothing else can they be known."""
+        assert self.needs.alignment is not None
+        found: dict[int, set[int]] = {}
+        for near, far in Alignment.from_pretrained(folder.artifact(self.needs.alignment)).maps:
+            if far.layer >= 0:
+                found.setdefault(far.layer, set()).add(near.layer)
+        option = self.config.transfer
+        if any(len(layers) > 1 for layers in found.values()):
+            return option
+        return option.model_copy(update={"layers": ",".join(str(min(found[layer])) for layer in sorted(found))})

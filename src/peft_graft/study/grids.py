@@ -27,7 +27,7 @@ from peft_graft.study.cells import (
     TeacherConfig,
     TransferConfig,
 )
-from peft_graft.study.chains import ChainCell, ChainConfig
+from peft_graft.study.chains import ChainCell, ChainConfig, ChainGraftCell
 from peft_graft.study.controls import BareTeacherCell, ControlCell, ControlConfig
 from peft_graft.study.plugins import Plugin
 from peft_graft.study.spec import (
@@ -188,7 +188,8 @@ class _Comparison:
             names = alignment.names.model_copy(update={"start": f"through {between}"})
             chain = ChainCell(names=names, config=config, needs=Needs(alignment=parts[0].id, other=parts[1].id))
             yield chain
-            yield from self._grafted(way, self._graft(way, seed, teacher, chain), teacher, seed)
+            graft = ChainGraftCell(**dict(self._graft(way, seed, teacher, chain)))
+            yield from self._grafted(way, graft, teacher, seed)
 
     def _other_teacher(self, control: Control) -> TeacherCell | None:
         """The teacher of another task, or the one whose head alone is trained, where the control needs it."""
