@@ -109,6 +109,8 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     twice = made["procrustes/skip, head carry, polish 0, through small"]
     assert cells[twice.needs.teacher].names.student == "small"
     assert cells[made["procrustes/skip, head carry, polish 0, composed through small"].needs.alignment].kind == "chain"
+    published = cells_of(read_study(Path(__file__).parent.parent.parent / "benchmarks" / "controls.toml")).values()
+    assert {cell.kind for cell in published} == set(kinds) | {"polish"}
     plain = cells_of(read_study(file, ["grid.0.controls=[]", "grid.1.through=[]"]))
     assert set(plain) < set(cells)
 
