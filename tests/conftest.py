@@ -68,8 +68,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """``peft-graft`` in this process, for starting one takes longer than what it does in most tests."""
     from peft_graft.cli.main import main
 
-    def called(*arguments: object, code: int = 0) -> Any:
-        monkeypatch.setenv("COLUMNS", "120")
+    def called(*arguments: object, code: int = 0, columns: int = 120) -> Any:
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", ["peft-graft", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()

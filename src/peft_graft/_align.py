@@ -14,6 +14,7 @@ from peft_graft.alignment.sharding import Processes, RayPass
 from peft_graft.alignment.text import TextSource
 from peft_graft.config import AlignConfig
 from peft_graft.errors import PlanError
+from peft_graft.models.devices import placed
 from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
 from peft_graft.planning.sources import ModelSources
@@ -47,7 +48,7 @@ def align(
     Raises:
         GraftError: as for ``transfer``.
     """
-    config = config or AlignConfig()
+    config = placed(config or AlignConfig())
     method = _checked_method(config)
     if out is not None:
         check_output(Path(out), force=config.force)

@@ -29,6 +29,7 @@ from peft_graft.errors import ArchitectureError, CheckpointError, DependencyErro
 from peft_graft.files import json_text
 from peft_graft.graft import REPORT, Graft
 from peft_graft.metrics import METRICS
+from peft_graft.models.devices import placed
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import check_output_file, reserving_output, write_aside
@@ -97,7 +98,7 @@ def evaluate(
     Raises:
         GraftError: one of its kinds. All that can be known without weights is checked before any are loaded.
     """
-    config = config or EvaluateConfig()
+    config = placed(config or EvaluateConfig())
     names = _known(metrics)
     if out is not None:
         check_output_file(Path(out), force=config.force)

@@ -23,6 +23,7 @@ from peft_graft.distill.ask_seeds import listing_of, seeds_of
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.teacher import can_ask, sample_parts
 from peft_graft.errors import GraftError
+from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.modules.base import Module
 from peft_graft.modules.lora import LoraModule
@@ -155,7 +156,7 @@ def inspect(
     Raises:
         CheckpointError: the module itself cannot be read.
     """
-    config = config or GraftConfig()
+    config = placed(config or GraftConfig())
     module = ModuleSource.of(adapter, config)
     given = given_alignment(alignment, config.token)
     module, checkpoint, problem = _resolved(module, teacher, config)

@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 
 def test_transfer_writes_a_checkpoint_and_says_what_it_did(command, world, tmp_path) -> None:
     done = command("transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt",
-                   "--polish", "6", "--out", tmp_path / "g")  # fmt: skip
+                   "--polish", "6", "--out", tmp_path / "g", "--verbose")  # fmt: skip
     assert "its graft agrees best with the teacher on held-out text" in done.out
     assert "tried   prune-align, as moved: agreement" in done.out
     assert "agreement after steps 0:" in done.out
@@ -45,7 +45,9 @@ def test_transfer_writes_a_checkpoint_and_says_what_it_did(command, world, tmp_p
 def test_json_is_all_that_goes_to_standard_output(command, world, tmp_path) -> None:
     done = command("transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--layers", "avg",
                    "--out", tmp_path / "g", "--head", "drop", "--json")  # fmt: skip
-    report = GraftReport.model_validate_json(done.out)
+    found = json.loads(done.out)
+    assert found.pop("out") == str(tmp_path / "g")
+    report = GraftReport.model_validate(found)
     assert report.layers == [[0, 1], [2, 3]]
     assert report.head is None
     assert report == GraftReport.model_validate_json((tmp_path / "g" / "graft.json").read_text())
@@ -90,7 +92,7 @@ def test_inspect_reports_problems_and_fails(command, world, tmp_path) -> None:
 
 def test_align_once_and_transfer_from_it(command, world, tmp_path) -> None:
     done = command("align", world / "teacher", world / "narrow", "--text", world / "text.txt", "--out", tmp_path / "a",
-                   "--sites", "attn.query,attn.value")  # fmt: skip
+                   "--sites", "attn.query,attn.value", "--verbose")  # fmt: skip
     assert "layer 2 attn.in" in done.out
     done = command("transfer", world / "lora", "--student", world / "narrow", "--alignment", tmp_path / "a",
                    "--out", tmp_path / "g")  # fmt: skip

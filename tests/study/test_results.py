@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from peft_graft.config import StudyConfig
 from peft_graft.errors import OutputError, StudyError
@@ -59,7 +58,7 @@ def test_results_are_replaced_whole_by_one_process_at_a_time(tmp_path: Path, mon
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
     with pytest.raises(OutputError, match="cannot be written"):
-        studies.study(None, paper="matching", config=StudyConfig(export=str(file / "x")), console=Console())
+        studies.study(None, paper="matching", config=StudyConfig(export=str(file / "x")))
 
 
 def test_exported_results_come_back_once_and_name_no_path(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import EXACT
 from peft_graft.errors import OutputError, StudyError
 from peft_graft.study.cells import StudentCell
-from peft_graft.study.command import PAPER, show_tables
+from peft_graft.study.command import PAPER, StudyPlan, StudyRun, show_tables
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import Start, cells_of
 from peft_graft.study.results import read_results
@@ -193,6 +193,12 @@ def test_only_takes_what_matches_and_what_that_needs(file: Path) -> None:
         ("tasks.ner.metric=macro F1", "token-classification is not scored by macro F1, but by entity F1"),
         ("tasks.ner.metric=bleu", "tasks.ner.metric: Input should be"),
         ("nonsense", "--set nonsense: cannot be understood; expected KEY=VALUE"),
+        (
+            "models.Bigg=/m",
+            "--set models.Bigg=/m: no grid of the study names such a model; expected big, small, found Bigg. "
+            "Fix: did you mean models.big?",
+        ),
+        ("tasks.zzz.kind=x", "tasks.zzz"),
     ],
 )
 def test_what_a_study_cannot_be_is_said(file: Path, change: str, message: str) -> None:
@@ -434,6 +440,23 @@ def test_a_failed_cell_says_why_and_the_rest_goes_on(command, file: Path, tmp_pa
     shown = " ".join(command("study", file, "--out", out, code=1).out.split())
     assert "6 cells done, 2 failed, 4 blocked" in shown
     assert "no such text file" in shown
+
+
+def test_a_plan_counts_cells_and_lists_them_only_when_asked(command, kept: Path, whole) -> None:
+    out = whole[2]
+    shown = command("study", kept, "--out", out, "--dry-run").out
+    assert "student" in shown
+    assert "student-" not in shown
+    assert f"results {out}" in shown
+    listed = command("study", kept, "--out", out, "--dry-run", "--list").out
+    assert listed.count("done    student-") == 6
+    plan = StudyPlan.model_validate_json(command("study", kept, "--out", out, "--dry-run", "--json").out)
+    assert {kind.kind: (kind.cells, kind.done) for kind in plan.kinds} == {
+        "teacher": (2, 2), "graft": (4, 4), "student": (6, 6)
+    }  # fmt: skip
+    assert all(plan.cells.values())
+    done = StudyRun.model_validate_json(command("study", kept, "--out", out, "--json").out)
+    assert (len(done.done), done.failed, done.blocked, done.out) == (12, {}, [], str(out))
 
 
 def test_killed_twice_it_ends_with_the_table_of_an_undisturbed_run(kept: Path, whole, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from peft_graft.cli.display import escaped
+from peft_graft.cli.output import escaped, say_error_as_json
 from peft_graft.run import UNFINISHED
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -46,6 +46,7 @@ def continued(message: str) -> Iterator[None]:
         Console(stderr=True).print(
             f"interrupted; {escaped(message)}, and the same command continues there", soft_wrap=True
         )
+        say_error_as_json("Interrupted", f"interrupted; {message}, and the same command continues there")
         sys.exit(exit_code())
 
 

@@ -13,7 +13,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import peft_graft.config as configs
+from peft_graft.cli.output import look
 from peft_graft.config import METHOD_SUMMARIES, method_help, option_of
+from peft_graft.config.base import OUTPUT
 from peft_graft.errors import PlanError
 
 
@@ -29,17 +31,68 @@ def options_from(command: Callable[..., None]) -> Callable[..., None]:
     taken = {parameter.name for parameter in own}
     fields = {name: field for name, field in (config.model_fields if config else {}).items() if name not in taken}
 
+    common = [each for each in _common() if each.name not in taken]
+
     def run(**values: Any) -> None:
+        del values[_HELP_ALL.name]
+        for each in common:
+            setattr(look, each.name, values.pop(each.name))
         if config:
             chosen = {name: _value(field, values.pop(name)) for name, field in fields.items()}
             values["config"] = config(**{name: value for name, value in chosen.items() if value is not None})
         command(**values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    parameters = [*own, *(_parameter(config, name, field) for name, field in fields.items() if config)]
+    made = [_parameter(config, name, field) for name, field in fields.items() if config]
+    parameters = [*own, *made, *common, _HELP_ALL]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def briefs_of(command: Callable[..., None]) -> dict[str, str]:
+    """The parameters that matter most, with a line for the help page; an empty one where their help is short."""
+    hints = get_type_hints(command, localns=vars(configs), include_extras=True)
+    config: type[BaseModel] | None = hints.pop("config", None)
+    briefs = dict.fromkeys([*(name for name in hints if name != "return"), *(each.name for each in _common())], "")
+    options = {name: option_of(config, name) for name in config.model_fields} if config else {}
+    return briefs | {name: option.brief for name, option in options.items() if option.brief and name not in hints}
+
+
+def _common() -> list[inspect.Parameter]:
+    """Options that every command has: the fields of ``Look``."""
+    named = {
+        "as_json": ("--json", "The result as JSON on standard output (docs/cli.md)."),
+        "quiet": ("--quiet", "-q", "Show nothing but errors."),
+        "verbose": ("--verbose", "-v", "Show what is long too, such as tables by site."),
+    }
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option(*names, help=text, rich_help_panel=OUTPUT)],
+        )
+        for name, (*names, text) in named.items()
+    ]
+
+
+def _show_all(ctx: typer.Context, *, asked: bool) -> None:
+    if asked:
+        ctx.meta["help_all"] = True
+        ctx.get_help()
+        raise typer.Exit
+
+
+_HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option("--help-all", callback=lambda ctx, value: _show_all(ctx, asked=value), is_eager=True, hidden=True),
+    ],
+)
 
 
 def _parameter(config: type[BaseModel], name: str, field: FieldInfo) -> inspect.Parameter:

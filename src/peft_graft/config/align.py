@@ -28,10 +28,12 @@ class AlignConfig(PairConfig):
         ray: run the pass on Ray, by a cluster's address or ``local``, in ``shards`` parts, one for each CPU by default.
     """
 
-    method: Annotated[str, Option(HOW)] = Field(default="prune-align", description="The method whose maps to find.")
-    sites: Annotated[tuple[str, ...] | None, Option(WHAT)] = Field(
-        default=None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default."
+    method: Annotated[str, Option(HOW, "prune-align unless told otherwise; procrustes or ridge.")] = Field(
+        default="prune-align", description="The method whose maps to find."
     )
+    sites: Annotated[
+        tuple[str, ...] | None, Option(WHAT, "Roles to cover, such as attn.query,attn.value; all by default.")
+    ] = Field(default=None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default.")
     ray: Annotated[str | None, Option(WHERE, decides=False)] = Field(
         default=None, description="Run on Ray: local for this machine, or a cluster's address."
     )

@@ -61,16 +61,18 @@ class Option:
 
     Attributes:
         panel: the part of the help page that it stands in.
+        brief: a line for the short help page, of options that matter most; the others are only named there.
         decides: whether the result depends on it; what does not is left out of keys and records.
         later: whether it came after results were published: at its default it is left out too, so that keys stay.
     """
 
     panel: str
+    brief: str = ""
     decides: bool = True
     later: bool = False
 
 
-WHAT, HOW, WHERE, LOADING, OUTPUT = "What moves", "How it moves", "Where it runs", "Loading", "Output"
+WHAT, HOW, WHERE, LOADING, OUTPUT = "What", "How", "Where", "Loading", "Output"
 PROMPTS = "Prompts, for language models"
 ANSWERS, WHO = "Answers", "Who is asked"
 

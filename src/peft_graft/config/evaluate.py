@@ -11,6 +11,7 @@ from pydantic import (
 
 from peft_graft.config.base import (
     ANSWERS,
+    AUTO,
     LOADING,
     OUTPUT,
     PROMPTS,
@@ -35,13 +36,15 @@ class EvaluateConfig(Config):
     columns: Annotated[tuple[str, ...] | None, Option(PROMPTS)] = Field(
         default=None, description="Columns of prompt and answer, where they have no usual names: question,answer."
     )
-    limit: Annotated[int | None, Option(PROMPTS)] = Field(
+    limit: Annotated[int | None, Option(PROMPTS, "Prompts that are asked at most; all by default.")] = Field(
         default=None, ge=1, description="Prompts that are asked at most, in random order; all by default."
     )
     seed: Annotated[int, Option(PROMPTS)] = Field(
         default=0, description="Of the order of prompts, of draws with a temperature, and of the intervals."
     )
-    format: Annotated[str | None, Option(PROMPTS)] = Field(
+    format: Annotated[
+        str | None, Option(PROMPTS, "How a prompt is put, if not by the chat template: 'Q: {prompt}\\nA:'.")
+    ] = Field(
         default=None,
         description="How the module was trained to read a prompt, if not as the graft's report says or by its model's "
         "chat template: 'Question: {prompt}\\nAnswer:'.",
@@ -67,11 +70,13 @@ class EvaluateConfig(Config):
     module: Annotated[str | None, Option(WHO)] = Field(
         default=None, description="The module that was moved, if it is not where the graft's report says."
     )
-    device: Annotated[str, Option(WHERE)] = Field(default="cpu", description="Torch device of the models.")
+    device: Annotated[str, Option(WHERE, "auto, cpu, cuda, cuda:1, ...")] = Field(
+        default=AUTO, description="cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
+    )
     device_map: Annotated[str | dict[str, Any] | None, Option(WHERE)] = Field(
         default=None, description="auto spreads the layers over what is there (accelerate), in place of --device."
     )
-    dtype: Annotated[Dtype, Option(WHERE)] = Field(default="float32", description="Of the models.")
+    dtype: Annotated[Dtype, Option(WHERE, "of the models.")] = Field(default="float32", description="Of the models.")
     quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(as_dict), Option(WHERE)] = Field(
         default=None,
         description="Load the models quantised: transformers' quantization_config as JSON, such as "
@@ -87,6 +92,6 @@ class EvaluateConfig(Config):
     trust_remote_code: Annotated[bool, Option(LOADING)] = Field(
         default=False, description="Run model code that comes with a repository."
     )
-    force: Annotated[bool, Option(OUTPUT, decides=False)] = Field(
+    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
         default=False, description="Replace --out if it exists."
     )

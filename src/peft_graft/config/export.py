@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from peft_graft.config.base import HOW, LOADING, OUTPUT, WHERE, Config, Dtype, Option
+from peft_graft.config.base import AUTO, HOW, LOADING, OUTPUT, WHERE, Config, Dtype, Option
 
 
 class Target(StrEnum):
@@ -33,25 +33,29 @@ class ExportConfig(Config):
             folder where nothing is said.
     """
 
-    max_rank: Annotated[int | None, Option(HOW)] = Field(
-        default=None,
-        ge=1,
-        description="Highest rank of a LoRA for a server (its --max-lora-rank for vLLM); more is truncated, and what "
-        "that loses is measured. 512 by default, vLLM's own limit.",
+    max_rank: Annotated[int | None, Option(HOW, "Highest rank that the server takes; 512 unless told otherwise.")] = (
+        Field(
+            default=None,
+            ge=1,
+            description="Highest rank of a LoRA for a server (its --max-lora-rank for vLLM); more is truncated, and "
+            "what that loses is measured. 512 by default, vLLM's own limit.",
+        )
     )
-    drop: Annotated[bool, Option(HOW)] = Field(
+    drop: Annotated[bool, Option(HOW, "Leave out what has no place there, which is refused otherwise.")] = Field(
         default=False,
         description="Leave out what the other program has no place for (trained embeddings, biases, heads), which is "
         "refused otherwise; what that loses is measured.",
     )
-    dtype: Annotated[Dtype | None, Option(HOW)] = Field(
+    dtype: Annotated[Dtype | None, Option(HOW, "of a merged model; the base's own by default.")] = Field(
         default=None, description="Of a merged model; the base's own by default."
     )
     ollama_from: Annotated[str | None, Option(HOW)] = Field(
         default=None,
         description="The base as Ollama knows it: a GGUF file, or a name such as llama3.2:1b; its folder by default.",
     )
-    device: Annotated[str, Option(WHERE)] = Field(default="cpu", description="Torch device of the base model.")
+    device: Annotated[str, Option(WHERE)] = Field(
+        default=AUTO, description="cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
+    )
     revision: Annotated[str | None, Option(LOADING)] = Field(default=None, description="Hub revision of the graft.")
     subfolder: Annotated[str | None, Option(LOADING)] = Field(
         default=None, description="Folder of the graft in its repository."
@@ -62,6 +66,6 @@ class ExportConfig(Config):
     trust_remote_code: Annotated[bool, Option(LOADING)] = Field(
         default=False, description="Run model code that comes with a repository."
     )
-    force: Annotated[bool, Option(OUTPUT, decides=False)] = Field(
+    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
         default=False, description="Replace --out if it exists."
     )

@@ -40,7 +40,7 @@ from peft_graft.labels import Labels, ProblemType
 class PairConfig(Config):
     """What every verb that runs a teacher and a student asks for."""
 
-    layers: Annotated[str, Option(WHAT)] = Field(
+    layers: Annotated[str, Option(WHAT, "skip, avg, or a teacher layer for each: 0,2,4.")] = Field(
         default="skip",
         description="skip (every k-th layer), avg (the mean of every window), or one teacher layer for each student "
         "layer: 0,2,4. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
@@ -54,7 +54,9 @@ class PairConfig(Config):
     seed: Annotated[int, Option(HOW)] = Field(
         default=0, description="Of the order in which text is sampled, and of training."
     )
-    device: Annotated[str, Option(WHERE)] = Field(default="cpu", description="Torch device of the forward passes.")
+    device: Annotated[str, Option(WHERE, "auto, cpu, cuda, cuda:1, ...")] = Field(
+        default=AUTO, description="cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
+    )
     student_device: Annotated[str | None, Option(WHERE)] = Field(
         default=None, description="The student's device, if it differs."
     )
@@ -62,7 +64,9 @@ class PairConfig(Config):
         default=None,
         description="auto spreads the layers of both models over what is there (accelerate), in place of --device.",
     )
-    dtype: Annotated[Dtype, Option(WHERE)] = Field(default="float32", description="Of the forward passes.")
+    dtype: Annotated[Dtype, Option(WHERE, "of the forward passes.")] = Field(
+        default="float32", description="Of the forward passes."
+    )
     quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(as_dict), Option(WHERE)] = Field(
         default=None,
         description="Load both models quantised: transformers' quantization_config as JSON, such as "
@@ -85,7 +89,7 @@ class PairConfig(Config):
         description="Keep alignments for later modules of the same models and text, and use kept ones, in the cache of "
         "huggingface_hub or where PEFT_GRAFT_CACHE says; on by default where that is set.",
     )
-    force: Annotated[bool, Option(OUTPUT, decides=False)] = Field(
+    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
         default=False, description="Replace --out if it exists."
     )
 
@@ -101,15 +105,19 @@ class GraftConfig(PairConfig):
             is text, else 0.
     """
 
-    method: Annotated[str, Option(HOW)] = Field(
-        default=AUTO, description="auto takes whichever graft agrees best with the teacher."
-    )
-    head: Annotated[HeadChoice, Option(WHAT)] = Field(
+    method: Annotated[
+        str,
+        Option(HOW, "auto, the best of several, or one of copy, prune-align, procrustes, ridge, functional, fresh."),
+    ] = Field(default=AUTO, description="auto takes whichever graft agrees best with the teacher.")
+    head: Annotated[HeadChoice, Option(WHAT, "the classification head.")] = Field(
         default="auto",
         description="The classification head saved with the module: carry it through the maps, fit it to the teacher's "
         "predictions on the text, drop it, or auto: carry or fit, whichever agrees better with the teacher.",
     )
-    polish: Annotated[int | Literal["auto"], Option(HOW)] = Field(
+    polish: Annotated[
+        int | Literal["auto"],
+        Option(HOW, f"Training steps, auto ({POLISH_STEPS}) or 0."),
+    ] = Field(
         default="auto",
         description=f"Steps of label-free training on the teacher's predictions; auto is {POLISH_STEPS} if there is "
         "text and no --method, else 0. An interrupted polish goes on when the same command is run again.",

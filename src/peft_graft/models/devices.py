@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from peft_graft.config import AUTO, EvaluateConfig, ExportConfig, PairConfig
 from peft_graft.errors import DeviceError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_Config = TypeVar("_Config", bound=PairConfig | EvaluateConfig | ExportConfig)
+
+
+def placed(config: _Config) -> _Config:
+    """The config with the device that ``auto`` is on this machine, so that records and keys name the actual one.
+
+    A GPU of CUDA (or ROCm), each process of torchrun its own; else the processor. Apple's GPUs compute nothing in
+    float64, which statistics are kept in.
+    """
+    if config.device != AUTO:
+        return config
+    own = os.environ.get("LOCAL_RANK")
+    found = ("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu"
+    return cast(_Config, config.model_copy(update={"device": found}))
 
 
 def check_device(device: str, option: str = "--device") -> torch.device:

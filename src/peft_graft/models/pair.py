@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft_graft.config import PairConfig
+from peft_graft.models.devices import placed
 from peft_graft.models.loading import Loading, ModelPair, load_model
 
 
@@ -15,7 +16,7 @@ def loading_of(config: PairConfig, role: str) -> Loading:
         trust_remote_code=config.trust_remote_code,
         quantization_config=config.quantization_config,
         device_map=config.device_map,
-        device=(config.student_device if student else None) or config.device,
+        device=(config.student_device if student else None) or placed(config).device,
         dtype=config.dtype,
     )
 

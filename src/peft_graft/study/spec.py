@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -343,6 +344,7 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"the study file cannot be read ({reason(error)})", where=str(path)) from error
+    known = {name: set(table) for name, table in content.items() if isinstance(table, dict)}
     for change in changes:
         _change(content, change)
     folder = path.resolve().parent
@@ -359,6 +361,8 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
         place = ".".join(parts) or "the file"
         message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
         raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
+    for change in changes:
+        _check_named(study, change, known)
     tasks = {
         name: task.model_copy(
             update={
@@ -393,6 +397,32 @@ def _change(content: dict[str, Any], change: str) -> None:
     if place is None:
         raise StudyError("names nothing in this list of the study", where=f"--set {change}", found=last)
     table[place] = value
+
+
+def _check_named(study: Study, change: str, known: Mapping[str, set[str]]) -> None:
+    """Refuse a new model, module or task that no grid names: one that is misspelt would change nothing.
+
+    Args:
+        known: the names in the file's tables.
+    """
+    table, _, rest = change.partition("=")[0].strip().partition(".")
+    name = rest.partition(".")[0]
+    used = {
+        "models": {model for grid in study.grid for model in (grid.teacher, grid.student)},
+        "modules": {module for grid in study.grid for module in grid.modules},
+        "tasks": {task for grid in study.grid for task in grid.tasks},
+    }.get(table)
+    if used is None or name in used | known.get(table, set()):
+        return
+    near = get_close_matches(name.lower(), {one.lower(): one for one in used}, n=1)
+    likely = next((one for one in used if near and one.lower() == near[0]), None)
+    raise StudyError(
+        f"no grid of the study names such a {table.removesuffix('s')}",
+        where=f"--set {change}",
+        expected=", ".join(sorted(used)),
+        found=name,
+        fix=f"did you mean {table}.{likely}?" if likely else None,
+    )
 
 
 def _number(name: str, of: list[Any]) -> int | None:

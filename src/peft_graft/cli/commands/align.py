@@ -12,7 +12,7 @@ import peft_graft
 from peft_graft.cli.display import show_alignment
 from peft_graft.cli.interrupts import saying_how_to_go_on
 from peft_graft.cli.late import command
-from peft_graft.cli.output import Json
+from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
 
 if TYPE_CHECKING:
@@ -25,14 +25,20 @@ def align(
     student: Annotated[str, typer.Argument(help="Folder or hub id.")],
     config: AlignConfig,
     text: Annotated[str, typer.Option(help="Text file or hub data set to align the models on.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    as_json: Json = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.", rich_help_panel="Output")
+    ],
 ) -> None:
     """Align two models once; every module of the pair can then move with `transfer --alignment`.
 
     Started by torchrun or accelerate, every process runs its share of the text.
+
+    Example:
+        peft-graft align old-model new-model --text corpus.txt -o out/alignment
     """
     with watching() as callbacks, saying_how_to_go_on(out):
         found = peft_graft.align(teacher, student, text=text, out=out, config=config, callbacks=callbacks)
     if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
-        show_alignment(found, out, as_json=as_json)
+        from peft_graft.cli.results import AlignResult
+
+        give(AlignResult.of(found, out), lambda: show_alignment(found, out))

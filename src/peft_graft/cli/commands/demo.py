@@ -6,36 +6,41 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import peft_graft
 from peft_graft.cli.display import show_evaluation
 from peft_graft.cli.interrupts import continued
 from peft_graft.cli.late import command
-from peft_graft.cli.output import Json, print_json
+from peft_graft.cli.output import console_for_results, give
 from peft_graft.cli.progress import watching
 
 
 @command
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the models, modules and results.")] = Path("out/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the models, modules and results.", rich_help_panel="Output")
+    ] = Path("out/demo"),
     llm: Annotated[
         bool, typer.Option("--llm", help="Move a LoRA between language models, SmolLM2 and Gemma-3 (extra demo-llm).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of what is trained first; the students after it have the next ones.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the results of an earlier run.")] = False,
-    as_json: Json = False,
 ) -> None:
-    """Move a real module between real models, and compare: some minutes on two CPU cores."""
+    """Move a real module between real models, and compare: some minutes on two CPU cores.
+
+    Example:
+        peft-graft demo --out out/demo
+    """
     from peft_graft.study.demo import run_demo, show_demo
     from peft_graft.study.demo_llm import run_demo_llm
 
     with continued(f"finished parts are in {out}"), watching(lines=True) as callbacks:
         run = run_demo_llm if llm else run_demo
         result = run(out, seed=seed, force=force, callbacks=callbacks)
-    if as_json:
-        print_json(result)
-    elif isinstance(result, peft_graft.Evaluation):
-        show_evaluation(result, out / "run" / "scores.json")
+    from peft_graft.cli.schemas import DemoLlmResult, DemoResult
+
+    if isinstance(result, peft_graft.Evaluation):
+        scores = out / "run" / "scores.json"
+        give(DemoLlmResult.at(result, scores), lambda: show_evaluation(result, scores))
     else:
-        show_demo(result, Console())
+        give(DemoResult.at(result, out), lambda: show_demo(result, console_for_results()))

@@ -12,7 +12,7 @@ import peft_graft
 from peft_graft.cli.display import show_evaluation
 from peft_graft.cli.interrupts import saying_how_to_go_on
 from peft_graft.cli.late import command
-from peft_graft.cli.output import Json, print_json
+from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
 
 if TYPE_CHECKING:
@@ -29,10 +29,18 @@ def evaluate(
     ] = "exact",
     teacher: Annotated[str | None, typer.Option(help="The teacher's model, if it is not where it was.")] = None,
     student: Annotated[str | None, typer.Option(help="The student, if it is not where it was.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write, with all answers; it must not exist.")] = None,
-    as_json: Json = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="JSON file to write, with all answers; it must not exist.", rich_help_panel="Output"
+        ),
+    ] = None,
 ) -> None:
-    """Score what a graft answers, beside its student without it and the teacher, against answers that are known."""
+    """Score what a graft answers, beside its student without it and the teacher, against answers that are known.
+
+    Example:
+        peft-graft evaluate out/graft --text labelled.jsonl --metric exact,rouge
+    """
     names = [name.strip() for name in metric.split(",")]
     with watching() as callbacks, saying_how_to_go_on(out) if out else nullcontext():
         found = peft_graft.evaluate(
@@ -45,7 +53,6 @@ def evaluate(
             config=config,
             callbacks=callbacks,
         )
-    if as_json:
-        print_json(found)
-    else:
-        show_evaluation(found, out)
+    from peft_graft.cli.results import EvaluateResult
+
+    give(EvaluateResult.at(found, out), lambda: show_evaluation(found, out))

@@ -10,7 +10,7 @@ import typer
 import peft_graft
 from peft_graft.cli.display import show_export
 from peft_graft.cli.late import command
-from peft_graft.cli.output import Json, print_json
+from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
 
 if TYPE_CHECKING:
@@ -23,15 +23,21 @@ def export(
     config: ExportConfig,
     to: Annotated[str, typer.Option(help="merged, gguf, vllm, ollama, peft or adapters.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; by default the graft's, with -merged, -gguf, ... behind it.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder to write; by default the graft's, with -merged, -gguf, ... behind it.",
+            rich_help_panel="Output",
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model that it is on, if it is not where it was.")] = None,
-    as_json: Json = False,
 ) -> None:
-    """Write a graft for another program: merged, or for llama.cpp, Ollama, vLLM, peft or adapters."""
+    """Write a graft for another program: merged, or for llama.cpp, Ollama, vLLM, peft or adapters.
+
+    Example:
+        peft-graft export out/graft --to merged -o out/merged
+    """
     with watching() as callbacks:
         found = peft_graft.export(graft, to=to, out=out, base=base, config=config, callbacks=callbacks)
-    if as_json:
-        print_json(found)
-    else:
-        show_export(found)
+    give(found, lambda: show_export(found))

@@ -9,7 +9,7 @@ import typer
 import peft_graft
 from peft_graft.cli.display import show_inspection
 from peft_graft.cli.late import command
-from peft_graft.cli.output import Json, print_json
+from peft_graft.cli.output import give
 
 if TYPE_CHECKING:
     from peft_graft.config import GraftConfig
@@ -24,15 +24,15 @@ def inspect(
     text: Annotated[str | None, typer.Option(help="The text that the transfer would be given.")] = None,
     seeds: Annotated[str | None, typer.Option(help="The examples that the transfer would make prompts from.")] = None,
     alignment: Annotated[str | None, typer.Option(help="The alignment that the transfer would be given.")] = None,
-    as_json: Json = False,
 ) -> None:
-    """Say what a module is, where it attaches, and what would become of it on a student."""
+    """Say what a module is, where it attaches, and what would become of it on a student: no weights are loaded.
+
+    Example:
+        peft-graft inspect my-lora --student Qwen/Qwen3-4B --text prompts.jsonl
+    """
     found = peft_graft.inspect(
         adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, config=config
     )
-    if as_json:
-        print_json(found)
-    else:
-        show_inspection(found)
+    give(found, lambda: show_inspection(found))
     if found.teacher_problem or (found.student and found.student.problem):
         raise typer.Exit(1)

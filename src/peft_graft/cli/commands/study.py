@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from peft_graft.cli.interrupts import continued
 from peft_graft.cli.late import command
+from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
+from peft_graft.cli.study_view import show_plan, show_run
 
 if TYPE_CHECKING:
     from peft_graft.config import StudyConfig
@@ -24,26 +25,34 @@ def study(
         str | None, typer.Option(help="One of the paper's grids instead of a file: matching or incompatible.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results; by default out/ and the study's name. May be shared.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for results; by default out/ and the study's name. May be shared.",
+            rich_help_panel="Output",
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change the study: KEY=VALUE, as models.E5=~/models/e5.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, what is done, and an estimate.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to do, and about how long.")] = False,
+    ids: Annotated[bool, typer.Option("--list", help="With --dry-run: every cell by its id.")] = False,
 ) -> None:
-    """Train teachers, move their modules, and compare: many models, tasks and languages, declared in one file."""
-    from peft_graft.study import command as studies
+    """Train teachers, move their modules, and compare: many models, tasks and languages, declared in one file.
 
+    Example:
+        peft-graft study my-study.toml --dry-run
+    """
+    from peft_graft.study.command import plan_study
+    from peft_graft.study.command import study as run
+
+    if dry_run:
+        plan = plan_study(file, paper=paper, out=out, changes=changes or [], config=config)
+        give(plan, lambda: show_plan(plan, ids=ids))
+        return
     with continued("finished cells are kept"), watching() as callbacks:
-        failed = studies.study(
-            file,
-            paper=paper,
-            out=out,
-            changes=changes or [],
-            config=config,
-            dry_run=dry_run,
-            callbacks=callbacks,
-            console=Console(),
-        )
-    if failed:
+        found, tables = run(file, paper=paper, out=out, changes=changes or [], config=config, callbacks=callbacks)
+    give(found, lambda: show_run(found, tables, config.export))
+    if found.failed or found.blocked:
         raise typer.Exit(1)

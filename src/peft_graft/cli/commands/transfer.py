@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import peft_graft
-from peft_graft.cli.display import show_graft, show_shelf
+from peft_graft.cli.display import show_shelf
 from peft_graft.cli.interrupts import continued, saying_how_to_go_on
 from peft_graft.cli.late import command
-from peft_graft.cli.output import Json, print_json
+from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
+from peft_graft.cli.result import show_graft
 
 if TYPE_CHECKING:
     from peft_graft.config import GraftConfig
@@ -23,7 +24,13 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
     config: GraftConfig,
     student: Annotated[str, typer.Option(help="Folder or hub id of the model that receives it.")],
     out: Annotated[
-        Path, typer.Option(help="Folder to write; it must not exist. Of several modules, the folder of their grafts.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder to write; it must not exist. Of several modules, the folder of their grafts.",
+            rich_help_panel="Output",
+        ),
     ],
     adapters: Annotated[
         list[str] | None,
@@ -35,57 +42,47 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The module's base, if its configuration is wrong.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="Unlabelled text to align, fit, polish and judge on: a file or hub data set.")
+        str | None, typer.Option(help="Unlabelled text of the task, or prompts: a file or hub data set.")
     ] = None,
     seeds: Annotated[
         str | None,
         typer.Option(help="In place of text, 5 to 15 example prompts: the teacher's base model makes more of them."),
     ] = None,
     alignment: Annotated[str | None, typer.Option(help="An alignment made by `peft-graft align`.")] = None,
-    as_json: Json = False,
 ) -> None:
     """Move a trained module to another model and write an ordinary checkpoint for it.
 
-    Several modules move one after another between models that are loaded once, each into its own folder below --out.
-    Grafts that are finished are kept when the same command is run again, so more modules can be added.
-    """
-    if listed is not None or len(adapters or []) != 1:
-        from peft_graft.shelf import ShelfModule, read_list
+    Several modules move one after another, each into its own folder below --out, between models that are loaded once.
+    Finished grafts are kept when the same command is run again.
 
-        named = [ShelfModule(adapter=adapter) for adapter in adapters or []]
-        modules = named + (read_list(listed) if listed else [])
-        with continued("finished grafts are kept"), watching() as callbacks:
-            report = peft_graft.transfer_all(
-                modules,
-                student,
-                teacher=teacher,
-                text=text,
-                seeds=seeds,
-                alignment=alignment,
-                out=out,
-                config=config,
-                callbacks=callbacks,
-            )
-        if as_json:
-            print_json(report)
-        else:
-            show_shelf(report, out)
-        if report.failed:
-            raise typer.Exit(1)
+    Example:
+        peft-graft transfer my-lora --student Qwen/Qwen3-4B --text prompts.jsonl -o out/graft
+    """
+    named = adapters or []
+    options: dict[str, Any] = {
+        "teacher": teacher,
+        "text": text,
+        "seeds": seeds,
+        "alignment": alignment,
+        "config": config,
+    }
+    if listed is not None or len(named) != 1:
+        _transfer_all(named, listed, student, out, **options)
         return
     with watching() as callbacks, saying_how_to_go_on(out):
-        graft = peft_graft.transfer(
-            (adapters or [])[0],
-            student,
-            teacher=teacher,
-            text=text,
-            seeds=seeds,
-            alignment=alignment,
-            out=out,
-            config=config,
-            callbacks=callbacks,
-        )
-    if as_json:
-        print_json(graft.report)
-    else:
-        show_graft(graft.report, out)
+        graft = peft_graft.transfer(named[0], student, out=out, callbacks=callbacks, **options)
+    from peft_graft.cli.results import TransferResult
+
+    give(TransferResult.at(graft.report, out), lambda: show_graft(graft.report, out))
+
+
+def _transfer_all(adapters: list[str], listed: Path | None, student: str, out: Path, **options: Any) -> None:
+    from peft_graft.cli.results import ShelfResult
+    from peft_graft.shelf import ShelfModule, read_list
+
+    modules = [ShelfModule(adapter=adapter) for adapter in adapters] + (read_list(listed) if listed else [])
+    with continued("finished grafts are kept"), watching() as callbacks:
+        report = peft_graft.transfer_all(modules, student, out=out, callbacks=callbacks, **options)
+    give(ShelfResult.at(report, out), lambda: show_shelf(report, out))
+    if report.failed:
+        raise typer.Exit(1)

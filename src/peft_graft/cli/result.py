@@ -1,0 +1,164 @@
+"""What ``transfer`` did, on the terminal: the verdict first, then what moved, where it lies, how to load it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from peft_graft.cli.output import console_for_results, escaped, look
+from peft_graft.cli.words import duration, figure, layers_as_text, spread
+
+if TYPE_CHECKING:
+    from peft_graft.report import GraftReport
+
+#: Answers that a terminal shows.
+SHOWN = 3
+_COLOURS = {"exact": "green", "strong": "green", "useful": "green", "weak": "yellow", "no better": "red"}
+
+
+def show_graft(report: GraftReport, out: Path) -> None:
+    """What ``transfer`` did."""
+    console = console_for_results()
+    if look.verbose:
+        _show_details(report, console)
+    elif report.answers:
+        _show_answers(report, console, 1)
+    console.print(_verdict(report))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in _facts(report):
+        facts.add_row(name, Text.from_markup(text))
+    console.print(facts)
+    console.print()
+    console.print("[bold green]written[/]", escaped(str(out)), soft_wrap=True)
+    console.print(f"[bold]load it[/] graft = peft_graft.Graft.from_pretrained({escaped(repr(str(out)))}).model",
+                  soft_wrap=True)  # fmt: skip
+    library = report.module_library
+    console.print(f"        or with {library} alone, as {escaped(str(out / 'README.md'))} shows", soft_wrap=True)
+    for command in _next(report, out):
+        console.print(f"[bold]next[/]    {escaped(command)}", soft_wrap=True)
+
+
+def _verdict(report: GraftReport) -> Panel:
+    verdict = report.verdict
+    level, measured, generated = verdict.level, verdict.measured, verdict.generated
+    lines = [Text(verdict.text[:1].upper() + verdict.text[1:])]
+    if generated:
+        lines.append(Text(
+            f"Agreement with the teacher {figure(generated.agreement, generated.agreement_interval)}: of "
+            f"{generated.answers} held-out answers {generated.exact:.0%}{spread(generated.exact_interval)} are the "
+            f"teacher's, without the graft {generated.bare_exact:.0%}; word F1 "
+            f"{figure(generated.token_f1, generated.token_f1_interval)}, without {generated.bare_token_f1:.2f}"
+        ))  # fmt: skip
+    elif measured and measured.agreement is not None:
+        lines.append(Text(
+            f"Agreement with the teacher {figure(measured.agreement, measured.agreement_interval)} over "
+            f"{measured.answers:,} held-out answers"
+        ))  # fmt: skip
+    colour = _COLOURS.get(level, "yellow")
+    return Panel(Group(*lines), title=f"[bold {colour}]verdict: {level}[/]", title_align="left", border_style=colour)
+
+
+def _facts(report: GraftReport) -> list[tuple[str, str]]:
+    """What moved, and how, in a line each."""
+    ends = f"{escaped(_short(report.teacher.name))} → {escaped(_short(report.student.name))}"
+    facts = [("moved", f"{report.module_kind} for {report.module_library}: {ends}")]
+    facts.append(("method", f"{report.method}: {escaped(report.method_reason)}"))
+    facts.append(("layers", layers_as_text(report.layers)))
+    if report.head:
+        labels = list(report.head.labels)
+        shown = ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+        facts.append(("head", f"{report.head.task}, {report.head.how}: {escaped(shown)}"))
+    if report.pairing:
+        facts.append(("text", f"{report.pairing.pairs:,} paired tokens of {report.pairing.samples:,} samples "
+                              f"({report.pairing.student_share_paired:.0%} of the student's tokens)"))  # fmt: skip
+    if report.prompts:
+        facts += _of_prompts(report)
+    if report.polish:
+        measured = [point for point in report.polish.curve if point.divergence is not None]
+        best = min(measured, key=lambda point: point.divergence or 0.0, default=None)
+        ends = f"{figure(measured[0].agreement)} → {figure(best.agreement)}" if best else "undefined"
+        facts.append(("polish", f"{report.polish.settings.steps:,} steps from the {report.polish.start} modules; "
+                                f"agreement {ends}"))  # fmt: skip
+    check = report.verification
+    if check and check.done:
+        facts.append(("loads", f"in {check.library} {check.version}, {check.tensors_loaded} tensors, changes the "
+                               f"output by {check.output_change:.1%} of its range"))  # fmt: skip
+    facts.append(("took", duration(sum(report.seconds.values()))))
+    return [*facts, *(("note", escaped(note)) for note in report.notes)]
+
+
+def _of_prompts(report: GraftReport) -> list[tuple[str, str]]:
+    asked = report.prompts
+    assert asked is not None
+    odd = [(asked.too_long, "too long"), (asked.duplicates, "given twice"), (asked.cut, "answers cut"),
+           (asked.empty, "empty")]  # fmt: skip
+    aside = "".join(f"; {count} {what}" for count, what in odd if count)
+    digits = "" if asked.strict_digits is None else f", {asked.strict_digits:.0%} of those with digits"
+    text = (
+        f"{asked.prompts:,} to learn from, {asked.held_out} held out{aside}; the module makes the teacher's answers "
+        f"{asked.module_effect:.2f} nats a token likelier; {asked.strict_share:.0%} of the answers' tokens pair{digits}"
+    )
+    if not asked.made:
+        return [("prompts", text)]
+    made = (
+        f"{asked.made.text}; {asked.no_excess} of those left out where the module makes no answer likelier "
+        f"({asked.made.seeds} examples, {asked.made.continuations} continuations)"
+    )
+    return [("prompts", text), ("made", made)]
+
+
+def _next(report: GraftReport, out: Path) -> list[str]:
+    if report.prompts:
+        return [f"peft-graft evaluate {shlex.quote(str(out))} --text LABELLED.jsonl --metric exact,rouge"]
+    return []
+
+
+def _short(name: str) -> str:
+    """A model by its last part, where it is a folder's path."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _show_details(report: GraftReport, console: Console) -> None:
+    """What fills screens: every site, all that was tried, the polish's curve, answers."""
+    table = Table("site", "from layer", "share", "norm kept", "maps", title="modules; maps by mean correlation, or "
+                  "variance explained reading")  # fmt: skip
+    for site in report.sites:
+        correlations = [
+            f"{record.space.split()[-1]} {record.diagnostics['mean_correlation']:.2f}"
+            for record in site.maps
+            if "mean_correlation" in record.diagnostics
+        ] + [
+            f"{record.space.split()[-1]} {record.diagnostics['read_explained']:.0%} explained"
+            for record in site.maps
+            if "read_explained" in record.diagnostics
+        ]
+        sources = " + ".join(source.split()[-2] for source in site.teacher_sites if " " in source)
+        table.add_row(
+            site.site, sources, f"{site.share:.0%}", f"{site.norm_kept:.2f}", ", ".join(correlations) or "same space"
+        )
+    console.print(table)
+    for name, found in report.tried.items():
+        console.print(f"[bold]tried[/]   {name}: agreement {figure(found.agreement)}, {found.divergence:.3f} nats")
+    if report.polish:
+        curve = ", ".join(f"{point.step}: {figure(point.agreement)}" for point in report.polish.curve)
+        begun = f"from the {report.polish.start} modules, rate {report.polish.settings.learning_rate:g}"
+        console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}", soft_wrap=True)
+    for stage, seconds in report.seconds.items():
+        console.print(f"[bold]time[/]    {stage}: {duration(seconds)}")
+    if report.answers:
+        _show_answers(report, console, SHOWN)
+
+
+def _show_answers(report: GraftReport, console: Console, count: int) -> None:
+    table = Table("prompt", "teacher", "graft", title="answers to prompts that were held out", show_lines=True)
+    for sample in report.answers[:count]:
+        table.add_row(*(escaped(text, lines=True) for text in (sample.prompt, sample.teacher, sample.graft)))
+    console.print(table)
