@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def command_line() -> str:
 
 def _section(command: Any, name: str) -> str:
     """A verb: what it does, how it is called, its options by panel."""
-    lines = [f"## {name}", "", *_paragraphs(command.help)]
+    about, _, example = inspect.cleandoc(command.help or "").partition("Example:\n")
+    lines = [f"## {name}", "", *_paragraphs(about)]
+    if example:
+        lines += ["```bash", inspect.cleandoc(example), "```", ""]
     with command.make_context(name, [], resilient_parsing=True) as context:
         usage = " ".join(command.collect_usage_pieces(context))
         lines += ["```text", f"peft-graft {name} {usage}", "```", ""]
