@@ -31,6 +31,9 @@ class Callback:
     def on_progress(self, stage: str, done: int, total: int | None) -> None:
         """So much of a stage is done; ``total`` is None while it is not known."""
 
+    def on_loss(self, stage: str, loss: float) -> None:
+        """The loss of a stage that trains, after the step that ``on_progress`` told of."""
+
     def on_stage_end(self, stage: str, seconds: float) -> None:
         """A stage ends after so many seconds."""
 
@@ -81,6 +84,12 @@ class Run:
         """Tell the callbacks how far a stage is."""
         for callback in self.callbacks:
             callback.on_progress(stage, done, total)
+
+    def step(self, stage: str, done: int, total: int, loss: float) -> None:
+        """Tell the callbacks of a step of training."""
+        self.progress(stage, done, total)
+        for callback in self.callbacks:
+            callback.on_loss(stage, loss)
 
 
 @contextmanager

@@ -47,6 +47,11 @@ def test_an_interrupted_demo_goes_on_with_the_next_part(tmp_path: Path, monkeypa
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
     with pytest.raises(OutputError, match="holds an unfinished demo with another seed"):
         demo.run_demo(tmp_path, seed=1)
+    third = StopAt("moving the module: prune-align")
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, force=True, callbacks=[third])
+    assert third.seen[-1:] == ["moving the module: prune-align"], "--force replaces what has finished only"
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
     parts = json.loads((tmp_path / "run" / "parts.json").read_text())["parts"]
     assert set(parts) == {"teacher", "copy, skip", "copy, avg"}
     (tmp_path / "run" / "demo.json").write_text("{}")

@@ -1,76 +1,145 @@
-"""Progress in the terminal."""
+"""Progress on standard error: one bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from peft_graft.cli.output import escaped, look
+from peft_graft.cli.words import duration
 from peft_graft.run import Callback
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
+
+#: Seconds between two lines about the same stage.
+EVERY = 30.0
 
 
-class Bars(Callback):
-    """A bar for the stage that runs now."""
+class Stage(Callback):
+    """The stage that runs now, how far it is, and what it has learned; others are told of every change.
 
-    def __init__(self, display: Progress) -> None:
-        self._display = display
-        self._tasks: dict[str, TaskID] = {}
+    ``loss`` is None for a stage that does not train.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.done, self.total = "", 0, None
+        self.loss: float | None = None
+        self.begun = self.started = time.monotonic()
+
+    name: str
+    done: int
+    total: int | None
 
     def on_stage_begin(self, stage: str) -> None:
-        """Show the stage."""
+        """Begin a stage, or go on with the one that runs."""
         self.on_progress(stage, 0, None)
 
     def on_progress(self, stage: str, done: int, total: int | None) -> None:
-        """Move the stage's bar."""
-        if stage not in self._tasks:
-            for finished in self._tasks.values():
-                self._display.update(finished, visible=False)
-            self._tasks[stage] = self._display.add_task(stage, total=total)
-        self._display.update(self._tasks[stage], completed=done, total=total)
+        """Note how far it is."""
+        if stage != self.name:
+            self.name, self.loss, self.started = stage, None, time.monotonic()
+            self.new()
+        self.done, self.total = done, total
+        self.changed()
+
+    def on_loss(self, stage: str, loss: float) -> None:
+        """Note the loss."""
+        self.loss = loss
+
+    @property
+    def left(self) -> str:
+        """About how long the stage still takes, or nothing."""
+        taken = time.monotonic() - self.started
+        if not self.total or not self.done or self.done >= self.total or taken < 1:
+            return ""
+        return f"{duration(taken * (self.total - self.done) / self.done)} left"
+
+    def new(self) -> None:
+        """A stage has begun."""
+
+    def changed(self) -> None:
+        """It has come further."""
 
 
-class Lines(Callback):
-    """A line for every stage when it begins, where there is no terminal for bars."""
+class Bar(Stage):
+    """One bar for the whole run: the stage, its steps, loss and time left, and the time since the beginning."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._last = console, ""
+    def __init__(self, display: Progress) -> None:
+        super().__init__()
+        self._display = display
+        self._task = display.add_task("", total=None, loss="", left="", whole="")
 
-    def on_stage_begin(self, stage: str) -> None:
-        """Print the stage, once where it comes several times in a row."""
-        if stage != self._last:
-            self._console.print(stage, markup=False, highlight=False, soft_wrap=True)
-        self._last = stage
+    def changed(self) -> None:
+        """Move the bar."""
+        self._display.update(
+            self._task,
+            description=escaped(self.name),
+            completed=self.done,
+            total=self.total,
+            loss="" if self.loss is None else f"loss {self.loss:.3f}",
+            left=self.left,
+            whole=duration(time.monotonic() - self.begun),
+        )
+
+
+class Lines(Stage):
+    """Lines where there is no terminal: one about a long stage now and then.
+
+    Args:
+        stages: whether every stage has a line when it begins. clock: seconds.
+    """
+
+    def __init__(self, console: Console, *, stages: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._console, self._stages, self._clock, self._said = console, stages, clock, clock()
+
+    def new(self) -> None:
+        """Print the stage."""
+        if self._stages:
+            self._print(self.name)
+
+    def changed(self) -> None:
+        """Print how far it is, if it has been a while."""
+        if self._clock() - self._said < EVERY or not self.done:
+            return
+        of = f"/{self.total:,}" if self.total else ""
+        loss = "" if self.loss is None else f"loss {self.loss:.3f}"
+        self._print(", ".join(part for part in (f"{self.name} {self.done:,}{of}", loss, self.left) if part))
+
+    def _print(self, line: str) -> None:
+        self._said = self._clock()
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def watching(*, lines: bool = False) -> Iterator[list[Callback]]:
-    """Callbacks that show progress on standard error; where that is no terminal none, or ``lines``."""
+    """Callbacks that show progress on standard error, unless ``--quiet`` was given.
+
+    Args:
+        lines: where that is no terminal, whether every stage is named when it begins.
+    """
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield [Lines(console)] if lines else []
+    if look.quiet:
+        yield []
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    if not console.is_terminal:
+        yield [Lines(console, stages=lines)]
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("[dim]{task.fields[whole]}[/]"),
     )
     with Progress(*columns, console=console, transient=True) as display:
-        yield [Bars(display)]
+        yield [Bar(display)]

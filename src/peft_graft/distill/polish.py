@@ -135,18 +135,21 @@ def train_polish(
     store: StateStore | None = None,
     identity: str = "",
     until: int | None = None,
-) -> list[CurvePoint]:
+    before: int = 0,
+    of: int | None = None,
+) -> list[CurvePoint]:  # the work, and where it stands among others: each may be left out
     """Train the attached model of a candidate, and leave it at the best point of its held-out curve.
 
     Args:
         store: where the state of an interrupted run is kept and taken up. identity: see ``polish``.
         until: stop after this many of the steps, with a point of the curve there; the same work goes on from it later.
+        before, of: steps of other trainings that came before, and of all together, for those who watch.
 
     Returns:
         The curve; its first point is the graft before the training.
     """
     distillation, attached = candidate.learning
-    last = settings.steps if until is None else min(until, settings.steps)
+    total = settings.steps if of is None else of
 
     def evaluate(step: int) -> Point:
         try:
@@ -167,7 +170,7 @@ def train_polish(
         evaluate_start=True,
         store=store,
         identity=identity,
-        on_step=lambda step, _: run.progress(_STAGE, step, last),
+        on_step=lambda step, loss: run.step(_STAGE, before + step, total, float(loss)),
     )
     return [
         CurvePoint(
@@ -205,6 +208,7 @@ class _Course:
         self.settings = self.asked.model_copy(update={"steps": self.asked.steps - arms * self.pilot})
         self._checkpoints = {"moved": self.outcome.candidate.checkpoint}
         self._stores: dict[str, StateStore] = {}
+        self._arms = arms
 
     def choose(self) -> tuple[str, float]:
         """The start and the rate that came furthest in a trial."""
@@ -227,7 +231,17 @@ class _Course:
         folder: Path | None = self.run.work / arm if self.run.work else None
         store = self._stores.setdefault(arm, StateStore(folder))
         settings = self.settings.model_copy(update={"learning_rate": rate})
-        return train_polish(candidate, settings, self.run, store=store, identity=self.identity, until=until)
+        before = self.pilot * (self._arms if until is None else len(self.tried))
+        return train_polish(
+            candidate,
+            settings,
+            self.run,
+            store=store,
+            identity=self.identity,
+            until=until,
+            before=before,
+            of=self.asked.steps,
+        )
 
     def _try(self, start: str, rate: float) -> None:
         curve = self.train(start, rate, self.pilot)

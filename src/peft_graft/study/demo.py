@@ -38,6 +38,7 @@ TEACHER_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=10)
 STUDENT_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=12, batch_size=8)
 TEST_SENTENCES, BUDGET, SEEDS = 200, 60, 3
 FRESH = "fresh"
+_TEACHER, _STUDENTS = "training the teacher's module", "training and scoring students"
 #: How the module gets to the student: name in the table -> folder and options of ``transfer``. The paper's methods move
 #: module and head through maps; the default also fits the head and polishes, on the same text without its labels.
 STARTS: dict[str, tuple[str, GraftConfig]] = {
@@ -93,7 +94,8 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, callbacks: Sequen
 
     Args:
         out: folder for models (made once), modules and ``demo.json``. seed: of the first student; two more follow.
-        force: replace the modules of an earlier run.
+        force: replace the modules of an earlier run that finished, or was made otherwise; one that was interrupted
+            goes on.
 
     Raises:
         DependencyError: the extra ``demo`` is not installed.
@@ -106,7 +108,7 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, callbacks: Sequen
     except ImportError as error:
         raise DependencyError(f"{error.name} is not installed", fix="pip install 'peft-graft[demo]'") from error
     start, run, folder = time.perf_counter(), Run(callbacks), out / "run"
-    if force:
+    if force and not _goes_on(folder, seed):
         shutil.rmtree(folder, ignore_errors=True)
     if (folder / "demo.json").exists():
         check_output(folder, force=False)
@@ -119,6 +121,15 @@ def run_demo(out: Path, *, seed: int = 0, force: bool = False, callbacks: Sequen
     demo.finish()
     write_json(folder / "demo.json", result.model_dump(mode="json"))
     return result
+
+
+def _goes_on(folder: Path, seed: int) -> bool:
+    """Whether a folder holds an unfinished demo that the same work goes on from."""
+    state = folder / "parts.json"
+    if not state.exists() or (folder / "demo.json").exists():
+        return False
+    found = read_json(state)
+    return bool((found.get("seed"), found.get("versions")) == (seed, versions()))
 
 
 class _Demo:
@@ -158,7 +169,7 @@ class _Demo:
 
     def result(self) -> DemoResult:
         """Do what is left, and put everything together."""
-        teacher_score = float(self._once("teacher", "training the teacher's module", self._train_teacher))
+        teacher_score = float(self._once("teacher", _TEACHER, self._train_teacher))
         for name in STARTS:
             self._once(name, f"moving the module: {name}", partial(self._move, name))
         scores = []
@@ -166,11 +177,10 @@ class _Demo:
             for budget, number in [(0, 0), *((BUDGET, number) for number in range(SEEDS))]:
                 found = self._once(
                     f"{name} {budget} {number}",
-                    "training and scoring students",
+                    _STUDENTS,
                     partial(self._student, name, budget, number),
                 )
                 scores.append(StudentScore.model_validate(found))
-                self.run.progress("training and scoring students", len(scores), (1 + len(STARTS)) * (1 + SEEDS))
         return DemoResult(
             teacher=packaged_models.TEACHER,
             student=packaged_models.STUDENT,
@@ -202,13 +212,18 @@ class _Demo:
         seconds = self.seconds + time.perf_counter() - self._started
         write_json(self._state, {**self._made_by, "parts": self._parts, "seconds": round(seconds, 1)})
 
+    def _on_step(self, stage: str, place: int = 0, of: int = 1) -> Callable[[int, int, float], None]:
+        """Tells of the steps of one training, the one of this place among others of its stage."""
+        return lambda step, steps, loss: self.run.step(stage, place * steps + step, of * steps, loss)
+
     def _graft(self, name: str) -> Path:
         return self.folder / STARTS[name][0]
 
     def _train_teacher(self) -> float:
         model = new_module(self.teacher, Library.PEFT, self.task, self.seed)
         rows = self.task.encode(self.train, self.tokenizer)
-        fine_tune(model, rows, self.tokenizer, TEACHER_SETTINGS.model_copy(update={"seed": self.seed}))
+        settings = TEACHER_SETTINGS.model_copy(update={"seed": self.seed})
+        fine_tune(model, rows, self.tokenizer, settings, on_step=self._on_step(_TEACHER))
         with written_aside(self.module, force=True) as staging:
             save_module(model, staging, Library.PEFT, self.task)
             model.config.save_pretrained(staging)  # the label names, which peft does not store
@@ -238,7 +253,9 @@ class _Demo:
         few: list[TaggedSentence] = self.train[number * budget : (number + 1) * budget]
         seconds = 0.0
         if few:
-            seconds = fine_tune(model, task.encode(few, self.tokenizer), self.tokenizer, settings).seconds
+            rows, place = task.encode(few, self.tokenizer), [FRESH, *STARTS].index(name) * SEEDS + number
+            on_step = self._on_step(_STUDENTS, place, (1 + len(STARTS)) * SEEDS)
+            seconds = fine_tune(model, rows, self.tokenizer, settings, on_step=on_step).seconds
         found = score(model, task.encode(self.test, self.tokenizer), self.tokenizer, task)
         return {"start": name, "budget": len(few), "seed": seed, "score": found, "seconds": round(seconds, 2)}
 

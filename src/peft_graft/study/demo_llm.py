@@ -31,16 +31,16 @@ def run_demo_llm(out: Path, *, seed: int = 0, force: bool = False, callbacks: Se
 
     Args:
         out: folder for the models (made once) and, in ``run/``, the LoRA, prompts, graft and ``scores.json``.
-        seed: of the order of prompts and of training. force: replace an earlier run.
+        seed: of the order of prompts and of training. force: replace an earlier run that finished.
 
     Raises:
         DependencyError: the extra ``demo-llm`` is not installed.
         OutputError: ``out`` holds a finished run and ``force`` is not set, or cannot be written.
     """
     run, folder = Run(callbacks), out / "run"
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
     scores = folder / "scores.json"
+    if force and scores.exists():  # what was interrupted goes on
+        shutil.rmtree(folder, ignore_errors=True)
     if scores.exists():
         check_output(folder, force=False)
     with run.stage("unpacking the models"):

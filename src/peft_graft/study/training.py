@@ -103,6 +103,7 @@ def fine_tune(
     validation: Validation | None = None,
     *,
     folder: Path | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> FineTuning:
     """Train whatever parameters of a model are free, in place, on the GPU where there is one.
 
@@ -111,6 +112,7 @@ def fine_tune(
         validation: what to score after every epoch; ``settings.patience`` counts these.
         folder: for the state of an interrupted run, saved after every epoch and on a ``KeyboardInterrupt``; the same
             work that finds it goes on from it, to the same result.
+        on_step: called with the steps done, all of them, and the loss.
     """
     start = time.perf_counter()
     model.to(_device())
@@ -129,17 +131,24 @@ def fine_tune(
         log(step, {"score": found})
         return Point(step, -found)
 
+    schedule = settings.schedule(len(rows))
+
+    def stepped(step: int, value: Tensor) -> None:
+        log(step, {"loss": value})
+        if on_step:
+            on_step(step, schedule.steps, float(value))
+
     with _quiet(), _trackers(settings) as log:
         loop = TrainingLoop(
             model,
             [len(row["input_ids"]) for row in rows],
             loss,
-            settings.schedule(len(rows)),
+            schedule,
             evaluate if validation else None,
             keep_best=validation is not None and validation.keep_best,
             store=StateStore(folder) if folder else None,
             identity=_digest(model, rows, settings) if folder else "",
-            on_step=lambda step, value: log(step, {"loss": value}),
+            on_step=stepped,
         )
         curve = loop.run()
     return FineTuning(time.perf_counter() - start, [(point.step, -point.cost) for point in curve])

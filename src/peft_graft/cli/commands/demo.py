@@ -24,7 +24,7 @@ def demo(
         bool, typer.Option("--llm", help="Move a LoRA between language models, SmolLM2 and Gemma-3 (extra demo-llm).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of what is trained first; the students after it have the next ones.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace the results of an earlier run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that has finished.")] = False,
 ) -> None:
     """Move a real module between real models, and compare: some minutes on two CPU cores.
 

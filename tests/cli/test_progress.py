@@ -1,0 +1,60 @@
+"""Progress: one bar, plain lines where there is no terminal, nothing with --quiet."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from peft_graft.cli.output import look
+from peft_graft.cli.progress import EVERY, Bar, Lines, watching
+
+
+def test_lines_come_now_and_then_with_step_and_loss() -> None:
+    now, said = [0.0], io.StringIO()
+    lines = Lines(Console(file=said), stages=False, clock=lambda: now[0])
+    lines.on_stage_begin("polishing")
+    lines.on_progress("polishing", 1, 100)
+    lines.on_loss("polishing", 0.5)
+    assert said.getvalue() == ""
+    now[0] = EVERY
+    lines.on_progress("polishing", 40, 100)
+    lines.on_progress("polishing", 41, 100)
+    assert said.getvalue() == "polishing 40/100, loss 0.500\n"
+
+
+def test_stages_are_named_once_and_without_codes() -> None:
+    said = io.StringIO()
+    lines = Lines(Console(file=said), stages=True)
+    for stage in ("one", "one", "[bold]two[/]"):
+        lines.on_stage_begin(stage)
+    assert said.getvalue() == "one\n[bold]two[/]\n"
+
+
+def test_one_bar_shows_stage_steps_loss_and_time_left(monkeypatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    fields = TextColumn("{task.description}|{task.completed}|{task.fields[loss]}|{task.fields[left]}")
+    with Progress(fields, console=console) as display:
+        bar = Bar(display)
+        bar.started -= 10
+        bar.on_stage_begin("pairing tokens")
+        bar.on_stage_begin("polishing")
+        bar.started -= 10
+        bar.on_progress("polishing", 50, 100)
+        bar.on_loss("polishing", 0.25)
+        bar.on_progress("polishing", 51, 100)
+        (task,) = display.tasks
+        assert (task.description, task.completed, task.total) == ("polishing", 51, 100)
+        assert task.fields["loss"] == "loss 0.250"
+        assert task.fields["left"].endswith(" left")
+        bar.on_stage_begin("judging")
+        assert task.fields["loss"] == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_watches_nothing(monkeypatch, quiet: bool) -> None:
+    monkeypatch.setattr(look, "quiet", quiet)
+    with watching(lines=True) as callbacks:
+        assert len(callbacks) == (0 if quiet else 1)
