@@ -73,8 +73,9 @@ def main() -> None:
         if not lacks_memory(error):
             raise
         message = (
-            f"there is not enough memory, or no more threads ({reason(error)}). Fix: allow the process more (ulimit "
-            "-v, ulimit -u, the container's limits), or set OMP_NUM_THREADS and RAYON_NUM_THREADS to 1; nothing was written"
+            f"there is not enough memory, or no more threads ({reason(error)}). Fix: allow the process more "
+            "(ulimit -v, ulimit -u, the container's limits), or set OMP_NUM_THREADS and RAYON_NUM_THREADS to 1; "
+            "nothing was written"
         )
         say_error(error, kind="MemoryError", message=message)
         sys.exit(1)
