@@ -329,6 +329,24 @@ def test_a_slow_tokenizer(world) -> None:
         )
 
 
+def test_a_token_that_the_model_has_no_embedding_of(move, world, tmp_path) -> None:
+    """Of a tokenizer with more tokens than that, which do no harm where no text has them."""
+    student = shutil.copytree(world / "narrow", tmp_path / "student")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens([f"zz{number}" for number in range(300)])
+    tokenizer.save_pretrained(student)
+    assert tiny.inspect(world / "lora", student, text=world / "text.txt").student.problem is None
+    text = tmp_path / "text.txt"
+    text.write_text(f"{(world / 'text.txt').read_text()}\nriver zz299\n")
+    highest = len(tokenizer) - 1
+    with pytest.raises(
+        ModelError,
+        match="student: the tokenizer gives a token that the model has no embedding of, 'zz299'; expected ids below 200, "
+        rf"the number of the model's embeddings, found id {highest} of the tokenizer's {highest + 1} tokens\. Fix: ",
+    ):
+        move(student=student, text=text)
+
+
 def test_live_models_without_tokenizers(world) -> None:
     models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
     for model in models:  # nothing says where their tokenizers are

@@ -194,6 +194,7 @@ def _subject(
         system=settings.system,
         args=settings.template_args,
         name=handle.name,
+        embeddings=handle.architecture.num_embeddings,
         option="--format" if settings.format else "--student-format",
     )
     name = str(graft.folder or "in memory")
@@ -251,6 +252,7 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
         system=settings.system,
         args=settings.template_args,
         name=model,
+        embeddings=handle.architecture.num_embeddings,
         role=role,
     )
     return Side(handle, loading, raw, name, template, bare, whole, settings)

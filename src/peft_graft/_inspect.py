@@ -15,7 +15,7 @@ from torch import nn
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
-from peft_graft.alignment.text import TextLike, TextSource
+from peft_graft.alignment.text import Sample, TextLike, TextSource
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
@@ -234,17 +234,18 @@ def _plan_for(
         known = known.model_copy(update={"model_type": architecture.model_type, "num_layers": architecture.num_layers})
         raw = module.shapes(models.teacher.base.config)
         prompts = seeds_of(seeds, text, module.raw, config) or prompts_of(text, module.raw, config)
-        asked = None
+        asked, samples = None, list[Sample]()
         if prompts is not None:
             asking = asking_of(config, sources, models, module.raw.library)
             asked = _prompts_for(prompts, asking, models, config)
         elif text is not None:
-            samples = TextSource(cast(TextLike, text), config.columns, config.seed).samples()
-            can_ask(config, module.raw, sample_parts(samples))
+            parts = sample_parts(TextSource(cast(TextLike, text), config.columns, config.seed).samples())
+            can_ask(config, module.raw, parts)
+            samples = [*parts.held_out, *parts.learning]
         has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
         if text is not None or seeds is not None or module.raw.trains_tokens:
-            sources.check_tokenizers()
+            sources.check_tokenizers(models, samples)
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     if asked is None:

@@ -159,7 +159,7 @@ class Move:
             given=given,
         )
         if text is not None or seeds is not None or module.raw.trains_tokens:
-            sources.check_tokenizers()
+            sources.check_tokenizers(shapes, material.samples)
         return cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
 
     @property

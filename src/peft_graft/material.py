@@ -58,6 +58,11 @@ class TextMaterial:
         return TextMaterial(source, parts, samples, asked, remarks)
 
     @property
+    def samples(self) -> Sequence[Sample]:
+        """All samples in parts."""
+        return [*self.parts.held_out, *self.parts.learning]
+
+    @property
     def plain(self) -> Sequence[Sample]:
         """Samples that neither judge nor choose."""
         return self.parts.learning
@@ -72,7 +77,7 @@ class TextMaterial:
         if self.source is None:
             return None
         held = self.parts.held_out if self.asked else []
-        first = self.parts.learning if self.asked else [*self.parts.held_out, *self.parts.learning]
+        first = self.parts.learning if self.asked else self.samples
         key = json.dumps([self.source.key, "each once", len(held)]) if self.source.key else None
         known = {form_of(sample.texts) for sample in held}
         rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
@@ -134,6 +139,11 @@ class PromptMaterial:
         if not isinstance(self.source, Seeds):
             return
         self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """None: ``Asking.check`` has read all prompts as the models do."""
+        return ()
 
     @property
     def plain(self) -> Sequence[Sample]:

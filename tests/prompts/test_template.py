@@ -129,3 +129,25 @@ def test_control_tokens_in_an_answer_are_text() -> None:
 def test_spans_and_tokens_must_agree() -> None:
     with pytest.raises(ValueError, match="2 spans but 1 tokens"):
         Completion([1, 2], 1, [(0, 1), (1, 2)])
+
+
+def test_tokens_that_the_model_has_no_embedding_of_are_refused() -> None:
+    """But for what fills rows up, which any token does."""
+    hello = Template.of(BYTES, name="m").ids(HELLO)
+    few = Template.of(BYTES, name="m", embeddings=max(hello))
+    whole = Template.of(BYTES, name="m", embeddings=len(BYTES))
+    assert whole.ids(HELLO) == hello
+    with pytest.raises(ModelError, match=f"^m: the tokenizer gives a token .* expected ids below {max(hello)}, "):
+        few.ids(HELLO)
+    none = Template.of(BYTES, name="m", embeddings=1)
+    for ids in (lambda: none.answer_ids("hello"), lambda: none.end):
+        with pytest.raises(ModelError, match=r"^m: the tokenizer gives a token .* expected ids below 1, "):
+            ids()
+
+
+def test_rows_are_filled_up_with_a_token_that_the_model_knows() -> None:
+    tokenizer = makes.byte_level("hello")
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    known = Template.of(tokenizer, embeddings=len(tokenizer) - 1)
+    assert known.pad == known.end
+    assert Template.of(tokenizer).pad == len(tokenizer) - 1

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span, trimmed_spans
 from peft_graft.errors import PairingError
+from peft_graft.models.checks import check_tokens
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import EMBEDDED, FIRST_OUT, LAST_OUT, POOLED_OUT, TOKENS_OUT, Space
 from peft_graft.models.task_models import complete
 
+#: Tokens of a sample that are read at most.
+MAX_LENGTH = 128
 _OF_OUTPUT = {TOKENS_OUT, FIRST_OUT, LAST_OUT, POOLED_OUT}
 
 
@@ -149,7 +152,7 @@ def tokenize(
     """Model inputs of the samples and the characters of every token (``token_pairing.trimmed_spans``).
 
     Raises:
-        PairingError: the model came without its tokenizer.
+        PairingError: the model came without its tokenizer. ModelError: it has no embedding of a token.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -157,6 +160,7 @@ def tokenize(
     # RoBERTa and its relatives use two positions for padding.
     positions = getattr(model.text_config, "max_position_embeddings", max_length + 2) - 2
     limit = min(max_length, tokenizer.model_max_length, positions)
+    options = {"max_length": limit, "return_offsets_mapping": True, "return_attention_mask": True}
     inputs: list[dict[str, list[int]]] = [{}] * len(samples)
     spans: list[list[Span | None]] = [[]] * len(samples)
     for paired in (False, True):  # one call for all single sentences and one for all pairs
@@ -164,12 +168,13 @@ def tokenize(
         if not rows:
             continue
         columns = zip(*(samples[row].texts for row in rows), strict=True)
-        encoding = tokenizer(*map(list, columns), truncation=True, max_length=limit, return_offsets_mapping=True)
-        keys = [key for key in tokenizer.model_input_names if key in encoding]
+        encoding = tokenizer(*map(list, columns), truncation=True, **options)
+        keys = [key for key in dict.fromkeys((*tokenizer.model_input_names, "attention_mask")) if key in encoding]
         for index, row in enumerate(rows):
             offsets = encoding["offset_mapping"][index]
             spans[row] = trimmed_spans(samples[row].texts, encoding.sequence_ids(index), offsets)
             inputs[row] = {key: encoding[key][index] for key in keys}
+    check_tokens((row["input_ids"] for row in inputs), model.architecture.num_embeddings, tokenizer, model.name)
     return inputs, spans
 
 
@@ -177,7 +182,9 @@ def pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]], device: tor
     """One padded batch, [rows, longest row], int64, with the decoder's inputs too where there is an encoder."""
     tokenizer = model.tokenizer
     assert tokenizer is not None  # tokenize has refused a model without one
-    fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    embeddings, padding = model.architecture.num_embeddings, tokenizer.pad_token_id or 0
+    known = embeddings is None or padding < embeddings  # not where one was added to the tokenizer alone
+    fill = {"input_ids": padding if known else 0, "token_type_ids": tokenizer.pad_token_type_id}
     width = max(len(row["input_ids"]) for row in rows)
     batch = {
         key: torch.tensor([row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=device)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.activations import Capture, pad, tokenize
+from peft_graft.alignment.activations import MAX_LENGTH, Capture, pad, tokenize
 from peft_graft.alignment.alignment import Pair
 from peft_graft.alignment.gather import Gather, RowMemory, rows_of
 from peft_graft.alignment.layout import SAMPLE_SPACES, Layout, Wanted, check_memory, is_precise, probe
@@ -51,7 +51,7 @@ class CollectionSettings:
     """
 
     max_tokens: int = MAX_TOKENS
-    max_length: int = 128
+    max_length: int = MAX_LENGTH
     batch_tokens: int | None = None
 
 

@@ -247,7 +247,7 @@ def last_states(
     model: AttachedModel | LanguageModel, template: Template, rows: Sequence[Sequence[int]], *, module: bool = True
 ) -> Tensor:
     """Last hidden states [rows, longest row, d], rows padded on the right."""
-    pad = template.tokenizer.pad_token_id if template.tokenizer.pad_token_id is not None else template.end
+    pad = template.pad
     width = max(map(len, rows))
     width += -width % _MULTIPLE
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)

@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.activations import Capture, pad, tokenize
+from peft_graft.alignment.activations import MAX_LENGTH, Capture, pad, tokenize
 from peft_graft.alignment.methods.ridge import choose_penalty, ridge_solution
 from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import Encoded
-from peft_graft.distill.teacher import MAX_LENGTH, TextDistillation, word_places
+from peft_graft.distill.teacher import TextDistillation, word_places
 from peft_graft.distill.training import length_batches
 from peft_graft.errors import AlignmentError
 from peft_graft.models.loading import ModelHandle, ModelPair

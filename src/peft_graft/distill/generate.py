@@ -156,8 +156,7 @@ def _generate(
     """Answers to one batch of encoded prompts, which are padded on the left."""
     from transformers import GenerationConfig
 
-    tokenizer, stops = template.tokenizer, list(template.stops)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    stops, pad = list(template.stops), template.pad
     width = max(map(len, rows))
     width += -width % _MULTIPLE
     device = next(model.parameters()).device

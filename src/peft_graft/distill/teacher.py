@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.activations import pad, tokenize
+from peft_graft.alignment.activations import MAX_LENGTH, pad, tokenize
 from peft_graft.alignment.distinct import Parts, each_once, split
 from peft_graft.alignment.maps import SpaceMap
 from peft_graft.alignment.text import Sample
@@ -48,7 +48,6 @@ POOL = 20_000
 HELD_OUT, FIT = 300, 1500
 #: Different samples with which the teacher can be asked, at least.
 LEAST_SAMPLES = 50
-MAX_LENGTH = 128
 #: Signs of a sample that may be read: what comes after them makes it no other.
 _READ_SIGNS = 4 * MAX_LENGTH
 #: The space of the last hidden state.

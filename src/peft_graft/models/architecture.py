@@ -111,6 +111,11 @@ class Architecture:
             )
         return self.sizes[space]
 
+    @property
+    def num_embeddings(self) -> int | None:
+        """Number of tokens that it has embeddings of, None for a model that reads none."""
+        return self.sizes.get(Space(-1, VOCABULARY))
+
     def tap(self, space: Space) -> Tap:
         """Where to observe a space of a layer, as an absolute module path of the base model."""
         stack = next((stack for stack in self.row.stacks if stack.local(space.name) is not None), self.row.stacks[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from peft_graft.files import read_json
 from peft_graft.models.task_models import quiet_libraries
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 #: Layers or experts of a model.
 _MOST = 10_000
@@ -126,6 +126,29 @@ def check_counts(config: Mapping[str, Any]) -> None:
             check_counts(value)
         elif isinstance(value, int) and value > _MOST and any(part in name for part in ("layer", "expert")):
             raise ValueError(f"{name} is {value}, expected {_MOST} at most")
+
+
+def check_tokens(
+    rows: Iterable[Sequence[int]], embeddings: int | None, tokenizer: PreTrainedTokenizerBase, where: str | None
+) -> None:
+    """Refuse tokens that a model has no embedding of; ids of its tokenizer that no text has do no harm.
+
+    Args:
+        rows: token ids. embeddings: their number, None where it is not known. where: what errors name.
+
+    Raises:
+        ModelError: there is such a token.
+    """
+    highest = max((max(row, default=0) for row in rows), default=0)
+    if embeddings is not None and highest >= embeddings:
+        raise ModelError(
+            f"the tokenizer gives a token that the model has no embedding of, {tokenizer.decode([highest])!r}",
+            where=where,
+            expected=f"ids below {embeddings}, the number of the model's embeddings",
+            found=f"id {highest} of the tokenizer's {len(tokenizer)} tokens",
+            fix="put the tokenizer that the model was trained with beside it; where the token was added, resize the "
+            "model (resize_token_embeddings) and save it",
+        )
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from peft_graft.alignment.activations import MAX_LENGTH, tokenize
 from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.convert import as_lora, stand_in
 from peft_graft.checkpoints.live import is_peft_model, read_live
 from peft_graft.checkpoints.raw import RawCheckpoint
@@ -175,15 +178,21 @@ class ModelSources:
         first, second = (self._tokenizer(*side) for side in self._sides)
         return first, second
 
-    def check_tokenizers(self) -> None:
-        """Refuse models by name whose tokenizers cannot be loaded, before their weights are.
+    def check_tokenizers(self, shapes: ModelPair, samples: Sequence[Sample] = ()) -> None:
+        """Refuse tokenizers that cannot be loaded, or that give tokens unknown to their models, before weights are.
+
+        Args:
+            shapes: of the models. samples: text that they will read.
 
         Raises:
-            ModelError: there is none, or a slow one.
+            ModelError: there is none, or a slow one, or one that gives such a token.
         """
-        for model, tokenizer, role in self._sides:
-            if not isinstance(model, nn.Module):
-                self._tokenizer(model, tokenizer, role)
+        for (model, given, role), handle in zip(self._sides, (shapes.teacher, shapes.student), strict=True):
+            if isinstance(model, nn.Module) and given is None:
+                continue
+            found = self._tokenizer(model, given, role)
+            if len(found) > (handle.architecture.num_embeddings or len(found)):
+                tokenize(replace(handle, tokenizer=found), samples, MAX_LENGTH)
 
     def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
         if given is not None:

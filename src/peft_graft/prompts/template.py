@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from peft_graft.errors import ModelError, PlanError, TextError
+from peft_graft.models.checks import check_tokens
 from peft_graft.prompts.conversation import Message, Prompt
 from peft_graft.prompts.token_bytes import byte_spans, token_bytes
 
@@ -61,7 +62,7 @@ class Template:
             typed as two characters is a line's end.
         system: a system message for prompts that have none.
         args: for the chat template, such as ``enable_thinking``.
-        name: of the model, for messages.
+        name: of the model, for messages. embeddings: number of the tokens that it knows, None where that is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ class Template:
     system: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    embeddings: int | None = None
 
     @classmethod
     def of(
@@ -79,13 +81,14 @@ class Template:
         system: str | None = None,
         args: Mapping[str, Any] | None = None,
         name: str = "",
+        embeddings: int | None = None,
         role: str = "student",
         option: str = "--format",
     ) -> Template:
         """The template of a model.
 
         Args:
-            format, system, args, name: see ``Template``.
+            format, system, args, name, embeddings: see ``Template``.
             role: ``teacher`` or ``student``. option: what sets the format; both for messages.
 
         Raises:
@@ -106,7 +109,7 @@ class Template:
                     fix=f"give {option} {_EXAMPLE}" if place == "prompt" else f"write {{system}} in {option}",
                 )
         _check_reads_blanks(tokenizer, f"{role} {name}".strip())
-        return cls(tokenizer, format, system or None, dict(args or {}), name)
+        return cls(tokenizer, format, system or None, dict(args or {}), name, embeddings)
 
     def text(self, prompt: Prompt) -> str:
         """A prompt as the model reads it, up to where the answer begins.
@@ -120,7 +123,11 @@ class Template:
         return self._rendered(messages) if self.format is None else self._formatted(messages, self.format)
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """A prompt as tokens; the errors are those of ``text``."""
+        """A prompt as tokens.
+
+        Raises:
+            TextError: see ``text``. ModelError: the model has no embedding of one of them.
+        """
         text = self.text(prompt)
         if self.format is None:  # which writes the tokens of a text's beginning itself
             return self._tokens(text)
@@ -128,7 +135,7 @@ class Template:
         ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
         while special and special.pop():  # a token of a text's end: the answer is still to come
             ids.pop()
-        return ids
+        return self._known(ids)
 
     def answer_ids(self, text: str) -> list[int]:
         """An answer alone as tokens; what looks like a control token in it is text."""
@@ -164,7 +171,7 @@ class Template:
                 where=self.name or None,
                 fix="set the tokenizer's eos_token and save it beside the model",
             )
-        return int(found)
+        return self._known([int(found)])[0]
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -172,8 +179,18 @@ class Template:
         eos = self.tokenizer.eos_token_id
         return (self.end,) if eos is None or eos == self.end else (self.end, int(eos))
 
+    @property
+    def pad(self) -> int:
+        """What fills rows up: the tokenizer's own, if the model knows that, else the token that ends a turn."""
+        own = self.tokenizer.pad_token_id
+        return self.end if own is None or (self.embeddings is not None and own >= self.embeddings) else int(own)
+
     def _tokens(self, text: str, **options: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+        return self._known(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        check_tokens([ids], self.embeddings, self.tokenizer, self.name or None)
+        return list(ids)
 
     def _end_of_turn(self) -> int | None:
         """The first added token that the chat template writes after an answer."""
