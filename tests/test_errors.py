@@ -227,12 +227,28 @@ def test_a_factor_without_its_twin(move, module) -> None:
         ({"kasa_config": {"beta": 1e-4}}, "kasa_config=.* is not supported yet; expected not set"),
         ({"option_of_a_later_peft": {"x": 1}}, "the option option_of_a_later_peft=.* is not known, and may change"),
         ({"enable_lora": [True, False, True]}, "enable_lora=.* is not supported yet"),
+        ({"rank_pattern": {"query": 4}, "r": 16}, "another rank than the configuration says; expected 16, found 4"),
     ],
 )
 def test_kinds_that_are_not_supported_are_refused_by_name(move, module, changes, message: str) -> None:
     set_config(module, **changes)
     with pytest.raises(CheckpointError, match=message):
         move(module)
+
+
+@needs_adapters
+@pytest.mark.parametrize("rank", [2, 16])
+def test_an_adapterhub_rank_that_its_library_would_not_load(move, world, tmp_path, rank: int) -> None:
+    """The scale is alpha / r."""
+    tiny.adapterhub_module(tmp_path / "m", world / "teacher", "lora[r=4,alpha=8]", head=None)
+    config = json.loads((tmp_path / "m" / "adapter_config.json").read_text())
+    config["config"]["r"] = rank
+    (tmp_path / "m" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"query have another rank than the settings say; expected {rank}, found 4\. Fix: correct r and alpha",
+    ):
+        move(tmp_path / "m")
 
 
 @needs_adapters
@@ -341,8 +357,9 @@ def test_a_token_that_the_model_has_no_embedding_of(move, world, tmp_path) -> No
     highest = len(tokenizer) - 1
     with pytest.raises(
         ModelError,
-        match="student: the tokenizer gives a token that the model has no embedding of, 'zz299'; expected ids below 200, "
-        rf"the number of the model's embeddings, found id {highest} of the tokenizer's {highest + 1} tokens\. Fix: ",
+        match="student: the tokenizer gives a token that the model has no embedding of, 'zz299'; expected ids "
+        "below 200, the number of the model's embeddings, "
+        rf"found id {highest} of the tokenizer's {highest + 1} tokens\. Fix: ",
     ):
         move(student=student, text=text)
 

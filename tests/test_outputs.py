@@ -97,6 +97,20 @@ def test_an_interruption_between_the_renames_leaves_what_was_there(tmp_path: Pat
     assert (tmp_path / "out" / "content").read_text() == "first"
 
 
+def test_everything_in_an_output_can_be_read_by_those_who_may(tmp_path: Path) -> None:
+    """Files of sub-folders too, which stay folders that can be entered."""
+    old = os.umask(0o022)
+    try:
+        with written_aside(tmp_path / "out") as staging:
+            (staging / "inner" / "most").mkdir(parents=True)
+            for file in (staging / "a", staging / "inner" / "b", staging / "inner" / "most" / "c"):
+                file.touch(0o600)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {"inner": 0o755, "most": 0o755, "a": 0o644, "b": 0o644, "c": 0o644}
+
+
 def test_what_lies_beside_another_output_is_left_alone(tmp_path: Path) -> None:
     others = [".a.b.abcdefgh.partial", ".a.notours.partial", ".a.abcdefgh.kept", "a.abcdefgh.old"]
     for name in others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,7 +32,7 @@ class Stored(BaseModel):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"] if part not in _BRANCHES)
+            place = ".".join(str(part) for part in first["loc"] if not _BRANCHES.fullmatch(str(part)))
             raise CheckpointError(
                 f"{place} is missing" if first["type"] == "missing" else f"{place} has a value that means nothing here",
                 where=where,
@@ -42,4 +43,4 @@ class Stored(BaseModel):
 
 
 #: What pydantic adds to the place of a value that may be of several types.
-_BRANCHES = ("str", "int", "float", "bool", "list[str]", "list[int]")
+_BRANCHES = re.compile(r"str|int|float|bool|(constrained-|list\[|dict\[).*")

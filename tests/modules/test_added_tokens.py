@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import peft_graft
 import tiny
@@ -39,13 +41,17 @@ KINDS = {
     "output saved, tokens of embeddings": {"modules_to_save": [OUTPUT], "trainable_token_indices": {EMBED: IDS}},
     "output saved, LoRA on embeddings": {"modules_to_save": [OUTPUT], "target_modules": [*LINEARS, EMBED]},
     "embeddings saved, LoRA on output": {"modules_to_save": [EMBED], "target_modules": [*LINEARS, OUTPUT]},
+    "embeddings saved and targeted": {"modules_to_save": [EMBED], "target_modules": [*LINEARS, EMBED]},
+    "output saved and targeted": {"modules_to_save": [OUTPUT], "target_modules": [*LINEARS, OUTPUT]},
     "tokens of embeddings, LoRA on output": {
         "trainable_token_indices": {EMBED: IDS}, "target_modules": [*LINEARS, OUTPUT],
     },
 }  # fmt: skip
 #: What peft itself has none of where output and embeddings are tied.
 NOT_TIED = {"output saved, tokens of embeddings", "tokens of embeddings, LoRA on output"}
-NOT_ENSURED = {*NOT_TIED, "other tokens of both", "embeddings saved, LoRA on output"}
+NOT_ENSURED = {
+    *NOT_TIED, "other tokens of both", "embeddings saved, LoRA on output", "output saved and targeted",
+}  # fmt: skip
 CELLS = [
     (kind, tied, resized, ensured)
     for kind in KINDS
@@ -132,3 +138,43 @@ def test_rows_that_one_model_has_in_its_output_layer_too_are_noted(
     assert found.student is not None
     noted = [note for note in found.student.notes if "output layer" in note]
     assert bool(noted) == (kind == "tokens of embeddings" and teacher != student), found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["lora_embedding_A", "token_adapter.trainable_tokens_delta"])
+def test_rows_and_something_else_at_one_place_are_refused(name: str, tmp_path: Path) -> None:
+    """Of such a file peft loads what its configuration names."""
+    trained(tmp_path, "embeddings saved", tied=False, resized=False, ensured=False)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.model.{EMBED}.{name}": torch.ones(2, SIZE)}, file)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"the file holds trained rows of model\.{EMBED} and something else there, of which peft loads one "
+        rf"alone; found {name}, weight\. Fix: load the file with peft",
+    ):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([3, 7, 2**31], f"the module trains tokens far beyond the base model's; .* {SIZE} tokens, .* found {2**31}"),
+        (
+            [3, 7, 2 * SIZE],
+            f"far beyond the base model's; expected ids of a vocabulary of {SIZE} tokens, or of some more",
+        ),
+        ([3, 7, -1], r"trainable_token_indices\.2 has a value that means nothing here; .* greater than or equal to 0"),
+        ([3, 7, 7], "trainable_token_indices disagree; expected 3 different ids, found 2"),
+        (list(range(10**6)), "trainable_token_indices disagree; expected 3 different ids, found 1000000"),
+        (["3"], "trainable_token_indices.* has a value that means nothing here"),
+        (None, "trainable_token_indices disagree; expected 3 different ids, found 0"),
+    ],
+    ids=["huge", "beyond", "negative", "twice", "many", "text", "none"],
+)
+def test_ids_that_no_vocabulary_has_are_refused(ids: object, message: str, tmp_path: Path) -> None:
+    trained(tmp_path, "tokens", tied=False, resized=False, ensured=False)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": ids}))
+    with pytest.raises(CheckpointError, match=message):
+        returned(tmp_path, wrap_model(model_of(tied=False)))

@@ -126,6 +126,16 @@ class RowsModule(Module):
             raise CheckpointError(f"{path} is neither word embeddings nor an output layer", where=str(site))
         own, rows = base.tensor(site, "weight"), part.rows
         if isinstance(part, TokenRowsPart):
+            known = base.architecture.num_embeddings or 0
+            if max(part.ids) >= 2 * known:  # no vocabulary grows so much
+                raise CheckpointError(
+                    "the module trains tokens far beyond the base model's",
+                    where=path,
+                    expected=f"ids of a vocabulary of {known} tokens, or of some more",
+                    found=max(part.ids),
+                    fix="correct trainable_token_indices in adapter_config.json; where the vocabulary has grown so "
+                    "much, save the resized model and give it with --teacher",
+                )
             ids = torch.tensor(part.ids)
             size = max(len(own) if own is not None else 0, part.vocabulary_size or 0)
             was = _resized(own, size, rows)

@@ -35,13 +35,21 @@ class LoraCodec(Codec):
         """The factors of every layer.
 
         Raises:
-            CheckpointError: they are of several projections of a fused layer.
+            CheckpointError: they are of several projections of a fused layer, or of another rank than the settings say.
         """
         found = in_container(saved, "loras", self.kind, {"lora_A": "A", "lora_B": "B"})
         for path, values in found.items():
             ranks = [len(values["A"]), values["B"].shape[-1]] if values["A"].ndim == values["B"].ndim == 2 else [1, 1]
             if ranks[1] and ranks[0] > ranks[1] and ranks[0] % ranks[1] == 0:  # the factors of several projections
                 raise on_fused_layer(path)
+            if ranks[0] != saved.setting("r"):  # which the scale depends on
+                raise CheckpointError(
+                    f"the factors of {path} have another rank than the settings say",
+                    where=saved.where,
+                    expected=saved.setting("r"),
+                    found=ranks[0],
+                    fix="correct r and alpha in adapter_config.json",
+                )
         scaling = saved.setting("alpha") / saved.setting("r")
         return {path: LoraPart(**values, scaling=scaling) for path, values in found.items()}, saved.settings
 

@@ -64,8 +64,16 @@ def part(path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], whe
     """The rows that were saved at a path, None where there are none.
 
     Raises:
-        CheckpointError: the configuration does not name as many tokens as there are rows.
+        CheckpointError: there is something else beside them, or the configuration does not name as many tokens as there
+            are rows.
     """
+    if len(values) > 1 and {WHOLE, TOKENS} & values.keys():
+        raise CheckpointError(
+            f"the file holds trained rows of {path} and something else there, of which peft loads one alone",
+            where=where,
+            found=", ".join(sorted(values)),
+            fix="load the file with peft and save_pretrained, which writes what it has loaded",
+        )
     if WHOLE in values:
         return RowsPart(values[WHOLE])
     if TOKENS not in values:

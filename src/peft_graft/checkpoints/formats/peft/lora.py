@@ -103,10 +103,11 @@ class LoraCodec(Codec):
             raise CheckpointError(
                 "the file holds no LoRA factors", where=where, expected="keys that end in lora_A.weight"
             )
+        ranks = Patterns[int](config.get("rank_pattern") or {}, where)
         alphas = Patterns[float](config.get("alpha_pattern") or {}, where)
         for path, values in found.items():
             rows = embeddings.part(path, values, config, where)
-            parts[path] = rows or _lora(path, values, config, alphas, where)
+            parts[path] = rows or _lora(path, values, config, (ranks, alphas), where)
         return parts
 
     def tensors(self, parts: Mapping[str, Part]) -> dict[str, Tensor]:
@@ -166,8 +167,13 @@ def _factors(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _lora(
-    path: str, values: Mapping[str, Tensor], config: Mapping[str, Any], alphas: Patterns[float], where: str
+    path: str,
+    values: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    patterns: tuple[Patterns[int], Patterns[float]],
+    where: str,
 ) -> LoraPart:
+    """The factors of one layer; ``patterns`` are of ranks and of alphas."""
     names = _LINEAR | _EMBEDDING
     pair = _factors(values)
     if pair is None:
@@ -186,14 +192,17 @@ def _lora(
             expected="A [r, in] and B [out, r]",
             found=f"A {list(a.shape)} and B {list(b.shape)}",
         )
-    expected = config.get("r", _DEFAULT_RANK)
-    if not config.get("rank_pattern") and expected != len(a):
+    ranks, alphas = patterns
+    expected = ranks.at(path, config.get("r", _DEFAULT_RANK))
+    if expected != len(a):
         raise CheckpointError(
             f"the factors of {path} have another rank than the configuration says",
             where=where,
-            expected=expected if "r" in config else f"{expected}, which peft takes where r is not said",
+            expected=expected
+            if "r" in config or config.get("rank_pattern")
+            else f"{expected}, which peft takes where r is not said",
             found=len(a),
-            fix="correct r and lora_alpha in adapter_config.json",
+            fix="correct r, rank_pattern and lora_alpha in adapter_config.json",
         )
     part = EmbeddingLoraPart if "lora_embedding_A" in values else LoraPart
     alpha = alphas.at(path, config.get("lora_alpha", _DEFAULT_ALPHA))
