@@ -75,6 +75,17 @@ def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:
     assert "AutoModelForSpeechSeq2Seq" in (tmp_path / "speech" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("family", "auto", "task"), [("whisper", "AutoModelForSpeechSeq2Seq", "SEQ_2_SEQ_LM"),
+                                                       ("vit", "AutoModel", "FEATURE_EXTRACTION")])  # fmt: skip
+def test_modules_whose_task_type_is_one_of_text(family: str, auto: str, task: str, tmp_path: Path) -> None:
+    """What peft makes of them generates and merges, but its ``forward`` asks for tokens."""
+    base = tower(tmp_path / "base", family)
+    trained(tmp_path / "module", base, VIT_TARGETS if family == "vit" else ["q_proj", "v_proj"], task, auto)
+    graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+    assert graft.report.verification.done
+    same_module(tmp_path / "module", tmp_path / "graft")
+
+
 def test_text_is_refused_for_what_reads_images_or_sound(tmp_path: Path, text: Path) -> None:
     base = tower(tmp_path / "vit", "vit")
     trained(tmp_path / "module", base, VIT_TARGETS, None, "AutoModel")

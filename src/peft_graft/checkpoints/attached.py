@@ -127,6 +127,8 @@ class AttachedModel:
                 # The output layer's logits would be computed at every token of the text, and are not asked for.
                 without = {"use_cache": False} if self.checkpoint.task is Task.CAUSAL_LM else {}
                 return None, self.base(**inputs, **without).last_hidden_state
+            if self._is_peft and "input_ids" not in inputs and not self.checkpoint.is_virtual:
+                model = self._tuned  # for most tasks peft passes on what texts are read by, also where there is none
             output = model(**inputs, output_hidden_states=True)
         state, logits = last_state(output), output.get("logits")
         before = self.virtual_tokens if module else 0

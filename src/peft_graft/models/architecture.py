@@ -51,6 +51,7 @@ class Architecture:
         tower: the part that reads text, of a model that reads more (``language_model``); its layers are the model's.
         beside: names of the other parts of such a model.
         modules: paths of all modules of the base model, those without a role too.
+        num_embeddings: number of tokens that it has embeddings of, None where that is not known, or it reads none.
     """
 
     model_type: str
@@ -68,6 +69,7 @@ class Architecture:
     tower: str = ""
     beside: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
+    num_embeddings: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -110,11 +112,6 @@ class Architecture:
                 f"a {self.model_type} model of {self.num_layers} layers has no such space", where=str(space)
             )
         return self.sizes[space]
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """Number of tokens that it has embeddings of, None for a model that reads none."""
-        return self.sizes.get(Space(-1, VOCABULARY))
 
     def tap(self, space: Space) -> Tap:
         """Where to observe a space of a layer, as an absolute module path of the base model."""
@@ -282,6 +279,7 @@ def describe(base: nn.Module, model_type: str, prefix: str) -> Architecture:
         vocabulary=_vocabulary(row, base, words) if words is not None and alone else {},
         embed_scale=_embed_scale(words) if words is not None and alone else 1.0,
         modules=frozenset(path for path, _ in base.named_modules()),
+        num_embeddings=words.num_embeddings if words is not None and row.reads_text else None,
     )
 
 
