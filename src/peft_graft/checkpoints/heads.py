@@ -18,6 +18,13 @@ from peft_graft.modules.head import Head, head_tensors
 from peft_graft.modules.lora import LoraPart
 
 
+def is_saved_part(key: str, architecture: Architecture) -> bool:
+    """Whether a tensor that was saved beside a module is of its base model; the base's pooler belongs to the head."""
+    starts = {f"{stack.layers.partition('.')[0]}." for stack in architecture.row.stacks}
+    starts |= {f"{architecture.prefix}."} if architecture.prefix else set()
+    return key.startswith(tuple(starts)) and "pooler." not in key
+
+
 def adapted_layers(raw: RawCheckpoint, architecture: Architecture) -> dict[str, LoraPart]:
     """The LoRAs on layers of the head, which change it: of the output layer, and of an inner layer such as a pooler.
 

@@ -35,6 +35,8 @@ class RawCheckpoint:
             (``modules.prompts``).
         head: tensors saved beside the module, by their path in the task model, or ``layers.N.weight`` for
             AdapterHub's prediction heads.
+        beside: tensors of the base model itself that were trained whole and have no place among ``parts``, by their
+            path in the task model; told from the head's once the base is known (``task.with_task``).
         head_config: AdapterHub only, the head's configuration file, unchanged.
         labels: label names in order, where the files have them. problem_type: what the head's outputs are, likewise.
         files: file name -> SHA-256, where it comes from files.
@@ -51,6 +53,7 @@ class RawCheckpoint:
     config: Mapping[str, Any]
     parts: Mapping[str, Part]
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
     head_config: Mapping[str, Any] | None = None
     labels: Sequence[str] | None = None
     problem_type: ProblemType | None = None
@@ -104,7 +107,7 @@ class RawCheckpoint:
     def digest(self) -> str:
         """Hash of all that decides what it does: its values, its head's and its configuration."""
         parts = {f"{path} {name}": value for path, part in self.parts.items() for name, value in part.tensors.items()}
-        values = hash_tensors(sorted({**parts, **self.head, **self.unconverted}.items()))
+        values = hash_tensors(sorted({**parts, **self.head, **self.beside, **self.unconverted}.items()))
         said = [self.library, self.kind, self.task, self.config, self.head_config, self.labels]
         said += [self.problem_type] if self.problem_type else []
         text = json.dumps(said, sort_keys=True, default=_plain)

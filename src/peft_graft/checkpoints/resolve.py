@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.formats.peft.format import TASKS_WITH_HEAD, todays_task_type
-from peft_graft.checkpoints.heads import adapted_layers, head_paths, resolve_head
+from peft_graft.checkpoints.heads import adapted_layers, head_paths, is_saved_part, resolve_head
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import CheckpointError, ModelError
@@ -67,6 +67,7 @@ def resolve(
     base_tensors: Mapping[str, Tensor] | None = None,
     *,
     with_head: bool = True,
+    leave: bool = False,
 ) -> PeftCheckpoint:
     """Tie a checkpoint to the sites of its model and check every shape.
 
@@ -78,6 +79,7 @@ def resolve(
         base_tensors: tensors of the base model by path, for a head whose inner layer lives there (BERT's pooler), and
             for values that are relative to them (DoRA's magnitudes, trained norms, biases and rows of a vocabulary).
         with_head: whether to read the head at all.
+        leave: whether trained parts of the base model itself that cannot be moved may stay behind.
 
     Raises:
         CheckpointError: no part of the module has a site in this architecture.
@@ -114,7 +116,7 @@ def resolve(
             modules[module.site], owners[module.site] = module, path
     if not modules:
         _check_moves(others, left_out, raw, architecture)
-    _check_saved_parts(raw, architecture)
+    raw = _without_saved_parts(raw, {site.role for site in modules}, architecture, leave=leave)
     head = None
     if raw.head and with_head:
         head = resolve_head(raw, architecture, base.tensors)
@@ -147,7 +149,7 @@ def to_raw(
         if key in inner or ".pooler." in f".{key}"
     ):
         head = {key: tensor for key, tensor in head.items() if key not in inner}
-    return replace(raw, parts=parts, head=head, head_config=raw.head_config if head else None)
+    return replace(raw, parts=parts, head=head, beside={}, head_config=raw.head_config if head else None)
 
 
 def checkpoint_of_student(checkpoint: PeftCheckpoint, student: ModelHandle, seed: int = 0) -> RawCheckpoint:
@@ -254,14 +256,20 @@ def _check_shapes(module: Module, architecture: Architecture) -> None:
                 )
 
 
-def _check_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> None:
-    """Refuse parts of the base model that were trained and saved beside the module; its pooler belongs to the head."""
-    start = architecture.start(raw.task)
-    own = (start,) if start else tuple(f"{stack.layers.partition('.')[0]}." for stack in architecture.row.stacks)
-    inside = [key for key in raw.head if key.startswith(own) and not key.startswith(f"{start}pooler.")]
-    if inside:
+def _without_saved_parts(
+    raw: RawCheckpoint, roles: Collection[str], architecture: Architecture, *, leave: bool
+) -> RawCheckpoint:
+    """The checkpoint with a note on the parts of the base model that were trained beside the module and stay behind."""
+    found = [key for key in raw.head if is_saved_part(key, architecture)] if raw.library == Library.PEFT else []
+    inside = [*raw.beside, *found]
+    if not inside:
+        return raw
+    if not leave:
         raise CheckpointError(
             f"the module comes with a trained part of its base model, {inside[0]}, which cannot be moved yet",
             where=raw.base_model or raw.name,
-            fix="train the module without this part in modules_to_save",
+            fix="train the module without this part in modules_to_save, or leave it behind by naming what moves: "
+            f"--sites {','.join(sorted(roles))}",
         )
+    names = ", ".join(patterns(sorted({key.rpartition(".")[0] for key in inside})))
+    return replace(raw, notes=(*raw.notes, f"what was trained of the base model itself is left out: {names}"))

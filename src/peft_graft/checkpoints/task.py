@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peft_graft.checkpoints.formats.adapters.heads import is_prediction_head
-from peft_graft.checkpoints.heads import fits_form
+from peft_graft.checkpoints.heads import fits_form, is_saved_part
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.labels import ProblemType
@@ -43,6 +43,7 @@ def with_task(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
     """
     if raw.library == Library.ADAPTERS and is_prediction_head(raw.head):
         return replace(raw, task=Task.PREDICTION_HEADS)
+    raw = _without_saved_parts(raw, architecture)
     if raw.task not in _UNSURE:
         return raw
     tasks = _tasks_of_head(raw, architecture)
@@ -72,6 +73,16 @@ def with_problem_type(raw: RawCheckpoint, named: ProblemType | None, teacher: Pr
     own = ProblemType.declared(getattr(teacher, "problem_type", None))
     found = named or raw.problem_type or (own if raw.num_labels == teacher.num_labels else None)
     return replace(raw, problem_type=found)
+
+
+def _without_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
+    """The checkpoint with parts of the base model that were saved whole apart from the head."""
+    inside = [key for key in raw.head if is_saved_part(key, architecture)]
+    return replace(
+        raw,
+        head={key: value for key, value in raw.head.items() if key not in inside},
+        beside={**raw.beside, **{key: raw.head[key] for key in inside}},
+    )
 
 
 def _tasks_of_head(raw: RawCheckpoint, architecture: Architecture) -> list[Task]:

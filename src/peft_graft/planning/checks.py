@@ -19,6 +19,7 @@ from peft_graft.models.spec import EMBED_ROLE
 from peft_graft.models.task_models import blank_model, is_remote, own_labels
 from peft_graft.models.tasks import Task
 from peft_graft.modules.embeddings import RowsModule, TokenRowsPart
+from peft_graft.modules.norms import NormPart
 from peft_graft.planning.sites import SitePlans
 from peft_graft.planning.spaces import check_reads_text
 
@@ -43,18 +44,21 @@ def check_reading(models: ModelPair, config: GraftConfig, *, has_text: bool) -> 
         check_reads_text(*shapes, f"--method {config.method}")
 
 
-def check_vocabulary(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
-    """Refuse to leave trained tokens behind, which other layers count on, unless the user named what moves.
+def check_left_out(checkpoint: PeftCheckpoint, config: GraftConfig) -> None:
+    """Refuse to leave trained tokens or norms behind, which other layers count on, unless the user named what moves.
 
     Raises:
-        PlanError: the module trains a vocabulary that has no role.
+        PlanError: the module trains a vocabulary that has no role, or a norm beside something else.
     """
-    parts = checkpoint.raw.parts
-    tokens = next((path for path in checkpoint.left_out if parts[path].trains_tokens(path)), None)
-    if tokens is not None and config.sites is None:
+    raw = checkpoint.raw
+    for path in checkpoint.left_out if config.sites is None else ():
+        tokens = raw.parts[path].trains_tokens(path)
+        if not tokens and (raw.kind == "norms" or not isinstance(raw.parts[path], NormPart)):
+            continue
         raise PlanError(
-            "the module trains this part of the vocabulary, which has no role in this model yet",
-            where=tokens,
+            f"the module trains this {'part of the vocabulary' if tokens else 'norm'}, which has no role in this model "
+            "yet",
+            where=path,
             fix=f"leave it behind by naming what moves: --sites {','.join(checkpoint.roles)}",
         )
 

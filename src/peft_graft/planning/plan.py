@@ -23,12 +23,12 @@ from peft_graft.planning.checks import (
     asks_teacher,
     check_head_fit,
     check_labels,
+    check_left_out,
     check_method,
     check_pooler,
     check_problem_type,
     check_reading,
     check_task_models,
-    check_vocabulary,
     no_predictions,
     tying_notes,
     with_given_labels,
@@ -175,7 +175,7 @@ def at_teacher(raw: RawCheckpoint, teacher: ModelHandle, config: GraftConfig) ->
     raw = replace(raw, base_model=teacher.name, labels=None if names else raw.labels)
     raw = raw if names else with_teacher_labels(raw, teacher.base.config)
     own = teacher.base_tensors(output=raw.trains_output)
-    module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop")
+    module = resolve(raw, teacher.architecture, own, with_head=config.head != "drop", leave=config.sites is not None)
     return with_given_labels(module, names) if names else module
 
 
@@ -183,7 +183,7 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
     """The whole module tied to the teacher's sites, and the part of it that moves."""
     teacher = models.teacher
     module = at_teacher(raw, teacher, config)
-    check_vocabulary(module, config)
+    check_left_out(module, config)
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.text_config)
     return module, in_library(part, config.library)

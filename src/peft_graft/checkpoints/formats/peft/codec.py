@@ -58,7 +58,7 @@ class Codec(ABC):
         """The reverse of ``place`` and ``parts``: tensors by their path in the file."""
 
     def saved_whole(self, parts: Mapping[str, Part]) -> Collection[str]:
-        """Paths of parts that peft lists under ``modules_to_save``."""
+        """What peft lists under ``modules_to_save`` for parts that are saved whole: names, or whole paths."""
         return ()
 
     def targets(self, parts: Mapping[str, Part]) -> Collection[str]:

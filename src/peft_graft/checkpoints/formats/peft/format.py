@@ -136,9 +136,9 @@ class PeftFormat(Format):
     def build(self, raw: RawCheckpoint, names: StudentNames) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The configuration corrected, everything else as it was."""
         codec = CODECS[raw.kind]
-        tensors = {f"{codec.prefix}{path}": tensor for path, tensor in raw.head.items()}
+        tensors = {f"{codec.prefix}{path}": tensor for path, tensor in {**raw.head, **raw.beside}.items()}
         tensors |= codec.tensors(raw.parts)
-        whole = {path.rpartition(".")[2] for path in codec.saved_whole(raw.parts)}
+        whole = {*codec.saved_whole(raw.parts), *(path.rpartition(".")[0] for path in raw.beside)}
         config = {
             **raw.config,
             "base_model_name_or_path": names.name,

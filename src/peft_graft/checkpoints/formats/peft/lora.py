@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from peft_graft.checkpoints.formats.peft import embeddings
+from peft_graft.checkpoints.formats.peft import embeddings, norms
 from peft_graft.checkpoints.formats.peft.codec import Codec, Found, register_codec
 from peft_graft.checkpoints.formats.peft.options import SHARED, Options
 from peft_graft.checkpoints.formats.peft.patterns import Patterns
@@ -19,6 +19,7 @@ from peft_graft.errors import CheckpointError
 from peft_graft.modules.base import Part
 from peft_graft.modules.embeddings import RowsPart, TokenRowsPart
 from peft_graft.modules.lora import EmbeddingLoraPart, LoraPart, rank_stabilised_scaling
+from peft_graft.modules.norms import NormPart
 
 #: Initialisations that leave the base model as it is, and the ones that do not.
 _INITIALISATIONS = (True, "true", "True", "gaussian", "eva", "orthogonal")
@@ -61,7 +62,7 @@ _KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, emb
 
 @register_codec
 class LoraCodec(Codec):
-    """LoRA, and what peft saves beside it of a vocabulary."""
+    """LoRA, and what peft saves beside it of a vocabulary and of norms."""
 
     kind: ClassVar = "lora"
     peft_types: ClassVar = ("LORA",)
@@ -90,24 +91,22 @@ class LoraCodec(Codec):
         plain = re.sub(r"(lora_magnitude_vector)(\.[^.]+)?(\.weight)?$", r"\1", plain)
         plain = re.sub(r"(lora_embedding_[AB])\.[^.]+$", r"\1", plain)
         match = _KEY.fullmatch(plain)
-        return (match[1], match[2]) if match else embeddings.place(path)
+        return (match[1], match[2]) if match else embeddings.place(path) or norms.saved_place(path)
 
     def parts(self, found: Found, config: Mapping[str, Any], where: str) -> dict[str, Part]:
-        """LoRA's factors and rows of a vocabulary; there is no LoRA without factors."""
+        """LoRA's factors, rows of a vocabulary and norms; there is no LoRA without factors."""
         parts: dict[str, Part] = {}
         found = embeddings.without_tied(found, config)
-        factors = {
-            path: values for path, values in found.items() if not {embeddings.WHOLE, embeddings.TOKENS} & {*values}
-        }
-        if not any(_factors(values) for values in factors.values()):
+        whole = {embeddings.WHOLE, embeddings.TOKENS, *norms.SAVED}
+        if not any(_factors(values) for values in found.values() if whole.isdisjoint(values)):
             raise CheckpointError(
                 "the file holds no LoRA factors", where=where, expected="keys that end in lora_A.weight"
             )
         ranks = Patterns[int](config.get("rank_pattern") or {}, where)
         alphas = Patterns[float](config.get("alpha_pattern") or {}, where)
         for path, values in found.items():
-            rows = embeddings.part(path, values, config, where)
-            parts[path] = rows or _lora(path, values, config, (ranks, alphas), where)
+            own = embeddings.part(path, values, config, where) or norms.saved_part(path, values, where)
+            parts[path] = own or _lora(path, values, config, (ranks, alphas), where)
         return parts
 
     def tensors(self, parts: Mapping[str, Part]) -> dict[str, Tensor]:
@@ -116,6 +115,9 @@ class LoraCodec(Codec):
         for path, part in parts.items():
             if isinstance(part, RowsPart):
                 tensors |= embeddings.tensors(f"{self.prefix}{path}", part)
+                continue
+            if isinstance(part, NormPart):
+                tensors |= {f"{self.prefix}{path}.{name}": value for name, value in part.tensors.items()}
                 continue
             names = _EMBEDDING if isinstance(part, EmbeddingLoraPart) else _LINEAR
             tensors |= {
@@ -126,12 +128,13 @@ class LoraCodec(Codec):
         return tensors
 
     def saved_whole(self, parts: Mapping[str, Part]) -> Collection[str]:
-        """Embeddings and output layers that are saved whole."""
-        return [path for path, part in parts.items() if type(part) is RowsPart]
+        """Embeddings and output layers that are saved whole, and norms."""
+        rows = [path.rpartition(".")[2] for path, part in parts.items() if type(part) is RowsPart]
+        return rows + [path for path, part in parts.items() if isinstance(part, NormPart)]
 
     def targets(self, parts: Mapping[str, Part]) -> Collection[str]:
         """The layers that have factors."""
-        return [path for path, part in parts.items() if not isinstance(part, RowsPart)]
+        return [path for path, part in parts.items() if isinstance(part, LoraPart)]
 
     def config(self, raw: RawCheckpoint, config: dict[str, Any], names: StudentNames) -> dict[str, Any]:
         """Ranks and alphas by layer, the commonest as the module's own."""
