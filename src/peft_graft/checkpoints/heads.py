@@ -31,7 +31,7 @@ def adapted_layers(raw: RawCheckpoint, architecture: Architecture) -> dict[str, 
     Returns:
         Path in the checkpoint -> its part.
     """
-    form = architecture.row.heads.get(raw.task)
+    form = architecture.row.head(raw.task)
     paths = [form.out, *([_inner(form, raw, architecture)] if form.dense else [])] if form else []
     found = {path: raw.parts.get(path) for path in paths}
     return {path: part for path, part in found.items() if type(part) is LoraPart}
@@ -63,7 +63,7 @@ def resolve_head(raw: RawCheckpoint, architecture: Architecture, base_tensors: M
         )
     if is_prediction_head(raw.head):
         return _labelled(read_head(raw), raw)
-    form = architecture.row.heads.get(raw.task)
+    form = architecture.row.head(raw.task)
     if form is None:
         raise HeadError(
             f"no head of {raw.task} is known for {architecture.model_type}; it saved {', '.join(raw.head)}",
@@ -135,7 +135,7 @@ def head_form(head: Head, raw: RawCheckpoint, architecture: Architecture) -> Hea
     """
     if is_prediction_head(raw.head):
         return None
-    form = architecture.row.heads.get(raw.task)
+    form = architecture.row.head(raw.task)
     same_shape = form is not None and bool(form.dense) == head.has_inner_layer and form.reads == head.reads
     if form is None or not same_shape or form.activation != head.activation:
         raise HeadError(

@@ -39,6 +39,7 @@ from peft_graft.errors import DependencyError, HeadError, PairingError, TextErro
 from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
+from peft_graft.models.tasks import Task
 from peft_graft.planning.checks import asking_option, asks_teacher
 from peft_graft.run import Run
 
@@ -178,19 +179,21 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
     needed, library = asks_teacher(config), raw.library
     if not parts.given:
         return False, []
-    if raw.gives_numbers and config.head != "drop":
-        what = "one number" if raw.num_labels == 1 else "numbers"
+    marks = bool(raw.head) and raw.task is Task.QUESTION_ANSWERING
+    if (marks or raw.gives_numbers) and config.head != "drop":
+        what = "the ends of an answer" if marks else "one number" if raw.num_labels == 1 else "numbers"
+        otherwise = "" if marks else f", or {_LABELS}"
         if needed:
             raise HeadError(
                 f"the head gives {what}, and learning from the teacher's predictions takes classes",
                 where=asking_option(config),
                 expected="a head of two outputs or more, of classes or labels",
-                found=raw.num_labels,
-                fix=f"leave the option out, leave the head behind with --head drop, or {_LABELS}",
+                found=raw.task if marks else raw.num_labels,
+                fix=f"leave the option out, leave the head behind with --head drop{otherwise}",
             )
         return False, [
             f"neither fitted nor judged: the head gives {what}, and agreement is of classes; score the graft on "
-            f"labelled text, or {_LABELS}"
+            f"labelled text{otherwise}"
         ]
     if version_of(library) is None:
         if needed:

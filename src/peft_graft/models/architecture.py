@@ -99,7 +99,8 @@ class Architecture:
 
     def start(self, task: Task) -> str:
         """What stands before the paths of the base model in a model of this task: ``bert.``, or nothing."""
-        return "" if task in self.row.flat_tasks or not self.prefix else f"{self.prefix}."
+        prefix = task.prefix_in(self.model_type) or self.prefix
+        return "" if task in self.row.flat_tasks or not self.prefix else f"{prefix}."
 
     def size(self, space: Space) -> int:
         """Number of units of a space.

@@ -49,6 +49,7 @@ from typing import Literal
 from torch import Tensor
 
 from peft_graft.models.spaces import MODEL_WIDE
+from peft_graft.models.spaces import TOKENS_OUT
 from peft_graft.models.tasks import Task
 
 #: What a stack does and reads; stacks of different families correspond by it. The first two read text.
@@ -176,6 +177,12 @@ class ArchitectureRow:
     heads: Mapping[Task, HeadForm] = field(default_factory=dict)
     flat_tasks: frozenset[Task] = frozenset()
     lm_head: str = "lm_head"
+
+    def head(self, task: Task) -> HeadForm | None:
+        """How the head of a task is arranged, None where that is not known."""
+        if task is Task.QUESTION_ANSWERING and self.heads:  # alike in all whose other heads are known
+            return HeadForm(out="qa_outputs", reads=TOKENS_OUT)
+        return self.heads.get(task)
 
     @cached_property
     def linears(self) -> Mapping[str, LinearRole]:

@@ -45,6 +45,15 @@ class Task(StrEnum):
         known = (name for name in self.auto_classes if name in _TABLES and model_type in _table(_TABLES[name]))
         return next(known, self.auto_classes[0])
 
+    def prefix_in(self, model_type: str) -> str | None:
+        """The attribute that holds the base model where this task's class has one of its own, None for all others."""
+        if self is not Task.QUESTION_ANSWERING:
+            return None
+        import transformers
+
+        named = getattr(transformers, _table(_ANSWER_QUESTIONS).get(model_type, ""), None)
+        return getattr(named, "base_model_prefix", None) or None
+
     @staticmethod
     def of_peft(task_type: str | None) -> Task | None:
         """The task of a ``task_type`` of peft, None for one that says nothing about the model's class."""
@@ -85,6 +94,8 @@ _TABLES = {
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
+#: That of models whose classes call the base model otherwise than its other task classes, Llama's among them.
+_ANSWER_QUESTIONS = "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"
 #: Those of models that read images beside text; the second is transformers 4's alone.
 _READ_IMAGES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES")
 _PEFT_TYPES = {

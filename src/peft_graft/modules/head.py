@@ -45,8 +45,9 @@ class Head:
 
     @property
     def can_be_fitted(self) -> bool:
-        """Whether it can be fitted to predictions: its activation function is a known one."""
-        return not self.has_inner_layer or self.activation in ACTIVATIONS
+        """Whether it can be fitted to predictions: it gives classes, and its activation function is a known one."""
+        classes = self.task is not Task.QUESTION_ANSWERING
+        return classes and (not self.has_inner_layer or self.activation in ACTIVATIONS)
 
     @property
     def has_inner_layer(self) -> bool:
