@@ -106,13 +106,7 @@ def resolve(
         for module in module_of(part).from_part(part, path, sites, base):
             _check_shapes(module, architecture)
             if module.site in owners:
-                raise CheckpointError(
-                    "two parts of the module lead to one place of the model",
-                    where=str(module.site),
-                    found=f"{owners[module.site]} and {path}",
-                    fix="a module of a model with several encoders or towers belongs to that model: name it with "
-                    "--teacher, or leave the tensors of all but one out of the file",
-                )
+                raise _at_one_place(module.site, owners[module.site], path)
             modules[module.site], owners[module.site] = module, path
     if not modules:
         _check_moves(others, left_out, raw, architecture)
@@ -189,6 +183,16 @@ def _place(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[l
         )
     format_of(raw.library).check_site(path, sites, architecture)
     return sites, prefix
+
+
+def _at_one_place(site: Site, *paths: str) -> CheckpointError:
+    return CheckpointError(
+        "two parts of the module lead to one place of the model",
+        where=str(site),
+        found=" and ".join(paths),
+        fix="a module of a model with several encoders or towers belongs to that model: name it with --teacher, or leave "
+        "the tensors of all but one out of the file",
+    )
 
 
 def _may_be_there(path: str, raw: RawCheckpoint, architecture: Architecture) -> bool:
