@@ -78,6 +78,8 @@ def with_problem_type(raw: RawCheckpoint, named: ProblemType | None, teacher: Pr
 def _without_saved_parts(raw: RawCheckpoint, architecture: Architecture) -> RawCheckpoint:
     """The checkpoint with parts of the base model that were saved whole apart from the head."""
     inside = [key for key in raw.head if is_saved_part(key, architecture)]
+    if not inside:
+        return raw
     return replace(
         raw,
         head={key: value for key, value in raw.head.items() if key not in inside},
