@@ -58,7 +58,7 @@ def test_a_decoders_head_arrives_where_its_class_calls_the_base_otherwise(head: 
 
 
 def test_it_is_neither_fitted_nor_judged(bert: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
-    base, module, _ = bert
+    _, module, _ = bert
     text = tmp_path / "text.txt"
     text.write_text("\n".join(tiny.sentences(200)))
     student = tiny.base_model(tmp_path / "student", hidden=24, layers=1)

@@ -190,8 +190,8 @@ def _at_one_place(site: Site, *paths: str) -> CheckpointError:
         "two parts of the module lead to one place of the model",
         where=str(site),
         found=" and ".join(paths),
-        fix="a module of a model with several encoders or towers belongs to that model: name it with --teacher, or leave "
-        "the tensors of all but one out of the file",
+        fix="a module of a model with several encoders or towers belongs to that model: name it with --teacher, or "
+        "leave the tensors of all but one out of the file",
     )
 
 

@@ -48,8 +48,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from peft_graft.models.spaces import MODEL_WIDE
-from peft_graft.models.spaces import TOKENS_OUT
+from peft_graft.models.spaces import MODEL_WIDE, TOKENS_OUT
 from peft_graft.models.tasks import Task
 
 #: What a stack does and reads; stacks of different families correspond by it. The first two read text.
