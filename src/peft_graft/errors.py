@@ -45,6 +45,21 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
+#: What libraries say who get no memory, or no thread, which takes memory.
+_NO_MEMORY = re.compile(
+    r"(?i)(can't|cannot|failed to|unable to) (allocate|start new thread)|out of memory|not enough memory"
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception of a library says that it got no memory; tokenizers panic for want of threads."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "PanicException"
+        or (isinstance(error, RuntimeError | ImportError) and bool(_NO_MEMORY.search(str(error))))
+    )
+
+
 class GraftError(Exception):
     """Root of the errors of this package.
 

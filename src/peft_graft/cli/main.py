@@ -14,7 +14,7 @@ import peft_graft.cli.commands
 from peft_graft.cli.display import escaped
 from peft_graft.cli.interrupts import INTERRUPTED, exit_code, heed_sigterm
 from peft_graft.cli.late import CommandsOnCall
-from peft_graft.errors import GraftError
+from peft_graft.errors import GraftError, lacks_memory, reason
 
 app = typer.Typer(
     name="peft-graft",
@@ -69,9 +69,17 @@ def main() -> None:
             f"[bold red]error:[/] {escaped(f'{place}cannot be read or written ({error.strerror})')}", soft_wrap=True
         )
         sys.exit(1)
-    except Exception as error:
+    except BaseException as error:  # what libraries in Rust raise is no Exception
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
             error.show()
             sys.exit(error.exit_code)
-        raise
+        if not lacks_memory(error):
+            raise
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error:[/] {escaped(f'there is not enough memory, or no more threads ({reason(error)})')}. Fix: "
+            "allow the process more (ulimit -v, ulimit -u, the container's limits), or set OMP_NUM_THREADS and "
+            "RAYON_NUM_THREADS to 1; nothing was written",
+            soft_wrap=True,
+        )
+        sys.exit(1)
     sys.exit(code or 0)
