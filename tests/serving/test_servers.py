@@ -255,7 +255,9 @@ def in_go(template: str, system: str, turns: list[tuple[str, str]]) -> str:
             filled = filled[: found.start()] + (found[2] if values[found[1]] else "") + filled[found.end() :]
         if not response:
             filled = filled.partition("{{ .Response }}")[0]
-        text += re.sub(r"\{\{ \.(\w+) \}\}", lambda name: values[name[1]], filled)
+        for name, value in values.items():
+            filled = filled.replace(f"{{{{ .{name} }}}}", value)
+        text += filled
     return text
 
 
