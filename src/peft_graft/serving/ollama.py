@@ -109,13 +109,14 @@ def template_of(tokenizer: Any) -> GoTemplate | None:
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
+    # llama.cpp puts first what the tokenizer does; others have a token for it, and begin with it only in the template.
+    begins = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
     def rendered(*messages: str, system: str | None = None, asks: bool = True) -> str:
         turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(messages)]
         first = [{"role": "system", "content": system}] if system is not None else []
         text: str = tokenizer.apply_chat_template([*first, *turns], tokenize=False, add_generation_prompt=asks)
-        begin = getattr(tokenizer, "bos_token", None)  # which Ollama puts first itself
-        return text.removeprefix(begin) if begin else text
+        return text.removeprefix(tokenizer.bos_token) if begins else text
 
     try:
         bare, talk = rendered(_PROMPT), rendered(_PROMPT, _ANSWER, _NEXT)
