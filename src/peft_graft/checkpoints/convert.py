@@ -158,12 +158,20 @@ def low_rank(update: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, f
     Returns:
         A [r, d_in] and B [d_out, r], float32 on the CPU, r = 0 for an update of zeros; the squared norm that is lost.
     """
-    u, s, v = torch.linalg.svd(update.double().cpu(), full_matrices=False)
+    value = update.double().cpu()
+    whole = float(value.square().sum())
+    if most is not None and 4 * most < min(value.shape):  # all singular values of a large model's layer take minutes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, transposed = torch.svd_lowrank(value, q=most + 10, niter=4)
+        v = transposed.T
+    else:
+        u, s, v = torch.linalg.svd(value, full_matrices=False)
     energy = s.square().cumsum(0)
-    if not float(energy[-1]):
+    if not whole:
         return v[:0].float(), u[:, :0].float(), 0.0
-    rank = min(int((energy < ENERGY * energy[-1]).sum()) + 1, most or len(s))
-    return v[:rank].float(), (u[:, :rank] * s[:rank]).float(), float(energy[-1] - energy[rank - 1])
+    rank = min(int((energy < ENERGY * whole).sum()) + 1, most or len(s), len(s))
+    return v[:rank].float(), (u[:, :rank] * s[:rank]).float(), max(whole - float(energy[rank - 1]), 0.0)
 
 
 def _heads(raw: RawCheckpoint) -> dict[str, Tensor]:
