@@ -124,8 +124,8 @@ class GraftConfig(PairConfig):
     )
     for_: Annotated[Literal["gguf", "vllm"] | None, Option(WHAT, later=True)] = Field(
         default=None,
-        description="Move a module of a language model as a LoRA that a server takes: gguf (llama.cpp, Ollama) or vllm; "
-        "`export` then writes it for that. DoRA and IA3 become LoRA, and what cannot is refused at once.",
+        description="Move a language model's module as a LoRA that a server takes: gguf (llama.cpp, Ollama) or vllm, "
+        "as which `export` then writes it. DoRA and IA3 become LoRA, and what cannot is refused at once.",
     )
     format: Annotated[str | None, Option(PROMPTS, later=True)] = Field(
         default=None,
