@@ -34,7 +34,7 @@ def write_base(path: Path, folder: Path, arch: str) -> Path:
     import gguf
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
-    config, words = model.config, transformers.AutoTokenizer.from_pretrained(folder)
+    config, words = model.config, transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     writer = gguf.GGUFWriter(path, arch)
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     width = getattr(config, "head_dim", None) or width
@@ -122,7 +122,7 @@ def say(base: Path, prompt: str, *, lora: Path | None = None, tokens: int = 12) 
 
 def said_by_transformers(model: Any, folder: Path, prompt: str, *, tokens: int = 12) -> str:
     """The same of transformers."""
-    words = transformers.AutoTokenizer.from_pretrained(folder)
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     given = words(prompt, return_tensors="pt")
     found = model.generate(
         **given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, suppress_tokens=[words.eos_token_id]
