@@ -18,7 +18,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools setuptools-scm wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,evaluate,adapters,docs,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,study,evaluate,export,adapters,docs,dev]"
 	touch $@
 
 demo: install

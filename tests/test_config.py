@@ -12,7 +12,7 @@ from peft_graft import AlignConfig, EvaluateConfig, ExportConfig, GraftConfig, G
 from peft_graft.cli.late import with_options
 from peft_graft.cli.main import app
 from peft_graft.cli.options import options_from
-from peft_graft.config import StudyConfig, option_of
+from peft_graft.config import StudyConfig, option_name, option_of
 
 COMMANDS = {
     "inspect": GraftConfig,
@@ -31,7 +31,7 @@ def test_every_field_is_an_option_and_is_explained(command: str) -> None:
     known = with_options(command).params
     options = {name for parameter in known for name in parameter.opts}
     for name, field in config.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in options
+        assert option_name(name) in options
         assert field.description
         assert option_of(config, name).panel
 
@@ -46,6 +46,7 @@ def test_every_field_is_an_option_and_is_explained(command: str) -> None:
         ["--device-map", '{"": "cpu"}', "--dtype", "bfloat16", "--token", "hf_x", "--trust-remote-code"],
         ["--labels", "O, B-PER"],
         ["--labels", "use"],
+        ["--for", "vllm"],
     ],
 )
 def test_a_command_line_makes_the_config_that_python_would(arguments: list[str]) -> None:
@@ -68,6 +69,7 @@ def test_a_command_line_makes_the_config_that_python_would(arguments: list[str])
         '{"": "cpu"}': {"device_map": {"": "cpu"}, "dtype": "bfloat16", "token": "hf_x", "trust_remote_code": True},
         "O, B-PER": {"labels": ("O", "B-PER")},
         "use": {"labels": "use"},
+        "vllm": {"for_": "vllm"},
     }[arguments[1] if arguments else ()]  # fmt: skip
     assert made == [GraftConfig(**expected)]
 
@@ -80,6 +82,7 @@ def test_a_command_line_makes_the_config_that_python_would(arguments: list[str])
         ("head", "keep", "auto, carry, fit, drop"),
         ("method", "svd", "prune-align"),
         ("max_tokens", 0, "must be positive"),
+        ("for_", "onnx", "--for: unknown choice; expected gguf, vllm"),
         ("dtype", "float8", "float32, float16, bfloat16"),
         ("step", 1, "there is no such option"),
     ],

@@ -149,6 +149,31 @@ def stand_in(raw: RawCheckpoint, teacher: PretrainedConfig) -> RawCheckpoint:
     return replace(raw, kind="lora", parts=parts, head=head, unconverted={})
 
 
+def low_rank(update: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, float]:
+    """The factors of smallest rank that keep ``ENERGY`` of an update of weights.
+
+    Args:
+        update: [d_out, d_in]. most: the highest rank, however much is lost by it.
+
+    Returns:
+        A [r, d_in] and B [d_out, r], float32 on the CPU, r = 0 for an update of zeros; the squared norm that is lost.
+    """
+    value = update.double().cpu()
+    whole = float(value.square().sum())
+    if most is not None and 4 * most < min(value.shape):  # all singular values of a large model's layer take minutes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, transposed = torch.svd_lowrank(value, q=most + 10, niter=4)
+        v = transposed.T
+    else:
+        u, s, v = torch.linalg.svd(value, full_matrices=False)
+    energy = s.square().cumsum(0)
+    if not whole:
+        return v[:0].float(), u[:, :0].float(), 0.0
+    rank = min(int((energy < ENERGY * whole).sum()) + 1, most or len(s), len(s))
+    return v[:rank].float(), (u[:, :rank] * s[:rank]).float(), max(whole - float(energy[rank - 1]), 0.0)
+
+
 def _heads(raw: RawCheckpoint) -> dict[str, Tensor]:
     """What was saved beside the module, as its file has it."""
     return {key: value for key, value in raw.unconverted.items() if key.removeprefix(_START) in raw.head}
@@ -187,14 +212,12 @@ def _by_merging(adapted: Any, kind: str, where: str) -> tuple[dict[str, Any], di
             raise CheckpointError(
                 f"{kind} changes the bias of {path}, which no LoRA does", where=where, fix="train a LoRA in its place"
             )
-        u, s, v = torch.linalg.svd((merged.weight.detach() - before[path]).double(), full_matrices=False)
-        energy = s.square().cumsum(0)
-        if not float(energy[-1]):
+        a, b, _ = low_rank(merged.weight.detach().double() - before[path].double())
+        if not len(a):
             continue
-        rank = int((energy < ENERGY * energy[-1]).sum()) + 1
-        ranks[path] = rank
-        tensors[f"{_START}{path}.lora_A.weight"] = v[:rank].float()
-        tensors[f"{_START}{path}.lora_B.weight"] = (u[:, :rank] * s[:rank]).float()
+        ranks[path] = len(a)
+        tensors[f"{_START}{path}.lora_A.weight"] = a
+        tensors[f"{_START}{path}.lora_B.weight"] = b
     if not ranks:
         raise CheckpointError(
             f"the {kind} module changes no linear layer", where=where, fix="check that it was trained at all"

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 import peft_graft.config as configs
 from peft_graft.cli.output import look
-from peft_graft.config import METHOD_SUMMARIES, method_help, option_of
+from peft_graft.config import METHOD_SUMMARIES, method_help, option_name, option_of
 from peft_graft.config.base import OUTPUT
 from peft_graft.errors import PlanError
 
@@ -99,7 +99,7 @@ def _parameter(config: type[BaseModel], name: str, field: FieldInfo) -> inspect.
     option, default = option_of(config, name), field.default
     kind = _kind(field)
     # A switch that may be left open needs both of its names; others have the one that changes something.
-    names = [f"--{name.replace('_', '-')}"] if kind is bool and default is False else []
+    names = [option_name(name)] if (kind is bool and default is False) or name.endswith("_") else []
     help_text = field.description or ""
     if name == "method":
         help_text = f"{method_help(METHOD_SUMMARIES)}. {help_text}".strip()

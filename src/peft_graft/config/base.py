@@ -131,8 +131,8 @@ def as_dict(value: Any) -> Any:
 
 
 def option_name(field: str) -> str:
-    """A field as the command line calls it: ``max_tokens`` is ``--max-tokens``."""
-    return f"--{field.replace('_', '-')}"
+    """A field as the command line calls it: ``max_tokens`` is ``--max-tokens``, and ``for_`` is ``--for``."""
+    return f"--{field.rstrip('_').replace('_', '-')}"
 
 
 def option_of(config: type[BaseModel], field: str) -> Option:

@@ -130,6 +130,11 @@ class GraftConfig(PairConfig):
     library: Annotated[Library | None, Option(WHAT)] = Field(
         default=None, description="Write a LoRA for peft or for adapters; for the module's own library by default."
     )
+    for_: Annotated[Literal["gguf", "vllm"] | None, Option(WHAT, later=True)] = Field(
+        default=None,
+        description="Move a language model's module as a LoRA that a server takes: gguf (llama.cpp, Ollama) or vllm, "
+        "as which `export` then writes it. DoRA and IA3 become LoRA, and what cannot is refused at once.",
+    )
     format: Annotated[str | None, Option(PROMPTS, later=True)] = Field(
         default=None,
         description="How the module was trained to read a prompt, where not by its model's chat template, and how the "

@@ -23,6 +23,14 @@ class ScalePart(Part):
 
     SHAPES: ClassVar = {"output": ("d_out",), "input": ("d_in",)}
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's weight [d_out, d_in] and bias [d_out] with the factors inside, float64."""
+        whole = weight.double()
+        if self.input is not None:
+            return whole * self.input.to(whole), bias
+        assert self.output is not None
+        return whole * self.output.to(whole)[:, None], None if bias is None else bias.double() * self.output.to(whole)
+
 
 @register_module(ScalePart)
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from peft_graft.planning.method_choice import choose_methods, expected_methods, 
 from peft_graft.planning.selection import at_sites
 from peft_graft.planning.sites import SitePlans, plan_sites
 from peft_graft.planning.spaces import directions_of_modules
+from peft_graft.serving.servable import check_servable, servable, servable_note
 
 _LAST_STATE = Space(-1, TOKENS_OUT)
 
@@ -100,6 +101,7 @@ class Plan:
             raise no_predictions(config)
         check_method(raw, config, has_prompts=has_prompts)
         sites = _sites(moved, models, config, method_of_spaces(config, given))
+        check_servable([site.student for site in sites.sites], models.student, config.for_)
         check_task_models(module.raw, moved.raw, models, has_text=bool(has_text))
         methods = expected_methods(config, sites, given, has_prompts=has_prompts)
         if config.method == "copy":
@@ -131,6 +133,8 @@ class Plan:
         if experts is not None:
             sites = _sites(moved, models, config, choice.methods[0], experts)
         check_pooler(sites, models.student)
+        if config.for_ is not None:
+            sites = replace(sites, notes=(*sites.notes, *servable_note(module, moved, models.teacher)))
         return replace(
             self, models=models, module=module, moved=moved, sites=sites, methods=choice.methods, reason=choice.reason
         )
@@ -186,7 +190,7 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
     check_left_out(module, config)
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.text_config)
-    return module, in_library(part, config.library)
+    return module, servable(in_library(part, config.library), teacher, config.for_)
 
 
 def _sites(
