@@ -21,6 +21,7 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import CandidateBuilder
 from peft_graft.distill.choose import Outcome, choose
+from peft_graft.distill.cost import cost_of
 from peft_graft.distill.polish import PolishRecord, polish
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
@@ -201,8 +202,11 @@ class Move:
         work = replace(self, plan=plan)
         outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
         verdict, told = material.judged(outcome, config, run)
+        with run.stage("judging") if outcome.candidate.attached else nullcontext():
+            cost = cost_of(models, plan.moved.modules, outcome.candidate)
         report = _report(plan, outcome, polished, aligner, run).model_copy(
             update={
+                "cost": cost,
                 "verdict": verdict,
                 "module": place_of(module.name),
                 "text": material.source.name if material.source else None,

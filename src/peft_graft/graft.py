@@ -21,11 +21,11 @@ from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
 from peft_graft.errors import CheckpointError, ModelError
-from peft_graft.files import read_json, write_json
+from peft_graft.files import file_hashes, read_json, write_json
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
-from peft_graft.report import GraftReport
+from peft_graft.report import FileRecord, GraftReport
 
 REPORT = "graft.json"
 
@@ -148,6 +148,11 @@ class Graft:
             report = self.report.model_copy(update={"verification": verification, "notes": notes})
             called = hub_id or out.absolute().name
             write_model_card(staging, report, raw, student, self.labels, names=names, graft=called)
+            files = {
+                name: FileRecord(size=(staging / name).stat().st_size, sha256=digest)
+                for name, digest in file_hashes(staging).items()
+            }
+            report = report.model_copy(update={"files": files})
             write_json(staging / REPORT, report.model_dump(mode="json"))
         return replace(self, report=report, folder=out)
 
