@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from peft_graft.alignment.tokens import PairingRecord
 from peft_graft.checkpoints.verify import Verification
 from peft_graft.config import GraftConfig
@@ -11,8 +13,13 @@ from peft_graft.distill.candidates import HeadRecord, SiteRecord
 from peft_graft.distill.completions import PromptRecord
 from peft_graft.distill.cost import CostRecord
 from peft_graft.distill.polish import PolishRecord
+from peft_graft.errors import CheckpointError
+from peft_graft.files import read_json
 from peft_graft.models.loading import ModelRecord
 from peft_graft.record import Record
+
+#: Its file, beside the checkpoint.
+REPORT = "graft.json"
 
 
 class AnswerSample(Record):
@@ -75,3 +82,29 @@ class GraftReport(Record):
     seconds: dict[str, float]
     versions: dict[str, str]
     hardware: dict[str, str | int]
+
+
+def read_report(folder: Path, where: str) -> GraftReport:
+    """The report in a graft's folder.
+
+    Args:
+        where: what the user called the folder, for messages.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another version.
+    """
+    if not (folder / REPORT).is_file():
+        raise CheckpointError(
+            "the folder holds a module, but no graft",
+            where=where,
+            expected=REPORT,
+            fix="make one with transfer, or load the module with its own library",
+        )
+    try:
+        return GraftReport.model_validate(read_json(folder / REPORT))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the report was written by another version ({str(error).splitlines()[0]})",
+            where=str(folder / REPORT),
+            fix="transfer the module again",
+        ) from error
