@@ -18,13 +18,12 @@ from peft_graft.alignment.text import TextLike
 from peft_graft.config import GraftConfig
 from peft_graft.errors import GraftError, OutputError, reason
 from peft_graft.files import json_text, read_json
-from peft_graft.graft import REPORT
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import reserved, reserving_output, write_aside
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
 from peft_graft.prompts.read import PromptLike
-from peft_graft.report import GraftReport
+from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names
 

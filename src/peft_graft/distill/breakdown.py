@@ -128,7 +128,8 @@ def _shown(
             None if side is None else [_name_of(decision, labels) for decision in side[row].argmax(-1).tolist()]
             for side in (judging.values, given, bare)
         ]
-        said = zip(words, *(names_of or [None] * len(words) for names_of in names), strict=True)
+        nobody: list[str | None] = [None] * len(words)
+        said = zip(words, *(names_of or nobody for names_of in names), strict=True)
         found.append(
             DecidedText(
                 texts=list(samples[row].texts),

@@ -54,6 +54,7 @@ _P = ParamSpec("_P")
 class Picture:
     """A picture, what it shows, and its numbers as a table (none where ``rows`` is empty)."""
 
+    title: str
     svg: Markup
     caption: str
     header: Sequence[str] = ()
@@ -102,7 +103,7 @@ def layer_map(layers: Sequence[Sequence[int]], teacher_layers: int, title: str) 
     )
     unused = teacher_layers - len(used)
     caption = "Which teacher layers each student layer comes from" + f"; {unused} are left out" * bool(unused) + "."
-    return Picture(_svg(figure, title, said), caption)
+    return Picture(title, _svg(figure, title, said), caption)
 
 
 def _height(row: int, count: int, most: int) -> float:
@@ -141,7 +142,7 @@ def heat_map(
     axes.xaxis.tick_top()
     _bare(axes)
     table = [[row, *(_value(values.get((row, column)), percent=percent) for column in columns)] for row in rows]
-    return Picture(_svg(figure, title, caption), caption, [rows_are, *columns], table)
+    return Picture(title, _svg(figure, title, caption), caption, [rows_are, *columns], table)
 
 
 @_drawing
@@ -161,7 +162,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, capt
     steps = sorted({step for points in series.values() for step, _ in points})
     known = [dict(points) for points in series.values()]
     table = [[f"{step:g}", *(_value(points.get(step)) for points in known)] for step in steps]
-    return Picture(_svg(figure, title, caption), caption, [x, *series], table)
+    return Picture(title, _svg(figure, title, caption), caption, [x, *series], table)
 
 
 @_drawing
@@ -179,7 +180,7 @@ def bars(
         places = [at + (number - (len(names) - 1) / 2) * width for at, _ in found]
         axes.bar(
             places, [value for _, (value, _) in found], width * 0.88, color=SERIES[number % len(SERIES)], label=name,
-            alpha=1 - 0.25 * (number // len(SERIES)),
+            alpha=max(0.3, 1 - 0.4 * (number // len(SERIES))),
             yerr=[spread or 0 for _, (_, spread) in found], error_kw={"ecolor": MUTED, "elinewidth": 1},
         )  # fmt: skip
     axes.set_xticks(range(len(values)), list(values))
@@ -188,7 +189,7 @@ def bars(
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return Picture(_svg(figure, title, caption), caption)
+    return Picture(title, _svg(figure, title, caption), caption)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
