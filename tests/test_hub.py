@@ -68,7 +68,13 @@ def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
     assert found["onward"] == 8
     assert "me/nothing" in found["missing"]
     files = hub.files["me/graft"]["second"]
-    assert {"adapter_config.json", "adapter_model.safetensors", "graft.json", "README.md"} <= files.keys()
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "graft.json",
+        "README.md",
+        "report.html",
+    } <= files.keys()
     card = files["README.md"].decode()
     assert "library_name: peft" in card
     assert 'graft = "me/graft"' in card

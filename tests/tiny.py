@@ -360,3 +360,20 @@ def inspect(adapter: Any, student: Any = None, **options: Any) -> Any:
     """``peft_graft.inspect`` with the config's fields as arguments."""
     config, others = _split(peft_graft.GraftConfig, _with_short_polish(options))
     return peft_graft.inspect(adapter, student, config=config, **others)
+
+
+def evenly_deciding_lora(folder: Path, teacher: Path) -> Path:
+    """A LoRA whose head, unlike a random one, gives every class its share of ``sentences``."""
+    model = peft_lora(folder, teacher)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    batch = tokenizer(sentences(100, seed=3), padding=True, return_tensors="pt")
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    with torch.inference_mode():
+        logits = model(**batch).logits[batch["attention_mask"].bool()]
+        head.weight.mul_(4 / logits.std(0).unsqueeze(1))
+        head.bias.zero_()
+        head.bias.sub_(model(**batch).logits[batch["attention_mask"].bool()].mean(0))
+        answers = model(**batch).logits[batch["attention_mask"].bool()].argmax(-1)
+    assert torch.bincount(answers, minlength=5).min() > 20
+    model.save_pretrained(folder)
+    return folder

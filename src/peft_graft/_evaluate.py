@@ -27,7 +27,7 @@ from peft_graft.distill.side_by_side import (
 from peft_graft.environment import hardware, version_of, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
 from peft_graft.files import json_text
-from peft_graft.graft import REPORT, Graft
+from peft_graft.graft import Graft
 from peft_graft.metrics import METRICS
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
@@ -36,7 +36,7 @@ from peft_graft.outputs import check_output_file, reserving_output, write_aside
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
-from peft_graft.report import GraftReport
+from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
 #: Rows in the order in which they are shown.

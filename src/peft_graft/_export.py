@@ -14,12 +14,12 @@ from peft_graft.config import ExportConfig, Target
 from peft_graft.environment import versions
 from peft_graft.errors import ModelError, PlanError
 from peft_graft.files import file_hashes, write_json
-from peft_graft.graft import REPORT, Graft
-from peft_graft.models.devices import placed
+from peft_graft.graft import Graft
 from peft_graft.models.loading import DTYPES, Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, written_aside
 from peft_graft.record import Record
+from peft_graft.report import REPORT
 from peft_graft.run import Callback, Run
 from peft_graft.serving.subject import Comparison, Subject
 from peft_graft.serving.target import FORMS
@@ -73,7 +73,7 @@ def export(
         VerificationError: what was written answers otherwise than the module; then there is nothing at ``out``.
         GraftError: the graft or its base cannot be read.
     """
-    config = placed(config or ExportConfig())
+    config = config or ExportConfig()
     target = _known(to)
     subject = _subject(graft, base, config)
     place = _place(subject, target, out)

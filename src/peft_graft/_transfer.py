@@ -21,11 +21,11 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import CandidateBuilder
 from peft_graft.distill.choose import Outcome, choose
+from peft_graft.distill.cost import cost_of
 from peft_graft.distill.polish import PolishRecord, polish
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
 from peft_graft.material import Material, PromptMaterial, TextMaterial, material_of, module_key
-from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, reserving_output
@@ -83,7 +83,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         GraftError: one of its kinds, naming the site or option, what was expected, what came and the fix. All that
             can be known without weights is checked before any weights are loaded.
     """
-    config = config_of_live(placed(config or GraftConfig()), student)
+    config = config_of_live(config or GraftConfig(), student)
     if out is not None:
         check_output(Path(out), force=config.force)
     move = Move.planned(
@@ -203,8 +203,11 @@ class Move:
         outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
         verdict, told = material.judged(outcome, config, run)
         remark = plan.given.remark(material.judging) if plan.given else None
+        with run.stage("judging") if outcome.candidate.attached else nullcontext():
+            cost = cost_of(models, plan.moved.modules, outcome.candidate)
         report = _report(plan, outcome, polished, aligner, run).model_copy(
             update={
+                "cost": cost,
                 "verdict": verdict,
                 "module": place_of(module.name),
                 "text": material.source.name if material.source else None,

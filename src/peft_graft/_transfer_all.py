@@ -18,14 +18,12 @@ from peft_graft.alignment.text import TextLike
 from peft_graft.config import GraftConfig
 from peft_graft.errors import GraftError, OutputError, reason
 from peft_graft.files import json_text, read_json
-from peft_graft.graft import REPORT
-from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import reserved, reserving_output, write_aside
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
 from peft_graft.prompts.read import PromptLike
-from peft_graft.report import GraftReport
+from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names
 
@@ -62,7 +60,7 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         OutputError: ``out`` cannot be written.
         AlignmentError: there is no alignment of that name.
     """
-    config = config_of_live(placed(config or GraftConfig()), student)
+    config = config_of_live(config or GraftConfig(), student)
     modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
     check_names(modules)
     given = given_alignment(alignment, config.token)

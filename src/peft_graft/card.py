@@ -153,8 +153,8 @@ def write_model_card(
             card_data=about.to_yaml(),
             figure=report.verdict.figure,
             labels=labels,
-            text=_public(report.text) if report.text else None,
-            notes=[_without_paths(note, report) for note in report.notes],
+            text=public_name(report.text) if report.text else None,
+            notes=[without_paths(note, report) for note in report.notes],
             loading=_environment().get_template(loading).render(**values).strip() if loading else None,
         )
     )
@@ -163,17 +163,18 @@ def write_model_card(
 
 def model_name(record: ModelRecord) -> str:
     """What a card calls a model: its hub id, or the name of its folder."""
-    return record.hub_id or _public(record.name)
+    return record.hub_id or public_name(record.name)
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """The last part of a path, anything else as it is."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
-def _without_paths(note: str, report: GraftReport) -> str:
+def without_paths(note: str, report: GraftReport) -> str:
+    """A note without places of this machine."""
     models = {record.name: model_name(record) for record in (report.teacher, report.student)}
-    others = {name: _public(name) for name in (report.module, report.text, report.alignment) if name}
+    others = {name: public_name(name) for name in (report.module, report.text, report.alignment) if name}
     for place, name in (models | others).items():
         note = note.replace(place_of(place), name).replace(place, name)
     return note

@@ -20,14 +20,13 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
-from peft_graft.errors import CheckpointError, ModelError
-from peft_graft.files import read_json, write_json
+from peft_graft.errors import ModelError
+from peft_graft.files import file_hashes, write_json
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
-from peft_graft.report import GraftReport
-
-REPORT = "graft.json"
+from peft_graft.page.graft import PAGE, write_page
+from peft_graft.report import REPORT, FileRecord, GraftReport, read_report
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,13 @@ class Graft:
             report = self.report.model_copy(update={"verification": verification, "notes": notes})
             called = hub_id or out.absolute().name
             write_model_card(staging, report, raw, student, self.labels, names=names, graft=called)
+            files = {
+                name: FileRecord(size=(staging / name).stat().st_size, sha256=digest)
+                for name, digest in file_hashes(staging).items()
+            }
+            report = report.model_copy(update={"files": files})
             write_json(staging / REPORT, report.model_dump(mode="json"))
+            write_page(report, called, staging / PAGE)
         return replace(self, report=report, folder=out)
 
     def push_to_hub(
@@ -207,21 +212,7 @@ class Graft:
         """
         folder = locate(name, revision=revision, subfolder=subfolder, token=token)
         raw = read_checkpoint(folder)
-        if not (folder / REPORT).is_file():
-            raise CheckpointError(
-                "the folder holds a module, but no graft",
-                where=str(name),
-                expected=REPORT,
-                fix="make one with transfer, or load the module with its own library",
-            )
-        try:
-            report = GraftReport.model_validate(read_json(folder / REPORT))
-        except ValueError as error:
-            raise CheckpointError(
-                f"the report was written by another version ({str(error).splitlines()[0]})",
-                where=str(folder / REPORT),
-                fix="transfer the module again",
-            ) from error
+        report = read_report(folder, str(name))
         place = str(student or report.student.reachable)
         loading = Loading(
             revision=report.settings.student_revision,

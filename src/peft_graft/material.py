@@ -17,6 +17,7 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Verdict, judge
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompt_parts, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, prompts_from, seeds_of
+from peft_graft.distill.breakdown import by_kind, decided
 from peft_graft.distill.choose import Outcome, judged
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.distillation import Distillation
@@ -111,10 +112,15 @@ class TextMaterial:
         )
 
     def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
-        """The verdict, and what else the report says about the text: nothing."""
+        """The verdict, and what else the report says about the text: how it is decided."""
         if self.source is not None and not self.asked:
             return judge(None, reason="; ".join(self.remarks) or "there is no text to judge by"), {}
-        return judged(outcome, run, seed=config.seed), {}
+        verdict, head = judged(outcome, run, seed=config.seed), outcome.candidate.head
+        if outcome.candidate.attached is None or head is None:
+            return verdict, {}
+        with run.stage("judging"):
+            classes, texts = decided(outcome.candidate, head.labels)
+        return verdict, {"classes": classes, "decisions": texts}
 
 
 @dataclass
@@ -209,7 +215,8 @@ class PromptMaterial:
             AnswerSample(prompt=prompt.text, teacher=teacher.text, graft=own.text, bare=bare.text)
             for prompt, teacher, own, bare in zip(asked.asked, asked.answers, said, asked.bare_answers, strict=True)
         ]
-        return verdict, {"prompts": asked.record, "answers": samples[:_SAMPLES]}
+        kinds = by_kind(asked.asked, said, asked.answers, asked.bare_answers)
+        return verdict, {"prompts": asked.record, "kinds": kinds, "answers": samples[:_SAMPLES]}
 
 
 Material = TextMaterial | PromptMaterial

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from peft_graft.alignment.tokens import PairingRecord
 from peft_graft.checkpoints.verify import Verification
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement, Verdict
+from peft_graft.distill.breakdown import ClassCounts, DecidedText, PromptKind
 from peft_graft.distill.candidates import HeadRecord, SiteRecord
 from peft_graft.distill.completions import PromptRecord
+from peft_graft.distill.cost import CostRecord
 from peft_graft.distill.polish import PolishRecord
+from peft_graft.errors import CheckpointError
+from peft_graft.files import read_json
 from peft_graft.models.loading import ModelRecord
 from peft_graft.record import Record
+
+#: Its file, beside the checkpoint.
+REPORT = "graft.json"
 
 
 class AnswerSample(Record):
@@ -22,12 +31,22 @@ class AnswerSample(Record):
     bare: str
 
 
+class FileRecord(Record):
+    """A file that was written: bytes, and the SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+
 class GraftReport(Record):
     """Everything about a graft, as written to ``graft.json``.
 
     ``layers``: the teacher layers of each student layer, by stack where the student has several.
     ``tried``: agreement with the teacher, on the text that chooses, of everything that the default chose from.
-    ``prompts``, ``answers``: what a language model was asked, and some of what was answered.
+    ``classes``, ``decisions``: how a classifier decides the text that judges, and some of that text.
+    ``prompts``, ``kinds``, ``answers``: what a language model was asked, how it agrees with the teacher by kind of
+    prompt, and some of what was answered.
+    ``cost``: sizes and speed beside the teacher's. ``files``: what was written, but for the report itself.
     ``identity``: a hash of all that the graft depends on, by which a finished one is known; None in those of before.
     """
 
@@ -51,10 +70,41 @@ class GraftReport(Record):
     tried: dict[str, Agreement] = {}
     polish: PolishRecord | None = None
     prompts: PromptRecord | None = None
+    kinds: list[PromptKind] = []
     answers: list[AnswerSample] = []
+    classes: ClassCounts | None = None
+    decisions: list[DecidedText] = []
+    cost: CostRecord | None = None
+    files: dict[str, FileRecord] = {}
     notes: list[str]
     identity: str | None = None
     verification: Verification | None = None
     seconds: dict[str, float]
     versions: dict[str, str]
     hardware: dict[str, str | int]
+
+
+def read_report(folder: Path, where: str) -> GraftReport:
+    """The report in a graft's folder.
+
+    Args:
+        where: what the user called the folder, for messages.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another version.
+    """
+    if not (folder / REPORT).is_file():
+        raise CheckpointError(
+            "the folder holds a module, but no graft",
+            where=where,
+            expected=REPORT,
+            fix="make one with transfer, or load the module with its own library",
+        )
+    try:
+        return GraftReport.model_validate(read_json(folder / REPORT))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the report was written by another version ({str(error).splitlines()[0]})",
+            where=str(folder / REPORT),
+            fix="transfer the module again",
+        ) from error

@@ -37,6 +37,7 @@ def test_transfer_writes_a_checkpoint_and_says_what_it_did(command, world, tmp_p
         "adapter_model.safetensors",
         "graft.json",
         "README.md",
+        "report.html",
         "tokenizer.json",
         "tokenizer_config.json",
     } == {path.name for path in (tmp_path / "g").iterdir()} - {"special_tokens_map.json"}  # which transformers 4 adds

@@ -34,20 +34,7 @@ from peft_graft.run import UNFINISHED, Run
 @pytest.fixture(scope="module")
 def module(world, tmp_path_factory):
     """A LoRA whose head, unlike a random one, gives every class its share."""
-    folder = tmp_path_factory.mktemp("distillation") / "module"
-    model = tiny.peft_lora(folder, world / "teacher")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
-    batch = tokenizer(tiny.sentences(100, seed=3), padding=True, return_tensors="pt")
-    head = model.base_model.model.classifier.modules_to_save["default"]
-    with torch.inference_mode():
-        logits = model(**batch).logits[batch["attention_mask"].bool()]
-        head.weight.mul_(4 / logits.std(0).unsqueeze(1))
-        head.bias.zero_()
-        head.bias.sub_(model(**batch).logits[batch["attention_mask"].bool()].mean(0))
-        answers = model(**batch).logits[batch["attention_mask"].bool()].argmax(-1)
-    assert torch.bincount(answers, minlength=5).min() > 20
-    model.save_pretrained(folder)
-    return folder
+    return tiny.evenly_deciding_lora(tmp_path_factory.mktemp("distillation") / "module", world / "teacher")
 
 
 def transfer(world, module, **options):

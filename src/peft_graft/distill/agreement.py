@@ -16,8 +16,7 @@ from torch import Tensor
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
-from peft_graft.distill.targets import Kind, Targets, log_probabilities, student_answers
-from peft_graft.distill.training import length_batches
+from peft_graft.distill.targets import Kind, Targets, answers_to, log_probabilities
 from peft_graft.metrics import OfSums, interval
 from peft_graft.models.loading import ModelHandle
 from peft_graft.record import Record
@@ -214,9 +213,14 @@ def compare_answers(
     Args:
         groups: of the prompts, the same for those that are alike; each on its own by default. seed: of the intervals.
     """
-    constant = max(teacher, key=lambda one: sum(_word_f1(one, wanted) for wanted in teacher))
+    constant = max(teacher, key=lambda one: sum(word_f1(one, wanted) for wanted in teacher))
     figures = [
-        [1.0, _same(own, wanted), *(_word_f1(one, wanted) for one in (own, other, constant)), _same(other, wanted)]
+        [
+            1.0,
+            same_text(own, wanted),
+            *(word_f1(one, wanted) for one in (own, other, constant)),
+            same_text(other, wanted),
+        ]
         for own, wanted, other in zip(given, teacher, bare, strict=True)
     ]
     counts = _by_group(torch.tensor(figures, dtype=torch.float64), groups or range(len(figures)))
@@ -244,11 +248,12 @@ def _corrected_f1(sums: Sequence[float], _: int) -> float:
     return (sums[2] - base) / (sums[0] - base) if base < sums[0] else 0.0
 
 
-def _same(given: Answer, wanted: Answer) -> float:
+def same_text(given: Answer, wanted: Answer) -> float:
+    """1 for the same answer, white space aside, else 0."""
     return float(given.text.split() == wanted.text.split())
 
 
-def _word_f1(given: Answer, wanted: Answer) -> float:
+def word_f1(given: Answer, wanted: Answer) -> float:
     """F1 of the words, and of the marks between them."""
     words, others = (Counter(WORD.findall(answer.text)) for answer in (given, wanted))
     both = words.total() + others.total()
@@ -433,14 +438,9 @@ def measure(
         NotFiniteError: an answer of the student is not finite.
     """
     given, order = [], []
-    attached.model.eval()
-    with torch.inference_mode():
-        for rows in length_batches(held_out.lengths):
-            answers = student_answers(attached, student, held_out, rows).float().cpu()
-            counts = [len(held_out.values[row]) for row in rows]
-            check_finite(answers, f"student {student.name}", (held_out.text(row, student) for row in rows), counts)
-            given.append(answers)
-            order.extend(rows)
+    for rows, answers in answers_to(attached, student, held_out, range(len(held_out))):
+        given.append(answers)
+        order.extend(rows)
     values = torch.cat([held_out.values[row] for row in order])
     shift = torch.cat([held_out.shift[row] for row in order]) if held_out.shift else None
     draws = None

@@ -19,7 +19,7 @@ from peft_graft.distill.agreement import (
     compare_answers,
     compare_divergences,
 )
-from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.distillation import READ, Distillation
 from peft_graft.distill.finite import not_finite
 from peft_graft.distill.generate import Answer, Sampling, generate_answers
 from peft_graft.distill.make_prompts import MadePrompts
@@ -172,6 +172,15 @@ class PromptDistillation(Distillation):
     def measure(self, attached: AttachedModel) -> Agreement:
         """Agreement at the strict positions of the answers that choose (``Agreement``)."""
         return compare_divergences(self.divergences(attached, self.held_out), self.bare, self.held_out.sizes)
+
+    def read(self, attached: AttachedModel) -> int:
+        """See ``Distillation``; prompts with the teacher's answers."""
+        template = self.templates.teacher if attached is self.teacher else self.templates.student
+        answered = list(zip(self.asked, self.answers, strict=True))[:READ]
+        rows = [template.encode(prompt, answer.text, ended=answer.ended).ids for prompt, answer in answered]
+        with torch.inference_mode():
+            float(last_states(attached, template, rows).sum())  # to the CPU, and so to the end
+        return len(rows)
 
     def judge(self, attached: AttachedModel) -> Agreement:
         """The same of the answers that judge."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from peft_graft.distill.agreement import Agreement
 
 
+#: Texts by which the speed of models is compared.
+READ = 16
+
+
 @dataclass(frozen=True)
 class Distillation(ABC):
     """What a graft learns from and is judged by.
@@ -69,6 +73,11 @@ class Distillation(ABC):
     @abstractmethod
     def measure(self, attached: AttachedModel) -> Agreement:
         """How the student with a module agrees with the teacher on what grafts are chosen by."""
+
+    @abstractmethod
+    def read(self, attached: AttachedModel) -> int:
+        """Let the teacher, or a student with a module, read ``READ`` of the texts that judge in one batch, to see how
+        long that takes; how many they were."""
 
     @abstractmethod
     def judge(self, attached: AttachedModel) -> Agreement:

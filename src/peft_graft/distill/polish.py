@@ -69,7 +69,7 @@ class PolishRecord(Record):
     """A label-free polish: its settings, the samples it learned from and the held-out curve.
 
     ``start``: ``moved`` or ``gradient`` (``STARTS``). ``pilots``: what was tried first, as "start rate", and
-    how far it came.
+    how far it came. ``trials``: the held-out curves of these, from where each began.
     """
 
     settings: PolishSettings
@@ -77,6 +77,7 @@ class PolishRecord(Record):
     pilots: dict[str, CurvePoint]
     samples: int
     curve: list[CurvePoint]
+    trials: dict[str, list[CurvePoint]] = {}
 
 
 def polish(
@@ -120,6 +121,7 @@ def polish(
         pilots={f"{name} {each:g}": point for (name, each), point in course.tried.items()},
         samples=len(candidate.learning[0].lengths),
         curve=curve,
+        trials={f"{name} {each:g}": points for (name, each), points in course.trials.items()},
     )
     if not better:
         return outcome, record
@@ -201,6 +203,7 @@ class _Course:
     identity: str
     starts: Sequence[str]
     tried: dict[tuple[str, float], CurvePoint] = field(default_factory=dict)
+    trials: dict[tuple[str, float], list[CurvePoint]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pilot = self.asked.steps // PILOT
@@ -246,7 +249,8 @@ class _Course:
     def _try(self, start: str, rate: float) -> None:
         curve = self.train(start, rate, self.pilot)
         # An arm that has gone on before an interruption has later points too.
-        self.tried[start, rate] = next(point for point in curve if point.step == self.pilot)
+        self.trials[start, rate] = [point for point in curve if point.step <= self.pilot]
+        self.tried[start, rate] = self.trials[start, rate][-1]
 
     def _best(self) -> tuple[str, float]:
         def cost(arm: tuple[str, float]) -> float:

@@ -5,7 +5,7 @@ This is all that fitting, polishing and judging a graft know of the teacher: no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
+from peft_graft.distill.finite import check_finite
+from peft_graft.distill.training import length_batches
 from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.tasks import Task
@@ -115,6 +117,26 @@ def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targ
     values = state if targets.kind == "hidden" else logits
     assert values is not None
     return pooled(values, [targets.spans[row] for row in rows])
+
+
+def answers_to(
+    attached: AttachedModel, student: ModelHandle, targets: Targets, rows: Sequence[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The student's answers to some of the samples, in batches of like length: numbers of samples, and their answers
+    as ``student_answers`` has them, float32 on the CPU, without gradients.
+
+    Raises:
+        NotFiniteError: one of them is not finite.
+    """
+    attached.model.eval()
+    lengths = targets.lengths
+    for batch in length_batches([lengths[row] for row in rows]):
+        chosen = [rows[index] for index in batch]
+        with torch.inference_mode():
+            found = student_answers(attached, student, targets, chosen).float().cpu()
+        counts = [len(targets.values[row]) for row in chosen]
+        check_finite(found, f"student {student.name}", (targets.text(row, student) for row in chosen), counts)
+        yield chosen, found
 
 
 def distillation_loss(given: Tensor, targets: Targets, rows: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import WORD, Agreement, measure
-from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.distillation import READ, Distillation
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import (
     WHOLE,
@@ -68,7 +68,7 @@ class TextDistillation(Distillation):
         samples: the text of ``train``.
         train: to be learned from. held_out: to choose by; nothing is ever fitted or trained on it.
         judging: to be judged by, which nothing is chosen by either. groups: of its samples, the same for those that are
-            alike. carried: see ``agreement.Agreement``. seed: of the intervals.
+            alike. judging_samples: its text. carried: see ``agreement.Agreement``. seed: of the intervals.
     """
 
     samples: Sequence[Sample]
@@ -78,6 +78,7 @@ class TextDistillation(Distillation):
     groups: Sequence[int]
     carried: float | None = None
     seed: int = 0
+    judging_samples: Sequence[Sample] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -92,6 +93,14 @@ class TextDistillation(Distillation):
     def measure(self, attached: AttachedModel) -> Agreement:
         """How the student with a module agrees with the teacher on the text that chooses."""
         return measure(attached, self.models.student, self.held_out)
+
+    def read(self, attached: AttachedModel) -> int:
+        """See ``Distillation``."""
+        model = self.models.teacher if attached is self.teacher else self.models.student
+        inputs, _ = tokenize(model, self.judging_samples[:READ], MAX_LENGTH)
+        with torch.inference_mode():
+            float(attached.forward(pad(model, inputs, attached.device))[1].sum())  # to the CPU, and so to the end
+        return len(inputs)
 
     def judge(self, attached: AttachedModel) -> Agreement:
         """The same on the text that judges."""
@@ -161,6 +170,7 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
         parts.groups,
         carried,
         config.seed,
+        judging_samples=chosen[:judging],
         gradient_checkpointing=config.gradient_checkpointing,
     )
 

@@ -66,6 +66,21 @@ class StudyFolder:
         """The record of a finished cell."""
         return read_json(self._record(cell))
 
+    @property
+    def name(self) -> str:
+        """What the study is called."""
+        return str(read_json(self.path / "study.json").get("name", self.path.name))
+
+    @property
+    def finished(self) -> list[str]:
+        """All cells that have finished, by whatever study."""
+        return sorted(path.stem for path in (self.path / "cells").glob("*.json"))
+
+    @property
+    def failed(self) -> list[str]:
+        """All cells that have failed and not been done since."""
+        return sorted(path.stem for path in (self.path / "failures").glob("*.json"))
+
     def records(self, cells: Iterable[str]) -> list[dict[str, Any]]:
         """The records of those of the cells that have finished."""
         return [self.record(cell) for cell in cells if self.is_done(cell)]

@@ -144,23 +144,28 @@ def lift(records: Sequence[Record]) -> list[str]:
 
 def lifts(records: Sequence[Record]) -> list[str]:
     """One row for every cell: what the default comes to without labels, beside fresh modules."""
-    cells = cells_of(records)
+    header, rows = lifts_of(cells_of(records))
+    lines = [[*row[:3], f"**{row[3]}**", *row[4:]] for row in rows]
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(line)} |" for line in lines)]
+
+
+def lifts_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of ``lifts``, as text."""
     default = _default(cells)
-    lines = [
-        "| task and models | student alone | fresh, 100 labels | graft, no labels | fresh, all | teacher | lift |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for cell in cells:
-        shown = [
+    of_all = ("student alone", f"fresh, {_FEW} labels", "graft, no labels", "fresh, all", "teacher", "lift")
+    rows = [
+        [
+            f"{cell.about} ({cell.metric})",
             _score(cell.scores(FRESH, 0)),
             _score(cell.scores(FRESH, _FEW)),
-            f"**{_score(cell.scores(default, 0))}**",
+            _score(cell.scores(default, 0)),
             f"{cell.all_labels:.3f}",
             f"{cell.teacher:.3f}",
             _share(cell.lifts(default, 0)),
         ]
-        lines.append(f"| {cell.about} ({cell.metric}) | {' | '.join(shown)} |")
-    return lines
+        for cell in cells
+    ]
+    return ["task and models", *of_all], rows
 
 
 def _default(cells: Sequence[Cell]) -> str:

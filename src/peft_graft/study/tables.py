@@ -315,6 +315,32 @@ def write_tables(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Res
     return tables
 
 
+def curve_panels(
+    records: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, ...], dict[Any, dict[str, list[tuple[float, float]]]]]:
+    """Validation score over training steps, the mean over languages and seeds: student, module and task -> budget ->
+    start -> points, the fresh module first."""
+    curves: dict[tuple[str, ...], dict[Any, dict[str, list[list[list[float]]]]]] = {}
+    for record in records:
+        if record["kind"] == "student" and record["result"].get("curve"):
+            names = record["names"]
+            panel = curves.setdefault((names["student"], names["module"], names["task"]), {})
+            panel.setdefault(names["budget"], {}).setdefault(names["start"], []).append(record["result"]["curve"])
+    return {
+        key: {
+            budget: {
+                start: [
+                    (statistics.fmean(point[0] for point in points), statistics.fmean(point[1] for point in points))
+                    for points in zip(*found, strict=False)  # as far as the shortest goes
+                ]
+                for start, found in sorted(starts.items(), key=lambda item: (item[0] != FRESH, item[0]))
+            }
+            for budget, starts in budgets.items()
+        }
+        for key, budgets in curves.items()
+    }
+
+
 def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Validation score over training steps, the mean over languages and seeds, a figure for each pair, module and task.
 
@@ -325,22 +351,14 @@ def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DependencyError("matplotlib is not installed", fix="pip install 'peft-graft[study]'") from error
-    students = [record for record in records if record["kind"] == "student" and record["result"].get("curve")]
-    panels: dict[tuple[str, ...], dict[Any, dict[str, list[list[list[float]]]]]] = {}
-    for record in students:
-        names = record["names"]
-        panel = panels.setdefault((names["student"], names["module"], names["task"]), {})
-        panel.setdefault(names["budget"], {}).setdefault(names["start"], []).append(record["result"]["curve"])
     written = []
-    for key, budgets in panels.items():
+    for key, budgets in curve_panels(records).items():
         figure = Figure(figsize=(4.5 * len(budgets), 3.4), layout="constrained")
         for index, (budget, starts) in enumerate(budgets.items()):
             axes = figure.add_subplot(1, len(budgets), index + 1)
-            for start, curves in sorted(starts.items(), key=lambda item: (item[0] != FRESH, item[0])):
-                shortest = min(map(len, curves))
-                steps = [statistics.fmean(curve[at][0] for curve in curves) for at in range(shortest)]
-                scores = [statistics.fmean(curve[at][1] for curve in curves) for at in range(shortest)]
-                axes.plot(steps, scores, label=start, marker=".", linestyle="--" if start == FRESH else "-")
+            for start, points in starts.items():
+                style = "--" if start == FRESH else "-"
+                axes.plot(*zip(*points, strict=True), label=start, marker=".", linestyle=style)
             axes.set(title=f"{budget} labels", xlabel="steps", ylabel="validation score")
             axes.legend(fontsize="small")
         figure.suptitle(", ".join(key))

@@ -3,6 +3,8 @@
 A new verb is a file here and its name below, which is also its place on the help page.
 """
 
-from peft_graft.cli.commands import inspect, transfer, align, compose, evaluate, export, study, demo, schema  # isort: skip
+from peft_graft.cli.commands import (  # isort: skip
+    inspect, transfer, report, align, compose, evaluate, export, study, demo,
+)  # fmt: skip
 
-__all__ = ["align", "compose", "demo", "evaluate", "export", "inspect", "schema", "study", "transfer"]
+__all__ = ["align", "compose", "demo", "evaluate", "export", "inspect", "report", "study", "transfer"]

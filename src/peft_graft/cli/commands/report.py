@@ -1,0 +1,55 @@
+"""The command ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peft_graft.cli.late import command
+
+
+@command
+def report(
+    place: Annotated[Path, typer.Argument(help="Folder of a graft or of a study, or a study's exported results.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write instead of report.html in the folder; it must not exist.")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Of a study: show the page on this machine while it runs; Ctrl-C ends it.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="With --serve: the port; 0 takes one that is free.")] = 0,
+) -> None:
+    """Make the page of a graft again, from its graft.json alone, or that of a study so far."""
+    from rich.console import Console
+
+    from peft_graft.cli.display import escaped
+    from peft_graft.errors import StudyError
+    from peft_graft.outputs import check_output_file
+    from peft_graft.page.graft import PAGE, write_page
+    from peft_graft.report import read_report
+
+    of_study = place.suffix == ".jsonl" or (place / "study.json").is_file()
+    if serve and not of_study:
+        raise StudyError("only a study's page is served", where=str(place), fix="leave --serve out")
+    console = Console(emoji=False)
+    if serve:
+        from peft_graft.study.serve import serving
+
+        with serving(place, port) as server:
+            console.print(f"http://127.0.0.1:{server.server_address[1]}/ shows {escaped(str(place))}; Ctrl-C ends it")
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                return
+    file = out or (place.with_suffix(".html") if place.is_file() else place / PAGE)
+    if out is not None:
+        check_output_file(out, force=False)
+    if of_study:
+        from peft_graft.study.report import StudyResults, write_study_page
+
+        write_study_page(StudyResults.read(place), file)
+    else:
+        write_page(read_report(place, str(place)), place.absolute().name, file)
+    console.print(f"[bold green]written[/] {escaped(str(file))}", soft_wrap=True)

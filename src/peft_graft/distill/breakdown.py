@@ -1,0 +1,215 @@
+"""The verdict in its parts: by class, by kind of prompt, and what is answered to some of the text that judges."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peft_graft.alignment.activations import tokenize
+from peft_graft.distill.agreement import WORD, same_text, word_f1
+from peft_graft.distill.candidates import Candidate
+from peft_graft.distill.generate import Answer
+from peft_graft.distill.targets import Targets, answers_to, log_probabilities
+from peft_graft.distill.teacher import MAX_LENGTH, TextDistillation
+from peft_graft.prompts.conversation import Prompt
+from peft_graft.record import Record
+
+#: Samples that a report shows: the first ones, and those of the others on which teacher and graft differ most.
+_FIRST, _DIFFERING = 10, 10
+#: Words of prompts that are short, and of those that are of middle length, at most.
+_SHORT, _MIDDLE = 12, 40
+
+
+class ClassCounts(Record):
+    """How often the graft gives which class where the teacher gives which, on the text that judges.
+
+    ``labels``: names of the classes. ``counts``: (the teacher's class, the graft's, how often), of what occurs.
+    """
+
+    labels: list[str]
+    counts: list[tuple[int, int, int]]
+
+
+class Decision(Record):
+    """The class that each gives to a word; ``word`` is None where the whole text has one class.
+
+    ``bare``: by the graft's head with the module switched off, None for modules that cannot be.
+    """
+
+    word: str | None
+    teacher: str
+    graft: str
+    bare: str | None
+
+
+class DecidedText(Record):
+    """A text, or a pair, that judges, and what is decided about it.
+
+    ``divergence``: mean over its decisions, nats. ``first``: whether it is shown since it stands among the first; all
+    others are shown since teacher and graft differ most on them.
+    """
+
+    texts: list[str]
+    decisions: list[Decision]
+    divergence: float
+    first: bool
+
+
+class PromptKind(Record):
+    """Agreement of greedy answers to one kind of the prompts that judge (``GenerationAgreement``)."""
+
+    kind: str
+    prompts: int
+    exact: float
+    token_f1: float
+    bare_token_f1: float
+
+
+def decided(candidate: Candidate, labels: Sequence[str]) -> tuple[ClassCounts | None, list[DecidedText]]:
+    """How the attached model decides the text that judges: counts, None for labels of which several may hold, and some
+    of the text; nothing of what gives no classes.
+
+    Args:
+        labels: names of the classes.
+    """
+    distillation, attached = candidate.learning
+    if not isinstance(distillation, TextDistillation) or distillation.judging.kind == "hidden":
+        return None, []
+    student, judging = distillation.models.student, distillation.judging
+    given = _by_row(answers_to(attached, student, judging, range(len(judging))), judging)
+    texts = _shown(candidate, distillation, given, labels)
+    if judging.kind == "labels":
+        return None, texts
+    chosen, wanted = (torch.cat([side[row].argmax(-1) for row in given]) for side in (given, judging.values))
+    counts = Counter(zip(wanted.tolist(), chosen.tolist(), strict=True))
+    found = ClassCounts(labels=list(labels), counts=[(*pair, count) for pair, count in sorted(counts.items())])
+    return found, texts
+
+
+def _by_row(answers: Iterator[tuple[list[int], Tensor]], targets: Targets) -> dict[int, Tensor]:
+    """Log-probabilities of every sample, as in ``Targets``."""
+    found = {
+        row: log_probabilities(part, targets.kind)
+        for rows, values in answers
+        for row, part in zip(rows, torch.split(values, [len(targets.values[row]) for row in rows]), strict=True)
+    }
+    return dict(sorted(found.items()))
+
+
+def _shown(
+    candidate: Candidate, distillation: TextDistillation, given: dict[int, Tensor], labels: Sequence[str]
+) -> list[DecidedText]:
+    judging, samples = distillation.judging, distillation.judging_samples
+    divergence = {
+        row: float((judging.values[row].exp() * (judging.values[row] - own)).flatten(1).sum(-1).mean())
+        for row, own in given.items()
+        if len(own)
+    }
+    first = list(divergence)[:_FIRST]
+    differ = [
+        row
+        for row in divergence
+        if row not in first and bool((given[row].argmax(-1) != judging.values[row].argmax(-1)).any())
+    ]
+    rows = first + sorted(differ, key=lambda row: -divergence[row])[:_DIFFERING]
+    bare = _without_module(candidate, rows)
+    _, spans = tokenize(distillation.models.student, [samples[row] for row in rows], MAX_LENGTH)
+    found = []
+    for row, tokens in zip(rows, spans, strict=True):
+        words: list[str | None] = [None] * len(given[row])
+        if judging.kind == "words":
+            words = [_word_at(samples[row].texts, tokens[start]) for start, _ in judging.spans[row]]
+        names = [
+            None if side is None else [_name_of(decision, labels) for decision in side[row].argmax(-1).tolist()]
+            for side in (judging.values, given, bare)
+        ]
+        nobody: list[str | None] = [None] * len(words)
+        said = zip(words, *(names_of or nobody for names_of in names), strict=True)
+        found.append(
+            DecidedText(
+                texts=list(samples[row].texts),
+                decisions=[Decision(word=word, teacher=t, graft=g, bare=b) for word, t, g, b in said],
+                divergence=max(0.0, divergence[row]),
+                first=row in first,
+            )
+        )
+    return found
+
+
+def _name_of(decision: int | list[int], labels: Sequence[str]) -> str:
+    """A class by its name; of labels all that hold."""
+    if isinstance(decision, int):
+        return labels[decision]
+    return ", ".join(label for label, holds in zip(labels, decision, strict=True) if holds) or "none"
+
+
+def _word_at(texts: Sequence[str], span: tuple[int, int, int] | None) -> str:
+    """The word that begins where a token does."""
+    assert span is not None  # answers belong to tokens of the text
+    segment, start, end = span
+    match = WORD.match(texts[segment], start)
+    return match[0] if match else texts[segment][start:end]
+
+
+def _without_module(candidate: Candidate, rows: Sequence[int]) -> dict[int, Tensor] | None:
+    """The answers below the graft's head with the module switched off; None where there is no such thing."""
+    distillation, _ = candidate.learning
+    assert isinstance(distillation, TextDistillation)
+    before = candidate.checkpoint
+    if before.raw.is_virtual:  # virtual tokens are read, whatever their values
+        return None
+    candidate.put(replace(before, modules={site: module.neutral() for site, module in before.modules.items()}))
+    try:
+        judging, attached = distillation.judging, candidate.learning[1]
+        if attached.is_active:  # not of a kind that can be switched off by its values
+            return None
+        return _by_row(answers_to(attached, distillation.models.student, judging, rows), judging)
+    finally:
+        candidate.put(before)
+
+
+def by_kind(
+    prompts: Sequence[Prompt], given: Sequence[Answer], teacher: Sequence[Answer], bare: Sequence[Answer]
+) -> list[PromptKind]:
+    """Agreement by the length of the prompt and by the form of the teacher's answer, of kinds that some are not of."""
+    groups: dict[str, list[tuple[float, float, float]]] = {}
+    for prompt, own, wanted, other in zip(prompts, given, teacher, bare, strict=True):
+        values = same_text(own, wanted), word_f1(own, wanted), word_f1(other, wanted)
+        for kind in (_length_of(prompt.text), _form_of(wanted.text)):
+            groups.setdefault(kind, []).append(values)
+    found = []
+    for kind in (*_LENGTHS, *_FORMS):
+        rows = groups.get(kind, [])
+        if 0 < len(rows) < len(prompts):
+            exact, f1, bare_f1 = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+            found.append(PromptKind(kind=kind, prompts=len(rows), exact=exact, token_f1=f1, bare_token_f1=bare_f1))
+    return found
+
+
+_LENGTHS = (
+    f"prompts of up to {_SHORT} words",
+    f"prompts of {_SHORT + 1} to {_MIDDLE} words",
+    f"prompts of more than {_MIDDLE} words",
+)
+_FORMS = ("answered in JSON", "answered in one word", "answered in one line", "answered in several lines")
+
+
+def _length_of(prompt: str) -> str:
+    words = len(prompt.split())
+    return _LENGTHS[0 if words <= _SHORT else 1 if words <= _MIDDLE else 2]
+
+
+def _form_of(answer: str) -> str:
+    try:
+        if isinstance(json.loads(answer), dict | list):
+            return _FORMS[0]
+    except (ValueError, RecursionError):
+        pass
+    if len(answer.split()) <= 1:
+        return _FORMS[1]
+    return _FORMS[3 if "\n" in answer.strip() else 2]
