@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from peft_graft.alignment.text import rows_given
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_task
@@ -32,9 +34,10 @@ from peft_graft.metrics import METRICS
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import check_output_file, reserving_output, write_aside
+from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
-from peft_graft.record import Record
+from peft_graft.record import Record, html_table
 from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
@@ -68,6 +71,11 @@ class Evaluation(Record):
     versions: dict[str, str]
     hardware: dict[str, str | int]
 
+    def _repr_html_(self) -> str:
+        names = list(self.rows[0].scores) if self.rows else []
+        scores = ([row.name, *(f"{row.scores[name].value:.3f}" for name in names)] for row in self.rows)
+        return html_table(f"{self.graft} on {self.prompts:,} prompts of {self.text}", [["", *names], *scores])
+
 
 @reserving_output
 def evaluate(
@@ -78,8 +86,8 @@ def evaluate(
     teacher: str | Path | None = None,
     student: str | Path | None = None,
     out: str | Path | None = None,
-    config: EvaluateConfig | None = None,
-    callbacks: Sequence[Callback] = (),
+    config: EvaluateConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] | None = None,
 ) -> Evaluation:
     """Score what a graft answers, beside its student without it and the teacher, against answers that are known.
 
@@ -92,12 +100,13 @@ def evaluate(
             left out, unless it, or its ``module``, is given here.
         student: the model that the graft or module is on, if it is not where its files say.
         out: JSON file for the result. Answers so far are kept beside it, and the same call goes on from there.
-        config: how to ask; ``EvaluateConfig()`` by default. callbacks: watch the run.
+        config: how to ask; an ``EvaluateConfig``, or a dict of its fields. callbacks: watch the run.
 
     Raises:
         GraftError: one of its kinds. All that can be known without weights is checked before any are loaded.
     """
-    config = config or EvaluateConfig()
+    text = rows_given(text)
+    config = EvaluateConfig.of(config)
     names = _known(metrics)
     if out is not None:
         check_output_file(Path(out), force=config.force)
@@ -105,7 +114,7 @@ def evaluate(
     others, notes = _teacher_if_there(report, teacher, config)
     config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
     asked = Asked.of(text, [side, *others], names, config)
-    run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     measuring = Measuring(asked, names, config, run)
     rows = sorted(
         (row for one in (side, *others) for row in measuring.rows(one)), key=lambda row: _ORDER.index(row.record.name)
@@ -152,7 +161,7 @@ def _known(metrics: Sequence[str]) -> list[str]:
     Raises:
         PlanError: there is none, or none of that name.
     """
-    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    names = [metrics] if isinstance(metrics, str) or not isinstance(metrics, Iterable) else list(dict.fromkeys(metrics))
     for name in names or [""]:
         if name not in METRICS and name != NLL:
             raise PlanError("no such metric", where="--metric", expected=", ".join([*METRICS, NLL]), found=name or None)

@@ -20,11 +20,13 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
+from peft_graft.distill.agreement import Verdict
 from peft_graft.errors import CheckpointError, ModelError
 from peft_graft.files import read_json, write_json
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
+from peft_graft.record import html_table
 from peft_graft.report import GraftReport
 
 REPORT = "graft.json"
@@ -53,6 +55,15 @@ class Graft:
     def __repr__(self) -> str:
         report = self.report
         return f"Graft({report.module_kind} of {report.teacher.name} on {report.student.name}: {report.verdict.level})"
+
+    def _repr_html_(self) -> str:
+        where = {"folder": str(self.folder)} if self.folder else {}
+        return html_table("Graft", [*self.report.summary.items(), *where.items()])
+
+    @property
+    def verdict(self) -> Verdict:
+        """How well it does what the teacher does: ``level``, ``text`` and the figures behind them."""
+        return self.report.verdict
 
     @property
     def labels(self) -> tuple[str, ...]:
