@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from peft_graft.alignment.text import rows_given
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
@@ -32,6 +34,7 @@ from peft_graft.files import json_text
 from peft_graft.graft import REPORT, Graft
 from peft_graft.metrics import METRICS
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
+from peft_graft.models.places import hub_id_of
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import check_output_file, reserving_output, write_aside
 from peft_graft.progress import watchers
@@ -70,6 +73,23 @@ class Evaluation(Record):
     seconds: dict[str, float]
     versions: dict[str, str]
     hardware: dict[str, str | int]
+
+    @property
+    def eval_results(self) -> list[EvalResult]:
+        """The scores of the graft, or of the module, as model cards hold them (``Graft.save_pretrained``)."""
+        named = self.text if not Path(self.text).exists() else Path(self.text).name
+        row = next((row for row in self.rows if row.name in (GRAFT, MODULE)), None)
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=named if hub_id_of(named) == named else "prompts",
+                dataset_name=named,
+                metric_type=metric,
+                metric_name=metric,
+                metric_value=round(score.value, 4),
+            )
+            for metric, score in (row.scores.items() if row else ())
+        ]
 
     def _repr_html_(self) -> str:
         names = list(self.rows[0].scores) if self.rows else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.card import write_model_card
@@ -123,12 +125,13 @@ class Graft:
             )
         return transformers.pipeline(task, model=self.model.eval(), tokenizer=self.tokenizer, **options)
 
-    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Graft:
+    def save_pretrained(self, folder: str | Path, *, force: bool = False, results: Sequence[EvalResult] = ()) -> Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.
 
         Args:
             folder: it must not exist.
             force: replace it if it does.
+            results: of evaluations, for the card; ``Evaluation.eval_results`` has those of ``evaluate``.
 
         Returns:
             The same graft with ``folder`` and the verification in its report.
@@ -137,9 +140,11 @@ class Graft:
             OutputError: the folder exists and ``force`` is not set, or cannot be written.
             VerificationError: the written checkpoint does not load cleanly, or changes nothing.
         """
-        return self._save(Path(folder), force=force)
+        return self._save(Path(folder), force=force, results=results)
 
-    def _save(self, out: Path, *, force: bool = False, hub_id: str | None = None) -> Graft:
+    def _save(
+        self, out: Path, *, force: bool = False, hub_id: str | None = None, results: Sequence[EvalResult] = ()
+    ) -> Graft:
         """See ``save_pretrained``; of a graft that goes to the hub as ``hub_id``, so that others can load it."""
         raw, student = self.raw, self._loaded_student
         names = written_names(student, raw.task)
@@ -158,7 +163,7 @@ class Graft:
             notes = list(dict.fromkeys(notes))
             report = self.report.model_copy(update={"verification": verification, "notes": notes})
             called = hub_id or out.absolute().name
-            write_model_card(staging, report, raw, student, self.labels, names=names, graft=called)
+            write_model_card(staging, report, raw, student, self.labels, names=names, graft=called, results=results)
             write_json(staging / REPORT, report.model_dump(mode="json"))
         return replace(self, report=report, folder=out)
 
