@@ -5,6 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import peft
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import peft_graft
@@ -21,8 +27,9 @@ from conftest import needs_adapters
 from peft_graft import Graft, GraftConfig
 from peft_graft.card import write_model_card
 from peft_graft.checkpoints.student_names import written_names
+from peft_graft.distill.agreement import GenerationAgreement, Verdict
 from peft_graft.distill.completions import PromptRecord
-from peft_graft.errors import HeadError
+from peft_graft.errors import HeadError, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SHAPE = {"layers": 2, "hidden": 16, "heads": 2, "ffn": 16}
@@ -236,6 +243,7 @@ HOSTILE = [
     "# heading",
     "\x1b[31mred\x1b[0m \u202egnp \ud800",
     "&lt;b&gt; *a* _b_ ~~c~~",
+    "https://evil.example www.evil.example evil@example.org",
 ]
 
 
@@ -258,7 +266,7 @@ def test_no_string_breaks_the_card(made: Path, tmp_path: Path, monkeypatch) -> N
     names = written_names(graft.student, graft.raw.task)
     write_model_card(tmp_path, hostile, graft.raw, graft.student, labels, names=names, graft=everything)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.to_dict() == {**ModelCard(tame).data.to_dict(), "tags": ["peft-graft", everything]}
+    assert card.data.to_dict() == {**ModelCard(tame).data.to_dict(), "tags": ["peft-graft", plain(everything)[:200]]}
     assigned = {
         node.targets[0].id: node.value
         for node in ast.walk(ast.parse(code_of(tmp_path)))
@@ -276,6 +284,134 @@ def test_no_string_breaks_the_card(made: Path, tmp_path: Path, monkeypatch) -> N
 
     added = tame.replace("\n## Load it", "\nNote: one more.\n\n## Load it")
     assert outline((tmp_path / "README.md").read_text()) == outline(added)
+
+
+def test_what_the_hub_reads_comes_from_the_cards_of_what_went_in(made: Path, tmp_path: Path, monkeypatch) -> None:
+    """Licences of both bases and of the module, the module's languages and data, and the figures of the verdict."""
+    for name in ("models", "modules"):
+        shutil.copytree(made / name, tmp_path / name)
+    student, module = tmp_path / "models" / "llama", tmp_path / "modules" / "speech"
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "_name_or_path": "org/llama"}))
+    (student / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    about = "---\nlicense: apache-2.0\nlanguage: [en, pt, '<b>']\ndatasets:\n- org/data\n- ../x\n- 5\n---\n"
+    (module / "README.md").write_text(about)
+    graft = grafted(tmp_path, "speech", tmp_path / "graft", monkeypatch)
+    said, text = metadata(tmp_path / "graft")
+    assert said["base_model"] == "org/llama"
+    assert said["base_model_relation"] == "adapter"
+    assert said["tags"] == ["peft-graft", "lora", "base_model:adapter:org/llama"]
+    assert said["license"] == "apache-2.0"
+    assert said["language"] == ["en", "pt"]
+    assert said["datasets"] == ["org/data"]
+    assert "model-index" not in said, "nothing was measured"
+    assert "| licences | The new base: apache-2.0; the old base: apache-2.0; the module: apache-2.0 |" in text
+
+    (module / "README.md").write_text("---\nlicense: gemma\n---\n")
+    verdict = Verdict(
+        level="strong",
+        text="fine",
+        generated=GenerationAgreement(
+            agreement=0.91234, exact=0.5, token_f1=0.8, bare_exact=0, bare_token_f1=0.1, answers=9
+        ),
+    )
+    result = EvalResult("text-generation", "org/data", "Data", "exact_match", 0.75, metric_name="Exact <b>match</b>")
+    measured = replace(graft, report=graft.report.model_copy(update={"verdict": verdict}))
+    measured.save_pretrained(tmp_path / "measured", results=[result])
+    said, text = metadata(tmp_path / "measured")
+    assert said["license"] == "other"
+    assert "They differ, and what is made from all of them has to keep to each (the new base: apache-2.0;" in text
+    assert "The licences of what it was made from differ" in text
+    assert "| Exact \\<b\\>match\\</b\\>, Data | 0.75 |" in text
+    index = ModelCard.load(tmp_path / "measured" / "README.md").data.eval_results
+    assert [(one.dataset_type, one.metric_type, one.metric_value) for one in index] == [
+        ("held-out", "agreement", 0.9123),
+        ("held-out", "exact_match", 0.5),
+        ("held-out", "f1", 0.8),
+        ("org/data", "exact_match", 0.75),
+    ]
+
+    (student / "README.md").write_text("---\nlicense: [1, {a: b}]\n---\n")
+    (module / "README.md").unlink()
+    graft.save_pretrained(tmp_path / "unknown")
+    said, text = metadata(tmp_path / "unknown")
+    assert not {"license", "language", "datasets"} & said.keys()
+    assert (
+        "| licences | The card of the new base and of the old base and of the module names none that could be read |"
+    ) in text
+
+
+def metadata(folder: Path) -> tuple[dict[str, Any], str]:
+    card = ModelCard.load(folder / "README.md")
+    return card.data.to_dict(), card.text
+
+
+def test_a_card_has_its_lineage_and_no_link(made: Path, tmp_path: Path, monkeypatch) -> None:
+    graft = grafted(made, "tags", tmp_path / "graft", monkeypatch)
+    text = metadata(tmp_path / "graft")[1]
+    for name, digest in graft.report.module_files.items():
+        assert f"{name} {digest}".replace("_", "\\_") in text
+    assert graft.report.student.fingerprint in text
+    assert "## Limits" in text
+    assert "://" not in text
+
+
+def told(graft: Graft, folder: Path, said: list[str]) -> ModelCard:
+    """The card of a graft whose names, files and remarks say this."""
+    report = graft.report
+    changed = report.model_copy(
+        update={
+            "student": report.student.model_copy(update={"name": f"/x/{said[0]}"}),
+            "teacher": report.teacher.model_copy(update={"name": f"/x/{said[1]}", "fingerprint": "0"}),
+            "text": f"/x/{said[2]}",
+            "notes": [f"a note {said[3]}"],
+            "method_reason": f"since {said[4]}",
+            "module_kind": f"kind {said[5]}",
+            "module_files": {f"file {said[6]}": f"hash {said[7]}"},
+        }
+    )
+    labels = tuple(f"{index}{text}" for index, text in enumerate(said))
+    result = EvalResult("a", "b", f"on {said[0]}", f"metric {said[1]}", 1)
+    names = written_names(graft.student, graft.raw.task)
+    write_model_card(folder, changed, graft.raw, graft.student, labels, names=names, graft=said[1], results=[result])
+    return ModelCard.load(folder / "README.md")
+
+
+def outline(card: ModelCard) -> list[str]:
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    assert not {child.type for token in tokens for child in token.children or ()} & {
+        "html_inline",
+        "link_open",
+        "image",
+    }
+    return [token.type for token in tokens]
+
+
+@pytest.fixture(scope="module")
+def once(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Graft, Counter[str]]]:
+    """A graft, and the outline of its card where nothing is hostile."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        graft = grafted(made, "tags", folder / "graft", patch, labels=tiny.LABELS)
+    tame = outline(told(graft, folder, ["tame"] * 8))
+    return lambda: (graft, tame)  # which hypothesis need not print
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.lists(st.one_of(st.text(max_size=60), st.sampled_from(HOSTILE)), min_size=8, max_size=8))
+def test_no_text_at_all_breaks_the_card(
+    said: list[str], once: Callable[[], tuple[Graft, Counter[str]]], tmp_path: Path
+) -> None:
+    """Whatever files, names and cards hold: the metadata reads back as it is, the text keeps its outline."""
+    graft, tame = once()
+    found = told(graft, tmp_path, said)
+    assert found.data.tags == ["peft-graft", plain(f"kind {said[5]}")[:200]]
+    assert found.data.model_name == (plain(said[1])[:200] or "graft")
+    assert found.data.eval_results[-1].dataset_name == plain(f"on {said[0]}")[:200]
+    assert outline(found) == tame
+    prose = re.sub(r"^```python\n.*?^```$", "", found.text, flags=re.M | re.S)
+    assert not re.search(r"(?<!\\)://|www\.", prose), "addresses of which the hub would make links"
+    ast.parse(code_of(tmp_path))
 
 
 @pytest.mark.parametrize("library", ["peft", pytest.param("adapters", marks=needs_adapters)])

@@ -76,6 +76,9 @@ def test_rows_side_by_side(world: Path) -> None:
     assert found.prompts == len(found.answers) == 24
     assert found.settings.format == speech.FORMAT, "as the graft was made"
     assert found.settings.max_new_tokens == 8
+    results = [(one.dataset_name, one.metric_type, one.metric_value) for one in found.eval_results]
+    assert results == [("labelled.jsonl", "exact", 1.0), ("labelled.jsonl", "token-f1", 1.0)]
+    assert "<td><b>teacher</b></td><td>1.000</td>" in found._repr_html_()
     for sample in found.answers:
         assert sample.references == [sample.answers["graft"]] == [answers(world)[sample.prompt]]
         assert sample.answers["student"] == sample.answers["teacher base"] == speech.base_answer(sample.prompt)

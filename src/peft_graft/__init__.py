@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft_graft.graft import Graft
     from peft_graft.models.families import register_architecture
     from peft_graft.modules.base import register_module
+    from peft_graft.progress import ProgressCallback
     from peft_graft.report import GraftReport
     from peft_graft.run import Callback
     from peft_graft.shelf import ShelfModule, ShelfReport
@@ -38,6 +39,7 @@ __all__ = [
     "GraftConfig",
     "GraftError",
     "GraftReport",
+    "ProgressCallback",
     "ShelfModule",
     "ShelfReport",
     "align",
@@ -64,6 +66,7 @@ _HOME = {
     "GraftConfig": "config",
     "GraftError": "errors",
     "GraftReport": "report",
+    "ProgressCallback": "progress",
     "ShelfModule": "shelf",
     "ShelfReport": "shelf",
     "align": "_align",

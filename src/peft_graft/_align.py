@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from peft_graft.alignment.aligner import Aligner, AlignmentText, WantedMaps
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method
 from peft_graft.alignment.sharding import Processes, RayPass
-from peft_graft.alignment.text import TextSource
+from peft_graft.alignment.text import TextLike, TextSource, rows_given
 from peft_graft.config import AlignConfig
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
@@ -19,6 +20,7 @@ from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
 from peft_graft.planning.sources import ModelSources
 from peft_graft.planning.spaces import directions_of_roles, expert_pairs, spaces_of_roles
+from peft_graft.progress import watchers
 from peft_graft.run import UNFINISHED, Callback, Run
 
 
@@ -27,10 +29,10 @@ def align(
     teacher: str | Path,
     student: str | Path,
     *,
-    text: str | Path,
+    text: TextLike,
     out: str | Path | None = None,
-    config: AlignConfig | None = None,
-    callbacks: Sequence[Callback] = (),
+    config: AlignConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] | None = None,
 ) -> Alignment:
     """Align two models once, for every module that will move between them.
 
@@ -40,16 +42,17 @@ def align(
     Args:
         teacher: folder or hub id of the modules' own model.
         student: folder or hub id of the model that they move to.
-        text: unlabelled text, a file or a data set of the hub (``alignment.text.read_text``).
+        text: unlabelled text, as for ``transfer``; on Ray a file or a data set of the hub.
         out: folder to write the alignment to; nothing is written without it.
-        config: how to align, and on which device; ``AlignConfig()`` by default.
+        config: how to align, and on which device; an ``AlignConfig``, or a dict of its fields.
         callbacks: watch the run.
 
     Raises:
         GraftError: as for ``transfer``.
     """
-    config = placed(config or AlignConfig())
-    method = _checked_method(config)
+    text = rows_given(text)
+    config = placed(AlignConfig.of(config))
+    method = _checked_method(config, text)
     if out is not None:
         check_output(Path(out), force=config.force)
     sources = ModelSources(teacher, student, config)
@@ -58,7 +61,7 @@ def align(
     pairs = spaces_of_roles(*architectures, layers=config.layers, roles=config.sites)
     source = TextSource(text, config.columns, config.seed)
     samples = source.samples()
-    run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     processes = Processes.started(RayPass(str(teacher), str(student), str(text), config) if config.ray else None)
     with run.stage("loading models"):
         models = sources.loaded(tokenizers=True)
@@ -77,7 +80,7 @@ def align(
     return found
 
 
-def _checked_method(config: AlignConfig) -> Method:
+def _checked_method(config: AlignConfig, text: TextLike) -> Method:
     """The method, which must have maps of its own; and parts of a pass only on Ray.
 
     Raises:
@@ -88,6 +91,14 @@ def _checked_method(config: AlignConfig) -> Method:
         raise PlanError(f"{method.name} needs no alignment", where="--method", fix="call transfer without one")
     if method.fits_layers:
         raise PlanError(f"{method.name} has no maps of its own", where="--method", fix="align with prune-align")
+    if config.ray is not None and not isinstance(text, str | Path):
+        raise PlanError(
+            "processes on Ray read the text for themselves",
+            where="text",
+            expected="a file or a hub data set",
+            found=type(text).__name__,
+            fix="write it to a file",
+        )
     if config.shards is not None and (config.shards < 1 or config.ray is None):
         raise PlanError("shards are parts of a pass on Ray, one at least", where="--shards", found=config.shards,
                         fix="say --ray local, or start several processes with torchrun")  # fmt: skip

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import EvalResult
+
+from peft_graft.alignment.text import rows_given
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_task
@@ -31,11 +35,13 @@ from peft_graft.graft import Graft
 from peft_graft.metrics import METRICS
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
+from peft_graft.models.places import hub_id_of
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import check_output_file, reserving_output, write_aside
+from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
-from peft_graft.record import Record
+from peft_graft.record import Record, html_table
 from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
@@ -69,6 +75,28 @@ class Evaluation(Record):
     versions: dict[str, str]
     hardware: dict[str, str | int]
 
+    @property
+    def eval_results(self) -> list[EvalResult]:
+        """The scores of the graft, or of the module, as model cards hold them (``Graft.save_pretrained``)."""
+        named = self.text if not Path(self.text).exists() else Path(self.text).name
+        row = next((row for row in self.rows if row.name in (GRAFT, MODULE)), None)
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=named if hub_id_of(named) == named else "prompts",
+                dataset_name=named,
+                metric_type=metric,
+                metric_name=metric,
+                metric_value=round(score.value, 4),
+            )
+            for metric, score in (row.scores.items() if row else ())
+        ]
+
+    def _repr_html_(self) -> str:
+        names = list(self.rows[0].scores) if self.rows else []
+        scores = ([row.name, *(f"{row.scores[name].value:.3f}" for name in names)] for row in self.rows)
+        return html_table(f"{self.graft} on {self.prompts:,} prompts of {self.text}", [["", *names], *scores])
+
 
 @reserving_output
 def evaluate(
@@ -79,8 +107,8 @@ def evaluate(
     teacher: str | Path | None = None,
     student: str | Path | None = None,
     out: str | Path | None = None,
-    config: EvaluateConfig | None = None,
-    callbacks: Sequence[Callback] = (),
+    config: EvaluateConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] | None = None,
 ) -> Evaluation:
     """Score what a graft answers, beside its student without it and the teacher, against answers that are known.
 
@@ -93,12 +121,13 @@ def evaluate(
             left out, unless it, or its ``module``, is given here.
         student: the model that the graft or module is on, if it is not where its files say.
         out: JSON file for the result. Answers so far are kept beside it, and the same call goes on from there.
-        config: how to ask; ``EvaluateConfig()`` by default. callbacks: watch the run.
+        config: how to ask; an ``EvaluateConfig``, or a dict of its fields. callbacks: watch the run.
 
     Raises:
         GraftError: one of its kinds. All that can be known without weights is checked before any are loaded.
     """
-    config = placed(config or EvaluateConfig())
+    text = rows_given(text)
+    config = placed(EvaluateConfig.of(config))
     names = _known(metrics)
     if out is not None:
         check_output_file(Path(out), force=config.force)
@@ -106,7 +135,7 @@ def evaluate(
     others, notes = _teacher_if_there(report, teacher, config)
     config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
     asked = Asked.of(text, [side, *others], names, config)
-    run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     measuring = Measuring(asked, names, config, run)
     rows = sorted(
         (row for one in (side, *others) for row in measuring.rows(one)), key=lambda row: _ORDER.index(row.record.name)
@@ -153,7 +182,7 @@ def _known(metrics: Sequence[str]) -> list[str]:
     Raises:
         PlanError: there is none, or none of that name.
     """
-    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    names = [metrics] if isinstance(metrics, str) or not isinstance(metrics, Iterable) else list(dict.fromkeys(metrics))
     for name in names or [""]:
         if name not in METRICS and name != NLL:
             raise PlanError("no such metric", where="--metric", expected=", ".join([*METRICS, NLL]), found=name or None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
-from peft_graft.alignment.text import Sample, TextLike, TextSource
+from peft_graft.alignment.text import Sample, TextLike, TextSource, rows_given
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
@@ -23,6 +23,7 @@ from peft_graft.distill.ask_seeds import listing_of, seeds_of
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.teacher import can_ask, sample_parts
 from peft_graft.errors import GraftError
+from peft_graft.graft import Graft
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.modules.base import Module
@@ -129,14 +130,14 @@ class Inspection(Record):
 
 
 def inspect(
-    adapter: str | Path | nn.Module,
+    adapter: str | Path | nn.Module | Graft,
     student: ModelLike | None = None,
     *,
     teacher: ModelLike | None = None,
     text: TextLike | PromptLike | None = None,
     seeds: PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
-    config: GraftConfig | None = None,
+    config: GraftConfig | Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Look at a module, and plan its transfer to a student.
 
@@ -156,8 +157,10 @@ def inspect(
     Raises:
         CheckpointError: the module itself cannot be read.
     """
-    config = placed(config or GraftConfig())
-    module = ModuleSource.of(adapter, config)
+    text = None if text is None else rows_given(text)
+    seeds = None if seeds is None else rows_given(seeds, "seeds")
+    config = placed(GraftConfig.of(config))
+    module = ModuleSource.of(adapter.model if isinstance(adapter, Graft) else adapter, config)
     given = given_alignment(alignment, config.token)
     module, checkpoint, problem = _resolved(module, teacher, config)
     raw = module.raw

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from peft_graft.alignment.aligner import Aligner, SharedAlignments, WantedMaps
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import map_methods
-from peft_graft.alignment.text import TextLike
+from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.alignment.vocabulary import Vocabularies
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import judge
@@ -38,6 +39,7 @@ from peft_graft.planning.sources import (
     config_of_live,
     given_alignment,
 )
+from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
@@ -45,7 +47,7 @@ from peft_graft.run import UNFINISHED, Callback, Run
 
 @reserving_output
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
-    adapter: str | Path | nn.Module,
+    adapter: str | Path | nn.Module | Graft,
     student: ModelLike,
     *,
     teacher: ModelLike | None = None,
@@ -53,27 +55,28 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     seeds: PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
     out: str | Path | None = None,
-    config: GraftConfig | None = None,
-    callbacks: Sequence[Callback] = (),
+    config: GraftConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] | None = None,
     tokenizers: Tokenizers | None = None,
 ) -> Graft:
     """Move a trained module to another model.
 
     Args:
-        adapter: folder or hub id of a checkpoint of peft or adapters, or a live ``peft.PeftModel``.
+        adapter: folder or hub id of a checkpoint of peft or adapters, a live ``peft.PeftModel``, or a ``Graft``.
         student: folder or hub id of the model that receives the module, or a live model of transformers.
         teacher: the model that the module was trained on, if its configuration does not name it; a live
             ``PeftModel`` brings its own.
         text: unlabelled text to align, fit, polish and judge on: a file, a data set of the hub
-            (``alignment.text.read_text``), or strings, pairs of strings and lists of tokens. For a language model also
+            (``alignment.text.read_text``), or strings, pairs of strings and lists of tokens, or rows of a list, a
+            ``datasets.Dataset`` or a ``pandas.DataFrame``. For a language model also
             prompts (``prompts.read.PromptSource``), whose answers by the teacher are learned.
         seeds: in place of text, 5 to 15 examples of prompts for a language model, as a file or in memory, with an
             answer or without: the teacher's base makes more of their kind (``distill.make_prompts``).
         alignment: a saved alignment of the two models, or a live one; no text is needed then.
         out: folder to write the graft to (``Graft.save_pretrained``). State of an interrupted run is kept beside it,
             and the same call goes on from there. Nothing is written without it.
-        config: how to move it; ``GraftConfig()`` by default.
-        callbacks: watch the run.
+        config: how to move it; a ``GraftConfig``, or a dict of its fields.
+        callbacks: watch the run; ``ProgressCallback`` in notebooks and terminals by default.
         tokenizers: the teacher's and the student's, of live models; by default those that lie where they come from.
 
     Returns:
@@ -83,7 +86,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         GraftError: one of its kinds, naming the site or option, what was expected, what came and the fix. All that
             can be known without weights is checked before any weights are loaded.
     """
-    config = config_of_live(config or GraftConfig(), student)
+    config = config_of_live(GraftConfig.of(config), student)
     if out is not None:
         check_output(Path(out), force=config.force)
     move = Move.planned(
@@ -96,7 +99,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         config=config,
         tokenizers=tokenizers,
     )
-    run = Run(callbacks, work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
     with run.stage("loading models"):
         models = move.sources.loaded(tokenizers=move.reads_text)
     graft = move.carried_out(models, run)
@@ -129,7 +132,7 @@ class Move:
     @classmethod
     def planned(
         cls,
-        adapter: str | Path | nn.Module,
+        adapter: str | Path | nn.Module | Graft,
         student: ModelLike,
         *,
         teacher: ModelLike | None,
@@ -144,7 +147,9 @@ class Move:
         Raises:
             GraftError: all that can be known without weights.
         """
-        module = ModuleSource.of(adapter, config)
+        text = None if text is None else rows_given(text)
+        seeds = None if seeds is None else rows_given(seeds, "seeds")
+        module = ModuleSource.of(adapter.model if isinstance(adapter, Graft) else adapter, config)
         sources = ModelSources.of(module, teacher, student, config, tokenizers)
         given = given_alignment(alignment, config.token)
         shapes = sources.described()

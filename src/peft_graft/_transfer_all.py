@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from torch import nn
 
 from peft_graft._transfer import Move, written
 from peft_graft.alignment.aligner import SharedAlignments
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.text import TextLike
+from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.config import GraftConfig
 from peft_graft.errors import GraftError, OutputError, reason
 from peft_graft.files import json_text, read_json
@@ -22,6 +22,7 @@ from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import reserved, reserving_output, write_aside
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
+from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
@@ -40,8 +41,8 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
     text: TextLike | PromptLike | None = None,
     seeds: PromptLike | None = None,
     alignment: str | Path | Alignment | None = None,
-    config: GraftConfig | None = None,
-    callbacks: Sequence[Callback] = (),
+    config: GraftConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] | None = None,
 ) -> ShelfReport:
     """Move several modules to one model: models are loaded once, and aligned once on plain text.
 
@@ -60,21 +61,27 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         OutputError: ``out`` cannot be written.
         AlignmentError: there is no alignment of that name.
     """
-    config = config_of_live(config or GraftConfig(), student)
+    config = config_of_live(GraftConfig.of(config), student)
     modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
     check_names(modules)
     given = given_alignment(alignment, config.token)
     shelf = _Shelf(
         student,
         teacher,
-        text if text is None or isinstance(text, str | Path) else cast(TextLike, list(text)),
-        seeds if seeds is None or isinstance(seeds, str | Path) else cast(PromptLike, list(seeds)),
+        _kept(text, "text"),
+        _kept(seeds, "seeds"),
         (given, str(alignment) if isinstance(alignment, str | Path) else None),
         config,
         Path(out),
-        callbacks,
+        watchers(callbacks),
     )
     return shelf.moved(modules)
+
+
+def _kept(text: Any, where: str) -> Any:
+    """Text in memory as what can be read once for every module."""
+    given = None if text is None else rows_given(text, where)
+    return given if given is None or isinstance(given, str | Path) else list(given)
 
 
 class _Named(Callback):

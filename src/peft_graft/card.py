@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from peft_graft.card_data import Provenance, card_data
 from peft_graft.checkpoints.beside import TOKENIZER
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.raw import RawCheckpoint
@@ -20,9 +22,7 @@ from peft_graft.models.places import place_of
 from peft_graft.models.tasks import Task
 from peft_graft.report import GraftReport
 
-#: What the hub tells checkpoints of a library by, where that is not the library's name.
-_TAGS: dict[str, list[str]] = {Library.ADAPTERS: ["adapter-transformers"]}
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&])")
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&@]|:(?=//)|(?<=www)\.)")  # of Markdown, and what makes links of addresses
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def write_model_card(
     *,
     names: StudentNames,
     graft: str,
+    results: Sequence[EvalResult] = (),
 ) -> None:
     """Write README.md: what the checkpoint is, how it was made and how to load it. It names no path of this machine.
 
@@ -132,14 +133,11 @@ def write_model_card(
         labels: names of the head's classes, empty where they are not known.
         names: what the checkpoint's configuration says of the student.
         graft: the name of the folder that it will be in, or its id on the hub.
+        results: of evaluations, beside the verdict.
     """
     task = report.head.task if report.head else raw.task
-    about = ModelCardData(
-        base_model=report.student.hub_id,
-        library_name=report.module_library,
-        tags=["peft-graft", report.module_kind, *_TAGS.get(raw.library, [])],
-        pipeline_tag=task.pipeline_tag,
-    )
+    provenance = Provenance.of(report, student.loading.token)
+    about = card_data(report, raw, task, provenance, graft, results)
     loading = format_of(raw.library).loading_template
     usage = Usage.of(
         raw, student, report, labels, names=names, graft=graft, brings_tokenizer=(folder / TOKENIZER).is_file()
@@ -151,6 +149,10 @@ def write_model_card(
         .render(
             **values,
             card_data=about.to_yaml(),
+            licence=provenance.licence,
+            licences=provenance.remark,
+            module=_public(report.module),
+            results=results,
             figure=report.verdict.figure,
             labels=labels,
             text=public_name(report.text) if report.text else None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.card import write_model_card
@@ -20,12 +22,14 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
+from peft_graft.distill.agreement import Verdict
 from peft_graft.errors import ModelError
 from peft_graft.files import file_hashes, write_json
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
 from peft_graft.page.graft import PAGE, write_page
+from peft_graft.record import html_table
 from peft_graft.report import REPORT, FileRecord, GraftReport, read_report
 
 
@@ -52,6 +56,15 @@ class Graft:
     def __repr__(self) -> str:
         report = self.report
         return f"Graft({report.module_kind} of {report.teacher.name} on {report.student.name}: {report.verdict.level})"
+
+    def _repr_html_(self) -> str:
+        where = {"folder": str(self.folder)} if self.folder else {}
+        return html_table("Graft", [*self.report.summary.items(), *where.items()])
+
+    @property
+    def verdict(self) -> Verdict:
+        """How well it does what the teacher does: ``level``, ``text`` and the figures behind them."""
+        return self.report.verdict
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -111,12 +124,13 @@ class Graft:
             )
         return transformers.pipeline(task, model=self.model.eval(), tokenizer=self.tokenizer, **options)
 
-    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Graft:
+    def save_pretrained(self, folder: str | Path, *, force: bool = False, results: Sequence[EvalResult] = ()) -> Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.
 
         Args:
             folder: it must not exist.
             force: replace it if it does.
+            results: of evaluations, for the card; ``Evaluation.eval_results`` has those of ``evaluate``.
 
         Returns:
             The same graft with ``folder`` and the verification in its report.
@@ -125,9 +139,11 @@ class Graft:
             OutputError: the folder exists and ``force`` is not set, or cannot be written.
             VerificationError: the written checkpoint does not load cleanly, or changes nothing.
         """
-        return self._save(Path(folder), force=force)
+        return self._save(Path(folder), force=force, results=results)
 
-    def _save(self, out: Path, *, force: bool = False, hub_id: str | None = None) -> Graft:
+    def _save(
+        self, out: Path, *, force: bool = False, hub_id: str | None = None, results: Sequence[EvalResult] = ()
+    ) -> Graft:
         """See ``save_pretrained``; of a graft that goes to the hub as ``hub_id``, so that others can load it."""
         raw, student = self.raw, self._loaded_student
         names = written_names(student, raw.task)
@@ -146,7 +162,7 @@ class Graft:
             notes = list(dict.fromkeys(notes))
             report = self.report.model_copy(update={"verification": verification, "notes": notes})
             called = hub_id or out.absolute().name
-            write_model_card(staging, report, raw, student, self.labels, names=names, graft=called)
+            write_model_card(staging, report, raw, student, self.labels, names=names, graft=called, results=results)
             files = {
                 name: FileRecord(size=(staging / name).stat().st_size, sha256=digest)
                 for name, digest in file_hashes(staging).items()

@@ -177,6 +177,8 @@ def reserving_output(verb: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(verb)
     def held(*args: _P.args, **options: _P.kwargs) -> _T:
         out = options.get("out")
+        if out is not None and not isinstance(out, str | os.PathLike):
+            raise OutputError("this names no place", where="out", expected="a path", found=type(out).__name__)
         if out is None or os.environ.get("RANK", "0") != "0":
             return verb(*args, **options)
         with reserved(Path(str(out))):

@@ -16,7 +16,7 @@ from peft_graft.distill.polish import PolishRecord
 from peft_graft.errors import CheckpointError
 from peft_graft.files import read_json
 from peft_graft.models.loading import ModelRecord
-from peft_graft.record import Record
+from peft_graft.record import Record, html_table
 
 #: Its file, beside the checkpoint.
 REPORT = "graft.json"
@@ -82,6 +82,33 @@ class GraftReport(Record):
     seconds: dict[str, float]
     versions: dict[str, str]
     hardware: dict[str, str | int]
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What a reader asks first, by name."""
+        figure = self.verdict.figure
+        found = {
+            "module": f"{self.module_kind} of {self.teacher.hub_id or self.teacher.name}",
+            "student": self.student.hub_id or self.student.name,
+            "method": self.method,
+            "verdict": f"{self.verdict.level}: {self.verdict.text}",
+        }
+        if figure and figure.agreement is not None:
+            spread = figure.agreement_interval
+            found["agreement"] = f"{figure.agreement:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
+        if self.polish:
+            found["polish"] = f"{self.polish.settings.steps} steps"
+        if self.notes:
+            found["notes"] = "; ".join(self.notes)
+        return found
+
+    def __repr__(self) -> str:
+        return f"GraftReport({self.module_kind} of {self.teacher.name} on {self.student.name}: {self.verdict.level})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return html_table("Graft", self.summary.items())
 
 
 def read_report(folder: Path, where: str) -> GraftReport:

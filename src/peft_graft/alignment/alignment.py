@@ -23,7 +23,7 @@ from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.spaces import Space
 from peft_graft.modules.base import misfit
 from peft_graft.outputs import written_aside
-from peft_graft.record import Stored
+from peft_graft.record import Stored, html_table
 
 Pair = tuple[Space, Space]  # teacher space, student space
 CONFIG, MAPS = "alignment.json", "alignment.safetensors"
@@ -65,6 +65,14 @@ class Alignment:
     diagnostics: Mapping[Pair, Diagnostics] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     seen: frozenset[int] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return f"Alignment({self.method}: {len(self.maps)} pairs of spaces)"
+
+    def _repr_html_(self) -> str:
+        found = [value["mean_correlation"] for value in self.diagnostics.values() if "mean_correlation" in value]
+        how = [("mean correlation of matched units", f"{sum(found) / len(found):.2f}")] if found else []
+        return html_table("Alignment", [("method", self.method), ("pairs of spaces", len(self.maps)), *how])
 
     @property
     def digest(self) -> str:
@@ -220,6 +228,10 @@ def _check_meeting(space: Space, before: SpaceMap, after: SpaceMap) -> None:
 
 
 def _located(name: str | Path, revision: str | None, token: str | None, subfolder: str | None) -> Path:
+    if not isinstance(name, str | Path):
+        raise AlignmentError(
+            "this names no alignment", expected="a folder, or a hub id owner/name", found=type(name).__name__
+        )
     folder = Path(name).expanduser()
     if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         folder = downloaded(

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from peft_graft.errors import GraftError, TextError, reason
+from peft_graft.models.places import hub_id_of
 
 #: Columns tried in this order when none are named.
 KNOWN_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -92,8 +93,35 @@ class TextSource:
         if isinstance(self.text, str | Path):
             found = read_text(self.text, self.columns, self.seed)
         else:
-            found = _not_empty(as_samples(self.text), self.name)
+            found = _not_empty(as_samples(self.text, self.columns), self.name)
         return chain([next(found)], found)
+
+
+def rows_given(text: Any, where: str = "text") -> Any:
+    """Text or prompts that a user gave in Python, as what can be read row by row; a name as it is.
+
+    Raises:
+        TextError: it cannot be read so.
+    """
+    if isinstance(text, str | Path):
+        return text
+    if hasattr(text, "to_dict") and hasattr(text, "columns"):  # of pandas; going through one gives its columns' names
+        return text.to_dict("records")
+    if isinstance(text, Mapping):
+        raise TextError(
+            "a dictionary, such as a data set with several splits, holds no rows",
+            where=where,
+            found=", ".join(map(str, text)),
+            fix="give one split, or a list of rows",
+        )
+    if isinstance(text, bytes) or not isinstance(text, Iterable):
+        raise TextError(
+            "this cannot be read as text",
+            where=where,
+            expected="a file, a hub data set, or strings or rows in a list, a datasets.Dataset or a pandas.DataFrame",
+            found=type(text).__name__,
+        )
+    return text
 
 
 def content_key(text: object, columns: Sequence[str] | None, seed: int) -> str | None:
@@ -130,16 +158,29 @@ def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: in
     return _not_empty(_samples(name, (row for _, row in shuffled_rows(name, seed)), columns), name)
 
 
-def as_samples(texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample]) -> Iterator[Sample]:
-    """Samples from Python objects: strings, pairs of strings (tuples), lists of tokens."""
-    for text in texts:
+def as_samples(
+    texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample | Mapping[str, Any]],
+    columns: Sequence[str] | None = None,
+) -> Iterator[Sample]:
+    """Samples from Python objects: strings, pairs of strings (tuples), lists of tokens; or rows, as for ``read_text``.
+
+    Raises:
+        TextError: one of them is none of these.
+    """
+    source = iter(texts)
+    begin = list(islice(source, 1))
+    if begin and isinstance(begin[0], Mapping) and source is not texts:
+        rows = cast("Iterator[Mapping[str, Any]]", chain(begin, source))
+        yield from _samples("given in memory", rows, columns)
+        return
+    for text in chain(begin, source):
         if isinstance(text, Sample):
             yield text
         elif isinstance(text, str):
             yield Sample(text)
-        elif isinstance(text, tuple):
+        elif isinstance(text, tuple) and len(text) == 2 and _are_strings(text):
             yield Sample(*text)
-        elif isinstance(text, Sequence):
+        elif isinstance(text, Sequence) and not isinstance(text, tuple | bytes) and _are_strings(text):
             yield Sample(" ".join(text))
         else:  # prompts, of which an iterator shows none before it is read
             raise TextError(
@@ -149,6 +190,10 @@ def as_samples(texts: Iterable[str | tuple[str, str] | Sequence[str] | Sample]) 
                 found=type(text).__name__,
                 fix="give prompts as a list, which can be read more than once",
             )
+
+
+def _are_strings(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def load_rows(source: str, *, streaming: bool = False) -> Any:
@@ -230,6 +275,12 @@ def _suffix(source: str) -> str | None:
         return suffix
     if path.exists() or suffix in known or source.count("/") > 1:
         raise TextError("no such text file", where=source, fix="give a file, or a hub data set as owner/name")
+    if hub_id_of(source.partition(":")[0]) is None:
+        raise TextError(
+            "no such text file, nor the name of a data set",
+            where=source,
+            fix="give a file, a hub data set as owner/name, or in Python a list of strings",
+        )
     return None
 
 
@@ -350,9 +401,11 @@ def _choose_columns(row: Mapping[str, Any], columns: Sequence[str] | None, sourc
     )
 
 
-def _samples(source: str, rows: Iterable[dict[str, Any]], columns: Sequence[str] | None) -> Iterator[Sample]:
+def _samples(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None) -> Iterator[Sample]:
     chosen: tuple[str, ...] | None = None
     for row in rows:
+        if not isinstance(row, Mapping):
+            raise TextError("a row is none", where=source, expected="a dict, as the first is", found=type(row).__name__)
         chosen = chosen or _choose_columns(row, columns, source)
         texts = [_as_text(row[column], column, source) for column in chosen]
         if texts[0].strip():

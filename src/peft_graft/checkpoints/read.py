@@ -28,6 +28,10 @@ def locate(
     Raises:
         CheckpointError: no such folder, nor a repository that can be reached.
     """
+    if not isinstance(module, str | Path):
+        raise CheckpointError(
+            "this names no module", expected="a folder, or a hub id owner/name", found=type(module).__name__
+        )
     name = str(module)
     try:
         path = Path(module).expanduser()

@@ -111,6 +111,26 @@ class Config(BaseModel):
                 message[0].lower() + message[1:], where=option_name(name), expected=expected, found=first["input"]
             ) from None
 
+    @classmethod
+    def of(cls, given: object) -> Self:
+        """The choices that a user gave in Python: the default ones for None; also a dictionary of some of them.
+
+        Raises:
+            PlanError: they are of another verb, or no choices at all.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, Mapping):
+            return cls(**given)
+        if not isinstance(given, cls):
+            raise PlanError(
+                "this holds no choices for it",
+                where="config",
+                expected=f"a {cls.__name__} or a dict of its fields",
+                found=type(given).__name__,
+            )
+        return given
+
     def record(self) -> dict[str, Any]:
         """What the result depends on, as JSON."""
         return self.model_dump(mode="json", exclude=_undecided(type(self)) | self._new_defaults)

@@ -18,7 +18,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_problem_type, with_task
 from peft_graft.config import GraftConfig, PairConfig
-from peft_graft.errors import CheckpointError, ModelError
+from peft_graft.errors import AlignmentError, CheckpointError, ModelError
 from peft_graft.models.devices import check_device
 from peft_graft.models.loading import (
     ModelHandle,
@@ -90,7 +90,7 @@ class ModuleSource:
         Raises:
             ModelError: neither names one.
         """
-        base = named or self.base
+        base = self.base if named is None else named
         if base is None:
             raise ModelError(
                 "the module's configuration names no base model", where=self.name, fix="name it with --teacher"
@@ -139,6 +139,13 @@ class ModelSources:
         Raises:
             ModelError: neither names a teacher.
         """
+        if tokenizers is not None and not (isinstance(tokenizers, tuple | list) and len(tokenizers) == 2):
+            raise ModelError(
+                "these are not the tokenizers of two models",
+                where="tokenizers",
+                expected="(teacher's, student's), None for one that lies where its model does",
+                found=type(tokenizers).__name__,
+            )
         return ModelSources(module.teacher(teacher), student, config, tokenizers or (None, None))
 
     def described(self) -> ModelPair:
@@ -221,6 +228,13 @@ def described(
     """
     if isinstance(model, nn.Module):
         return wrap_model(model, tokenizer, role=role)
+    if not isinstance(model, str | Path):
+        raise ModelError(
+            "this is no model",
+            where=role,
+            expected="a folder, a hub id, or a live model of transformers",
+            found=type(model).__name__,
+        )
     loading = loading_of(config, role)
     check_device(loading.device)
     found = load_config(str(model), loading, role=role)
@@ -235,6 +249,13 @@ def given_alignment(alignment: str | Path | Alignment | None, token: str | None 
     """
     if isinstance(alignment, str | Path):
         return Alignment.from_pretrained(alignment, token=token)
+    if alignment is not None and not isinstance(alignment, Alignment):
+        raise AlignmentError(
+            "this is no alignment",
+            where="alignment",
+            expected="a folder, a hub id, or a peft_graft.Alignment",
+            found=type(alignment).__name__,
+        )
     return alignment
 
 
