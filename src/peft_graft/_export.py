@@ -15,6 +15,7 @@ from peft_graft.environment import versions
 from peft_graft.errors import ModelError, PlanError
 from peft_graft.files import file_hashes, write_json
 from peft_graft.graft import Graft
+from peft_graft.models.devices import placed
 from peft_graft.models.loading import DTYPES, Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, written_aside
@@ -73,7 +74,7 @@ def export(
         VerificationError: what was written answers otherwise than the module; then there is nothing at ``out``.
         GraftError: the graft or its base cannot be read.
     """
-    config = config or ExportConfig()
+    config = placed(config or ExportConfig())
     target = _known(to)
     subject = _subject(graft, base, config)
     place = _place(subject, target, out)

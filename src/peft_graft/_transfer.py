@@ -27,6 +27,7 @@ from peft_graft.distill.polish import PolishRecord, polish
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
 from peft_graft.material import Material, PromptMaterial, TextMaterial, material_of, module_key
+from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, reserving_output
@@ -86,7 +87,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         GraftError: one of its kinds, naming the site or option, what was expected, what came and the fix. All that
             can be known without weights is checked before any weights are loaded.
     """
-    config = config_of_live(GraftConfig.of(config), student)
+    config = config_of_live(placed(GraftConfig.of(config)), student)
     if out is not None:
         check_output(Path(out), force=config.force)
     move = Move.planned(

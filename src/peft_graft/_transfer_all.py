@@ -18,6 +18,7 @@ from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.config import GraftConfig
 from peft_graft.errors import GraftError, OutputError, reason
 from peft_graft.files import json_text, read_json
+from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.outputs import reserved, reserving_output, write_aside
@@ -61,7 +62,7 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         OutputError: ``out`` cannot be written.
         AlignmentError: there is no alignment of that name.
     """
-    config = config_of_live(GraftConfig.of(config), student)
+    config = config_of_live(placed(GraftConfig.of(config)), student)
     modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
     check_names(modules)
     given = given_alignment(alignment, config.token)

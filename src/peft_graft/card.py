@@ -151,7 +151,7 @@ def write_model_card(
             card_data=about.to_yaml(),
             licence=provenance.licence,
             licences=provenance.remark,
-            module=_public(report.module),
+            module=public_name(report.module),
             results=results,
             figure=report.verdict.figure,
             labels=labels,

@@ -13,7 +13,7 @@ from peft_graft.cli.late import with_options
 from peft_graft.cli.results import ErrorResult
 from peft_graft.cli.schemas import RESULTS, schema_of
 
-VERBS = ("inspect", "transfer", "align", "compose", "evaluate", "export", "study", "demo", "schema")
+VERBS = ("inspect", "transfer", "align", "compose", "evaluate", "export", "report", "study", "demo", "schema")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -51,7 +51,7 @@ def test_every_result_has_a_schema(command, verb: str) -> None:
     shown = json.loads(command("schema", verb).out)
     assert shown == schema_of(verb)
     assert shown["type"] == "object"
-    if verb in ("transfer", "align", "compose", "evaluate", "export", "study", "demo"):
+    if verb in ("transfer", "align", "compose", "evaluate", "export", "report", "study", "demo"):
         assert "out" in shown["required"]
 
 

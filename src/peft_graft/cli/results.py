@@ -21,6 +21,12 @@ class Placed(Record):
         return cls.model_validate({**dict(found), "out": None if out is None else str(out)})
 
 
+class PageResult(Placed):
+    """The page that was written."""
+
+    out: str
+
+
 class TransferResult(Placed, GraftReport):
     """``graft.json``, and the folder that it lies in."""
 

@@ -9,7 +9,15 @@ from pydantic import BaseModel
 from peft_graft._evaluate import Evaluation
 from peft_graft._export import Export
 from peft_graft._inspect import Inspection
-from peft_graft.cli.results import AlignResult, ErrorResult, EvaluateResult, Placed, ShelfResult, TransferResult
+from peft_graft.cli.results import (
+    AlignResult,
+    ErrorResult,
+    EvaluateResult,
+    PageResult,
+    Placed,
+    ShelfResult,
+    TransferResult,
+)
 from peft_graft.errors import PlanError
 from peft_graft.study.command import StudyPlan, StudyRun
 from peft_graft.study.demo import DemoResult as Demo
@@ -35,6 +43,7 @@ RESULTS: dict[str, type[BaseModel]] = {
     "align": AlignResult,
     "compose": AlignResult,
     "evaluate": EvaluateResult,
+    "report": PageResult,
     "export": Export,
     "study": StudyRun,
     "study --dry-run": StudyPlan,

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.activations import tokenize
+from peft_graft.alignment.activations import MAX_LENGTH, tokenize
 from peft_graft.distill.agreement import WORD, same_text, word_f1
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.targets import Targets, answers_to, log_probabilities
-from peft_graft.distill.teacher import MAX_LENGTH, TextDistillation
+from peft_graft.distill.teacher import TextDistillation
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.record import Record
 

@@ -4,7 +4,7 @@ A new verb is a file here and its name below, which is also its place on the hel
 """
 
 from peft_graft.cli.commands import (  # isort: skip
-    inspect, transfer, report, align, compose, evaluate, export, study, demo,
+    inspect, transfer, report, align, compose, evaluate, export, study, demo, schema,
 )  # fmt: skip
 
-__all__ = ["align", "compose", "demo", "evaluate", "export", "inspect", "report", "study", "transfer"]
+__all__ = ["align", "compose", "demo", "evaluate", "export", "inspect", "report", "schema", "study", "transfer"]

@@ -21,10 +21,13 @@ def report(
     ] = False,
     port: Annotated[int, typer.Option(help="With --serve: the port; 0 takes one that is free.")] = 0,
 ) -> None:
-    """Make the page of a graft again, from its graft.json alone, or that of a study so far."""
-    from rich.console import Console
+    """Make the page of a graft again, from its graft.json alone, or that of a study so far.
 
-    from peft_graft.cli.display import escaped
+    Example:
+        peft-graft report out/graft
+    """
+    from peft_graft.cli.output import console_for_results, escaped, give
+    from peft_graft.cli.results import PageResult
     from peft_graft.errors import StudyError
     from peft_graft.outputs import check_output_file
     from peft_graft.page.graft import PAGE, write_page
@@ -33,7 +36,7 @@ def report(
     of_study = place.suffix == ".jsonl" or (place / "study.json").is_file()
     if serve and not of_study:
         raise StudyError("only a study's page is served", where=str(place), fix="leave --serve out")
-    console = Console(emoji=False)
+    console = console_for_results()
     if serve:
         from peft_graft.study.serve import serving
 
@@ -52,4 +55,6 @@ def report(
         write_study_page(StudyResults.read(place), file)
     else:
         write_page(read_report(place, str(place)), place.absolute().name, file)
-    console.print(f"[bold green]written[/] {escaped(str(file))}", soft_wrap=True)
+    give(
+        PageResult(out=str(file)), lambda: console.print(f"[bold green]written[/] {escaped(str(file))}", soft_wrap=True)
+    )
