@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor
 
@@ -201,7 +200,9 @@ def _as_wide(part: LoraPart, rank: int, scaling: float) -> LoraPart:
 
 def _config(raw: RawCheckpoint) -> dict[str, Any]:
     """A new configuration; ranks, alphas and targets are filled in as it is written."""
-    return config_dict(peft.LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=raw.base_model))
+    from peft import LoraConfig
+
+    return config_dict(LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=raw.base_model))
 
 
 def _kind(raw: RawCheckpoint) -> str:

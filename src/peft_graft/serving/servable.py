@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +61,9 @@ def servable(checkpoint: PeftCheckpoint, teacher: ModelHandle, target: str | Non
         return checkpoint
     base = Base(teacher.architecture, teacher.base_tensors())
     modules = {site: _plain(module, base) for site, module in checkpoint.modules.items()}
-    config = config_dict(peft.LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=raw.base_model))
+    from peft import LoraConfig
+
+    config = config_dict(LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=raw.base_model))
     lora = replace(raw, library=Library.PEFT, kind="lora", config=config, parts={})
     return replace(checkpoint, raw=lora, modules=modules)
 
