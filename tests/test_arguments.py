@@ -14,7 +14,7 @@ import transformers
 
 import peft_graft
 import tiny
-from peft_graft import Alignment, Graft, GraftConfig, GraftError
+from peft_graft import Alignment, Graft, GraftError
 from peft_graft.alignment.text import Sample, TextSource, rows_given
 
 LINES = tiny.sentences(40)
@@ -157,7 +157,7 @@ def test_an_argument_of_another_type_is_named(name: str, world: Path) -> None:
 
 def test_a_dictionary_holds_choices_and_a_graft_is_a_module(world: Path) -> None:
     graft = peft_graft.transfer(world / "lora", world / "shallow", config=COPY)
-    assert graft.report.settings == GraftConfig(method="copy")
+    assert graft.report.settings.method == "copy"
     with pytest.raises(GraftError, match="--methods: there is no such option"):
         peft_graft.inspect(world / "lora", config={"methods": "copy"})
     onward = peft_graft.transfer(graft, world / "teacher", config=COPY)
