@@ -223,10 +223,10 @@ def _examples(report: GraftReport, everyday: str | None) -> dict[str, Any]:
         found.append({"text": None if _is_tagged(text) else shortened(" / ".join(text.texts)), "sides": sides})
     what = "the first held-out prompts" if report.answers else "the first held-out texts"
     if not report.answers and _of_words(report) and everyday is not None:
-        what += f" in which the teacher finds something; words without a tag are “{everyday}”"
+        what += f" in which the teacher finds more than “{everyday}”, which is not written"
     return {
         "examples": found,
-        "examples_note": f"These are {what}, not picked. Marked is where the new one differs from the old one.",
+        "examples_note": f"These are {what}; none is picked. Marked is where the new one differs from the old one.",
     }
 
 

@@ -138,7 +138,8 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=38, ha="left", rotation_mode="anchor")
     every = max(1, len(rows) // 16)
     axes.set_yticks(range(0, len(rows), every), rows[::every])
-    axes.set_ylabel(rows_are)
+    if len(rows) > 4:  # beside fewer there is no room for it
+        axes.set_ylabel(rows_are)
     axes.xaxis.tick_top()
     _bare(axes)
     table = [[row, *(_value(values.get((row, column)), percent=percent) for column in columns)] for row in rows]
