@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,7 +21,8 @@ from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, seeds_of
 from peft_graft.distill.completions import PromptDistillation
-from peft_graft.distill.teacher import can_ask, sample_parts
+from peft_graft.distill.polish import PolishSettings
+from peft_graft.distill.teacher import POOL, can_ask, sample_parts
 from peft_graft.errors import GraftError
 from peft_graft.graft import Graft
 from peft_graft.models.devices import placed
@@ -81,7 +82,8 @@ class StudentSummary(Record):
     over the text, so that they fit in this machine's memory; ``products_per_token``: multiply-adds for them;
     ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in float32;
     ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here; where
-    there are prompts, those of all their answers and of learning from them. ``training_mib``: memory of that, about.
+    there is text, those of its ``text_tokens`` and of ``polish_steps`` of learning from it; of prompts, those of all
+    their answers and of learning from them. ``training_mib``: memory of that, about.
     """
 
     name: str
@@ -100,6 +102,8 @@ class StudentSummary(Record):
     forwards_per_token: int = 0
     weights_mib: float = 0.0
     least_seconds: float = 0.0
+    text_tokens: int | None = None
+    polish_steps: int | None = None
     prompts: PromptOutlook | None = None
     training_mib: float | None = None
     head: bool = False
@@ -238,22 +242,23 @@ def _plan_for(
         known = known.model_copy(update={"model_type": architecture.model_type, "num_layers": architecture.num_layers})
         raw = module.shapes(models.teacher.base.config)
         prompts = seeds_of(seeds, text, module.raw, config) or prompts_of(text, module.raw, config)
-        asked, samples = None, list[Sample]()
+        asked, samples, learned = None, list[Sample](), False
         if prompts is not None:
             asking = asking_of(config, sources, models, module.raw.library)
             asked = _prompts_for(prompts, asking, models, config)
         elif text is not None:
             parts = sample_parts(TextSource(cast(TextLike, text), config.columns, config.seed).samples())
-            can_ask(config, module.raw, parts)
+            learned, _ = can_ask(config, module.raw, parts)
             samples = [*parts.held_out, *parts.learning]
         has_text = True if text is not None or seeds is not None else None
         plan = Plan.make(raw, models, config, has_text=has_text, has_prompts=prompts is not None, given=given)
         if text is not None or seeds is not None or module.raw.trains_tokens:
             sources.check_tokenizers(models, samples)
+        costs = _cost_of_text(plan, samples, sources, learned=learned) if samples else {}
     except GraftError as error:
         return known.model_copy(update={"problem": str(error)})
     if asked is None:
-        return known.model_copy(update=_outlook(plan))
+        return known.model_copy(update=_outlook(plan) | costs)
     return known.model_copy(update=_outlook(plan) | {"prompts": asked, **_cost_of_prompts(plan, asked)})
 
 
@@ -315,6 +320,25 @@ def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
     return {
         "least_seconds": round(operations / _products_per_second(), 1),
         "training_mib": round((size + activations) / 2**20, 1),
+    }
+
+
+def _cost_of_text(plan: Plan, samples: Sequence[Sample], sources: ModelSources, *, learned: bool) -> dict[str, object]:
+    """Multiply-adds of this text: what is aligned on, and what the polish learns from."""
+    tokenizer = sources.tokenizer_pair()[1]
+    first = samples[:_PAIRED]
+    length = sum(len(tokenizer(*sample.texts)["input_ids"]) for sample in first) / len(first)
+    tokens = plan.config.max_tokens if len(samples) >= POOL // 2 else round(len(samples) * length)
+    tokens = min(tokens, plan.config.max_tokens)
+    settings = PolishSettings(steps=plan.config.polish_steps if learned else 0)
+    (teacher, _), (student, _) = _costs(plan.models.teacher), _costs(plan.models.student)
+    # Backward passes take another product for every one of the forward pass.
+    trained = 2 * settings.steps * settings.batch_size * length * student
+    operations = tokens * (teacher + student + _products(plan, plan.methods)) + trained
+    return {
+        "text_tokens": tokens,
+        "polish_steps": settings.steps,
+        "least_seconds": round(operations / _products_per_second(), 3),
     }
 
 

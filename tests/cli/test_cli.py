@@ -81,6 +81,27 @@ def test_inspect_plans_a_transfer_without_weights(command, world, tmp_path) -> N
     assert "prune-align" in command("inspect", world / "lora", "--student", student).out
 
 
+def test_inspect_prices_the_text_and_the_polish_and_names_the_next_command(command, world) -> None:
+    given = ["inspect", world / "lora", "--student", world / "narrow", "--text", world / "text.txt"]
+    found = Inspection.model_validate_json(command(*given, "--json").out).student
+    assert found is not None
+    assert 100 < found.text_tokens < found.max_tokens
+    assert found.polish_steps == 1000
+    none = Inspection.model_validate_json(command(*given, "--polish", "0", "--json").out).student
+    assert none is not None
+    assert none.polish_steps == 0
+    assert none.least_seconds < found.least_seconds
+    shown = command(*given, columns=80).out
+    assert f"{found.text_tokens:,} tokens and 1,000 steps of polish" in " ".join(shown.split())
+    last = shown.splitlines()[-1]
+    assert last == (
+        f"next         peft-graft transfer {world / 'lora'} --student {world / 'narrow'} --text {world / 'text.txt'} "
+        "--out out/graft"
+    )
+    long = [line for line in shown.splitlines() if str(world) not in line]
+    assert all(len(line) <= 80 for line in long)
+
+
 def test_inspect_reports_problems_and_fails(command, world, tmp_path) -> None:
     done = command("inspect", world / "lora", "--student", tmp_path / "none", code=1)
     assert "cannot:" in done.out

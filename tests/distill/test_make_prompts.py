@@ -337,7 +337,9 @@ def test_inspect_says_what_would_be_made(world: Path, capsys: pytest.CaptureFixt
         world / "module", world / "student", seeds=world / "seeds.txt", format=speech.FORMAT, max_new_tokens=16
     )
     show_inspection(whole)
-    assert "500 to make from 6 examples, by the teacher's base, going on with a list" in capsys.readouterr().out
+    assert "500 to make from 6 examples, by the teacher's base, going on with a list" in " ".join(
+        capsys.readouterr().out.split()
+    )
     found = whole.student
     assert found.problem is None
     assert found.prompts.prompts == 500

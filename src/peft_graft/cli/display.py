@@ -10,11 +10,9 @@ from rich.table import Table
 
 from peft_graft.cli.output import console_for_results, escaped, look
 from peft_graft.cli.result import SHOWN
-from peft_graft.cli.words import duration, figure, layers_as_text, ranges
+from peft_graft.cli.words import duration, figure, layers_as_text, memory, ranges
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from peft_graft._evaluate import Evaluation
     from peft_graft._export import Export
     from peft_graft._inspect import Inspection, PromptOutlook, StudentSummary
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
     from peft_graft.shelf import ShelfReport
 
 
-def show_inspection(found: Inspection) -> None:
-    """What ``inspect`` found."""
+def show_inspection(found: Inspection, command: str | None = None) -> None:
+    """What ``inspect`` found, and the command that carries it out."""
     console = console_for_results()
     console.print(
         f"[bold]{escaped(found.module)}[/]: {found.module_library} {found.kind}, {found.parameters:,} parameters"
@@ -54,35 +52,52 @@ def show_inspection(found: Inspection) -> None:
         console.print(f"without a role, and so left out: {escaped(path)}", soft_wrap=True)
     if found.teacher_problem:
         console.print(f"[yellow]teacher:[/] {escaped(found.teacher_problem)}", soft_wrap=True)
-    student = found.student
-    if student is None:
-        return
+    if found.student is not None:
+        _show_student(found, found.student, command)
+
+
+def _show_student(found: Inspection, student: StudentSummary, command: str | None) -> None:
+    """What would become of the module on a student."""
+    console = console_for_results()
     console.print(f"\n[bold]onto {escaped(student.name)}[/] ({student.model_type}, {student.num_layers} layers)")
     if student.problem:
         console.print(f"[red]cannot:[/] {escaped(student.problem)}", soft_wrap=True)
         return
-    console.print(f"layers       {layers_as_text(student.layers)}")
-    console.print(f"modules      {student.modules}, head {'carried' if student.head else 'none'}")
-    console.print(f"method       {student.method}")
+    rows = [
+        ("layers", layers_as_text(student.layers)),
+        ("modules", f"{student.modules}, head {'carried' if student.head else 'none'}"),
+        ("method", str(student.method)),
+    ]
     if student.products_per_token or not student.prompts:
-        console.print(
-            f"alignment    {student.spaces} pairs of spaces, {student.statistics_mib} MiB of statistics "
+        rows.append((
+            "alignment",
+            f"{student.spaces} pairs of spaces, {memory(student.statistics_mib)} of statistics "
             f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
             f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
-            f"{student.forwards_per_token / 1e6:.1f} M"
-        )
+            f"{student.forwards_per_token / 1e6:.1f} M",
+        ))  # fmt: skip
     if student.prompts:
-        _show_outlook(student, student.prompts, console)
+        rows += _outlook(student, student.prompts)
     elif student.least_seconds:
-        console.print(
-            f"cost         {student.weights_mib:,.0f} MiB of weights in float32; {student.max_tokens:,} tokens take "
-            f"{student.least_seconds:,.0f} s on this processor at the least"
-        )
-    for note in (note for note in student.notes if note not in found.notes):
-        console.print(f"note         {escaped(note)}")
+        tokens = student.max_tokens if student.text_tokens is None else student.text_tokens
+        polish = f" and {student.polish_steps:,} steps of polish" if student.polish_steps else ""
+        rows.append((
+            "cost",
+            f"{memory(student.weights_mib)} of weights in float32; {tokens:,} tokens{polish} take "
+            f"{duration(student.least_seconds)} on this processor at the least",
+        ))  # fmt: skip
+    rows += [("note", note) for note in student.notes if note not in found.notes]
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(width=12, no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in rows:
+        facts.add_row(name, escaped(text))
+    console.print(facts)
+    if command:
+        console.print(f"[bold]next[/]         {escaped(command)}", soft_wrap=True)
 
 
-def _show_outlook(student: StudentSummary, asked: PromptOutlook, console: Console) -> None:
+def _outlook(student: StudentSummary, asked: PromptOutlook) -> list[tuple[str, str]]:
     """Prompts that the teacher would be asked, and what that would cost."""
     dropped = f", {asked.too_long} too long, {asked.duplicates} given twice" * bool(asked.too_long or asked.duplicates)
     pairs = "" if asked.strict_share is None else f"; {asked.strict_share:.0%} of the answers' tokens pair"
@@ -91,16 +106,14 @@ def _show_outlook(student: StudentSummary, asked: PromptOutlook, console: Consol
     how = {"chat": "asked by its chat template", "list": "going on with a list of them"}
     if asked.made_by:
         dropped = f" to make from {asked.made_from} examples, by the teacher's base, {how[asked.made_by]}"
-    console.print(
-        f"prompts      {asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on "
-        f"average{pairs}",
-        soft_wrap=True,
+    prompts = (
+        f"{asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on average{pairs}"
     )
-    console.print(
-        f"cost         {student.weights_mib:,.0f} MiB of weights in float32, some {student.training_mib:,.0f} MiB "
-        f"in training; {student.least_seconds / 60:,.0f} minutes on this processor at the least",
-        soft_wrap=True,
+    cost = (
+        f"{memory(student.weights_mib)} of weights in float32, some {memory(student.training_mib or 0)} in training; "
+        f"{duration(student.least_seconds)} on this processor at the least"
     )
+    return [("prompts", prompts), ("cost", cost)]
 
 
 def show_alignment(found: Alignment, out: Path) -> None:

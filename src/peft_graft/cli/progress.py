@@ -72,7 +72,7 @@ class Bar(Stage):
     def __init__(self, display: Progress) -> None:
         super().__init__()
         self._display = display
-        self._task = display.add_task("", total=None, loss="", left="", whole="")
+        self._task = display.add_task("planning", total=None, steps="", loss="", left="", whole="")
 
     def changed(self) -> None:
         """Move the bar."""
@@ -81,6 +81,7 @@ class Bar(Stage):
             description=escaped(self.name),
             completed=self.done,
             total=self.total,
+            steps=f"{self.done:,}/{self.total:,}" if self.total else "",
             loss="" if self.loss is None else f"loss {self.loss:.3f}",
             left=self.left,
             whole=duration(time.monotonic() - self.begun),
@@ -130,13 +131,13 @@ def watching(*, lines: bool = False) -> Iterator[list[Callback]]:
     if not console.is_terminal:
         yield [Lines(console, stages=lines)]
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[steps]}"),
         TextColumn("{task.fields[loss]}"),
         TextColumn("{task.fields[left]}"),
         TextColumn("[dim]{task.fields[whole]}[/]"),

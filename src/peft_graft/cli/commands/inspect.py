@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,6 +34,9 @@ def inspect(
     found = peft_graft.inspect(
         adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, config=config
     )
-    give(found, lambda: show_inspection(found))
+    given = {"student": student, "teacher": teacher, "text": text, "seeds": seeds, "alignment": alignment}
+    words = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    command = shlex.join(["peft-graft", "transfer", adapter, *words, "--out", "out/graft"]) if student else None
+    give(found, lambda: show_inspection(found, command))
     if found.teacher_problem or (found.student and found.student.problem):
         raise typer.Exit(1)
