@@ -117,3 +117,14 @@ def test_rows_without_a_bottom_would_end_the_process(name: str, tmp_path) -> Non
         list(read_text(tmp_path / name))
     (tmp_path / name).write_text(f'{{"text": "{brackets}"}}\n')
     assert list(read_text(tmp_path / name)) == [Sample(brackets)]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_text_in_another_encoding_is_named_by_its_line(tmp_path, suffix: str) -> None:
+    file = tmp_path / f"latin.{suffix}"
+    row = '{"text": "%s"}' if suffix == "jsonl" else "%s"
+    file.write_bytes("\n".join(row % word for word in ("one", "two", "caf\u00e9", "four")).encode("latin-1"))
+    with pytest.raises(TextError) as caught:
+        list(read_text(file))
+    assert str(caught.value).startswith(f"{file} line 3: the text cannot be read as UTF-8; found 'utf-8' codec can't decode")
+    assert "iconv -f latin1 -t utf-8" in str(caught.value)
