@@ -126,5 +126,7 @@ def test_text_in_another_encoding_is_named_by_its_line(tmp_path, suffix: str) ->
     file.write_bytes("\n".join(row % word for word in ("one", "two", "caf\u00e9", "four")).encode("latin-1"))
     with pytest.raises(TextError) as caught:
         list(read_text(file))
-    assert str(caught.value).startswith(f"{file} line 3: the text cannot be read as UTF-8; found 'utf-8' codec can't decode")
+    assert str(caught.value).startswith(
+        f"{file} line 3: the text cannot be read as UTF-8; found 'utf-8' codec can't decode"
+    )
     assert "iconv -f latin1 -t utf-8" in str(caught.value)

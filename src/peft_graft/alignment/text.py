@@ -364,12 +364,9 @@ def _explained(source: str) -> Iterator[None]:
             fix="check the name, or give a local file",
         ) from error
     except UnicodeDecodeError as error:
-        raise TextError(
-            "the text cannot be read as UTF-8",
-            where=_undecodable(Path(source)),
-            found=reason(error),
-            fix="convert it: iconv -f latin1 -t utf-8 OLD > NEW, with the encoding that it is in",
-        ) from error
+        fix = "convert it: iconv -f latin1 -t utf-8 OLD > NEW, with the encoding that it is in"
+        place = _undecodable(Path(source))
+        raise TextError("the text cannot be read as UTF-8", where=place, found=reason(error), fix=fix) from error
     except Exception as error:  # of a damaged file ``datasets`` raises what comes
         said = reason(error).removeprefix(f"{type(error).__name__}: ")
         raise TextError(f"the text cannot be read ({type(error).__name__}: {said})", where=source) from error
@@ -378,12 +375,8 @@ def _explained(source: str) -> Iterator[None]:
 def _undecodable(file: Path) -> str:
     """A file, with its first line that is not in UTF-8."""
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return f"{file} line {number}"
-    return str(file)
+        found = (number for number, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
+        return f"{file} line {next(found, '?')}"
 
 
 def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str, fix: str) -> None:
