@@ -181,7 +181,7 @@ def test_an_interrupted_transfer_leaves_nothing(world, tmp_path, terminal) -> No
 
 def test_an_interrupted_polish_says_how_to_go_on(world, tmp_path, terminal) -> None:
     code, seen = _interrupt(
-        b"/5000", "transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
+        b"/100,000", "transfer", world / "lora", "--student", world / "shallow", "--method", "copy", "--text",
         world / "text.txt", "--polish", 100_000, "--out", tmp_path / "g",
     )  # fmt: skip
     assert code == 130
