@@ -26,9 +26,11 @@ def test_help_fits_a_screen_and_names_everything(command, verb: str) -> None:
     whole = command(verb, "--help-all", columns=80).out
     for each in with_options(verb).entries:
         if each.name != "help_all" and each.default is not each.empty:
-            name = {"as_json": "json", "changes": "set", "ids": "list", "listed": "list"}.get(
-                each.name, each.name
-            ).rstrip("_").replace("_", "-")
+            name = (
+                {"as_json": "json", "changes": "set", "ids": "list", "listed": "list"}.get(each.name, each.name)
+                .rstrip("_")
+                .replace("_", "-")
+            )
             assert f"--{name}" in whole or name in ("file", "adapters")
             assert f"--{name}" in short or name in ("file", "adapters")
 

@@ -285,7 +285,14 @@ def _disagreements(report: GraftReport, everyday: str | None) -> dict[str, Any]:
             sides = [[_part(differing[0].teacher)], [_part(differing[0].graft, differs=True)]]
         else:
             sides = [
-                [_part(f"{decision.word} ", getattr(decision, side), differs=side == "graft") for decision in differing]
+                [
+                    part
+                    for decision in differing
+                    for part in (
+                        _part(str(decision.word), getattr(decision, side), differs=side == "graft"),
+                        _part(" "),
+                    )
+                ]
                 for side in ("teacher", "graft")
             ]
         rows.append(
