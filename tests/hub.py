@@ -87,6 +87,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.requests.append(f"{self.command} {self.path}")
         parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts == ["api", "whoami-v2"]:
+            role = "read" if "reader" in self.headers.get("Authorization", "") else "write"
+            self._answer({"name": "me", "orgs": [{"name": "ours"}], "auth": {"accessToken": {"role": role}}})
+            return
         if parts[:2] == ["api", "models"]:
             repository = self.files.get("/".join(parts[2:4]))
             revision = parts[5] if len(parts) > 5 else "main"

@@ -12,12 +12,12 @@ import pytest
 from hub import FakeHub
 
 _SCRIPT = """
-import json, shutil, sys
+import contextlib, io, json, shutil, sys
 from pathlib import Path
 import peft_graft
 from peft_graft import Alignment, Graft, GraftConfig
 
-world = Path(sys.argv[1])
+world, place = map(Path, sys.argv[1:])
 graft = peft_graft.transfer(world / "lora", world / "shallow", config=GraftConfig(method="copy"))
 graft.push_to_hub("me/graft")
 graft.push_to_hub("me/graft", revision="second")
@@ -42,7 +42,22 @@ try:
     missing = None
 except peft_graft.GraftError as error:
     missing = str(error)
-print(json.dumps({"same": bool(same), "labels": again.labels, "report": again.report.module,
+# The command uploads what it has written, and asks before any work whether it may.
+from peft_graft.cli.main import main
+
+said = {}
+for to, *more in (["ours/tagger", "--private"], ["theirs/tagger"], ["tagger"], ["me/tagger", "--token", "reader"]):
+    sys.argv = ["peft-graft", "transfer", str(world / "lora"), "--student", str(world / "shallow"), "--method", "copy",
+                "-o", str(place / to.replace("/", "-")), "--json", "--push-to", to, *more]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    answer = json.loads(shown.getvalue())
+    said[to] = [code, answer["error"]["message"] if "error" in answer else answer["pushed"]]
+print(json.dumps({"said": said, "same": bool(same), "labels": again.labels, "report": again.report.module,
                   "onward": len(onward.checkpoint.modules), "missing": missing}))
 """
 
@@ -56,8 +71,8 @@ def hub():
 
 def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(world)], capture_output=True, text=True, check=False,
-        timeout=300,
+        [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(world), str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=300,
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
              "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
     )  # fmt: skip
@@ -79,6 +94,13 @@ def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
     assert "library_name: peft" in card
     assert 'graft = "me/graft"' in card
     assert str(world) not in card
+    assert found["said"]["ours/tagger"][0] in (0, None)
+    assert found["said"]["ours/tagger"][1].startswith(f"{hub.url}/ours/tagger/")
+    assert found["said"]["theirs/tagger"] == [1, "me cannot write there"]
+    assert found["said"]["tagger"] == [1, "the repository has no owner"]
+    assert found["said"]["me/tagger"] == [1, "the token may read but not write"]
+    assert "graft.json" in hub.files["ours/tagger"]["main"]
+    assert [path.name for path in tmp_path.iterdir() if "tagger" in path.name] == ["ours-tagger"]
     named = hub.files["me/named"]["main"]
     assert json.loads(named["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     assert 'base = "org/base"' in named["README.md"].decode()

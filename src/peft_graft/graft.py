@@ -23,8 +23,9 @@ from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
 from peft_graft.distill.agreement import Verdict
-from peft_graft.errors import ModelError
+from peft_graft.errors import ModelError, VerificationError
 from peft_graft.files import file_hashes, write_json
+from peft_graft.hub import explained_upload
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
@@ -191,16 +192,28 @@ class Graft:
             commit_message: of the commit.
 
         Returns:
-            The address of the commit.
+            The address on the hub.
+
+        Raises:
+            OutputError: the hub cannot be reached, or refuses. VerificationError: the graft does not load, or its
+                library is not installed.
         """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        with temporary_folder() as place:
+        with temporary_folder() as place, explained_upload(repo_id):
+            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repository, branch=revision, exist_ok=True)
             saved = self._save(place / "graft", hub_id=repository)
+            verification = saved.report.verification
+            assert verification is not None
+            if not verification.done:
+                raise VerificationError(
+                    f"a graft goes to the hub only once {verification.library} has loaded it, which is not installed",
+                    where=repo_id,
+                    fix=f"pip install {verification.library}",
+                )
             found = api.upload_folder(
                 repo_id=repository, folder_path=str(saved.folder), revision=revision, commit_message=commit_message
             )

@@ -22,8 +22,8 @@ SHOWN = 3
 _COLOURS = {"exact": "green", "strong": "green", "useful": "green", "weak": "yellow", "no better": "red"}
 
 
-def show_graft(report: GraftReport, out: Path) -> None:
-    """What ``transfer`` did."""
+def show_graft(report: GraftReport, out: Path, pushed: str | None = None) -> None:
+    """What ``transfer`` did, and where on the hub it lies."""
     console = console_for_results()
     if look.verbose:
         _show_details(report, console)
@@ -38,6 +38,8 @@ def show_graft(report: GraftReport, out: Path) -> None:
     console.print(facts)
     console.print()
     console.print("[bold green]written[/]", escaped(str(out)), soft_wrap=True)
+    if pushed:
+        console.print("[bold green]pushed[/] ", escaped(pushed), soft_wrap=True)
     console.print(f"[bold]load it[/] graft = peft_graft.Graft.from_pretrained({escaped(repr(str(out)))}).model",
                   soft_wrap=True)  # fmt: skip
     library = report.module_library

@@ -28,9 +28,10 @@ class PageResult(Placed):
 
 
 class TransferResult(Placed, GraftReport):
-    """``graft.json``, and the folder that it lies in."""
+    """``graft.json``, the folder that it lies in, and the address on the hub where it was pushed."""
 
     out: str
+    pushed: str | None = None
 
 
 class ShelfResult(Placed, ShelfReport):

@@ -14,6 +14,8 @@ from peft_graft.cli.late import command
 from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
 from peft_graft.cli.result import show_graft
+from peft_graft.errors import PlanError
+from peft_graft.hub import check_repository
 
 if TYPE_CHECKING:
     from peft_graft.config import GraftConfig
@@ -49,6 +51,14 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         typer.Option(help="In place of text, 5 to 15 example prompts: the teacher's base model makes more of them."),
     ] = None,
     alignment: Annotated[str | None, typer.Option(help="An alignment made by `peft-graft align`.")] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option("--push-to", help="Upload the graft to the hub too, as owner/name.", rich_help_panel="Output"),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="A repository that --push-to makes is private.", rich_help_panel="Output"),
+    ] = False,
 ) -> None:
     """Move a trained module to another model and write an ordinary checkpoint for it.
 
@@ -67,13 +77,21 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         "config": config,
     }
     if listed is not None or len(named) != 1:
+        if push_to:
+            raise PlanError(
+                "one repository takes one graft", where="--push-to", found="several modules", fix="push each by itself"
+            )
         _transfer_all(named, listed, student, out, **options)
         return
+    if push_to:
+        check_repository(push_to, config.token)
     with watching() as callbacks, saying_how_to_go_on(out):
         graft = peft_graft.transfer(named[0], student, out=out, callbacks=callbacks, **options)
+    pushed = graft.push_to_hub(push_to, private=private or None, token=config.token) if push_to else None
     from peft_graft.cli.results import TransferResult
 
-    give(TransferResult.at(graft.report, out), lambda: show_graft(graft.report, out))
+    result = TransferResult.at(graft.report, out).model_copy(update={"pushed": pushed})
+    give(result, lambda: show_graft(graft.report, out, pushed))
 
 
 def _transfer_all(adapters: list[str], listed: Path | None, student: str, out: Path, **options: Any) -> None:
