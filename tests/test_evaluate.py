@@ -18,6 +18,7 @@ import speech
 import tiny
 from peft_graft import Callback, EvaluateConfig, Evaluation, Graft, GraftConfig, GraftError, evaluate
 from peft_graft.cli import main
+from peft_graft.cli.results import EvaluateResult
 from peft_graft.metrics import METRICS, interval
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
@@ -232,7 +233,7 @@ def test_the_command(run, world: Path, tmp_path: Path) -> None:
     assert "reference" in done.out
     assert "written" in done.out
     done = run("evaluate", world / "graft", "--text", world / "labelled.jsonl", "--limit", "2", "--json")
-    assert Evaluation.model_validate_json(done.out).prompts == 2
+    assert EvaluateResult.model_validate_json(done.out).prompts == 2
     done = run("evaluate", world / "graft", "--text", world / "labelled.jsonl", "--metric", "wit", code=1)
     assert "no such metric" in done.err
 

@@ -124,7 +124,7 @@ def test_a_module_moves_by_a_composed_alignment_as_by_the_direct_one(command, tm
             sites=("attn.query", "attn.value"),
             out=tmp_path / pair,
         )
-    done = command("compose", tmp_path / "AB", tmp_path / "BC", "--out", tmp_path / "ABC")
+    done = command("compose", tmp_path / "AB", tmp_path / "BC", "--out", tmp_path / "ABC", "--verbose")
     assert "layer 0 attn.value.out" in done.out
     composed, direct = (Alignment.from_pretrained(tmp_path / name) for name in ("ABC", "AC"))
     assert composed.maps.keys() == direct.maps.keys()

@@ -48,6 +48,7 @@ def test_json_is_all_that_goes_to_standard_output(command, world, tmp_path) -> N
                    "--out", tmp_path / "g", "--head", "drop", "--json")  # fmt: skip
     found = json.loads(done.out)
     assert found.pop("out") == str(tmp_path / "g")
+    assert found.pop("pushed") is None
     report = GraftReport.model_validate(found)
     assert report.layers == [[0, 1], [2, 3]]
     assert report.head is None
