@@ -103,6 +103,15 @@ def test_values_that_would_end_the_process(value: str, tmp_path) -> None:
     assert list(read_text(tmp_path / "rows.json")) == [Sample("NaN and Infinity")]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_row_of_thousands_of_columns_would_take_hours(name: str, indent: int | None, tmp_path) -> None:
+    row = {"text": "a"} | {f"layer.{number}": number for number in range(4000)}
+    (tmp_path / name).write_text(json.dumps(row, indent=indent))
+    with pytest.raises(TextError, match="the text cannot be read .*a row has 4,001 columns"):
+        load_rows(str(tmp_path / name), streaming=True)
+
+
 def test_null_for_a_row_would_end_the_process(tmp_path) -> None:
     (tmp_path / "rows.json").write_text('\n null\n{"text": "a"}\n')
     with pytest.raises(TextError, match="the text cannot be read .*the first row is null"):

@@ -39,8 +39,10 @@ _READERS = {
     ".parquet": ("parquet", "ParquetDatasetReader"),
 }
 _SHUFFLE_BUFFER = 20_000
-#: How deep a row of JSON may be nested; pyarrow ends the process at some ten thousand.
+#: How deep a row of JSON may be nested, at which pyarrow ends the process at some ten thousand, and how many columns
+#: it may have.
 _DEEPEST = 500
+_WIDEST = 1000
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 _T = TypeVar("_T")
 
@@ -223,7 +225,7 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
 
 def _check_json(source: str) -> None:
     """Refuse what ends the process in pyarrow: values that are none of JSON's, rows that are nested without end, null
-    in the place of the first row.
+    in the place of the first row; and rows so wide that ``datasets``, which takes the square of that in time, hardly ends.
 
     Raises:
         ValueError: there is one, or no JSON.
@@ -234,7 +236,7 @@ def _check_json(source: str) -> None:
 
     is_first = True
     with Path(source).open(encoding="utf-8") as file:
-        for text in file if _has_a_row_a_line(source) else [file.read()]:
+        for text in file if _has_a_row_a_line(source) and not _is_spread(source) else [file.read()]:
             if is_first and text.strip():
                 is_first = False
                 if text.lstrip().startswith("null"):
@@ -243,6 +245,18 @@ def _check_json(source: str) -> None:
                 json.loads(text, parse_constant=refuse)
             if _depth(text) > _DEEPEST and _depth(_STRINGS.sub("", text)) > _DEEPEST:
                 raise ValueError(f"it is nested more than {_DEEPEST} deep")
+            if (
+                text.lstrip().startswith("{")
+                and text.count('":') > _WIDEST
+                and (width := len(json.loads(text))) > _WIDEST
+            ):
+                raise ValueError(f"a row has {width:,} columns")
+
+
+def _is_spread(source: str) -> bool:
+    """Whether a file of JSON is one object over many lines."""
+    with Path(source).open(encoding="utf-8") as file:
+        return next((line for line in file if line.strip()), "").strip() == "{"
 
 
 def _depth(text: str) -> int:
