@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
+from peft_graft.alignment.json_rows import check_json, has_a_row_a_line
 from peft_graft.errors import GraftError, TextError, reason
 from peft_graft.models.places import hub_id_of
 
@@ -39,11 +37,6 @@ _READERS = {
     ".parquet": ("parquet", "ParquetDatasetReader"),
 }
 _SHUFFLE_BUFFER = 20_000
-#: How deep a row of JSON may be nested, at which pyarrow ends the process at some ten thousand, and how many columns
-#: it may have.
-_DEEPEST = 500
-_WIDEST = 1000
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 _T = TypeVar("_T")
 
 
@@ -214,59 +207,13 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
             name, config, split = [*source.split(":"), "", ""][:3]
             return load_dataset(name, config or None, split=split or "train", streaming=streaming)
         if suffix in (".json", ".jsonl"):
-            _check_json(source)
+            check_json(source)
         # Not by ``load_dataset``, which tells a host that files are read.
         module, reader = _READERS[suffix]
         options = {"delimiter": "\t"} if suffix == ".tsv" else {}
         read = getattr(importlib.import_module(f"datasets.io.{module}"), reader)
         files = glob.escape(str(Path(source).resolve()))
         return read(files, split=NamedSplit("train"), streaming=streaming, **options).read()
-
-
-def _check_json(source: str) -> None:
-    """Refuse what ends the process in pyarrow: values that are none of JSON's, rows that are nested without end, null
-    in the place of the first row; and rows so wide that ``datasets``, which takes the square of that in time, hardly ends.
-
-    Raises:
-        ValueError: there is one, or no JSON.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no value of JSON")
-
-    is_first = True
-    with Path(source).open(encoding="utf-8") as file:
-        for text in file if _has_a_row_a_line(source) and not _is_spread(source) else [file.read()]:
-            if is_first and text.strip():
-                is_first = False
-                if text.lstrip().startswith("null"):
-                    raise ValueError("the first row is null")
-            if "Infinity" in text or "NaN" in text:
-                json.loads(text, parse_constant=refuse)
-            if _depth(text) > _DEEPEST and _depth(_STRINGS.sub("", text)) > _DEEPEST:
-                raise ValueError(f"it is nested more than {_DEEPEST} deep")
-            if (
-                text.lstrip().startswith("{")
-                and text.count('":') > _WIDEST
-                and (width := len(json.loads(text))) > _WIDEST
-            ):
-                raise ValueError(f"a row has {width:,} columns")
-
-
-def _is_spread(source: str) -> bool:
-    """Whether a file of JSON is one object over many lines."""
-    with Path(source).open(encoding="utf-8") as file:
-        return next((line for line in file if line.strip()), "").strip() == "{"
-
-
-def _depth(text: str) -> int:
-    """How deep JSON is nested, or more, where brackets stand in its strings."""
-    if len(text) <= _DEEPEST:
-        return 0
-    signs = np.frombuffer(text.encode(), dtype=np.uint8)
-    opening, closing = np.isin(signs, [ord("["), ord("{")]), np.isin(signs, [ord("]"), ord("}")])
-    steps = np.where(opening, 1, -1)[opening | closing]
-    return int(steps.cumsum().max(initial=0))
 
 
 def _suffix(source: str) -> str | None:
@@ -321,17 +268,11 @@ def _placed_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows as they stand in a source, each with its place."""
     suffix = _suffix(source)
     with _explained(source):
-        if suffix == ".txt" or (suffix == ".jsonl" and _has_a_row_a_line(source)):
+        if suffix == ".txt" or (suffix == ".jsonl" and has_a_row_a_line(source)):
             yield from _lines(source, suffix)
         else:
             for number, row in enumerate(load_rows(source, streaming=True), start=1):
                 yield f"row {number}", row
-
-
-def _has_a_row_a_line(source: str) -> bool:
-    """Whether a .jsonl file is what its name says, and not one array over many lines."""
-    with Path(source).open(encoding="utf-8") as file:
-        return not next((line for line in file if line.strip()), "{").lstrip().startswith("[")
 
 
 def _lines(source: str, suffix: str) -> Iterator[tuple[str, dict[str, Any]]]:
