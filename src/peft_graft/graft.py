@@ -201,10 +201,9 @@ class Graft:
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        with temporary_folder() as place, explained_upload(repo_id):
-            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None:
-                api.create_branch(repository, branch=revision, exist_ok=True)
+        with explained_upload(repo_id):
+            repository = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        with temporary_folder() as place:
             saved = self._save(place / "graft", hub_id=repository)
             verification = saved.report.verification
             assert verification is not None
@@ -214,9 +213,13 @@ class Graft:
                     where=repo_id,
                     fix=f"pip install {verification.library}",
                 )
-            found = api.upload_folder(
-                repo_id=repository, folder_path=str(saved.folder), revision=revision, commit_message=commit_message
-            )
+            with explained_upload(repo_id):
+                api.create_repo(repository, private=private, exist_ok=True)
+                if revision is not None:
+                    api.create_branch(repository, branch=revision, exist_ok=True)
+                found = api.upload_folder(
+                    repo_id=repository, folder_path=str(saved.folder), revision=revision, commit_message=commit_message
+                )
         return str(found)
 
     @classmethod
