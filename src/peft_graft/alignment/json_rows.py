@@ -17,8 +17,7 @@ _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 def has_a_row_a_line(source: str) -> bool:
     """Whether a .jsonl file is what its name says, and not one array over many lines."""
-    with Path(source).open(encoding="utf-8") as file:
-        return not next((line for line in file if line.strip()), "{").lstrip().startswith("[")
+    return not _first_line(source).startswith("[")
 
 
 def check_json(source: str) -> None:
@@ -54,8 +53,13 @@ def check_json(source: str) -> None:
 
 def _is_spread(source: str) -> bool:
     """Whether a file of JSON is one object over many lines."""
+    return _first_line(source) == "{"
+
+
+def _first_line(source: str) -> str:
+    """The first line that is not blank, empty where there is none."""
     with Path(source).open(encoding="utf-8") as file:
-        return next((line for line in file if line.strip()), "").strip() == "{"
+        return next((line.strip() for line in file if line.strip()), "")
 
 
 def _depth(text: str) -> int:

@@ -122,8 +122,8 @@ def plain_lora(subject: Subject, takes: Takes, config: ExportConfig) -> PlainLor
             f"{1 - lost / max(whole, 1e-30):.4%} of its change of the weights"
         )
     plain = replace(
-        raw, library=Library.PEFT, kind="lora", config=_config(raw), parts=_uniform(found), head={}, head_config=None,
-        unconverted={},
+        raw, library=Library.PEFT, kind="lora", config=plain_config(raw), parts=_uniform(found), head={},
+        head_config=None, unconverted={},
     )  # fmt: skip
     return PlainLora(plain, 1 - lost / max(whole, 1e-30), notes)
 
@@ -198,7 +198,7 @@ def _as_wide(part: LoraPart, rank: int, scaling: float) -> LoraPart:
     return type(part)(pad(part.A, (0, 0, 0, missing)), pad(b, (0, missing)), scaling)
 
 
-def _config(raw: RawCheckpoint) -> dict[str, Any]:
+def plain_config(raw: RawCheckpoint) -> dict[str, Any]:
     """A new configuration; ranks, alphas and targets are filled in as it is written."""
     from peft import LoraConfig
 

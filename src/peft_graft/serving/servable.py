@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_graft.checkpoints.convert import low_rank
-from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import PlanError
@@ -26,7 +25,7 @@ from peft_graft.modules.base import Base, Module
 from peft_graft.modules.ia3 import ScaleModule
 from peft_graft.modules.lora import EmbeddingLoraPart, LoraModule, LoraPart, lora_tensors
 from peft_graft.serving.gguf import check_architecture, without_tensor
-from peft_graft.serving.plain import MAX_RANK, Takes
+from peft_graft.serving.plain import MAX_RANK, Takes, plain_config
 from peft_graft.serving.vllm import check_model, without_layer
 
 #: Rank of the LoRA for IA3, and for DoRA of a lower one: what vLLM takes where it is told nothing.
@@ -61,10 +60,7 @@ def servable(checkpoint: PeftCheckpoint, teacher: ModelHandle, target: str | Non
         return checkpoint
     base = Base(teacher.architecture, teacher.base_tensors())
     modules = {site: _plain(module, base) for site, module in checkpoint.modules.items()}
-    from peft import LoraConfig
-
-    config = config_dict(LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=raw.base_model))
-    lora = replace(raw, library=Library.PEFT, kind="lora", config=config, parts={})
+    lora = replace(raw, library=Library.PEFT, kind="lora", config=plain_config(raw), parts={})
     return replace(checkpoint, raw=lora, modules=modules)
 
 
