@@ -493,3 +493,16 @@ def test_label_names_that_do_not_fit_are_refused_by_the_plan(made: Path, monkeyp
             tiny.transfer(f"modules/{module}", student, method="copy", **options)
         assert str(caught.value) == message
     assert tiny.inspect("modules/converted", "models/bert", method="copy", labels="a,b,c,d,e").student.problem is None
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_the_card_of_a_question_answerer_prints_an_answer(
+    seed: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Whichever way its head falls: where the best end lies before the best start, too."""
+    grafted(made, "questions", tmp_path / "graft", monkeypatch, head="drop")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    transformers.set_seed(seed)
+    exec(compile(code_of(tmp_path / "graft"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
