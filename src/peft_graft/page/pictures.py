@@ -1,4 +1,6 @@
-"""Pictures as SVG inside a page: drawn by matplotlib, coloured by the page, so that they read in light and in dark."""
+"""Pictures inside a page, coloured by the page, so that they read in light and in dark: a map of layers and heat maps from
+templates, for every graft has them; what has axes is drawn by matplotlib, which takes its time.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from markupsafe import Markup
+
+from peft_graft.page.render import fragment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +48,8 @@ _SETTINGS = {
     "grid.color": LINE,
     "text.parse_math": False,  # names are text
 }
-#: Rows of a heat map whose values are written into it.
-_MOST_WRITTEN = 26
+#: Heights of a map of layers, in units of its drawing: of a layer, and of what is written above.
+_LAYER, _ABOVE = 14, 24
 Value = float | None
 _P = ParamSpec("_P")
 
@@ -55,7 +59,7 @@ class Picture:
     """A picture, what it shows, and its numbers as a table (none where ``rows`` is empty)."""
 
     title: str
-    svg: Markup
+    drawn: Markup
     caption: str
     header: Sequence[str] = ()
     rows: Sequence[Sequence[object]] = ()
@@ -74,76 +78,48 @@ def _drawing(draw: Callable[_P, Picture]) -> Callable[_P, Picture]:
     return drawn
 
 
-@_drawing
 def layer_map(layers: Sequence[Sequence[int]], teacher_layers: int, title: str) -> Picture:
     """The teacher's layers on the left, the student's on the right, lines where a layer comes from."""
-    from matplotlib.collections import LineCollection
-
     most = max(teacher_layers, len(layers), 1)
-    figure, axes = _figure(3.8, 0.5 + 0.19 * most, (0, 0, 0, 0))
     heights = [[_height(row, count, most) for row in range(count)] for count in (teacher_layers, len(layers))]
     used = {source for sources in layers for source in sources}
-    lines = [
-        [(0.19, heights[0][source]), (0.81, heights[1][layer])]
-        for layer, sources in enumerate(layers)
-        for source in sources
+    labels = [
+        (x, y, row, side == 0 and row not in used)
+        for side, (x, column) in enumerate(zip((33, 241), heights, strict=True))
+        for row, y in enumerate(column)
     ]
-    axes.add_collection(LineCollection(lines, colors=SERIES[0], linewidths=1.3, alpha=0.75))
-    for side, (x, column) in enumerate(zip((0.12, 0.88), heights, strict=True)):
-        for row, y in enumerate(column):
-            idle = side == 0 and row not in used
-            style: dict[str, Any] = {"color": MUTED if idle else INK, "alpha": 0.55 if idle else 1.0, "fontsize": 8}
-            axes.text(x, y, str(row), ha="center", va="center", **style)
-    axes.text(0.12, most - 0.1, "teacher layer", ha="center", color=MUTED)
-    axes.text(0.88, most - 0.1, "student layer", ha="center", color=MUTED)
-    axes.set(xlim=(0, 1), ylim=(-0.7, most + 0.7))
-    axes.axis("off")
+    lines = [(heights[0][source], heights[1][layer]) for layer, sources in enumerate(layers) for source in sources]
     said = "; ".join(
         f"student layer {layer} from {' + '.join(map(str, sources)) or 'none'}" for layer, sources in enumerate(layers)
     )
+    drawn = fragment(
+        "layer_map.svg.jinja", title=title, about=said, own=_own_name(title), height=_ABOVE + _LAYER * most,
+        lines=lines, labels=labels,
+    )  # fmt: skip
     unused = teacher_layers - len(used)
     caption = "Which teacher layers each student layer comes from" + f"; {unused} are left out" * bool(unused) + "."
-    return Picture(title, _svg(figure, title, said), caption)
+    return Picture(title, drawn, caption)
 
 
 def _height(row: int, count: int, most: int) -> float:
     """Layers spread over the whole height, the first on top."""
-    return (most - 1) * (1 - row / (count - 1)) if count > 1 else (most - 1) / 2
+    return _ABOVE + _LAYER * (0.5 + ((most - 1) * row / (count - 1) if count > 1 else (most - 1) / 2))
 
 
-@_drawing
 def heat_map(
     values: Mapping[tuple[str, str], Value], title: str, caption: str, *, rows_are: str, percent: bool = False
 ) -> Picture:
-    """Values by (row, column), darker for more; rows and columns in the order in which they come."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.colors import to_rgba
-    from matplotlib.patches import Rectangle
-
+    """A table of values by (row, column), darker for more; rows and columns in the order in which they come."""
     rows, columns = (list(dict.fromkeys(key[part] for key in values)) for part in (0, 1))
-    left, top = (0.35 + 0.075 * max(map(len, names)) for names in (rows, columns))
-    width = max(2.2, 0.62 * len(columns))
-    figure, axes = _figure(left + width + 0.45 * top, 0.8 * top + 0.22 * len(rows), (left, 0.8 * top, 0.45 * top, 0.05))
-    known = {place: value for place, value in values.items() if value is not None}
-    most = max(known.values(), default=1.0) or 1.0
-    places = {key: (columns.index(key[1]), rows.index(key[0])) for key in known}
-    strengths = [0.06 + 0.74 * max(0.0, value) / most for value in known.values()]
-    cells = [Rectangle((x - 0.47, y - 0.45), 0.94, 0.9) for x, y in places.values()]
-    colours = [to_rgba(SERIES[0], strength) for strength in strengths]
-    axes.add_collection(PatchCollection(cells, facecolors=colours, linewidths=0))
-    if len(rows) <= _MOST_WRITTEN:
-        for place, value in known.items():
-            axes.text(*places[place], _value(value, percent=percent), ha="center", va="center", fontsize=7.5)
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xticks(range(len(columns)), columns, rotation=38, ha="left", rotation_mode="anchor")
-    every = max(1, len(rows) // 16)
-    axes.set_yticks(range(0, len(rows), every), rows[::every])
-    if len(rows) > 4:  # beside fewer there is no room for it
-        axes.set_ylabel(rows_are)
-    axes.xaxis.tick_top()
-    _bare(axes)
-    table = [[row, *(_value(values.get((row, column)), percent=percent) for column in columns)] for row in rows]
-    return Picture(title, _svg(figure, title, caption), caption, [rows_are, *columns], table)
+    most = max((value for value in values.values() if value is not None), default=1.0) or 1.0
+
+    def cell(value: Value) -> tuple[str, float | None]:
+        return _value(value, percent=percent), None if value is None else 6 + 74 * max(0.0, value) / most
+
+    cells = [(row, [cell(values.get((row, column))) for column in columns]) for row in rows]
+    return Picture(
+        title, fragment("heat_map.html.jinja", title=title, rows_are=rows_are, columns=columns, rows=cells), caption
+    )
 
 
 @_drawing
@@ -209,12 +185,6 @@ def _figure(width: float, height: float, margins: tuple[float, float, float, flo
     return figure, axes
 
 
-def _bare(axes: Axes) -> None:
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def _value(value: Value, *, percent: bool = False) -> str:
     if value is None:
         return "–"
@@ -235,9 +205,14 @@ def _svg(figure: Figure, title: str, about: str) -> Markup:
     for drawn_as, colour in _COLOURS.items():
         text = text.replace(drawn_as, f"var({colour})")
     text = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px)[^;\"]*", r"font: \2 inherit", text)
-    own = f"p{zlib.crc32(title.encode('utf-8', 'replace'))}"
+    own = _own_name(title)
     text = re.sub(r'(\bid="|"#|\(#)', rf"\g<1>{own}-", text)
     width, height = (72 * size for size in figure.get_size_inches())
     start = f'<svg role="img" aria-labelledby="{own}-title {own}-about" viewBox="0 0 {width:g} {height:g}">'
     named = f'<title id="{own}-title">{escape(title)}</title><desc id="{own}-about">{escape(about)}</desc>'
     return Markup(start + named + text[text.index(">") + 1 :])
+
+
+def _own_name(title: str) -> str:
+    """A name that no other picture of the page has."""
+    return f"p{zlib.crc32(title.encode('utf-8', 'replace'))}"

@@ -27,6 +27,11 @@ def render(template: str, **values: object) -> str:
     return found.encode("utf-8", "backslashreplace").decode()  # half a pair of surrogates, which no file can hold
 
 
+def fragment(template: str, **values: object) -> Markup:
+    """A part of a page, from a template of ``templates/page``; strings among the values are text."""
+    return Markup(_environment().get_template(f"page/{template}").render(**values))
+
+
 @cache
 def _source(name: str) -> str:
     return (files("peft_graft") / "templates" / "page" / name).read_text(encoding="utf-8")
