@@ -281,7 +281,7 @@ def row(name: str, config: Any, kinds: Sequence[str] = KINDS) -> dict[str, str]:
 
 
 def chosen(rows: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    """Architecture -> kinds to try: every fourth cell of each row and of each column, and every outcome of every kind."""
+    """Architecture -> kinds to try: every fourth cell of each row and each column, and every outcome of every kind."""
     picked = {
         name: [kind for column, kind in enumerate(KINDS) if (line + column) % 4 == 0] for line, name in enumerate(rows)
     }
@@ -300,8 +300,8 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         "# Architectures and kinds of modules",
         "",
-        "Written by `python tests/matrix.py`, which tries every cell; `tests/models/test_matrix.py` tries a part again:",
-        "every fourth cell of each row and each column, and every outcome of every kind.",
+        "Written by `python tests/matrix.py`, which tries every cell; `tests/models/test_matrix.py` tries a part of them",
+        "again: every fourth cell of each row and each column, and every outcome of every kind.",
         "Tiny random models.",
         "",
         "- **exact**: on a copy of the model whose hidden units, key-value groups, heads, units of values and FFN",

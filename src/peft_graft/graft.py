@@ -27,6 +27,7 @@ from peft_graft.errors import ModelError, VerificationError
 from peft_graft.files import file_hashes, write_json
 from peft_graft.hub import explained_upload
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
+from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder, written_aside
 from peft_graft.page.graft import PAGE, write_page
@@ -142,6 +143,7 @@ class Graft:
         """
         return self._save(Path(folder), force=force, results=results)
 
+    @quiet_libraries()
     def _save(
         self, out: Path, *, force: bool = False, hub_id: str | None = None, results: Sequence[EvalResult] = ()
     ) -> Graft:

@@ -211,20 +211,24 @@ def quiet_libraries() -> Iterator[None]:
     """Silence what transformers and adapters say about heads that are random until a checkpoint fills them.
 
     Also transformers 5's bars for loading weights, which would end up in logs; our own progress says as much.
+    Within each other, the outermost does it.
     """
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
-    other = logging.getLogger("adapters")
-    level = other.level
-    other.setLevel(logging.ERROR)
+    silenced = [
+        (logger, logger.level)
+        for logger in map(logging.getLogger, ("transformers", "adapters"))
+        if logger.level < logging.ERROR  # setting a level makes every logger of the process forget what it knew
+    ]
+    for logger, _ in silenced:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
-        other.setLevel(level)
+        for logger, level in silenced:
+            logger.setLevel(level)
 
 
 def auto_class(task: Task, config: PretrainedConfig) -> Any:

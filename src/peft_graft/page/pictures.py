@@ -1,5 +1,6 @@
-"""Pictures inside a page, coloured by the page, so that they read in light and in dark: a map of layers and heat maps from
-templates, for every graft has them; what has axes is drawn by matplotlib, which takes its time.
+"""Pictures inside a page, coloured by the page, so that they read in light and in dark.
+
+Maps of layers and heat maps, which every graft has, come from templates; what has axes is drawn by matplotlib.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from peft_graft.models.loading import (
     wrap_model,
 )
 from peft_graft.models.pair import loading_of
+from peft_graft.models.task_models import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -148,6 +149,7 @@ class ModelSources:
             )
         return ModelSources(module.teacher(teacher), student, config, tokenizers or (None, None))
 
+    @quiet_libraries()
     def described(self) -> ModelPair:
         """Both models without weights, from their configurations; live ones as they are.
 
@@ -158,6 +160,7 @@ class ModelSources:
         first, second = (described(model, self.config, role, tokenizer) for model, tokenizer, role in self._sides)
         return ModelPair(first, second)
 
+    @quiet_libraries()
     def loaded(self, *, tokenizers: bool) -> ModelPair:
         """Both models with weights.
 
