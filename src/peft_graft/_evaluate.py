@@ -202,17 +202,12 @@ def _subject(
     """
     given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
     if not isinstance(graft, Graft):
-        folder = locate(graft, revision=config.revision, subfolder=config.subfolder, token=config.token)
+        folder = locate(graft, **config.place)
         raw = read_checkpoint(folder)
         if not (folder / REPORT).is_file():
             return _plain(raw, str(graft), student, config, GraftConfig(**given)), None
         graft = Graft.from_pretrained(
-            graft,
-            student=student,
-            revision=config.revision,
-            subfolder=config.subfolder,
-            token=config.token,
-            trust_remote_code=config.trust_remote_code,
+            graft, student=student, trust_remote_code=config.trust_remote_code, **config.place
         )
     handle, settings = graft.student, graft.report.settings.model_copy(update=given)
     _speaking(graft.checkpoint.raw, str(graft.folder or "the graft"))

@@ -130,16 +130,9 @@ def _subject(graft: str | Path | Graft, base: str | Path | None, config: ExportC
     """
     if isinstance(graft, Graft):
         return _of_graft(graft, str(graft.folder or "a graft in memory"), base, config)
-    folder = locate(graft, revision=config.revision, subfolder=config.subfolder, token=config.token)
+    folder = locate(graft, **config.place)
     if (folder / REPORT).is_file():
-        found = Graft.from_pretrained(
-            graft,
-            student=base,
-            revision=config.revision,
-            subfolder=config.subfolder,
-            token=config.token,
-            trust_remote_code=config.trust_remote_code,
-        )
+        found = Graft.from_pretrained(graft, student=base, trust_remote_code=config.trust_remote_code, **config.place)
         return _of_graft(found, str(graft), base, config)
     raw = read_checkpoint(folder)
     place = base or raw.base_model

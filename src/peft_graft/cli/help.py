@@ -18,8 +18,8 @@ from typer.models import ArgumentInfo
 
 #: Width of the column of names; what is longer has its explanation below it. And of a page at most.
 _NAMES, _WIDEST = 24, 100
-#: Panel of what has no other, and the one at the end.
-_FIRST, _LAST = "What", "Output"
+#: Panel of what has no other, and those at the end.
+_FIRST, _LAST = "What", ("Loading", "Output")
 #: How a command ends; ``cli.main`` gives these codes.
 EXIT_CODES = "0 done, 1 refused or failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 ended by SIGTERM"
 
@@ -61,7 +61,7 @@ class Verb(TyperCommand):
             if not _info(each).hidden:
                 panels.setdefault(_info(each).rich_help_panel or _FIRST, []).append(each)
         others: list[str] = []
-        for title, parameters in sorted(panels.items(), key=lambda panel: panel[0] == _LAST):
+        for title, parameters in sorted(panels.items(), key=lambda panel: _LAST.index(panel[0]) if panel[0] in _LAST else -1):
             shown = [each for each in parameters if whole or each.name in self.briefs]
             others += [_names(each)[-1] for each in parameters if each not in shown]
             if shown:

@@ -12,19 +12,17 @@ from pydantic import (
 from peft_graft.config.base import (
     ANSWERS,
     AUTO,
-    LOADING,
-    OUTPUT,
     PROMPTS,
     WHERE,
     WHO,
-    Config,
     Dtype,
     Option,
     as_dict,
 )
+from peft_graft.config.graft_place import GraftPlaceConfig
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(GraftPlaceConfig):
     """How ``evaluate`` puts prompts with answers to a graft and to the models around it.
 
     Attributes:
@@ -81,17 +79,4 @@ class EvaluateConfig(Config):
         default=None,
         description="Load the models quantised: transformers' quantization_config as JSON, such as "
         '{"load_in_4bit": true}.',
-    )
-    revision: Annotated[str | None, Option(LOADING)] = Field(default=None, description="Hub revision of the graft.")
-    subfolder: Annotated[str | None, Option(LOADING)] = Field(
-        default=None, description="Folder of the graft in its repository."
-    )
-    token: Annotated[str | None, Option(LOADING, decides=False)] = Field(
-        default=None, description="Hub token, for private repositories.", repr=False, exclude=True
-    )
-    trust_remote_code: Annotated[bool, Option(LOADING)] = Field(
-        default=False, description="Run model code that comes with a repository."
-    )
-    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
-        default=False, description="Replace --out if it exists."
     )

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from peft_graft.config.base import AUTO, HOW, LOADING, OUTPUT, WHERE, Config, Dtype, Option
+from peft_graft.config.base import AUTO, HOW, WHERE, Dtype, Option
+from peft_graft.config.graft_place import GraftPlaceConfig
 
 
 class Target(StrEnum):
@@ -21,7 +22,7 @@ class Target(StrEnum):
     ADAPTERS = "adapters"
 
 
-class ExportConfig(Config):
+class ExportConfig(GraftPlaceConfig):
     """How ``export`` writes a graft for another program.
 
     Attributes:
@@ -55,17 +56,4 @@ class ExportConfig(Config):
     )
     device: Annotated[str, Option(WHERE)] = Field(
         default=AUTO, description="cpu, cuda, cuda:1, ...; auto is the GPU where there is one."
-    )
-    revision: Annotated[str | None, Option(LOADING)] = Field(default=None, description="Hub revision of the graft.")
-    subfolder: Annotated[str | None, Option(LOADING)] = Field(
-        default=None, description="Folder of the graft in its repository."
-    )
-    token: Annotated[str | None, Option(LOADING, decides=False)] = Field(
-        default=None, description="Hub token, for private repositories.", repr=False, exclude=True
-    )
-    trust_remote_code: Annotated[bool, Option(LOADING)] = Field(
-        default=False, description="Run model code that comes with a repository."
-    )
-    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
-        default=False, description="Replace --out if it exists."
     )
