@@ -300,8 +300,8 @@ def page(rows: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         "# Architectures and kinds of modules",
         "",
-        "Written by `python tests/matrix.py`, which tries every cell; `tests/models/test_matrix.py` tries a part of them",
-        "again: every fourth cell of each row and each column, and every outcome of every kind.",
+        "Written by `python tests/matrix.py`, which tries every cell; `tests/models/test_matrix.py` tries a part of",
+        "them again: every fourth cell of each row and each column, and every outcome of every kind.",
         "Tiny random models.",
         "",
         "- **exact**: on a copy of the model whose hidden units, key-value groups, heads, units of values and FFN",

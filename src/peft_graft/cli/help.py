@@ -61,7 +61,9 @@ class Verb(TyperCommand):
             if not _info(each).hidden:
                 panels.setdefault(_info(each).rich_help_panel or _FIRST, []).append(each)
         others: list[str] = []
-        for title, parameters in sorted(panels.items(), key=lambda panel: _LAST.index(panel[0]) if panel[0] in _LAST else -1):
+        for title, parameters in sorted(
+            panels.items(), key=lambda panel: _LAST.index(panel[0]) if panel[0] in _LAST else -1
+        ):
             shown = [each for each in parameters if whole or each.name in self.briefs]
             others += [_names(each)[-1] for each in parameters if each not in shown]
             if shown:
