@@ -86,7 +86,7 @@ def text(tmp_path: Path) -> Path:
     import tiny
 
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(tiny.sentences(200)))
+    path.write_text("\n".join(tiny.sentences(80)))
     return path
 
 

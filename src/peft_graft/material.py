@@ -21,6 +21,7 @@ from peft_graft.distill.breakdown import by_kind, decided
 from peft_graft.distill.choose import Outcome, judged
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.distillation import Distillation
+from peft_graft.distill.fit_layers import SAMPLES
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishSettings
 from peft_graft.distill.teacher import FIT, TOKENS, ask_teacher, can_ask, sample_parts
@@ -99,14 +100,15 @@ class TextMaterial:
             return None
         check_tokenizers(plan.models)
         config, settings = plan.config, self.polishing(plan.config)
-        fit = FIT if config.head in ("auto", "fit") else 0
+        fit = FIT if plan.moved.head and config.head in ("auto", "fit") else 0
+        layers = SAMPLES if any(method.fits_layers for method in plan.methods) else 0
         shift_map = None if plan.moved.head else aligner.alignment(_shift_method(maps_of)).map((TOKENS, TOKENS))
         return ask_teacher(
             plan.module,
             plan.models,
             self.parts,
             run,
-            train=max(fit, settings.steps * settings.batch_size),
+            train=max(fit, layers, settings.steps * settings.batch_size),
             shift_map=shift_map,
             config=config,
         )

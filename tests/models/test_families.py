@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -58,11 +59,13 @@ def saved(folder: Path, family: str, seed: int = 0, **changes) -> Path:
     return tiny.saved(folder, DECODERS[family], transformers.AutoModelForCausalLM, seed=seed, **changes)
 
 
-def trained(folder: Path, base: Path, family: str, task: str = "CAUSAL_LM") -> torch.nn.Module:
+def trained(
+    folder: Path, base: Path, family: str, task: str = "CAUSAL_LM", targets: list[str] | None = None
+) -> torch.nn.Module:
     auto = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.AutoModelForSequenceClassification}
     model = auto[task].from_pretrained(base, **({"num_labels": 3} if task == "SEQ_CLS" else {})).eval()
     config = peft.LoraConfig(
-        task_type=task, r=4, lora_alpha=8, target_modules=TARGETS.get(family, DEFAULT_TARGETS),
+        task_type=task, r=4, lora_alpha=8, target_modules=targets or TARGETS.get(family, DEFAULT_TARGETS),
         fan_in_fan_out=family == "gpt2",
     )  # fmt: skip
     adapted = peft.get_peft_model(model, config)
@@ -93,39 +96,52 @@ def test_parts_of_projections_are_the_tensors_that_attention_uses(family: str) -
         assert value.shape[-1] == model.architecture.size(space), space
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
+    """A family's model and a module of it."""
+    root = tmp_path_factory.mktemp("families")
+
+    def made(family: str) -> tuple[Path, Path]:
+        base, module = root / family, root / f"{family}-module"
+        if not module.exists():
+            saved(base, family)
+            trained(module, base, family)
+        return base, module
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> Path:
+    """A narrower, deeper Llama, and two modules of it: a gate has no counterpart in most of the older families."""
+    root = tmp_path_factory.mktemp("narrow")
+    base = saved(root / "llama", "llama", 1, hidden_size=24, head_dim=6, num_hidden_layers=3)
+    trained(root / "with-gate", base, "llama")
+    trained(root / "without-gate", base, "llama", targets=["q_proj", "v_proj", "up_proj"])
+    return root
+
+
 @pytest.mark.parametrize("family", DECODERS)
-def test_a_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path) -> None:
-    base = saved(tmp_path / "base", family)
-    trained(tmp_path / "module", base, family)
-    graft = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "graft")
+def test_a_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Path, grown) -> None:
+    base, module = grown(family)
+    graft = tiny.transfer(module, student=base, method="copy", out=tmp_path / "graft")
     assert graft.report.verification.done
-    same_module(tmp_path / "module", tmp_path / "graft")
+    same_module(module, tmp_path / "graft")
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_modules_move_between_llama_and_every_family(family: str, tmp_path: Path, text: Path) -> None:
+def test_modules_move_between_llama_and_every_family(
+    family: str, tmp_path: Path, text: Path, grown, narrow: Path
+) -> None:
     """To a narrower, deeper Llama and from it; what is written loads in peft and acts (``transfer`` verifies both)."""
-    narrow = saved(tmp_path / "llama", "llama", 1, hidden_size=24, head_dim=6, num_hidden_layers=3)
-    base = saved(tmp_path / "base", family)
-    trained(tmp_path / "module", base, family)
-    trained(tmp_path / "of-llama", narrow, "llama")
+    base, module = grown(family)
     roles = set(describe_config(DECODERS[family]).row.linears)
-    graft = tiny.transfer(
-        tmp_path / "module", student=narrow, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "there"
-    )
+    options = {"text": text, "method": "prune-align", "max_tokens": 500}
+    graft = tiny.transfer(module, student=narrow / "llama", out=tmp_path / "there", **options)
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} <= roles
-    # A gate has no counterpart in most of the older families.
-    module = tmp_path / "of-llama"
-    if "ffn.gate" not in roles:
-        trained_without_gate = peft.get_peft_model(
-            transformers.AutoModelForCausalLM.from_pretrained(narrow),
-            peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"]),
-        )
-        tiny.randomise(trained_without_gate, 1, ("lora_",))
-        module = tmp_path / "without-gate"
-        trained_without_gate.save_pretrained(module)
-    back = tiny.transfer(module, student=base, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "back")
+    module = narrow / ("with-gate" if "ffn.gate" in roles else "without-gate")
+    back = tiny.transfer(module, student=base, out=tmp_path / "back", **options)
     assert back.report.verification.done
 
 

@@ -44,8 +44,8 @@ def cost_of(models: ModelPair, modules: Mapping[Site, Module], candidate: Candid
     texts = 0
     if candidate.attached is not None:
         distillation, attached = candidate.learning
-        seconds = [_reading_time(distillation, side) for side in (distillation.teacher, attached)]
-        texts = distillation.read(attached)
+        for side, model in enumerate((distillation.teacher, attached)):
+            texts, seconds[side] = _reading_time(distillation, model)
     sides = zip((models.teacher, models.student), (modules, candidate.checkpoint.modules), seconds, strict=True)
     teacher, student = (
         SideCost(
@@ -58,11 +58,11 @@ def cost_of(models: ModelPair, modules: Mapping[Site, Module], candidate: Candid
     return CostRecord(teacher=teacher, student=student, texts=texts)
 
 
-def _reading_time(distillation: Distillation, attached: AttachedModel) -> float:
-    distillation.read(attached)
-    taken = []
+def _reading_time(distillation: Distillation, attached: AttachedModel) -> tuple[int, float]:
+    """How many texts were read, and in how many seconds."""
+    texts, taken = distillation.read(attached), []
     for _ in range(_TIMES):
         start = time.perf_counter()
         distillation.read(attached)
         taken.append(time.perf_counter() - start)
-    return min(taken)
+    return texts, min(taken)
