@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -11,6 +12,7 @@ import transformers
 from peft import PeftModel
 
 import tiny
+from peft_graft.alignment.alignment import Alignment
 from peft_graft.checkpoints.read import read_checkpoint
 
 # peft's own, about layer norms and one-dimensional tensors of LoRA
@@ -78,42 +80,61 @@ def place(tmp_path_factory) -> Path:
     student.save_pretrained(root / "permuted")
     tiny.tokenizer(root / "permuted")
     tiny.base_model(root / "narrow", layers=3, hidden=24, ffn=40, seed=2)
-    (root / "text.txt").write_text("\n".join(tiny.sentences(300)))
     return root
 
 
+@pytest.fixture(scope="module")
+def modules(place: Path) -> Callable[[str], tuple[Path, PeftModel]]:
+    """A kind's module, and the model that it is in."""
+    made = {}
+
+    def module(kind: str) -> tuple[Path, PeftModel]:
+        if kind not in made:
+            folder = place / f"module {len(made)}"
+            made[kind] = folder, trained(folder, place / "base", KINDS[kind])
+        return made[kind]
+
+    return module
+
+
+@pytest.fixture(scope="module")
+def to_narrow(place: Path) -> dict[str, Alignment]:
+    """By method, how the base and the narrower model correspond; the same for every kind."""
+    return {
+        method: tiny.align(place / "base", place / "narrow", text=tiny.sentences(150), method=method)
+        for method in ("prune-align", "ridge")
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_module_returns_from_its_own_model_as_it_was(kind: str, place: Path, tmp_path: Path) -> None:
-    base = place / "base"
-    adapted = trained(tmp_path / "module", base, KINDS[kind])
-    graft = tiny.transfer(tmp_path / "module", student=base, out=tmp_path / "graft")
+def test_a_module_returns_from_its_own_model_as_it_was(kind: str, place: Path, modules, tmp_path: Path) -> None:
+    base, (module, adapted) = place / "base", modules(kind)
+    graft = tiny.transfer(module, student=base, out=tmp_path / "graft")
     assert graft.report.verification.done
-    before, after = read_checkpoint(tmp_path / "module"), read_checkpoint(tmp_path / "graft")
+    before, after = read_checkpoint(module), read_checkpoint(tmp_path / "graft")
     assert before.parts == after.parts
     torch.testing.assert_close(logits(loaded(base, tmp_path / "graft"), base), logits(adapted, base))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_permuted_student_computes_what_the_teacher_does(kind: str, place: Path, tmp_path: Path) -> None:
-    base, student = place / "base", place / "permuted"
-    adapted = trained(tmp_path / "module", base, KINDS[kind])
-    tiny.transfer(
-        tmp_path / "module", student=student, text=place / "text.txt", out=tmp_path / "graft", method="prune-align"
-    )
+def test_a_permuted_student_computes_what_the_teacher_does(kind: str, place: Path, modules, tmp_path: Path) -> None:
+    base, student, (module, adapted) = place / "base", place / "permuted", modules(kind)
+    tiny.transfer(module, student=student, text=tiny.sentences(150), out=tmp_path / "graft", method="prune-align")
     expected = logits(adapted, base)
-    assert (expected - logits(adapted.get_base_model(), base)[..., : expected.shape[1], :].mean()).abs().max() > 0.1
+    assert (expected - logits(tiny.task_model(base), base)[..., : expected.shape[1], :].mean()).abs().max() > 0.1
     torch.testing.assert_close(logits(loaded(student, tmp_path / "graft"), base), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_to_a_narrower_and_deeper_student(kind: str, place: Path, tmp_path: Path) -> None:
+def test_to_a_narrower_and_deeper_student(kind: str, place: Path, modules, to_narrow, tmp_path: Path) -> None:
     """Assigned and regressed, then polished: what is written loads and acts (``transfer`` verifies both)."""
-    trained(tmp_path / "module", place / "base", KINDS[kind])
+    module, _ = modules(kind)
     for method, polish in (("prune-align", 0), ("ridge", 4)):
         graft = tiny.transfer(
-            tmp_path / "module", student=place / "narrow", text=place / "text.txt", out=tmp_path / method,
-            method=method, polish=polish,
+            module, student=place / "narrow", alignment=to_narrow[method], out=tmp_path / method,
+            text=tiny.sentences(60) if polish else None, polish=polish, head="carry",
         )  # fmt: skip
+        assert graft.report.method == method
         assert graft.report.verification.output_change > 0
         assert bool(graft.report.polish) == bool(polish)
 
