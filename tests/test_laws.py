@@ -53,7 +53,7 @@ def test_a_permuted_student_computes_what_the_teacher_does(tmp_path, family: str
     batch = inputs(base)
     bare = transformers.AutoModel.from_pretrained(base)
     assert not torch.allclose(bare(**batch).last_hidden_state, student(**batch).last_hidden_state, atol=0.1)
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
     graft = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt"
     )
@@ -78,7 +78,7 @@ def test_a_permuted_student_with_adapterhub_modules(tmp_path, settings: str, hea
     student, _ = tiny.permuted(transformers.AutoModel.from_pretrained(base))
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
     tiny.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt")
     moved = AutoAdapterModel.from_pretrained(tmp_path / "student").eval()
     moved.load_adapter(str(tmp_path / "graft"), set_active=True)
@@ -105,7 +105,7 @@ def _ffn_case(tmp_path, model, student):
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
     teacher = tiny.peft_lora(tmp_path / "module", tmp_path / "base", targets=[r"output.dense", "query"])
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
     tiny.transfer(
         tmp_path / "module",
         student=tmp_path / "student",
@@ -154,7 +154,7 @@ def test_a_pooled_head_brings_its_pooler_where_the_students_differs(tmp_path) ->
     tiny.randomise(student, 5, ["pooler"])
     student.save_pretrained(tmp_path / "student")
     tiny.tokenizer(tmp_path / "student")
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
     tiny.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt")
     config = (tmp_path / "graft" / "adapter_config.json").read_text()
     assert '"pooler"' in config
@@ -211,7 +211,7 @@ def test_a_rotated_student_computes_what_the_teacher_does(tmp_path) -> None:
     )
     tiny.randomise(adapted, 1, ("lora_",))
     adapted.save_pretrained(tmp_path / "module")
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(400)))
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(250)))
     graft = tiny.transfer(
         tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt", polish=0
     )

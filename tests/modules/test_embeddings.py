@@ -153,7 +153,7 @@ def test_a_vocabulary_arrives_where_hidden_units_stand_in_another_order(what: st
     model.save_pretrained(tmp_path / "student")
     vocabulary(tmp_path / "student", WORDS)
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(tiny.sentences(400)))
+    text.write_text("\n".join(tiny.sentences(200)))
     tiny.transfer(
         tmp_path / "module", teacher=base, student=tmp_path / "student", method="prune-align", text=text,
         out=tmp_path / "graft",
@@ -207,7 +207,7 @@ def test_the_default_moves_fits_and_polishes_a_module_with_a_trained_vocabulary(
     vocabulary(tmp_path / "module", [*WORDS, "<one>"])
     student = base_of(tmp_path / "student", seed=4, hidden_size=24, words=[*WORDS, "<one>"])
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(tiny.sentences(400)))
+    text.write_text("\n".join(tiny.sentences(200)))
     graft = tiny.transfer(
         tmp_path / "module", teacher=base, student=student, text=text, polish=20, out=tmp_path / "graft"
     )
