@@ -199,6 +199,7 @@ def project_modules(
     """The student's modules: each teacher module of a site projected through its maps, then averaged; and records."""
     modules: dict[Site, Module] = {}
     records: list[SiteRecord] = []
+    strengths = {place: source.strength for place, source in checkpoint.modules.items()}
     for site in plan.sites:
         moved: list[Module] = []
         maps: dict[Pair, Diagnostics] = {}
@@ -218,7 +219,7 @@ def project_modules(
             moved.append(project(module, found.__getitem__))
             maps.update({pair: alignment.diagnostics.get(pair, {}) for pair in used.values()})
         modules[site.student] = _at(site, average(moved))
-        records.append(_site_record(site, checkpoint, modules[site.student], maps))
+        records.append(_site_record(site, strengths, modules[site.student], maps))
     return modules, records
 
 
@@ -260,9 +261,9 @@ def project_head(
 
 
 def _site_record(
-    site: SitePlan, checkpoint: PeftCheckpoint, module: Module, maps: dict[Pair, Diagnostics]
+    site: SitePlan, strengths: Mapping[Site, float], module: Module, maps: dict[Pair, Diagnostics]
 ) -> SiteRecord:
-    strengths = {place: source.strength for place, source in checkpoint.modules.items()}
+    """A site's record, given the strengths of all of the teacher's modules."""
     before = sum(strengths[source] for source in site.teacher) / len(site.teacher)
     whole = sum(strength**2 for strength in strengths.values())
     return SiteRecord(
