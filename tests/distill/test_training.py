@@ -66,6 +66,16 @@ def test_an_interrupted_run_goes_on_to_the_same_result_bit_for_bit(tmp_path: Pat
     assert_same(whole, resumed)
 
 
+def test_every_loss_is_that_of_a_model_in_training_mode() -> None:
+    """Whatever mode it comes in, and after evaluations, which put it in another."""
+    problem, modes = Problem(), list[bool]()
+    problem.model.eval()
+    problem.model[1].register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    problem.loop().run()
+    assert modes.count(True) == 12 * SCHEDULE.accumulation
+    assert modes.count(False) == len(problem.evaluated) == 4
+
+
 def test_an_interruption_in_an_evaluation_loses_no_point(tmp_path: Path) -> None:
     whole = Problem()
     curve = whole.loop().run()

@@ -157,6 +157,7 @@ class TrainingLoop:
         try:
             if self._lacks_point(last):  # also where an interruption came in an evaluation
                 self._add_point()
+            self.model.train()
             for batches in self._updates(last):
                 if self._is_enough():
                     break
@@ -164,6 +165,7 @@ class TrainingLoop:
                 if self._is_due(last):
                     if self._lacks_point(last):
                         self._add_point()
+                        self.model.train()
                     self._keep()
                 if self.on_step:
                     self.on_step(self._step, loss)
@@ -200,7 +202,6 @@ class TrainingLoop:
         for group in self._optimizer.param_groups:
             group["lr"] = self.schedule.rate_at(self._step) * group["share"]
         seed_generators(self.schedule.seed * 1_000_003 + self._step, self._device)  # dropout, the same after a resume
-        self.model.train()
         total = torch.zeros((), device=self._device)
         for rows in batches:
             with self._precision():

@@ -204,12 +204,14 @@ def paired_p(scores: pd.DataFrame, start: str) -> float | None:
     Args:
         scores: a row for each start, a column for each language and seed.
     """
-    from scipy.stats import wilcoxon
-
     if FRESH not in scores.index:
         return None
     differences = (scores.loc[start] - scores.loc[FRESH]).dropna()
-    return float(wilcoxon(differences).pvalue) if (differences != 0).sum() >= 6 else None
+    if (differences != 0).sum() < 6:
+        return None
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(differences).pvalue)
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
