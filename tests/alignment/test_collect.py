@@ -31,7 +31,7 @@ from peft_graft.models.spaces import FIRST_OUT, TOKENS_OUT, Space
 from peft_graft.run import Run
 
 ALL = ("cross", "teacher", "student")
-SETTINGS = CollectionSettings(max_tokens=1500, batch_tokens=300)
+SETTINGS = CollectionSettings(max_tokens=500, batch_tokens=100)
 
 
 def samples(count: int = 300) -> list[Sample]:
@@ -95,10 +95,21 @@ def assert_close(one: PairedStatistics, other: PairedStatistics, tolerance: floa
 NAMES = ("attn.in", "attn.query.out", "ffn.mid", "layer.out")
 
 
+@pytest.fixture(scope="module")
+def expected(models) -> dict[Pair, PairedStatistics]:
+    """What a straightforward pass gives."""
+    return straightforward(models, samples(), pairs_of(models, NAMES), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def split(models):
+    """What one undisturbed pass gives, some batches held out, and its counts."""
+    return collect(models, samples(), dict.fromkeys(pairs_of(models, NAMES), ALL), SETTINGS, hold_out=True)
+
+
 @pytest.mark.parametrize("moments", [("cross",), ALL])
-def test_the_shared_pass_gives_what_a_straightforward_one_gives(models, moments) -> None:
+def test_the_shared_pass_gives_what_a_straightforward_one_gives(models, expected, moments) -> None:
     pairs = pairs_of(models, NAMES)
-    expected = straightforward(models, samples(), pairs, SETTINGS)
     found, counts = collect(models, samples(), dict.fromkeys(pairs, moments), SETTINGS)
     assert counts.pairs >= SETTINGS.max_tokens
     assert found.keys() == expected.keys()
@@ -107,12 +118,11 @@ def test_the_shared_pass_gives_what_a_straightforward_one_gives(models, moments)
         assert found[pair][1].count == 0
 
 
-def test_held_out_batches_and_the_others_are_all(models) -> None:
+def test_held_out_batches_and_the_others_are_all(models, split) -> None:
     pairs = pairs_of(models, NAMES)
     expected, _ = collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)
-    found, _ = collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS, hold_out=True)
     for pair in pairs:
-        fit, held_out = found[pair]
+        fit, held_out = split[0][pair]
         assert 0 < held_out.count < fit.count
         assert_close(expected[pair][0], fit.merge(held_out), 1e-6)
 
@@ -152,9 +162,9 @@ def test_layers_past_the_last_needed_one_are_not_computed(models) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_merged_parts_are_the_whole(models, count: int) -> None:
+def test_merged_parts_are_the_whole(models, split, count: int) -> None:
     pairs = dict.fromkeys(pairs_of(models, NAMES), ALL)
-    expected, counts = collect(models, samples(), pairs, SETTINGS, hold_out=True)
+    expected, counts = split
     whole = empty_totals(models, pairs, hold_out=True)
     for index in range(count):
         part, of_part = collect_totals(models, samples(), pairs, SETTINGS, hold_out=True, shard=Shard(index, count))
@@ -167,12 +177,12 @@ def test_merged_parts_are_the_whole(models, count: int) -> None:
             assert_close(one, other, 1e-6)
 
 
-def test_an_interrupted_pass_goes_on_where_it_was(models, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_pass_goes_on_where_it_was(models, split, tmp_path, monkeypatch) -> None:
     import peft_graft.alignment.collect as collecting
 
     monkeypatch.setattr(collecting, "SAVE_EVERY", 0.0)
     pairs = dict.fromkeys(pairs_of(models, NAMES), ALL)
-    expected, counts = collect(models, samples(), pairs, SETTINGS, hold_out=True)
+    expected, counts = split
 
     class BreakError(Exception):
         pass

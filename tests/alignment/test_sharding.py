@@ -159,10 +159,10 @@ def _forwards(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.mark.parametrize("method", ["prune-align", "ridge"])
-def test_a_second_module_of_a_pair_needs_no_pass(world, tmp_path, monkeypatch, method: str) -> None:
+def test_a_second_module_of_a_pair_needs_no_pass(world, text, tmp_path, monkeypatch, method: str) -> None:
     monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "cache"))
     passes = _forwards(monkeypatch)
-    options = {"student": world / "narrow", "text": world / "text.txt", "method": method, "polish": 0, "head": "carry"}
+    options = {"student": world / "narrow", "text": text, "method": method, "polish": 0, "head": "carry"}
     first = tiny.transfer(world / "lora", **options)
     second = tiny.transfer(world / "lora", **options)
     assert len(passes) == 1
@@ -170,9 +170,9 @@ def test_a_second_module_of_a_pair_needs_no_pass(world, tmp_path, monkeypatch, m
     assert second.report.verdict.measured.agreement == pytest.approx(first.report.verdict.measured.agreement, abs=1e-3)
     tiny.transfer(world / "lora", **options, cache=False)
     tiny.transfer(world / "lora", **options, seed=1)
-    tiny.transfer(world / "lora", **options, max_tokens=2000)
+    tiny.transfer(world / "lora", **options, max_tokens=500)
     assert len(passes) == 4, "another order, or number of tokens, is another alignment"
-    tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", method=method, sites=["attn.query"])
+    tiny.align(world / "teacher", world / "narrow", text=text, method=method, sites=["attn.query"])
     assert len(passes) == 5, "an alignment does not leave out what judges a transfer"
 
 

@@ -22,8 +22,8 @@ COMMAND = [sys.executable, "-m", "peft_graft"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 
 
-def test_transfer_writes_a_checkpoint_and_says_what_it_did(command, world, tmp_path) -> None:
-    done = command("transfer", world / "lora", "--student", world / "narrow", "--text", world / "text.txt",
+def test_transfer_writes_a_checkpoint_and_says_what_it_did(command, world, text, tmp_path) -> None:
+    done = command("transfer", world / "lora", "--student", world / "narrow", "--text", text,
                    "--polish", "6", "--out", tmp_path / "g", "--verbose")  # fmt: skip
     assert "its graft agrees best with the teacher on held-out text" in done.out
     assert "tried   prune-align, as moved: agreement" in done.out

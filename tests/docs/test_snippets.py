@@ -83,7 +83,7 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     if tiny.HAS_ADAPTERS:
         shutil.copytree(world / "pfeiffer", root / "my-adapter")
         tiny.adapterhub_module(root / "my-adapters-lora", world / "teacher", "lora")
-    (root / "sentences.txt").write_text("\n".join(tiny.sentences(120)))
+    (root / "sentences.txt").write_text("\n".join(tiny.sentences(60)))
     for name in ("prompts.jsonl", "titles.jsonl"):
         speech.prompt_file(root / name, speech.words(44))
     known = speech.words(12, seed=4)

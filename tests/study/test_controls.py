@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 STUDY = """
 name = "controls"
-max_tokens = 800
+max_tokens = 300
 
 [models]
 big = "{models}/teacher"

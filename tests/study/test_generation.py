@@ -310,7 +310,7 @@ validation_examples = 4
 config = { r = 8, lora_alpha = 16, target_modules = "all-linear" }
 
 [training]
-teacher = { learning_rate = 1e-2, epochs = 25, batch_size = 16 }
+teacher = { learning_rate = 1e-2, epochs = 14, batch_size = 16 }
 keep_best = false
 
 [[grid]]
@@ -319,7 +319,7 @@ student = "small"
 modules = ["lora"]
 tasks = ["letters"]
 methods = ["fresh"]
-polish = [150]
+polish = [100]
 budgets = [0]
 """
 
@@ -453,7 +453,7 @@ def test_a_study_of_generation_moves_what_the_teacher_learned(speakers: Path, tm
         f"{record['kind']} {record['names'].get('start')}": record
         for record in StudyFolder(out).records(cells_of(study))
     }
-    start = "fresh/skip, polish 150"
+    start = "fresh/skip, polish 100"
     assert set(records) == {"teacher None", "student fresh", f"graft {start}", f"student {start}"}
     assert records[f"graft {start}"]["result"]["method"] == "fresh"
     scores = [records[name]["result"]["score"] for name in ("teacher None", "student fresh", f"student {start}")]
