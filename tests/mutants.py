@@ -525,7 +525,9 @@ _watched: list[str] | None = None
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watched is None or any(place in str(arguments[:1]) for place in _ALLOWED):
+    if _watched is None or not event.startswith(("open", *_FORBIDDEN)):
+        return
+    if any(place in str(arguments[:1]) for place in _ALLOWED):
         return
     if event == "open":
         path, mode, flags = arguments

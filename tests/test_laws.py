@@ -67,20 +67,27 @@ def test_a_permuted_student_computes_what_the_teacher_does(tmp_path, family: str
     torch.testing.assert_close(logits(moved, batch), expected, rtol=0, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def permuted_pair(tmp_path_factory) -> Path:
+    """A base model and one that computes the same with its units in another order."""
+    root = tmp_path_factory.mktemp("pair")
+    base = tiny.base_model(root / "base", layers=2)
+    student, _ = tiny.permuted(transformers.AutoModel.from_pretrained(base))
+    student.save_pretrained(root / "student")
+    tiny.tokenizer(root / "student")
+    return root
+
+
 @needs_adapters
 @pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "prefix_tuning"])
 @pytest.mark.parametrize("head", ["tagging", "classification"])
-def test_a_permuted_student_with_adapterhub_modules(tmp_path, settings: str, head: str) -> None:
+def test_a_permuted_student_with_adapterhub_modules(permuted_pair: Path, tmp_path, settings: str, head: str) -> None:
     from adapters import AutoAdapterModel
 
-    base = tiny.base_model(tmp_path / "base", layers=2)
+    base, student = permuted_pair / "base", permuted_pair / "student"
     teacher = tiny.adapterhub_module(tmp_path / "module", base, settings, head=head)
-    student, _ = tiny.permuted(transformers.AutoModel.from_pretrained(base))
-    student.save_pretrained(tmp_path / "student")
-    tiny.tokenizer(tmp_path / "student")
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(150)))
-    tiny.transfer(tmp_path / "module", student=tmp_path / "student", out=tmp_path / "graft", text=tmp_path / "text.txt")
-    moved = AutoAdapterModel.from_pretrained(tmp_path / "student").eval()
+    tiny.transfer(tmp_path / "module", student=student, out=tmp_path / "graft", text=tiny.sentences(120))
+    moved = AutoAdapterModel.from_pretrained(student).eval()
     moved.load_adapter(str(tmp_path / "graft"), set_active=True)
     batch = inputs(base)
     torch.testing.assert_close(logits(moved, batch), logits(teacher, batch), rtol=0, atol=1e-4)

@@ -116,7 +116,7 @@ def test_offloaded_models_give_the_same_graft(shelf, tmp_path) -> None:
     def moved(models) -> peft_graft.Graft:
         tokenizer = transformers.AutoTokenizer.from_pretrained(shelf / "teacher")
         return tiny.transfer_live(shelf / "lora", *models, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer,
-            text=tiny.sentences(300), method="prune-align", max_tokens=1500,
+            text=tiny.sentences(100), method="prune-align", max_tokens=1500,
         )  # fmt: skip
 
     models = [placed(role) for role in ("teacher", "student")]
@@ -148,8 +148,8 @@ def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_pa
     own = {value.data_ptr() for value in student.base.parameters() if value.ndim > 1}
     assert own <= {value.data_ptr() for value in model.parameters()}
     graft = tiny.transfer(
-        shelf / "norms", student=shelf / "student", text=shelf / "text.txt", max_tokens=1500, polish=4,
-        dtype="bfloat16", out=tmp_path / "graft",
+        shelf / "norms", student=shelf / "student", text=tiny.sentences(100), method="prune-align", max_tokens=1500,
+        polish=4, dtype="bfloat16", out=tmp_path / "graft",
     )  # fmt: skip
     assert graft.report.polish.settings.steps == 4
     assert graft.report.verification.output_change > 0

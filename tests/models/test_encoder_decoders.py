@@ -88,7 +88,8 @@ def test_modules_move_between_encoder_decoders(teacher: str, student: str, tmp_p
 
 def test_a_seq2seq_module_is_judged_and_polished(tmp_path: Path, text: Path) -> None:
     """The default, on hidden states of the decoder: candidates are compared, and the best is trained a little."""
-    base, other = saved(tmp_path / "base", "t5"), saved(tmp_path / "other", "bart", 1)
+    base = saved(tmp_path / "base", "t5", num_layers=1, num_decoder_layers=2)
+    other = saved(tmp_path / "other", "bart", 1, encoder_layers=1, decoder_layers=1)
     trained(tmp_path / "module", base, ["q", "v"])
     text.write_text("\n".join(tiny.sentences(250)))  # several batches, so that there are some to choose a penalty by
     graft = tiny.transfer(tmp_path / "module", student=other, text=text, out=tmp_path / "graft")

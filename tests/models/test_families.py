@@ -194,7 +194,7 @@ def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Pa
     with torch.inference_mode():
         torch.testing.assert_close(moved(**batch()).logits, adapted(**batch()).logits, atol=1e-4, rtol=1e-4)
     other = saved(tmp_path / "other", "qwen2", 3, hidden_size=24)
-    text.write_text("\n".join(tiny.sentences(1000)))  # of fewer, the fit learns what is not so
+    text.write_text("\n".join(tiny.sentences(400)))  # of fewer, the fit learns what is not so
     graft = tiny.transfer(
         tmp_path / "module", student=other, text=text, method="prune-align", head="fit", polish=0, max_tokens=1000
     )

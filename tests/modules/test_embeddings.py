@@ -209,7 +209,7 @@ def test_the_default_moves_fits_and_polishes_a_module_with_a_trained_vocabulary(
     text = tmp_path / "text.txt"
     text.write_text("\n".join(tiny.sentences(200)))
     graft = tiny.transfer(
-        tmp_path / "module", teacher=base, student=student, text=text, polish=20, out=tmp_path / "graft"
+        tmp_path / "module", teacher=base, student=student, text=text, polish=6, out=tmp_path / "graft"
     )
     assert graft.report.verification.done
     assert graft.report.polish is not None

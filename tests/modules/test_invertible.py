@@ -39,7 +39,7 @@ def hidden(base: Path, module: Path) -> torch.Tensor:
 
 
 def test_it_returns_to_its_own_model_as_it_was(language, world, tmp_path) -> None:
-    graft = tiny.transfer(language, student=world / "teacher", text=world / "text.txt", out=tmp_path / "same")
+    graft = tiny.transfer(language, student=world / "teacher", text=tiny.sentences(100), out=tmp_path / "same")
     assert graft.report.method == "copy"
     assert graft.report.verdict.measured.divergence == pytest.approx(0, abs=1e-9)
     before, after = (read_tensors(folder / "pytorch_adapter.bin") for folder in (language, tmp_path / "same"))
@@ -78,7 +78,7 @@ def test_elsewhere_it_is_refused_and_the_rest_moves(language, world, tmp_path) -
     with pytest.raises(PlanError, match="embed.invertible: .*expected 32 units in the student, found 24"):
         tiny.transfer(language, student=world / "narrow", text=world / "text.txt")
     graft = tiny.transfer(
-        language, student=world / "narrow", text=world / "text.txt", sites=["*.adapter"], out=tmp_path / "g"
+        language, student=world / "narrow", text=tiny.sentences(100), sites=["*.adapter"], polish=0, out=tmp_path / "g"
     )
     assert graft.report.verification.done
 
