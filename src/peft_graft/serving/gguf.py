@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -117,12 +117,16 @@ def without_tensor(base: ModelHandle, path: str, part: LoraPart) -> str | None:
 
 def _tensor_name(base: ModelHandle, path: str) -> str | None:
     """What llama.cpp calls the weight at a path."""
+    found = _tensor_names(ARCHITECTURES[base.text_config.model_type], base.architecture.num_layers).get_name(path)
+    return f"{found}.weight" if found else None
+
+
+@cache
+def _tensor_names(architecture: str, layers: int) -> gguf.TensorNameMap:
     import gguf
 
-    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[ARCHITECTURES[base.text_config.model_type]]
-    names: gguf.TensorNameMap = gguf.get_tensor_name_map(arch, base.architecture.num_layers)
-    found = names.get_name(path)
-    return f"{found}.weight" if found else None
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    return gguf.get_tensor_name_map(arch, layers)
 
 
 def write_gguf(path: Path, lora: PlainLora, subject: Subject) -> None:

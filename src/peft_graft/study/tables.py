@@ -164,22 +164,27 @@ def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
     # Means are over the languages in which everything is there, so that rows can be compared.
     common = sorted(set.intersection(*known.values()))
     languages = sorted(set.union(*known.values()))
+    means = scores.T.groupby("language").mean().T
     rows = []
     for start in starts:
-        entries = {language: _entry(scores, start, [language]) for language in languages if language in known[start]}
+        entries = {
+            language: _entry(scores, means, start, [language]) for language in languages if language in known[start]
+        }
         if common:
-            entries[MEAN] = _entry(scores, start, common)
+            entries[MEAN] = _entry(scores, means, start, common)
         rows.append(Row(start, entries, None if start in (TEACHER, FRESH) else paired_p(scores, start)))
     teacher, student, module, task, budget = key
     return ResultTable(teacher, student, module, task, budget, group["metric"].iloc[0], languages, rows)
 
 
-def _entry(scores: pd.DataFrame, start: str, languages: Sequence[str]) -> Entry:
+def _entry(scores: pd.DataFrame, means: pd.DataFrame, start: str, languages: Sequence[str]) -> Entry:
+    """``means``: over the seeds, a row for each start and a column for each language."""
+
     def mean_of(name: str) -> float | None:
-        if name not in scores.index:
+        if name not in means.index:
             return None
-        means = scores.loc[name, languages].groupby("language").mean()
-        return None if means.isna().any() else float(means.mean())
+        found = means.loc[name, languages]
+        return None if found.isna().any() else float(found.mean())
 
     own = scores.loc[start, languages].dropna()
     # Spread is over the seeds that every language has.
