@@ -1,48 +1,25 @@
-"""``transfer``: a trained module moved to another model. The whole pipeline, from top to bottom."""
+"""``transfer``: a trained module moved to another model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peft_graft.alignment.aligner import Aligner, SharedAlignments, WantedMaps
 from peft_graft.alignment.alignment import Alignment
-from peft_graft.alignment.methods import map_methods
-from peft_graft.alignment.text import TextLike, rows_given
-from peft_graft.alignment.vocabulary import Vocabularies
+from peft_graft.alignment.text import TextLike
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import judge
-from peft_graft.distill.candidates import CandidateBuilder
-from peft_graft.distill.choose import Outcome, choose
-from peft_graft.distill.cost import cost_of
-from peft_graft.distill.polish import PolishRecord, polish
-from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
-from peft_graft.material import Material, PromptMaterial, TextMaterial, material_of, module_key
 from peft_graft.models.devices import placed
-from peft_graft.models.loading import ModelPair
-from peft_graft.models.places import place_of
+from peft_graft.move import Move
+from peft_graft.outlook import outlook
 from peft_graft.outputs import check_output, reserving_output
-from peft_graft.planning.plan import Plan
-from peft_graft.planning.sources import (
-    ModelLike,
-    ModelSources,
-    ModuleSource,
-    Tokenizers,
-    config_of_live,
-    given_alignment,
-)
+from peft_graft.planning.sources import ModelLike, Tokenizers, config_of_live
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
-from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
 
@@ -101,6 +78,8 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         tokenizers=tokenizers,
     )
     run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    if run.callbacks:
+        run.planned(outlook(move))
     with run.stage("loading models"):
         models = move.sources.loaded(tokenizers=move.reads_text)
     graft = move.carried_out(models, run)
@@ -113,201 +92,3 @@ def written(graft: Graft, out: Path, run: Run) -> Graft:
         graft = graft.save_pretrained(out, force=graft.report.settings.force)
     shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
     return graft
-
-
-@dataclass(frozen=True)
-class Move:
-    """One transfer, planned before any weights are loaded.
-
-    Attributes:
-        module, sources: what moves, between which models. material: what is learned from. plan: from shapes alone.
-        alignment: the one that was given, as the user named it; None for a live one, or none.
-    """
-
-    module: ModuleSource
-    sources: ModelSources
-    material: Material
-    plan: Plan
-    alignment: str | None
-
-    @classmethod
-    def planned(
-        cls,
-        adapter: str | Path | nn.Module | Graft,
-        student: ModelLike,
-        *,
-        teacher: ModelLike | None,
-        text: TextLike | PromptLike | None,
-        seeds: PromptLike | None,
-        alignment: str | Path | Alignment | None,
-        config: GraftConfig,
-        tokenizers: Tokenizers | None = None,
-    ) -> Move:
-        """Plan a transfer; arguments as for ``transfer``.
-
-        Raises:
-            GraftError: all that can be known without weights.
-        """
-        text = None if text is None else rows_given(text)
-        seeds = None if seeds is None else rows_given(seeds, "seeds")
-        module = ModuleSource.of(adapter.model if isinstance(adapter, Graft) else adapter, config)
-        sources = ModelSources.of(module, teacher, student, config, tokenizers)
-        given = given_alignment(alignment, config.token)
-        shapes = sources.described()
-        module = module.of_teacher(shapes.teacher, config)
-        raw = module.shapes(shapes.teacher.base.config)
-        material = material_of(text, seeds, module, sources, shapes, config)
-        plan = Plan.make(
-            raw,
-            shapes,
-            config,
-            has_text=material.source is not None,
-            has_prompts=isinstance(material, PromptMaterial),
-            given=given,
-        )
-        if text is not None or seeds is not None or module.raw.trains_tokens:
-            sources.check_tokenizers(shapes, material.samples)
-        return cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the models' tokenizers are needed."""
-        return self.material.source is not None or self.module.raw.trains_tokens
-
-    @property
-    def wanted(self) -> WantedMaps | None:
-        """The maps that plain text will be streamed for, as far as shapes tell; None where it will not."""
-        if self.plan.given or not isinstance(self.material, TextMaterial) or self.material.source is None:
-            return None
-        if not any(method.needs_text for method in map_methods(self.plan.methods).values()):
-            return None
-        return self.plan.wanted_maps(shifts=_shifts(self.plan, self.material))
-
-    def identity(self, models: ModelPair) -> str:
-        """A hash of all that the graft depends on: both models, the module, the choices, the text, an alignment."""
-        parts = [str(self.module.raw.task), _identity(replace(self.plan, models=models), self.module, self.material)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def carried_out(self, models: ModelPair, run: Run, shared: SharedAlignments | None = None) -> Graft:
-        """The graft, in memory.
-
-        Args:
-            models: those of ``sources``, loaded. shared: alignments that other modules of the same models use too.
-
-        Raises:
-            GraftError: as for ``transfer``.
-        """
-        module, material, config = self.module, self.material, self.plan.config
-        identity = self.identity(models)
-        with run.stage("converting to LoRA") if module.is_converted else nullcontext():
-            raw = module.values(models.teacher)
-        if isinstance(material, PromptMaterial):
-            material.make(models, config, run)
-        plan = self.plan.bind(raw, models, material.plain)
-        vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
-        work = replace(self, plan=plan)
-        outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
-        verdict, told = material.judged(outcome, config, run)
-        remark = plan.given.remark(material.judging) if plan.given else None
-        with run.stage("judging") if outcome.candidate.attached else nullcontext():
-            cost = cost_of(models, plan.moved.modules, outcome.candidate)
-        report = _report(plan, outcome, polished, aligner, run).model_copy(
-            update={
-                "cost": cost,
-                "verdict": verdict,
-                "module": place_of(module.name),
-                "text": material.source.name if material.source else None,
-                "alignment": self.alignment,
-                "notes": [*plan.sites.notes, *material.remarks, *([remark] if remark else []), *notes],
-                "identity": identity,
-                **told,
-            }
-        )
-        return Graft(outcome.candidate.checkpoint, report, outcome.candidate.alignment, models.student)
-
-    def _moved(
-        self, vocabularies: Vocabularies | None, run: Run, shared: SharedAlignments | None
-    ) -> tuple[Outcome, PolishRecord | None, Aligner, list[str]]:
-        """Align, move by every method, choose by the teacher's answers, polish; and remarks for the user."""
-        plan, text = self.plan, self.material
-        config, models, methods = plan.config, plan.models, plan.methods
-        notes = []
-        maps_of = map_methods(methods)
-        aligner = Aligner(
-            models,
-            plan.wanted_maps(shifts=_shifts(plan, text)),
-            list(dict.fromkeys(maps_of.values())),
-            text.to_align(),
-            config,
-            run,
-            given=plan.given,
-            shared=shared if isinstance(text, TextMaterial) else None,
-        )
-        if vocabularies:
-            notes += [note for module in plan.moved.modules.values() if (note := vocabularies.left_out(module))]
-        builder = CandidateBuilder(
-            plan.moved,
-            plan.sites,
-            models,
-            vocabularies,
-            lambda method: aligner.alignment(maps_of[method.name]),
-            run,
-            text.ask(plan, aligner, maps_of, run),
-        )
-        outcome = choose(builder, methods, config.head)
-        polishing = text.polishing(config)
-        outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, self.module, text))
-        if polishing.steps and polished is None and outcome.is_exact:
-            notes.append("not polished: the graft computes what the teacher does")
-        return outcome, polished, aligner, [*notes, *outcome.notes]
-
-
-def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner: Aligner, run: Run) -> GraftReport:
-    """The report, but for what only the caller knows."""
-    chosen, raw = outcome.candidate, plan.module.raw
-    compared = len(plan.methods) > 1 and outcome.found is not None
-    head = chosen.head.model_copy(update={"how": outcome.head, "fit": outcome.fit}) if chosen.head else None
-    return GraftReport(
-        module="",
-        module_files=dict(raw.files),
-        module_library=plan.moved.raw.library,
-        module_kind=raw.kind,
-        teacher=plan.models.teacher.record,
-        student=plan.models.student.record,
-        settings=plan.config,
-        method=chosen.method,
-        method_reason="its graft agrees best with the teacher on held-out text" if compared else plan.reason,
-        text=None,
-        alignment=None,
-        layers=plan.sites.recorded_layers,
-        sites=chosen.sites,
-        head=head,
-        pairing=aligner.counts.record if aligner.counts else None,
-        verdict=judge(None),
-        tried=outcome.tried,
-        polish=polished,
-        notes=[],
-        seconds=run.seconds,
-        versions=versions(),
-        hardware=hardware(plan.config.device),
-    )
-
-
-def _shifts(plan: Plan, material: Material) -> bool:
-    """Whether shifts of the last hidden state are moved, to judge a module without a head."""
-    return isinstance(material, TextMaterial) and material.asked and plan.moved.head is None
-
-
-def _identity(plan: Plan, module: ModuleSource, material: Material) -> str:
-    """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
-    head = plan.moved.head
-    parts = [
-        *(plan.models.speaking_keys if isinstance(material, PromptMaterial) else plan.models.keys),
-        module_key(module.raw),
-        plan.config.record(),
-        material.source.key if material.source else None,
-        material.content,
-        plan.given.digest if plan.given else None,
-        *([head.problem_type] if head and head.problem_type else []),
-    ]
-    return json.dumps(parts, default=str)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_graft._transfer import Move, written
+from peft_graft._transfer import written
 from peft_graft.alignment.aligner import SharedAlignments
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.text import TextLike, rows_given
@@ -21,6 +21,7 @@ from peft_graft.files import json_text, read_json
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
+from peft_graft.move import Move
 from peft_graft.outputs import reserved, reserving_output, write_aside
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
 from peft_graft.progress import watchers

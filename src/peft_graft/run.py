@@ -10,8 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peft_graft.errors import DeviceError
+
+if TYPE_CHECKING:
+    from peft_graft.record import Record
 
 logger = logging.getLogger("peft_graft")
 #: Interrupted work leaves its state beside the output, under the output's name with this ending.
@@ -24,6 +28,9 @@ class Callback:
     An exception of a callback, such as ``KeyboardInterrupt``, is a way to stop: work that can be resumed keeps its
     state.
     """
+
+    def on_plan(self, plan: Record) -> None:
+        """What the run will do and cost at the least (``outlook.StudentSummary``), before any weights are loaded."""
 
     def on_stage_begin(self, stage: str) -> None:
         """A stage (``loading models``, ``polishing``, ...) begins; some begin several times."""
@@ -79,6 +86,11 @@ class Run:
         logger.info("%s took %.1f s", name, taken)
         for callback in self.callbacks:
             callback.on_stage_end(name, taken)
+
+    def planned(self, plan: Record) -> None:
+        """Tell the callbacks what will be done."""
+        for callback in self.callbacks:
+            callback.on_plan(plan)
 
     def progress(self, stage: str, done: int, total: int | None = None) -> None:
         """Tell the callbacks how far a stage is."""

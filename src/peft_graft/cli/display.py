@@ -15,9 +15,10 @@ from peft_graft.cli.words import duration, figure, layers_as_text, memory, range
 if TYPE_CHECKING:
     from peft_graft._evaluate import Evaluation
     from peft_graft._export import Export
-    from peft_graft._inspect import Inspection, PromptOutlook, StudentSummary
+    from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.distill.side_by_side import Score
+    from peft_graft.outlook import PromptOutlook, StudentSummary
     from peft_graft.shelf import ShelfReport
 
 
@@ -63,6 +64,18 @@ def _show_student(found: Inspection, student: StudentSummary, command: str | Non
     if student.problem:
         console.print(f"[red]cannot:[/] {escaped(student.problem)}", soft_wrap=True)
         return
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(width=12, no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in [*planned(student), *(("note", note) for note in student.notes if note not in found.notes)]:
+        facts.add_row(name, escaped(text))
+    console.print(facts)
+    if command:
+        console.print(f"[bold]next[/]         {escaped(command)}", soft_wrap=True)
+
+
+def planned(student: StudentSummary) -> list[tuple[str, str]]:
+    """What a transfer would do and what it would cost, in a line each."""
     rows = [
         ("layers", layers_as_text(student.layers)),
         ("modules", f"{student.modules}, head {'carried' if student.head else 'none'}"),
@@ -86,15 +99,7 @@ def _show_student(found: Inspection, student: StudentSummary, command: str | Non
             f"{memory(student.weights_mib)} of weights in float32; {tokens:,} tokens{polish} take "
             f"{duration(student.least_seconds)} on this processor at the least",
         ))  # fmt: skip
-    rows += [("note", note) for note in student.notes if note not in found.notes]
-    facts = Table.grid(padding=(0, 1))
-    facts.add_column(width=12, no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in rows:
-        facts.add_row(name, escaped(text))
-    console.print(facts)
-    if command:
-        console.print(f"[bold]next[/]         {escaped(command)}", soft_wrap=True)
+    return rows
 
 
 def _outlook(student: StudentSummary, asked: PromptOutlook) -> list[tuple[str, str]]:

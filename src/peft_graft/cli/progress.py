@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 
 from peft_graft.cli.output import escaped, look
 from peft_graft.cli.words import duration
@@ -15,6 +16,8 @@ from peft_graft.run import Callback
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from peft_graft.record import Record
 
 #: Seconds between two lines about the same stage.
 EVERY = 30.0
@@ -67,12 +70,31 @@ class Stage(Callback):
 
 
 class Bar(Stage):
-    """One bar for the whole run: the stage, its steps, loss and time left, and the time since the beginning."""
+    """One bar for the whole run: the stage, its steps, loss and time left, and the time since the beginning.
 
-    def __init__(self, display: Progress) -> None:
+    Args:
+        plan: whether what a run will do is printed before it.
+    """
+
+    def __init__(self, display: Progress, *, plan: bool = False) -> None:
         super().__init__()
-        self._display = display
+        self._display, self._plan = display, plan
         self._task = display.add_task("planning", total=None, steps="", loss="", left="", whole="")
+
+    def on_plan(self, plan: Record) -> None:
+        """Print it above the bar."""
+        if not self._plan:
+            return
+        from peft_graft.cli.display import planned
+        from peft_graft.outlook import StudentSummary
+
+        assert isinstance(plan, StudentSummary)
+        facts = Table.grid(padding=(0, 1))
+        facts.add_column(width=12, no_wrap=True)
+        facts.add_column(overflow="fold")
+        for name, text in planned(plan):
+            facts.add_row(name, escaped(text))
+        self._display.console.print(facts)
 
     def changed(self) -> None:
         """Move the bar."""
@@ -118,11 +140,12 @@ class Lines(Stage):
 
 
 @contextmanager
-def watching(*, lines: bool = False) -> Iterator[list[Callback]]:
+def watching(*, lines: bool = False, plan: bool = False) -> Iterator[list[Callback]]:
     """Callbacks that show progress on standard error, unless ``--quiet`` was given.
 
     Args:
-        lines: where that is no terminal, whether every stage is named when it begins.
+        lines: where that is no terminal, whether every stage is named when it begins. plan: whether a terminal
+            shows first what will be done and what it costs.
     """
     console = Console(stderr=True)
     if look.quiet:
@@ -143,4 +166,4 @@ def watching(*, lines: bool = False) -> Iterator[list[Callback]]:
         TextColumn("[dim]{task.fields[whole]}[/]"),
     )
     with Progress(*columns, console=console, transient=True) as display:
-        yield [Bar(display)]
+        yield [Bar(display, plan=plan)]

@@ -24,6 +24,8 @@ _COLOURS = {"exact": "green", "strong": "green", "useful": "green", "weak": "yel
 
 def show_graft(report: GraftReport, out: Path, pushed: str | None = None) -> None:
     """What ``transfer`` did, and where on the hub it lies."""
+    from peft_graft.page.graft import PAGE
+
     console = console_for_results()
     if look.verbose:
         _show_details(report, console)
@@ -44,6 +46,7 @@ def show_graft(report: GraftReport, out: Path, pushed: str | None = None) -> Non
                   soft_wrap=True)  # fmt: skip
     library = report.module_library
     console.print(f"        or with {library} alone, as {escaped(str(out / 'README.md'))} shows", soft_wrap=True)
+    console.print(f"[bold]look at[/] {escaped(str(out / PAGE))}", soft_wrap=True)
     for command in _next(report, out):
         console.print(f"[bold]next[/]    {escaped(command)}", soft_wrap=True)
 
@@ -120,7 +123,7 @@ def _of_prompts(report: GraftReport) -> list[tuple[str, str]]:
 def _next(report: GraftReport, out: Path) -> list[str]:
     if report.prompts:
         return [f"peft-graft evaluate {shlex.quote(str(out))} --text LABELLED.jsonl --metric exact,rouge"]
-    return []
+    return [f"peft-graft export {shlex.quote(str(out))} --to merged"]
 
 
 def _short(name: str) -> str:

@@ -85,7 +85,7 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         return
     if push_to:
         check_repository(push_to, config.token)
-    with watching() as callbacks, saying_how_to_go_on(out):
+    with watching(plan=True) as callbacks, saying_how_to_go_on(out):
         graft = peft_graft.transfer(named[0], student, out=out, callbacks=callbacks, **options)
     pushed = graft.push_to_hub(push_to, private=private or None, token=config.token) if push_to else None
     from peft_graft.cli.results import TransferResult

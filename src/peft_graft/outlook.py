@@ -1,0 +1,280 @@
+"""What a transfer would do and what it would cost, known from its plan before any weights are loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from peft_graft.alignment.layout import memory_of_a_pass
+from peft_graft.alignment.methods import Method
+from peft_graft.alignment.text import Sample
+from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
+from peft_graft.distill.ask_prompts import Asking
+from peft_graft.distill.ask_seeds import listing_of
+from peft_graft.distill.completions import PromptDistillation
+from peft_graft.distill.polish import PolishSettings
+from peft_graft.distill.teacher import POOL
+from peft_graft.errors import GraftError
+from peft_graft.material import PromptMaterial
+from peft_graft.models.loading import ModelHandle
+from peft_graft.move import Move
+from peft_graft.planning.method_choice import same_sizes
+from peft_graft.planning.plan import Plan
+from peft_graft.planning.sources import ModelLike, ModelSources, described
+from peft_graft.prompts.pairing import PairingShares, pair_completions
+from peft_graft.prompts.seeds import Seeds
+from peft_graft.record import Record
+
+#: Prompts whose answers are paired for an outlook, and values that a layer keeps for the backward pass, in widths.
+_PAIRED, _STORED = 200, 24
+#: Tokens that are written for each one of a prompt that is made: half of them are dropped, at a guess.
+_WRITTEN = 2
+
+
+class PromptOutlook(Record):
+    """Prompts that the teacher would answer.
+
+    ``prompt_tokens``, ``answer_tokens``: of the student, on average; the latter from the answers that came with the
+    prompts, else a quarter of the longest. ``strict_share``, ``strict_digits``: of the positions of such answers, and
+    of those with digits, where the models' distributions can be compared; None where there are none.
+    ``made_from``: examples that the prompts would be made from. ``made_by``: ``chat``, where the teacher's base is
+    asked for more through its chat template, or ``list``, where it goes on with a list; None where prompts are given.
+    """
+
+    prompts: int
+    too_long: int
+    duplicates: int
+    prompt_tokens: float
+    answer_tokens: float
+    strict_share: float | None
+    strict_digits: float | None
+    made_from: int | None = None
+    made_by: Literal["chat", "list"] | None = None
+
+
+class StudentSummary(Record):
+    """What a transfer to a student would do, or why it cannot.
+
+    ``method``: the methods that would be tried. ``needs_text``: whether it cannot be done without text; None where that
+    depends on the models' weights. ``statistics_mib``: memory of the statistics that these methods gather; ``passes``:
+    over the text, so that they fit in this machine's memory; ``products_per_token``: multiply-adds for them;
+    ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in float32;
+    ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here; where
+    there is text, those of its ``text_tokens`` and of ``polish_steps`` of learning from it; of prompts, those of all
+    their answers and of learning from them. ``training_mib``: memory of that, about.
+    """
+
+    name: str
+    model_type: str | None = None
+    num_layers: int | None = None
+    layers: list[list[int]] | dict[str, list[list[int]]] = []
+    modules: int = 0
+    spaces: int = 0
+    same_sizes: bool | None = None
+    method: str | None = None
+    needs_text: bool | None = None
+    max_tokens: int = MAX_TOKENS
+    statistics_mib: float = 0.0
+    passes: int = 1
+    products_per_token: int = 0
+    forwards_per_token: int = 0
+    weights_mib: float = 0.0
+    least_seconds: float = 0.0
+    text_tokens: int | None = None
+    polish_steps: int | None = None
+    prompts: PromptOutlook | None = None
+    training_mib: float | None = None
+    head: bool = False
+    notes: list[str] = []
+    problem: str | None = None
+
+
+def unplanned(student: ModelLike, config: GraftConfig, problem: str) -> StudentSummary:
+    """Why a module cannot be moved to a student, which is described as far as it can be."""
+    known = StudentSummary(name=_name(student), max_tokens=config.max_tokens, problem=problem)
+    try:
+        architecture = described(student, config, "student").architecture
+    except GraftError:
+        return known
+    return known.model_copy(update={"model_type": architecture.model_type, "num_layers": architecture.num_layers})
+
+
+def _name(model: ModelLike) -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__
+
+
+def outlook(move: Move) -> StudentSummary:
+    """What a planned transfer would do; plain text and prompts are those that it was planned with."""
+    plan, material = move.plan, move.material
+    architecture = plan.models.student.architecture
+    found = StudentSummary(
+        name=_name(move.sources.student),
+        max_tokens=plan.config.max_tokens,
+        model_type=architecture.model_type,
+        num_layers=architecture.num_layers,
+    )
+    known = _outlook(plan)
+    if isinstance(material, PromptMaterial):
+        asked = _prompts_for(material, plan)
+        known |= {"prompts": asked, **_cost_of_prompts(plan, asked)}
+    elif material.samples:
+        known |= _cost_of_text(plan, material.samples, move.sources, learned=material.asked)
+    return found.model_copy(update=known)
+
+
+def _prompts_for(material: PromptMaterial, plan: Plan) -> PromptOutlook:
+    """What is known of prompts before any answer; of the answers that came with them, if any, how they pair."""
+    source, asking = material.source, material.asking
+    if isinstance(source, Seeds):
+        return _made_prompts_for(source, asking, plan)
+    parts = asking.check(material.prompts, plan.models)
+    fitting = parts.held_out + parts.learning
+    templates, shares = asking.templates, PairingShares()
+    answered = [prompt for prompt in fitting if prompt.answer][:_PAIRED]
+    for prompt in answered:
+        assert prompt.answer is not None
+        teacher, student = (side.encode(prompt, prompt.answer) for side in (templates.teacher, templates.student))
+        shares.add(pair_completions(teacher, student), student, prompt.answer)
+    lengths = [len(templates.student.ids(prompt)) for prompt in fitting[:_PAIRED]]
+    answer = shares.tokens / len(answered) if answered else asking.sampling.max_new_tokens / 4
+    return PromptOutlook(
+        prompts=len(fitting),
+        too_long=len(material.prompts) - len(fitting),
+        duplicates=source.dropped_duplicates,
+        prompt_tokens=round(sum(lengths) / len(lengths), 1),
+        answer_tokens=round(answer, 1),
+        strict_share=shares.share if answered else None,
+        strict_digits=shares.digit_share,
+    )
+
+
+def _made_prompts_for(seeds: Seeds, asking: Asking, plan: Plan) -> PromptOutlook:
+    """What is known of prompts before they are made: the examples stand for them."""
+    listing = listing_of(seeds, asking, plan.models, plan.config)
+    lengths = [len(asking.templates.student.ids(prompt)) for prompt in seeds.prompts]
+    return PromptOutlook(
+        prompts=plan.config.prompts_to_make,
+        too_long=0,
+        duplicates=0,
+        prompt_tokens=round(sum(lengths) / len(lengths), 1),
+        answer_tokens=round(asking.sampling.max_new_tokens / 4, 1),
+        strict_share=None,
+        strict_digits=None,
+        made_from=len(seeds.texts),
+        made_by="chat" if listing.chat else "list",
+    )
+
+
+def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
+    """Multiply-adds and memory: every answer generated, read once, and learned from in some passes."""
+    (teacher, _), (student, size) = _costs(plan.models.teacher), _costs(plan.models.student)
+    tokens = asked.prompt_tokens + asked.answer_tokens
+    batch = PromptDistillation.batch_size
+    steps = plan.config.polish_steps_on(asked.prompts, batch)
+    # Backward passes take another product for every one of the forward pass; the modules' own are small.
+    written = _WRITTEN * asked.prompt_tokens if asked.made_from else 0
+    operations = asked.prompts * (2 * tokens + written) * teacher + 2 * steps * batch * tokens * student
+    hidden = plan.models.student.architecture.hidden_size
+    layers = plan.models.student.architecture.num_layers
+    activations = 4 * batch * tokens * hidden * layers * _STORED
+    return {
+        "least_seconds": round(operations / _products_per_second(), 1),
+        "training_mib": round((size + activations) / 2**20, 1),
+    }
+
+
+def _cost_of_text(plan: Plan, samples: Sequence[Sample], sources: ModelSources, *, learned: bool) -> dict[str, object]:
+    """Multiply-adds of this text: what is aligned on, and what the polish learns from."""
+    tokenizer = sources.tokenizer_pair()[1]
+    first = samples[:_PAIRED]
+    length = sum(len(tokenizer(*sample.texts)["input_ids"]) for sample in first) / len(first)
+    tokens = plan.config.max_tokens if len(samples) >= POOL // 2 else round(len(samples) * length)
+    tokens = min(tokens, plan.config.max_tokens)
+    settings = PolishSettings(steps=plan.config.polish_steps if learned else 0)
+    (teacher, _), (student, _) = _costs(plan.models.teacher), _costs(plan.models.student)
+    # Backward passes take another product for every one of the forward pass.
+    trained = 2 * settings.steps * settings.batch_size * length * student
+    operations = tokens * (teacher + student + _products(plan, plan.methods)) + trained
+    return {
+        "text_tokens": tokens,
+        "polish_steps": settings.steps,
+        "least_seconds": round(operations / _products_per_second(), 3),
+    }
+
+
+def _outlook(plan: Plan) -> dict[str, object]:
+    """What the plan would do, and what it costs at least."""
+    found: dict[str, object] = {
+        "layers": plan.sites.recorded_layers,
+        "modules": len(plan.sites.sites),
+        "spaces": len(plan.sites.pairs),
+        "same_sizes": same_sizes(plan.sites),
+        "head": plan.sites.head,
+        "notes": list(plan.sites.notes),
+        "method": _methods(plan),
+        "needs_text": _needs_text(plan),
+    }
+    reads_text = all(model.architecture.row.reads_text for model in (plan.models.teacher, plan.models.student))
+    if not reads_text:
+        return found | {"method": "copy", "needs_text": False}
+    products = _products(plan, plan.methods)
+    costs = _costs(plan.models.teacher), _costs(plan.models.student)
+    forwards = sum(operations for operations, _ in costs)
+    operations = plan.config.max_tokens * (forwards + products)
+    return found | {
+        "statistics_mib": round(2 * products * 8 / 2**20, 1),
+        "passes": 1 + 2 * products // max(1, memory_of_a_pass(torch.device("cpu"))),
+        "products_per_token": products,
+        "forwards_per_token": forwards,
+        "weights_mib": round(sum(size for _, size in costs) / 2**20, 1),
+        "least_seconds": round(operations / _products_per_second(), 3),
+    }
+
+
+def _methods(plan: Plan) -> str:
+    names = ", ".join(method.name for method in plan.methods)
+    if plan.config.method != AUTO:
+        return names
+    if plan.has_prompts:
+        return f"the best of {names} to begin with, then the teacher's answers are learned"
+    without = "; else copy, if the student shares the teacher's word embeddings" if same_sizes(plan.sites) else ""
+    return f"the best of {names} by agreement with the teacher, given text{without}"
+
+
+def _needs_text(plan: Plan) -> bool | None:
+    if plan.config.method != AUTO:
+        return plan.methods[0].needs_text
+    return None if same_sizes(plan.sites) else True
+
+
+def _products(plan: Plan, methods: Iterable[Method]) -> int:
+    """Multiply-adds for each token of the moments that the methods need."""
+    moments = {moment for method in methods for moment in method.moments if method.needs_text}
+    sizes = {"cross": lambda t, s: t * s, "teacher": lambda t, s: t * t, "student": lambda t, s: s * s}
+    return sum(sizes[moment](*pair) for moment in moments for pair in plan.sites.pairs.values())
+
+
+def _costs(model: ModelHandle) -> tuple[int, int]:
+    """Multiply-adds of a forward pass for each token, attention's own aside, and bytes of float32 weights."""
+    words = {id(module.weight) for module in model.base.modules() if isinstance(module, nn.Embedding)}
+    sizes = [(value.numel(), value.ndim > 1 and id(value) not in words) for value in model.base.parameters()]
+    return sum(size for size, multiplies in sizes if multiplies), 4 * sum(size for size, _ in sizes)
+
+
+@cache
+def _products_per_second() -> float:
+    """Multiply-adds a second of a float32 matrix product on this machine's processor, measured in some 0.1 seconds."""
+    size = 768
+    first = torch.rand(size, size)
+    first @ first
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.1:
+        first @ first
+        count += 1
+    return count * size**3 / (time.perf_counter() - begin)

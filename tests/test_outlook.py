@@ -1,0 +1,58 @@
+"""What a transfer tells before it works is what ``inspect`` says."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+import peft_graft
+from peft_graft.cli.progress import Bar
+from peft_graft.outlook import StudentSummary
+
+OPTIONS = {"polish": 0, "method": "prune-align", "head": "drop"}
+
+
+class Watching(peft_graft.Callback):
+    """Notes plans and stages, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def on_plan(self, plan: object) -> None:
+        self.seen.append(plan)
+
+    def on_stage_begin(self, stage: str) -> None:
+        self.seen.append(stage)
+
+
+def test_a_run_tells_its_plan_before_anything_is_loaded(world: Path) -> None:
+    watching, text = Watching(), str(world / "text.txt")
+    peft_graft.transfer(world / "lora", world / "shallow", text=text, config=OPTIONS, callbacks=[watching])
+    plan = watching.seen[0]
+    assert watching.seen[1] == "loading models"
+    assert isinstance(plan, StudentSummary)
+    assert plan == peft_graft.inspect(world / "lora", world / "shallow", text=text, config=OPTIONS).student
+    assert plan.text_tokens
+    assert plan.weights_mib > 0
+
+
+def test_a_terminal_shows_the_plan_first() -> None:
+    said = io.StringIO()
+    with Progress(console=Console(file=said, force_terminal=True, width=80)) as display:
+        plan = StudentSummary(
+            name="s", layers=[[0], [2]], modules=4, method="copy", weights_mib=90.0, least_seconds=8.0
+        )
+        Bar(display, plan=True).on_plan(plan)
+        Bar(display).on_plan(plan)
+    assert said.getvalue().count("0 → 0, 2 → 1") == 1
+    assert "90 MiB of weights in float32; 50,000 tokens take 8.0 s" in said.getvalue()
+
+
+def test_a_student_that_cannot_receive_it_is_still_described(world: Path) -> None:
+    found = peft_graft.inspect(world / "lora", world / "shallow", config={"layers": "0,9"}).student
+    assert found is not None
+    assert found.problem
+    assert (found.model_type, found.num_layers) == ("bert", 2)
