@@ -94,7 +94,7 @@ def text(tmp_path: Path) -> Path:
 def speakers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Language models with tokenizers of two makes, and a module of the first, that many tests read and none writes.
 
-    Training them takes half a minute, so one worker does it for all.
+    Training them takes ten seconds, so one worker does it for all.
     """
     from filelock import FileLock
 
@@ -111,6 +111,6 @@ def make_speakers(root: Path) -> None:
     import speech
 
     teacher = speech.language_model(root / "teacher", speech.byte_level(speech.MERGED), seed=2)
-    speech.language_model(root / "stranger", speech.sentence_piece(["ee", "hh"]), seed=3, layers=3, hidden=56)
-    speech.lora(root / "module", teacher)
+    speech.language_model(root / "stranger", speech.sentence_piece(["ee", "hh"]), seed=3, layers=3, hidden=56, steps=90)
+    speech.lora(root / "module", teacher, steps=120)
     speech.prompt_file(root / "prompts.jsonl", speech.words(240))

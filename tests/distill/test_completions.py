@@ -53,7 +53,7 @@ def asked(speakers):
 @pytest.fixture(scope="module")
 def moved(speakers, tmp_path_factory) -> Graft:
     out = tmp_path_factory.mktemp("moved") / "graft"
-    config = CONFIG.model_copy(update={"polish": 300})
+    config = CONFIG.model_copy(update={"polish": 200})
     return peft_graft.transfer(
         speakers / "module", speakers / "stranger", text=speakers / "prompts.jsonl", config=config, out=out
     )
@@ -212,7 +212,7 @@ def test_a_copy_in_another_order_generates_the_same_text(speakers, tmp_path):
     original.save_pretrained(tmp_path / "copy")
     for file in (speakers / "teacher").glob("*token*"):
         shutil.copy(file, tmp_path / "copy")
-    config = CONFIG.model_copy(update={"method": "prune-align"})
+    config = CONFIG.model_copy(update={"method": "prune-align", "max_prompts": 100})
     graft = peft_graft.transfer(
         speakers / "module", tmp_path / "copy", text=speakers / "prompts.jsonl", config=config
     )  # fmt: skip
@@ -228,7 +228,7 @@ def test_a_relative_begins_where_the_copied_module_stands(speakers, tmp_path):
     relative.save_pretrained(tmp_path / "relative")
     for file in (speakers / "teacher").glob("*token*"):
         shutil.copy(file, tmp_path / "relative")
-    config = CONFIG.model_copy(update={"polish": 20})
+    config = CONFIG.model_copy(update={"polish": 20, "max_prompts": 100})
     graft = peft_graft.transfer(
         speakers / "module", tmp_path / "relative", text=speakers / "prompts.jsonl", config=config
     )  # fmt: skip
@@ -252,11 +252,12 @@ class StopAt(Callback):
 @pytest.fixture(scope="module")
 def undisturbed(speakers) -> tuple[dict[str, object], Graft]:
     """A transfer's options, and what comes of it at one go."""
-    options = {"text": speakers / "prompts.jsonl", "config": CONFIG.model_copy(update={"polish": 40})}
+    config = CONFIG.model_copy(update={"polish": 20, "max_prompts": 60})
+    options = {"text": speakers / "prompts.jsonl", "config": config}
     return options, peft_graft.transfer(speakers / "module", speakers / "stranger", **options)
 
 
-@pytest.mark.parametrize(("stage", "done"), [("asking the teacher", 1), ("polishing", 21)])
+@pytest.mark.parametrize(("stage", "done"), [("asking the teacher", 1), ("polishing", 12)])
 def test_an_interrupted_run_goes_on_to_the_same_graft(speakers, undisturbed, tmp_path, stage, done):
     options, whole = undisturbed
     with pytest.raises(KeyboardInterrupt):
