@@ -459,7 +459,7 @@ def test_a_prefix_that_cannot_be_read_says_why(world, tmp_path) -> None:
         read_checkpoint(tmp_path / "n")
 
 
-def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:
+def test_a_decoder_without_a_row_by_inference(text, tmp_path) -> None:
     """Grouped-query Helium, roles inferred from the module tree: identity exactly, and onto another size."""
     for name, hidden, layers in (("teacher", 32, 4), ("student", 24, 2)):
         config = transformers.HeliumConfig(
@@ -477,10 +477,7 @@ def test_a_decoder_without_a_row_by_inference(tmp_path) -> None:
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("module", "same"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences()))
-    graft = tiny.transfer(
-        tmp_path / "module", student=tmp_path / "student", text=tmp_path / "text.txt", out=tmp_path / "small"
-    )
+    graft = tiny.transfer(tmp_path / "module", student=tmp_path / "student", text=text, out=tmp_path / "small")
     assert graft.report.student.inferred_architecture
     assert graft.report.verification.output_change > 0
 

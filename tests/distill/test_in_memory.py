@@ -54,13 +54,13 @@ def in_memory(world, teacher: str = "teacher", student: str = "narrow") -> dict:
     models = [transformers.AutoModel.from_pretrained(world / name) for name in (teacher, student)]
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in (teacher, student)]
     return {"teacher": models[0], "student": models[1], "teacher_tokenizer": tokenizers[0],
-            "student_tokenizer": tokenizers[1], "text": tiny.sentences(300)}  # fmt: skip
+            "student_tokenizer": tokenizers[1], "text": tiny.sentences(100)}  # fmt: skip
 
 
 def test_the_default_writes_nothing_and_attaches_every_candidate_once(world, writes, attached) -> None:
     given = in_memory(world)
     writes.clear()
-    graft = tiny.transfer_live(world / "lora", **given, polish=40)
+    graft = tiny.transfer_live(world / "lora", **given, polish=20)
     assert writes == []
     methods = {name.split(",")[0] for name in graft.report.tried}
     assert methods == {"prune-align", "procrustes", "ridge", "functional"}
