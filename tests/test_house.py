@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,17 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The code, parsed once."""
+    return {path: ast.parse(source) for path, source in SOURCES.items()}
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Every function by its place, without those whose ``def`` line carries a comment, which says why."""
     for path, source in SOURCES.items():
         lines = source.splitlines()
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(trees()[path]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _REASON.search(lines[node.lineno - 1]):
                 yield f"{path.relative_to(PACKAGE)} {node.name}", node
 
@@ -103,9 +110,9 @@ def test_no_function_takes_many_parameters() -> None:
 
 
 def test_slow_libraries_are_imported_late() -> None:
-    for path, source in SOURCES.items():
+    for path, tree in trees().items():
         stage = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for node in ast.parse(source).body:
+        for node in tree.body:
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: relative imports hide the direction"
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -11,12 +11,14 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import pytest
 
+import peft_graft
 import speech
 import tiny
 from conftest import needs_adapters
@@ -30,8 +32,9 @@ ELSEWHERE = {"docs/extending.md": ("checkpoints/test_extending.py", "models/test
 #: After `make demo` tests/test_real.py runs the rest of README: what is about models of the demo.
 DEMO = "out/demo"
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<language>.*)\n(?P<code>(?:.*\n)*?)```$", re.M)
-#: What is added to commands of a verb, to spare time.
+#: What is added to commands of a verb, and to calls that choose nothing, to spare time.
 SHORT = {"transfer": ("--polish", "2", "--max-tokens", "600"), "align": ("--max-tokens", "600")}
+SHORT_CONFIG = {"polish": 2, "max_tokens": 600}
 NEED_ADAPTERS = ("docs/how-to/adapter-to-lora.md", "docs/export.md")
 #: Folders that pages speak of, and how another page has made them.
 MADE = {
@@ -109,6 +112,8 @@ def _loha(folder: Path, base: Path) -> None:
 )
 def test_the_snippets_of_a_page(page: str, stage: Path, command: Callable[..., Any], monkeypatch) -> None:
     monkeypatch.chdir(stage)
+    for verb in ("transfer", "transfer_all"):
+        monkeypatch.setattr(peft_graft, verb, shortened(getattr(peft_graft, verb)))
     for folder, line in MADE.items():
         if folder in (ROOT / page).read_text(encoding="utf-8"):
             run_or_check(line, command, run=True)
@@ -131,6 +136,16 @@ def test_the_snippets_of_a_page(page: str, stage: Path, command: Callable[..., A
                 pass
             case language:
                 pytest.fail(f"{page}: a block of no known language, ```{language}")
+
+
+def shortened(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of ours that learns little where it is not said how much."""
+
+    @wraps(verb)
+    def called(*given: Any, **options: Any) -> Any:
+        return verb(*given, **{"config": SHORT_CONFIG, **options})
+
+    return called
 
 
 def commands(block: Block) -> list[str]:
