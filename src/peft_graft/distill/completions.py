@@ -257,10 +257,10 @@ def last_states(
 ) -> Tensor:
     """Last hidden states [rows, longest row, d], rows padded on the right.
 
-    Without a mask: no token sees what follows it, and attention is quicker without one.
+    All of it is attended to, for no token sees what follows it: attention is quicker where nothing is masked.
     """
     pad = template.pad
     width = max(map(len, rows))
     width += -width % _MULTIPLE
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=model.device)
-    return model.forward({"input_ids": ids}, module=module)[1]
+    return model.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, module=module)[1]

@@ -119,13 +119,14 @@ def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of a causal model over the labelled tokens of a batch, as its own loss is.
 
     Args:
-        batch: ``input_ids`` and ``labels`` [rows, tokens], filled up on the right, which no token before sees, so that
-            attention needs no mask; the latter ``IGNORED`` where nothing is to be learnt.
+        batch: ``input_ids`` and ``labels`` [rows, tokens], filled up on the right, which no token before sees, and
+            attention is quicker where nothing is masked. The latter are ``IGNORED`` where nothing is to be learnt.
     """
     labels = batch["labels"]
     next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     wanted = next_labels != IGNORED
-    logits = logits_at(model, {"input_ids": batch["input_ids"]}, wanted).float()
+    ids = batch["input_ids"]
+    logits = logits_at(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, wanted).float()
     if not bool(wanted.any()):
         return logits.sum() * 0
     return torch.nn.functional.cross_entropy(logits, next_labels[wanted].to(logits.device))
