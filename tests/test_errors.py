@@ -473,10 +473,16 @@ def test_unknown_file_type_and_broken_file(tmp_path) -> None:
         next(read_text(tmp_path / "d.parquet"))
 
 
-def test_too_few_pairs_for_the_dimension(move, tmp_path) -> None:
+def test_too_few_pairs_for_the_dimension(move, world, tmp_path) -> None:
     (tmp_path / "short.txt").write_text("river mountain letter\n")
-    with pytest.raises(PairingError, match=r"too few paired tokens for the dimension; expected at least 32, found \d"):
+    with pytest.raises(
+        TextError,
+        match=r"short.txt: the text is too short to align the two models on; expected at least 32 tokens, some \d+ "
+        r"lines like these, found \d tokens in 1 line. Fix: give more text, or a saved alignment",
+    ):
         move(text=tmp_path / "short.txt", polish="auto")
+    with pytest.raises(PairingError, match=r"too few paired tokens for the dimension; expected at least 32, found \d"):
+        tiny.align(world / "teacher", world / "shallow", text=tmp_path / "short.txt")
 
 
 def test_too_few_samples_for_a_sentence_head(move, world, tmp_path) -> None:

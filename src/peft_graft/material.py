@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
 from peft_graft.alignment.distinct import Parts, form_of
@@ -24,7 +24,8 @@ from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.fit_layers import SAMPLES
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishSettings
-from peft_graft.distill.teacher import FIT, TOKENS, ask_teacher, can_ask, sample_parts
+from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, sample_parts
+from peft_graft.errors import TextError
 from peft_graft.models.loading import ModelPair
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import ModelSources, ModuleSource
@@ -33,6 +34,9 @@ from peft_graft.prompts.read import PromptLike, PromptSource
 from peft_graft.prompts.seeds import Seeds
 from peft_graft.report import AnswerSample
 from peft_graft.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Answers that the report shows.
 _SAMPLES = 20
@@ -89,6 +93,32 @@ class TextMaterial:
         known = {form_of(sample.texts) for sample in held}
         rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
         return AlignmentText(chain(first, rest), self.source.name, key)
+
+    def check_length(self, tokenizer: PreTrainedTokenizerBase, needed: int) -> None:
+        """Refuse text that ends before it has as many tokens as have to pair.
+
+        Args:
+            tokenizer: the student's. needed: pairs of tokens at the least.
+
+        Raises:
+            TextError: it is too short, said in its own lines.
+        """
+        samples = self.parts.learning if self.asked else self.samples
+        if len(self.samples) >= POOL // 2:  # there may be more than was read
+            return
+        tokens = 0
+        for sample in samples:
+            tokens += len(tokenizer(*sample.texts, add_special_tokens=False)["input_ids"])
+            if tokens >= needed:
+                return
+        lines = round(needed / max(tokens, 1) * len(samples))
+        raise TextError(
+            "the text is too short to align the two models on",
+            where=f"--text {self.source.name}" if self.source else "--text",
+            expected=f"at least {needed:,} tokens, some {lines:,} lines like these",
+            found=f"{tokens:,} tokens in {len(samples):,} line" + "s" * (len(samples) != 1),
+            fix="give more text, or a saved alignment with --alignment",
+        )
 
     def polishing(self, config: GraftConfig) -> PolishSettings:
         """How the polish trains."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_graft.alignment.aligner import Aligner, SharedAlignments, WantedMaps
 from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.layout import SAMPLE_SPACES
 from peft_graft.alignment.methods import map_methods
 from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.alignment.vocabulary import Vocabularies
@@ -98,7 +99,22 @@ class Move:
         )
         if text is not None or seeds is not None or module.raw.trains_tokens:
             sources.check_tokenizers(shapes, material.samples)
-        return cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
+        move = cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
+        move.check_length()
+        return move
+
+    def check_length(self) -> None:
+        """Refuse text that is too short to align the models on, as far as tokenizers tell.
+
+        Raises:
+            TextError: see ``TextMaterial.check_length``.
+        """
+        wanted = self.wanted
+        tokenizer = self.sources.tokenizer_of("student") if wanted else None
+        if wanted and tokenizer and isinstance(self.material, TextMaterial):
+            # A head's spaces have one vector a sample.
+            sizes = [max(sizes) for pair, sizes in wanted.pairs.items() if pair[0].name not in SAMPLE_SPACES]
+            self.material.check_length(tokenizer, max(sizes, default=0))
 
     @property
     def reads_text(self) -> bool:

@@ -60,7 +60,8 @@ def show_inspection(found: Inspection, command: str | None = None) -> None:
 def _show_student(found: Inspection, student: StudentSummary, command: str | None) -> None:
     """What would become of the module on a student."""
     console = console_for_results()
-    console.print(f"\n[bold]onto {escaped(student.name)}[/] ({student.model_type}, {student.num_layers} layers)")
+    known = f" ({student.model_type}, {student.num_layers} layers)" if student.model_type else ""
+    console.print(f"\n[bold]onto {escaped(student.name)}[/]{known}")
     if student.problem:
         console.print(f"[red]cannot:[/] {escaped(student.problem)}", soft_wrap=True)
         return

@@ -204,6 +204,15 @@ class ModelSources:
             if len(found) > (handle.architecture.num_embeddings or len(found)):
                 tokenize(replace(handle, tokenizer=found), samples, MAX_LENGTH)
 
+    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase | None:
+        """The teacher's or the student's tokenizer before any weights; None of a live model that came without.
+
+        Raises:
+            ModelError: there is none, or a slow one.
+        """
+        model, given, _ = next(side for side in self._sides if side[2] == role)
+        return None if isinstance(model, nn.Module) and given is None else self._tokenizer(model, given, role)
+
     def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
         if given is not None:
             return check_tokenizer(given, "", role)
