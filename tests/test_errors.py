@@ -275,7 +275,7 @@ def test_a_module_that_does_nothing_is_not_written(move, module, tmp_path) -> No
         module / "adapter_model.safetensors",
     )
     with pytest.raises(VerificationError, match="loads but changes nothing"):
-        move(module, polish=0)
+        move(module, method="prune-align", head="carry")
     assert not (tmp_path / "graft").exists()
 
 
@@ -387,7 +387,7 @@ def test_a_student_whose_own_head_has_other_labels(move, world, tmp_path) -> Non
     tiny.tokenizer(tmp_path / "student")
     with pytest.raises(HeadError, match="head with other labels; expected 5 labels, found no, yes.*--head drop"):
         move(student=tmp_path / "student")
-    assert move(student=tmp_path / "student", head="drop").report.head is None
+    assert move(student=tmp_path / "student", head="drop", method="prune-align").report.head is None
 
 
 def test_a_head_that_the_students_family_cannot_express(move, world, tmp_path) -> None:
@@ -537,7 +537,7 @@ def test_an_existing_folder_is_not_touched_without_force(move, tmp_path) -> None
     with pytest.raises(OutputError, match="exists already.*--force"):
         move()
     assert (tmp_path / "graft" / "mine").read_text() == "keep"
-    move(force=True)
+    move(force=True, method="prune-align", head="carry")
     assert sorted(path.name for path in (tmp_path / "graft").iterdir())[:2] == ["README.md", "adapter_config.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft"]
 
