@@ -77,7 +77,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     file, page = tmp_path / "results.jsonl", tmp_path / "page.md"
     export(records(), file, study="mine")
     page.write_text("Before.\n<!-- comparison: mine -->\nold\n<!-- /comparison -->\nBetween.\n"
-                    "<!-- scores: mine -->\n<!-- /scores -->\nAfter.\n")  # fmt: skip
+                    "<!-- tables: mine -->\n<!-- /tables -->\n<!-- scores: mine -->\n<!-- /scores -->\nAfter.\n")  # fmt: skip
     main([str(file), str(page), "--curves", str(tmp_path / "curves.svg")])
     text = page.read_text()
     assert "old" not in text
@@ -85,6 +85,8 @@ def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     assert text.endswith("<!-- /scores -->\nAfter.\n")
     assert "| fresh | 0.100 ± 0.000 (2) |  | 0.450 ± 0.071 (2) |  | | |" in text
     # shares: (0.6 - 0.1) / 0.7 without labels, (0.7 - 0.45) / 0.35 with 1,000
+    assert "### " in text
+    assert "| default | 60.0 ± 0.0 | +50.0 | +71% |  |" in text
     row = "| default | 0.600 ± 0.000 (2) |  | 0.700 ± 0.000 (2) |  | +0.71 / – / +0.71 | 10 |"
     assert row in text
     assert "| default | 2 | 0 of 2 | 2 of 2 | +0.71 | 0.75 |  |" in text
@@ -95,7 +97,7 @@ def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
 
 def test_what_a_page_cannot_show_is_said(tmp_path: Path) -> None:
     mine = [{**record, "study": "mine"} for record in records()]
-    with pytest.raises(StudyError, match="unknown mark; expected comparison, scores, lift, lifts, ablation"):
+    with pytest.raises(StudyError, match="unknown mark; expected comparison, scores, lift, lifts, ablation, tables"):
         render("<!-- figure: mine -->\n<!-- /figure -->", mine)
     with pytest.raises(StudyError, match="<!-- scores: other -->: the results have no student of this study"):
         render("<!-- scores: other -->\n<!-- /scores -->", mine)
