@@ -76,8 +76,10 @@ def test_exported_results_come_back_once_and_name_no_path(tmp_path: Path) -> Non
 def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     file, page = tmp_path / "results.jsonl", tmp_path / "page.md"
     export(records(), file, study="mine")
-    page.write_text("Before.\n<!-- comparison: mine -->\nold\n<!-- /comparison -->\nBetween.\n"
-                    "<!-- tables: mine -->\n<!-- /tables -->\n<!-- scores: mine -->\n<!-- /scores -->\nAfter.\n")  # fmt: skip
+    page.write_text(
+        "Before.\n<!-- comparison: mine -->\nold\n<!-- /comparison -->\nBetween.\n"
+        "<!-- tables: mine -->\n<!-- /tables -->\n<!-- scores: mine -->\n<!-- /scores -->\nAfter.\n"
+    )
     main([str(file), str(page), "--curves", str(tmp_path / "curves.svg")])
     text = page.read_text()
     assert "old" not in text

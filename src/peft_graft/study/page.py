@@ -6,8 +6,8 @@ RESULTS is one file or several, written by ``peft-graft study FILE --export RESU
 two marks such as ``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` is replaced by what the first one names,
 of the study that it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone),
 ``tables`` (as the study itself writes them, with the gain over the best control), ``lift`` (of language models,
-``study.lift``), ``lifts`` (the same, a row for each pair and task) or ``ablation`` (agreement before and after the head is
-fitted). ``--curves`` draws how a polish approaches the teacher.
+``study.lift``), ``lifts`` (the same, a row for each pair and task) or ``ablation`` (agreement before and after the head
+is fitted). ``--curves`` draws how a polish approaches the teacher.
 """
 
 from __future__ import annotations
