@@ -38,7 +38,7 @@ def pytest_collection_finish() -> None:
 
 
 #: Files whose tests take longest, beside those that are ``real``.
-LONG = ("test_studies", "test_sharding", "test_causal", "test_matrix")
+LONG = ("test_studies", "test_sharding", "test_causal", "test_matrix", "test_transfer", "test_families", "test_release")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
