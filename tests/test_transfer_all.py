@@ -175,6 +175,9 @@ def test_the_command_moves_several_and_ends_with_1_where_one_failed(command, mod
     done = command("transfer", modules / "first", "--list", tmp_path / "list", *options, code=1)
     assert "first" in done.out
     assert "failed  bad:" in done.out
+    silent = command("transfer", modules / "first", "--list", tmp_path / "list", *options, "--quiet", code=1)
+    assert silent.out == ""
+    assert silent.err.startswith("error: bad: ")
     found = json.loads(command("transfer", modules / "first", modules / "second", *options, "--json").out)
     assert [(one["name"], one["state"]) for one in found["modules"]] == [("first", "kept"), ("second", "written")]
     assert "there is no module to move" in command("transfer", *options, code=1).err

@@ -98,6 +98,9 @@ def test_quiet_shows_nothing_and_verbose_more(command, world) -> None:
     quiet = command("inspect", world / "lora", "--quiet")
     assert (quiet.out, quiet.err) == ("", "")
     assert command("inspect", world / "nowhere", "-q", code=1).err.startswith("error: ")
+    problem = command("inspect", world / "lora", "--student", world / "nowhere", "-q", code=1)
+    assert problem.out == ""
+    assert "nowhere: the student" in problem.err
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text.translate({ord(letter): json.dumps(letter)[1:-1] for letter in codes}) + "\n")
 
 
+def say_if_quiet(problem: str) -> None:
+    """A line on standard error about what failed, where ``--quiet`` keeps back the result that has it."""
+    if look.quiet and not look.as_json:
+        Console(stderr=True, highlight=False, emoji=False).print(
+            f"[bold red]error:[/] {escaped(problem)}", soft_wrap=True
+        )
+
+
 def say_error(error: BaseException, *, kind: str | None = None, message: str | None = None) -> None:
     """One line on standard error; with ``--json`` the same on standard output, in parts.
 

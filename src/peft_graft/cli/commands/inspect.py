@@ -10,7 +10,7 @@ import typer
 import peft_graft
 from peft_graft.cli.display import show_inspection
 from peft_graft.cli.late import command
-from peft_graft.cli.output import give
+from peft_graft.cli.output import give, say_if_quiet
 
 if TYPE_CHECKING:
     from peft_graft.config import GraftConfig
@@ -38,5 +38,7 @@ def inspect(
     words = [word for name, value in given.items() if value for word in (f"--{name}", value)]
     command = shlex.join(["peft-graft", "transfer", adapter, *words, "--out", "out/graft"]) if student else None
     give(found, lambda: show_inspection(found, command))
-    if found.teacher_problem or (found.student and found.student.problem):
+    problems = [found.teacher_problem, found.student.problem if found.student else None]
+    if any(problems):
+        say_if_quiet("; ".join(problem for problem in problems if problem))
         raise typer.Exit(1)

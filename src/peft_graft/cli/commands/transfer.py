@@ -11,7 +11,7 @@ import peft_graft
 from peft_graft.cli.display import show_shelf
 from peft_graft.cli.interrupts import continued, saying_how_to_go_on
 from peft_graft.cli.late import command
-from peft_graft.cli.output import give
+from peft_graft.cli.output import give, say_if_quiet
 from peft_graft.cli.progress import watching
 from peft_graft.cli.result import show_graft
 from peft_graft.errors import PlanError
@@ -102,5 +102,7 @@ def _transfer_all(adapters: list[str], listed: Path | None, student: str, out: P
     with continued("finished grafts are kept"), watching() as callbacks:
         report = peft_graft.transfer_all(modules, student, out=out, callbacks=callbacks, **options)
     give(ShelfResult.at(report, out), lambda: show_shelf(report, out))
+    for one in report.failed:
+        say_if_quiet(f"{one.name}: {one.error}")
     if report.failed:
         raise typer.Exit(1)
