@@ -112,8 +112,9 @@ def test_a_row_of_thousands_of_columns_would_take_hours(name: str, indent: int |
         load_rows(str(tmp_path / name), streaming=True)
 
 
-def test_null_for_a_row_would_end_the_process(tmp_path) -> None:
-    (tmp_path / "rows.json").write_text('\n null\n{"text": "a"}\n')
+@pytest.mark.parametrize("rows", ['\n null\n{"text": "a"}\n', '[null, {"text": "a"}]', '[ \n null,\n {"text": "a"}]'])
+def test_null_for_a_row_would_end_the_process(rows: str, tmp_path) -> None:
+    (tmp_path / "rows.json").write_text(rows)
     with pytest.raises(TextError, match="the text cannot be read .*the first row is null"):
         list(read_text(tmp_path / "rows.json"))
 

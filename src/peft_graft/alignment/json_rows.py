@@ -12,6 +12,8 @@ import numpy as np
 #: it may have.
 _DEEPEST = 500
 _WIDEST = 1000
+#: What begins with null, also in a list of rows.
+_NULL_FIRST = re.compile(r"\s*(?:\[\s*)?null\b")
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -37,7 +39,7 @@ def check_json(source: str) -> None:
         for text in file if has_a_row_a_line(source) and not _is_spread(source) else [file.read()]:
             if is_first and text.strip():
                 is_first = False
-                if text.lstrip().startswith("null"):
+                if _NULL_FIRST.match(text):
                     raise ValueError("the first row is null")
             if "Infinity" in text or "NaN" in text:
                 json.loads(text, parse_constant=refuse)
