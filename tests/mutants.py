@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -332,7 +332,8 @@ def _mutate_json(path: Path, rng: random.Random) -> str:
     elif how == "swap":
         other, elsewhere = rng.choice(places)
         if elsewhere in (other if isinstance(other, dict) else range(len(other))):
-            holder[key] = copy.deepcopy(other[elsewhere])
+            with suppress(RecursionError):  # what an earlier mutation has nested too deep to be copied stays
+                holder[key] = copy.deepcopy(other[elsewhere])
     elif how == "add" and isinstance(holder, dict):
         options = ("alpha_pattern", "exclude_modules", "use_dora", "bias", "x", "layers_pattern", "leave_out", "flat")
         holder[rng.choice(options)] = value
