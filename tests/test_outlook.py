@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import peft_graft
-from peft_graft.cli.progress import Bar
+from peft_graft.cli.progress import Bar, PlannedBar
 from peft_graft.outlook import StudentSummary
+from peft_graft.run import Run
 
 OPTIONS = {"polish": 0, "method": "prune-align", "head": "drop"}
 
@@ -45,10 +46,23 @@ def test_a_terminal_shows_the_plan_first() -> None:
         plan = StudentSummary(
             name="s", layers=[[0], [2]], modules=4, method="copy", weights_mib=90.0, least_seconds=8.0
         )
-        Bar(display, plan=True).on_plan(plan)
+        PlannedBar(display).on_plan(plan)
         Bar(display).on_plan(plan)
     assert said.getvalue().count("0 → 0, 2 → 1") == 1
     assert "90 MiB of weights in float32; 50,000 tokens take 8.0 s" in said.getvalue()
+
+
+def test_no_plan_is_made_where_nobody_asks_for_it() -> None:
+    made: list[str] = []
+
+    def make() -> StudentSummary:
+        made.append("plan")
+        return StudentSummary(name="s")
+
+    Run([peft_graft.Callback()]).planned(make)
+    assert made == []
+    Run([peft_graft.Callback(), Watching(), Watching()]).planned(make)
+    assert made == ["plan"]
 
 
 def test_a_student_that_cannot_receive_it_is_still_described(world: Path) -> None:

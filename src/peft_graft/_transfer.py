@@ -78,8 +78,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         tokenizers=tokenizers,
     )
     run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
-    if run.callbacks:
-        run.planned(outlook(move))
+    run.planned(lambda: outlook(move))
     with run.stage("loading models"):
         models = move.sources.loaded(tokenizers=move.reads_text)
     graft = move.carried_out(models, run)

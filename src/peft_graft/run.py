@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,10 +87,13 @@ class Run:
         for callback in self.callbacks:
             callback.on_stage_end(name, taken)
 
-    def planned(self, plan: Record) -> None:
-        """Tell the callbacks what will be done."""
-        for callback in self.callbacks:
-            callback.on_plan(plan)
+    def planned(self, make: Callable[[], Record]) -> None:
+        """Tell the callbacks that ask for it what will be done; it is not made for others."""
+        asking = [callback for callback in self.callbacks if type(callback).on_plan is not Callback.on_plan]
+        if asking:
+            plan = make()
+            for callback in asking:
+                callback.on_plan(plan)
 
     def progress(self, stage: str, done: int, total: int | None = None) -> None:
         """Tell the callbacks how far a stage is."""

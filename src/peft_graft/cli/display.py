@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,17 +66,12 @@ def _show_student(found: Inspection, student: StudentSummary, command: str | Non
     if student.problem:
         console.print(f"[red]cannot:[/] {escaped(student.problem)}", soft_wrap=True)
         return
-    facts = Table.grid(padding=(0, 1))
-    facts.add_column(width=12, no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in [*planned(student), *(("note", note) for note in student.notes if note not in found.notes)]:
-        facts.add_row(name, escaped(text))
-    console.print(facts)
+    console.print(planned(student, [note for note in student.notes if note not in found.notes]))
     if command:
         console.print(f"[bold]next[/]         {escaped(command)}", soft_wrap=True)
 
 
-def planned(student: StudentSummary) -> list[tuple[str, str]]:
+def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
     """What a transfer would do and what it would cost, in a line each."""
     rows = [
         ("layers", layers_as_text(student.layers)),
@@ -100,7 +96,12 @@ def planned(student: StudentSummary) -> list[tuple[str, str]]:
             f"{memory(student.weights_mib)} of weights in float32; {tokens:,} tokens{polish} take "
             f"{duration(student.least_seconds)} on this processor at the least",
         ))  # fmt: skip
-    return rows
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(width=12, no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in [*rows, *(("note", note) for note in notes)]:
+        facts.add_row(name, escaped(text))
+    return facts
 
 
 def _outlook(student: StudentSummary, asked: PromptOutlook) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from peft_graft.cli.output import escaped, look
 from peft_graft.cli.words import duration
@@ -70,31 +69,12 @@ class Stage(Callback):
 
 
 class Bar(Stage):
-    """One bar for the whole run: the stage, its steps, loss and time left, and the time since the beginning.
+    """One bar for the whole run: the stage, its steps, loss and time left, and the time since the beginning."""
 
-    Args:
-        plan: whether what a run will do is printed before it.
-    """
-
-    def __init__(self, display: Progress, *, plan: bool = False) -> None:
+    def __init__(self, display: Progress) -> None:
         super().__init__()
-        self._display, self._plan = display, plan
+        self._display = display
         self._task = display.add_task("planning", total=None, steps="", loss="", left="", whole="")
-
-    def on_plan(self, plan: Record) -> None:
-        """Print it above the bar."""
-        if not self._plan:
-            return
-        from peft_graft.cli.display import planned
-        from peft_graft.outlook import StudentSummary
-
-        assert isinstance(plan, StudentSummary)
-        facts = Table.grid(padding=(0, 1))
-        facts.add_column(width=12, no_wrap=True)
-        facts.add_column(overflow="fold")
-        for name, text in planned(plan):
-            facts.add_row(name, escaped(text))
-        self._display.console.print(facts)
 
     def changed(self) -> None:
         """Move the bar."""
@@ -108,6 +88,18 @@ class Bar(Stage):
             left=self.left,
             whole=duration(time.monotonic() - self.begun),
         )
+
+
+class PlannedBar(Bar):
+    """The bar, and above it what the run will do."""
+
+    def on_plan(self, plan: Record) -> None:
+        """Print it."""
+        from peft_graft.cli.display import planned
+        from peft_graft.outlook import StudentSummary
+
+        assert isinstance(plan, StudentSummary)
+        self._display.console.print(planned(plan))
 
 
 class Lines(Stage):
@@ -166,4 +158,4 @@ def watching(*, lines: bool = False, plan: bool = False) -> Iterator[list[Callba
         TextColumn("[dim]{task.fields[whole]}[/]"),
     )
     with Progress(*columns, console=console, transient=True) as display:
-        yield [Bar(display, plan=plan)]
+        yield [PlannedBar(display) if plan else Bar(display)]

@@ -123,6 +123,8 @@ def _of_prompts(report: GraftReport) -> list[tuple[str, str]]:
 def _next(report: GraftReport, out: Path) -> list[str]:
     if report.prompts:
         return [f"peft-graft evaluate {shlex.quote(str(out))} --text LABELLED.jsonl --metric exact,rouge"]
+    if report.module_kind != "lora":  # of others not all can be merged
+        return []
     return [f"peft-graft export {shlex.quote(str(out))} --to merged"]
 
 
