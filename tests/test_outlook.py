@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
+import transformers
 from rich.console import Console
 from rich.progress import Progress
 
@@ -70,3 +72,15 @@ def test_a_student_that_cannot_receive_it_is_still_described(world: Path) -> Non
     assert found is not None
     assert found.problem
     assert (found.model_type, found.num_layers) == ("bert", 2)
+
+
+def test_a_tokenizer_is_read_once_to_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    whole = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        lambda name, **options: read.append(name) or whole(name, **options),
+    )
+    peft_graft.inspect(world / "lora", world / "shallow", text=str(world / "text.txt"), config=OPTIONS)
+    assert sorted(read) == [str(world / "shallow"), str(world / "teacher")]

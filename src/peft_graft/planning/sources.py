@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,11 +198,9 @@ class ModelSources:
         Raises:
             ModelError: there is none, or a slow one, or one that gives such a token.
         """
-        for (model, given, role), handle in zip(self._sides, (shapes.teacher, shapes.student), strict=True):
-            if isinstance(model, nn.Module) and given is None:
-                continue
-            found = self._tokenizer(model, given, role)
-            if len(found) > (handle.architecture.num_embeddings or len(found)):
+        for (_, _, role), handle in zip(self._sides, (shapes.teacher, shapes.student), strict=True):
+            found = self.tokenizer_of(role)
+            if found is not None and len(found) > (handle.architecture.num_embeddings or len(found)):
                 tokenize(replace(handle, tokenizer=found), samples, MAX_LENGTH)
 
     def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase | None:
@@ -213,7 +212,19 @@ class ModelSources:
         model, given, _ = next(side for side in self._sides if side[2] == role)
         return None if isinstance(model, nn.Module) and given is None else self._tokenizer(model, given, role)
 
+    @cached_property
+    def _read(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Tokenizers by role, as they have been read: large vocabularies take a second each."""
+        return {}
+
     def _tokenizer(self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str) -> PreTrainedTokenizerBase:
+        if role not in self._read:
+            self._read[role] = self._read_tokenizer(model, given, role)
+        return self._read[role]
+
+    def _read_tokenizer(
+        self, model: ModelLike, given: PreTrainedTokenizerBase | None, role: str
+    ) -> PreTrainedTokenizerBase:
         if given is not None:
             return check_tokenizer(given, "", role)
         if isinstance(model, nn.Module):
