@@ -99,18 +99,22 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     assert all(order.index(need) < order.index(name) for name, cell in cells.items() for need in cell.needed)
     starts = {cell.names.start: cell for cell in cells.values() if isinstance(cell, StudentCell)}
     assert [start.removeprefix(CONTROL) for start in starts if start.startswith(CONTROL)] == [
-        "module of another task", "random module", "bare teacher", "head alone",
+        "module of another task, polish 4", "random module, polish 4", "bare teacher, polish 4", "head alone",
     ]  # fmt: skip
     made = {start: cells[cell.needs.graft] for start, cell in starts.items() if cell.needs.graft}
-    other = made[f"{CONTROL}module of another task"]
+    other = made[f"{CONTROL}module of another task, polish 4"]
     assert cells[other.needs.other].names.task == "ends"
     assert cells[other.needs.teacher].names.task == "names"
-    assert cells[made[f"{CONTROL}bare teacher"].needs.teacher].kind == "bare-teacher"
+    assert cells[made[f"{CONTROL}bare teacher, polish 4"].needs.teacher].kind == "bare-teacher"
     twice = made["procrustes/skip, head carry, polish 0, through small"]
     assert cells[twice.needs.teacher].names.student == "small"
     assert cells[made["procrustes/skip, head carry, polish 0, composed through small"].needs.alignment].kind == "chain"
     published = cells_of(read_study(Path(__file__).parent.parent.parent / "benchmarks" / "controls.toml")).values()
     assert {cell.kind for cell in published} == set(kinds) | {"polish"}
+    longer = cells_of(read_study(file, ["grid.0.polish=[4, 8]"]))
+    controls = [cell.names.start.removeprefix(CONTROL) for cell in longer.values() if cell.kind == "control"]
+    assert len(controls) == 7, "a head alone is one, however long others are polished"
+    assert "random module, polish 8" in controls
     plain = cells_of(read_study(file, ["grid.0.controls=[]", "grid.1.through=[]"]))
     assert set(plain) < set(cells)
 
@@ -199,3 +203,29 @@ def test_holm_steps_down() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_a_graft_is_compared_with_the_controls_of_its_own_polish() -> None:
+    """And with a fresh module that was polished as long; the largest p of the paired tests is the one that is shown."""
+
+    def student(start: str, seed: int, score: float) -> dict:
+        names = {"student": "s", "module": "lora", "task": "ner", "budget": 0, "seed": seed, "language": "en"}
+        names |= {"start": start} | ({} if start == "fresh" else {"teacher": "t"})
+        return {"id": "", "kind": "student", "names": names, "result": {"metric": "entity F1", "score": score}}
+
+    scores = {
+        "fresh": 0.1, "default, polish 9": 0.6, "default": 0.8, "polish from fresh, polish 9": 0.55,
+        "polish from fresh": 0.5, f"{CONTROL}head alone": 0.3,
+        f"{CONTROL}random module, polish 9": 0.5, f"{CONTROL}random module": 0.75,
+    }  # fmt: skip
+    records = [student(start, seed, score + 0.001 * seed) for start, score in scores.items() for seed in range(6)]
+    # One seed in which it is behind the fresh module that was polished.
+    records[-1 - 6 * 4 - 0] = student("polish from fresh, polish 9", 5, 0.7)
+    (table,) = result_tables(records)
+    header, lines = grid_of(table)
+    shown = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    assert shown["default"]["Δ best control"] == "+5.0", "of random module's and not of a shorter polish"
+    assert shown["default"]["p (controls)"] == "0.031"
+    assert shown["default, polish 9"]["Δ best control"] == "+2.6"
+    assert float(shown["default, polish 9"]["p (controls)"]) > 0.05
+    assert shown["polish from fresh"]["Δ best control"] == shown[f"{CONTROL}head alone"]["p (controls)"] == ""

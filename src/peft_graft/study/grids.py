@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -104,13 +104,15 @@ class Start:
     def graft_name(self) -> str:
         """The same of the graft alone."""
         option = self.transfer
-        if self.control:
+        if self.control == "head":  # which no polish follows
             return CONTROL + CONTROL_NAMES[self.control]
-        if self.from_fresh:
+        if self.control:
+            parts = [CONTROL + CONTROL_NAMES[self.control]]
+        elif self.from_fresh:
             parts = [POLISHED_FRESH]
         else:
             parts = [DEFAULT if option.method == AUTO else f"{option.method}/{option.layers}"]
-        if option.head != AUTO:
+        if option.head != AUTO and not self.control:
             parts.append(f"head {option.head}")
         if option.polish != AUTO:
             parts.append(f"polish {option.polish}")
@@ -150,12 +152,23 @@ class _Comparison:
             yield from self._grafted(start, self._graft(start, seed, teacher, alignment), teacher, seed)
             for between in () if start.from_fresh else self.grid.through:
                 yield from self._chained(start, between, seed, teacher, alignment)
-        for control, seed in product(self.grid.controls, self.grid.seeds):
-            start = replace(next(start for start in starts if not start.from_fresh), distil=False, control=control)
-            needed = self._other_teacher(control)
+        for start, seed in product(self._controls(starts), self.grid.seeds):
+            assert start.control
+            needed = self._other_teacher(start.control)
             if needed:
                 yield needed
-            yield from self._grafted(start, self._control(start, control, seed, (teacher, needed)), teacher, seed)
+            yield from self._grafted(start, self._control(start, seed, (teacher, needed)), teacher, seed)
+
+    def _controls(self, starts: Sequence[Start]) -> Iterator[Start]:
+        """Each control beside the first graft of each length of polish; once, where it has none."""
+        straight = [replace(start, distil=False) for start in starts if not start.from_fresh]
+        by_length = {start.transfer.polish: start for start in reversed(straight)}
+        for control in self.grid.controls:
+            first, *others = reversed(by_length.values())
+            if control == "head":  # which no polish follows
+                first, others = replace(first, transfer=first.transfer.model_copy(update={"polish": 0})), []
+            for start in (first, *others):
+                yield replace(start, control=control)
 
     def _grafted(self, start: Start, graft: Cell, teacher: Cell, seed: int) -> Iterator[Cell]:
         yield graft
@@ -202,10 +215,8 @@ class _Comparison:
         assert other is not None
         return replace(self, task=other)._teacher()
 
-    def _control(
-        self, start: Start, control: Control, seed: int, teachers: tuple[TeacherCell, TeacherCell | None]
-    ) -> ControlCell:
-        asked, other = teachers
+    def _control(self, start: Start, seed: int, teachers: tuple[TeacherCell, TeacherCell | None]) -> ControlCell:
+        (asked, other), control = teachers, start.control
         needs = Needs(teacher=asked.id, other=other.id if other else None)
         if control == "bare-teacher" and other:
             needs = Needs(teacher=other.id)

@@ -81,8 +81,17 @@ def export(records: Sequence[Record], path: Path, *, study: str) -> int:
 
 
 def _published(record: Record, study: str) -> dict[str, Any]:
-    """A record without the places of models and examples, which mean nothing on another machine."""
+    """A record without the places of models and examples, which mean nothing on another machine, its figures rounded."""
     config = {key: value for key, value in record["config"].items() if key in _CONFIG}
     if "transfer" in config:
         config["transfer"] = {key: value for key, value in config["transfer"].items() if value is not None}
-    return {"study": study, **record, "config": config}
+    return {"study": study, **record, "config": config, "result": _rounded(record["result"])}
+
+
+def _rounded(value: Any) -> Any:
+    """The same with six digits of each fraction: more than any figure is made of."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

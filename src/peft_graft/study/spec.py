@@ -201,7 +201,7 @@ class Grid(Record):
         distil: whether the fine-tuning goes on learning from the teacher too.
         from_fresh: whether the student's own untrained module is polished on the teacher's answers, in place of the
             teacher's module. It takes ``polish`` and ``distil`` alone, with the method ``auto``.
-        controls: what the first of its starts is compared with (``study.controls``).
+        controls: what its starts are compared with, for each length of polish (``study.controls``).
         through: models between teacher and student: the module moves to each and from there on, and by the alignment
             that is put together of two where the method has one.
         budgets: labelled training examples, or ``all``; students are scored before and after they learn from them.

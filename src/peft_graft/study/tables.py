@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from peft_graft.errors import DependencyError
-from peft_graft.study.spec import CONTROL, FRESH
+from peft_graft.study.spec import CONTROL, CONTROL_NAMES, FRESH, POLISHED_FRESH
 
 TEACHER = "teacher"
 MEAN = "mean"
@@ -30,7 +30,8 @@ class Entry:
         score: mean over seeds (and languages). spread: standard deviation over seeds, None with one.
         difference, share: from the fresh module's score at the same budget, and as a share of what the teacher is above
             it; None without one, and for the teacher and the fresh module themselves.
-        over_controls: difference from the best control's score; None without one, and for the controls themselves.
+        over_controls: difference from the score of the best control that was polished as long, or not at all, a fresh
+            module that was polished among them; None without controls, and for those themselves.
     """
 
     score: float
@@ -47,13 +48,15 @@ class Row:
 
     Attributes:
         p: of the paired test against the fresh module (``paired_p``). holm: the same, corrected for all tests of the
-            tables that it stands among (``holm``).
+            tables that it stands among (``holm``). over_controls: the largest p of the tests against each control that
+            ``Entry.over_controls`` is among.
     """
 
     start: str
     entries: dict[str, Entry]
     p: float | None = None
     holm: float | None = None
+    over_controls: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,11 @@ def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
         }
         if common:
             entries[MEAN] = _entry(scores, means, start, common)
-        rows.append(Row(start, entries, None if start in (TEACHER, FRESH) else paired_p(scores, start)))
+        tested = start not in (TEACHER, FRESH)
+        against = [paired_p(scores, start, control) for control in _controls_of(start, scores.index) if tested]
+        known_p = [p for p in against if p is not None]
+        over = max(known_p) if known_p and len(known_p) == len(against) else None
+        rows.append(Row(start, entries, paired_p(scores, start) if tested else None, over_controls=over))
     teacher, student, module, task, budget = key
     return ResultTable(teacher, student, module, task, budget, group["metric"].iloc[0], languages, rows)
 
@@ -195,23 +202,37 @@ def _entry(scores: pd.DataFrame, means: pd.DataFrame, start: str, languages: Seq
     if start in (FRESH, TEACHER) or fresh is None:
         return Entry(score, spread, len(own))
     share = share_of_gain(score, fresh, teacher) if teacher is not None else None
-    controls = [mean_of(name) for name in scores.index if name.startswith(CONTROL) and not start.startswith(CONTROL)]
+    controls = [mean_of(name) for name in _controls_of(start, scores.index)]
     known = [value for value in controls if value is not None]
     best = score - max(known) if known else None
     return Entry(score, spread, len(own), difference=score - fresh, share=share, over_controls=best)
 
 
-def paired_p(scores: pd.DataFrame, start: str) -> float | None:
-    """Two-sided Wilcoxon signed-rank test of a start against the fresh module, paired by language and seed.
+def _controls_of(start: str, names: Iterable[str]) -> list[str]:
+    """The controls that had as many steps of polish, or none, and with them the fresh module that had as many."""
+    controls = [name for name in names if name.startswith(CONTROL)]
+    if not controls or start.startswith((CONTROL, POLISHED_FRESH)):
+        return []
+    polished = [name for name in names if name.startswith((CONTROL, POLISHED_FRESH))]
+    unpolished = CONTROL + CONTROL_NAMES["head"]
+    return [name for name in polished if name == unpolished or _polish_of(name) == _polish_of(start)]
+
+
+def _polish_of(start: str) -> str | None:
+    return next((part for part in start.split(", ") if part.startswith("polish ") and part[7:].isdigit()), None)
+
+
+def paired_p(scores: pd.DataFrame, start: str, other: str = FRESH) -> float | None:
+    """Two-sided Wilcoxon signed-rank test of a start against another one, paired by language and seed.
 
     None with fewer than six pairs that differ, with which no difference could be significant at 5 %.
 
     Args:
         scores: a row for each start, a column for each language and seed.
     """
-    if FRESH not in scores.index:
+    if other not in scores.index:
         return None
-    differences = (scores.loc[start] - scores.loc[FRESH]).dropna()
+    differences = (scores.loc[start] - scores.loc[other]).dropna()
     if (differences != 0).sum() < 6:
         return None
     from scipy.stats import wilcoxon
@@ -235,7 +256,7 @@ def grid_of(table: ResultTable) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text: languages, mean, differences from fresh and the best control, share of the gain, p."""
     several = len(table.languages) > 1
     controlled = any(row.start.startswith(CONTROL) for row in table.rows)
-    more = ["Δ best control"] if controlled else []
+    more = ["Δ best control", "p (controls)"] if controlled else []
     tested = any(row.p is not None for row in table.rows)
     corrected = ["p (Holm)"] if tested else []
     header = [
@@ -259,7 +280,7 @@ def grid_of(table: ResultTable) -> tuple[list[str], list[list[str]]]:
                 *cells,
                 *([cell_text(last)] if several else []),
                 "" if last is None or last.difference is None else f"{100 * last.difference:+.1f}",
-                *([over] if controlled else []),
+                *([over, "" if row.over_controls is None else f"{row.over_controls:.2g}"] if controlled else []),
                 cell_text(last, share=True),
                 *("" if p is None else f"{p:.2g}" for p in (row.p, *([row.holm] if tested else []))),
             ]
@@ -300,6 +321,7 @@ def comma_separated(tables: Sequence[ResultTable]) -> str:
             "budget": table.budget, "metric": table.metric, "start": row.start, "language": language,
             "score": entry.score, "spread": entry.spread, "runs": entry.runs, "difference": entry.difference,
             "share_of_gain": entry.share, "over_controls": entry.over_controls,
+            "p_over_controls": row.over_controls if language == MEAN else None,
             "p": row.p if language == MEAN else None, "p_holm": row.holm if language == MEAN else None,
         }
         for table in tables
