@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_graft.errors import StudyError
-from peft_graft.study.lift import cells_of, lift, lifts
+from peft_graft.study.lift import cells_of, lift, lifts, prices
 
 ABOUT = {"module": "lora", "task": "t", "language": "en"}
 
@@ -68,6 +68,19 @@ def test_the_table_says_what_cells_come_to() -> None:
 def test_one_row_for_each_cell() -> None:
     assert lifts(RECORDS)[2:] == [
         "| t, T → S (exact) | 0.100 | 0.300 | **0.450 ± 0.071** | 0.600 | 0.800 | 0.70 ± 0.14 |"
+    ]
+
+
+def test_scores_stand_beside_what_they_took() -> None:
+    """The graft's seconds, or where there is no graft the student's own."""
+    other = student(0.2, 0, "another tool, 9 steps")
+    other["result"]["seconds"] = {"asking": 1.4, "all": 7.4}
+    grafts = [{**graft("a", 0.9), "seconds": 12.3}, teacher("T", 0.8)]
+    assert prices([*grafts, student(0.1, 0), student(0.5, 0, "default", of="a"), student(0.6, 100, "default"), other])[
+        2:
+    ] == [
+        "| t, T → S (exact) | another tool, 9 steps | 0.200 | 7 |",
+        "| t, T → S (exact) | default | 0.500 | 12 |",
     ]
 
 

@@ -99,7 +99,8 @@ def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
 
 def test_what_a_page_cannot_show_is_said(tmp_path: Path) -> None:
     mine = [{**record, "study": "mine"} for record in records()]
-    with pytest.raises(StudyError, match="unknown mark; expected comparison, scores, lift, lifts, ablation, tables"):
+    known = "comparison, scores, lift, lifts, prices, ablation, tables"
+    with pytest.raises(StudyError, match=f"unknown mark; expected {known}"):
         render("<!-- figure: mine -->\n<!-- /figure -->", mine)
     with pytest.raises(StudyError, match="<!-- scores: other -->: the results have no student of this study"):
         render("<!-- scores: other -->\n<!-- /scores -->", mine)

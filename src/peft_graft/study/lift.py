@@ -211,3 +211,18 @@ def _verdicts(cells: Sequence[Cell]) -> list[str]:
         return []
     what = "- rank correlation (Spearman) of the verdict's agreement with the lift without labels:"
     return [f"{what} {rank_correlation(known)}"]
+
+
+def prices(records: Sequence[Record]) -> list[str]:
+    """What students without labels score, beside the seconds that it took to make what they start from."""
+    by_id = {record["id"]: record for record in records}
+    rows = ["| task and models | student starts from | score | seconds |", "|---|---|---|---|"]
+    for record in records:
+        names, result = record["names"], record["result"]
+        if record["kind"] != "student" or names["start"] == FRESH or names["budget"] != 0:
+            continue
+        graft = by_id.get(record["needs"].get("graft"))
+        seconds = graft["seconds"] if graft else result["seconds"]["all"]
+        title = f"{names['task']}, {names['teacher']} → {names['student']} ({result['metric']})"
+        rows.append(f"| {title} | {names['start']} | {result['score']:.3f} | {seconds:.0f} |")
+    return [*rows[:2], *sorted(rows[2:])]

@@ -81,7 +81,7 @@ def export(records: Sequence[Record], path: Path, *, study: str) -> int:
 
 
 def _published(record: Record, study: str) -> dict[str, Any]:
-    """A record without the places of models and examples, which mean nothing on another machine, its figures rounded."""
+    """A record without the places of models and examples, which mean nothing elsewhere; its figures rounded."""
     config = {key: value for key, value in record["config"].items() if key in _CONFIG}
     if "transfer" in config:
         config["transfer"] = {key: value for key, value in config["transfer"].items() if value is not None}
