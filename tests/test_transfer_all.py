@@ -82,7 +82,7 @@ def test_a_module_that_fails_costs_no_other_and_says_why(whole, modules) -> None
     ]
     assert str(modules / "broken") in report.failed[0].error
     assert ShelfReport.model_validate_json((out / SHELF).read_text()) == report
-    assert {path.name for path in out.iterdir()} == {"first", "second", "other", SHELF}
+    assert {path.name for path in out.iterdir()} == {"first", "second", "other", SHELF, "report.html"}
     # What is paid once for each teacher, and what for each module.
     assert [one.first for one in report.modules] == [True, True, False, False]
     assert report.first_seconds > 0

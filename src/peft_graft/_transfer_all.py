@@ -23,12 +23,14 @@ from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.move import Move
 from peft_graft.outputs import reserved, reserving_output, write_aside
+from peft_graft.page.graft import PAGE
+from peft_graft.page.shelf import write_shelf_page
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
-from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names
+from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names, read_shelf
 
 logger = logging.getLogger("peft_graft")
 
@@ -54,7 +56,7 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
 
     Args:
         adapters: folders or hub ids of modules; ``ShelfModule`` says more of one.
-        out: folder of the grafts, and of ``shelf.json``, which says what became of each.
+        out: folder of the grafts, and of ``shelf.json`` and ``report.html``, which say what became of each.
         student, teacher, text, seeds, alignment, config: as for ``transfer``; text in memory is read once.
         callbacks: watch the run; stages carry the name of their module.
 
@@ -176,13 +178,14 @@ class _Shelf:
         report = ShelfReport.of(place_of(str(name)), [self.entries[one] for one in order if one in self.entries])
         content = json_text(report.model_dump(mode="json"), str(self.out / SHELF), indent=2)
         write_aside(self.out / SHELF, content, force=True)
+        write_shelf_page(report, self.out.absolute().name, self.out / PAGE)
         return report
 
     def _earlier(self) -> dict[str, ShelfEntry]:
         """What an earlier run says of its modules, for the time that they took."""
         try:
-            return {one.name: one for one in ShelfReport.model_validate(read_json(self.out / SHELF)).modules}
-        except (GraftError, OSError, ValueError):  # there was none, or one of another version
+            return {one.name: one for one in read_shelf(self.out).modules}
+        except GraftError:  # there was none, or one of another version
             return {}
 
     def _planned(self, module: ShelfModule) -> Move:

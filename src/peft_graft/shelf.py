@@ -12,11 +12,14 @@ from typing import Literal
 from pydantic import ValidationError
 
 from peft_graft.distill.agreement import Verdict
-from peft_graft.errors import PlanError, reason
+from peft_graft.errors import CheckpointError, PlanError, reason
+from peft_graft.files import read_json
 from peft_graft.record import Record
 
 #: The report of a shelf, in its folder.
 SHELF = "shelf.json"
+#: What no graft of it can be called: its report and the page of it.
+_TAKEN = (SHELF, "report.html")
 #: What a folder is named by itself.
 _PLAIN = re.compile(r"[^\w.\-]+")
 
@@ -91,6 +94,23 @@ class ShelfReport(Record):
         return [module for module in self.modules if module.state == "failed"]
 
 
+def read_shelf(folder: Path) -> ShelfReport:
+    """The report in a shelf's folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another version.
+    """
+    place = folder / SHELF
+    try:
+        return ShelfReport.model_validate(read_json(place))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the report was written by another version ({str(error).splitlines()[0]})",
+            where=str(place),
+            fix="transfer the modules again: what is there is kept",
+        ) from error
+
+
 def read_list(path: Path) -> list[ShelfModule]:
     """The modules of a list: a folder or hub id a line, or JSON with the names of ``ShelfModule``; # begins a remark.
 
@@ -132,7 +152,7 @@ def check_names(modules: Sequence[ShelfModule]) -> None:
     seen: dict[str, ShelfModule] = {}
     for module in modules:
         name = module.folder
-        if name != Path(name).name or name.startswith(".") or name.casefold() == SHELF:
+        if name != Path(name).name or name.startswith(".") or name.casefold() in _TAKEN:
             raise PlanError("not the name of a folder", where=module.adapter, found=name, fix=fix)
         other = seen.setdefault(name.casefold(), module)  # some file systems know no case
         if other is not module:

@@ -11,6 +11,8 @@ import pytest
 
 import reports
 from peft_graft.page.graft import write_page
+from peft_graft.page.shelf import write_shelf_page
+from peft_graft.shelf import ShelfEntry, ShelfReport
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytest.importorskip("playwright", reason="playwright, of the extra dev, is not installed")
@@ -41,10 +43,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {"tagger": reports.tagger(), "speaker": reports.speaker(LONG), "bare": reports.bare()}
     for name, report in made.items():
         write_page(report, name, folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in made}
+    entries = [
+        ShelfEntry(name=LONG + name, module=LONG, teacher=LONG, state="written", verdict=report.verdict, seconds=9.0)
+        for name, report in made.items()
+    ]
+    failed = ShelfEntry(name=LONG, module=LONG, state="failed", error=LONG)
+    write_shelf_page(ShelfReport.of(LONG, [*entries, failed]), "shelf", folder / "shelf.html")
+    return {name: folder / f"{name}.html" for name in (*made, "shelf")}
 
 
-@pytest.mark.parametrize("name", ["tagger", "speaker", "bare"])
+@pytest.mark.parametrize("name", ["tagger", "speaker", "bare", "shelf"])
 def test_pages_are_seen_whole_on_a_phone_and_on_a_screen(browser, pages, name: str) -> None:
     page = browser.new_page()
     errors, requests = [], []

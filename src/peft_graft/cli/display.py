@@ -201,6 +201,8 @@ def show_export(found: Export) -> None:
 
 def show_shelf(report: ShelfReport, out: Path) -> None:
     """What became of every module of a shelf."""
+    from peft_graft.page.graft import PAGE
+
     console = console_for_results()
     table = Table("module", "method", "verdict", "agreement", "took", "", title=f"onto {escaped(report.student)}")
     for one in report.modules:
@@ -221,4 +223,5 @@ def show_shelf(report: ShelfReport, out: Path) -> None:
             f"[bold]price[/]   the first module of a teacher took {duration(report.first_seconds)}, with loading and "
             f"aligning; one after it {duration(report.next_seconds)}"
         )
-    console.print(f"[bold green]written[/] {escaped(str(out))} (shelf.json has all verdicts)", soft_wrap=True)
+    console.print(f"[bold green]written[/] {escaped(str(out))}", soft_wrap=True)
+    console.print(f"[bold]look at[/] {escaped(str(out / PAGE))}", soft_wrap=True)

@@ -12,7 +12,7 @@ from peft_graft.distill.agreement import LEVELS, GenerationAgreement
 from peft_graft.distill.breakdown import ClassCounts, DecidedText
 from peft_graft.models.loading import ModelRecord
 from peft_graft.outputs import write_aside
-from peft_graft.page import details
+from peft_graft.page import details, figures
 from peft_graft.page.differences import differences, shortened
 from peft_graft.page.render import render
 from peft_graft.report import AnswerSample, GraftReport
@@ -61,7 +61,9 @@ def graft_page(report: GraftReport, name: str) -> str:
         "method": f"By {report.method}: {without_paths(report.method_reason, report)}.",
         "layer_maps": details.layer_maps(report),
         "fit": details.fit(report),
-        "tried": [[what, _number(found.agreement), f"{found.divergence:.3f}"] for what, found in report.tried.items()],
+        "tried": [
+            [what, figures.number(found.agreement), f"{found.divergence:.3f}"] for what, found in report.tried.items()
+        ],
         "learned": details.learned(report),
         "curve": details.curve(report),
         "text_facts": details.text_facts(report),
@@ -79,7 +81,7 @@ def _model(report: GraftReport, record: ModelRecord, side: str) -> dict[str, str
     cost = getattr(report.cost, side) if report.cost else None
     parts = [record.model_type, f"{record.num_layers} layers of {record.hidden_size}"]
     if cost:
-        parts.append(f"{_millions(cost.parameters)} parameters")
+        parts.append(f"{figures.millions(cost.parameters)} parameters")
     return {"name": model_name(record), "about": " · ".join(parts)}
 
 
@@ -107,10 +109,9 @@ def _gauge(report: GraftReport) -> dict[str, Any] | None:
         if name != "exact"  # too narrow to be drawn
     ]
     low, high = figure.agreement_interval or (None, None)
-    spread = "" if low is None else f" (95 % {low:.2f}–{high:.2f})"
     low_at = None if low is None else 100 * _within(low)
     return {
-        "figure": f"{figure.agreement:.2f}{spread}",
+        "figure": figures.with_interval(figure.agreement, figure.agreement_interval),
         "steps": steps,
         "at": round(100 * _within(figure.agreement), 1),
         "low": low_at,
@@ -165,7 +166,7 @@ def _facts(report: GraftReport) -> list[dict[str, str]]:
     device = report.hardware.get("gpu") or f"{report.hardware.get('cpus', '?')} CPU cores"
     longest = max(report.seconds, key=lambda stage: report.seconds[stage], default="")
     facts = [
-        _fact("the move took", _duration(total), f"on {device}" + f", mostly {longest}" * bool(longest)),
+        _fact("the move took", figures.duration(total), f"on {device}" + f", mostly {longest}" * bool(longest)),
         _fact("labels used", "0", "unlabelled text only" if report.text else "no text either"),
     ]
     cost = report.cost
@@ -173,8 +174,8 @@ def _facts(report: GraftReport) -> list[dict[str, str]]:
         old, new = cost.teacher, cost.student
         facts.append(
             _fact(
-                "parameters", f"{_millions(old.parameters)} → {_millions(new.parameters)}",
-                _change(new.parameters / max(1, old.parameters)),
+                "parameters", f"{figures.millions(old.parameters)} → {figures.millions(new.parameters)}",
+                figures.change(new.parameters / max(1, old.parameters)),
             )
         )  # fmt: skip
         if old.seconds and new.seconds:
@@ -183,7 +184,7 @@ def _facts(report: GraftReport) -> list[dict[str, str]]:
             facts.append(_fact("reading the same text", words, f"{cost.texts} held-out texts in a batch, on {device}"))
     if report.files:
         weights = sum(file.size for name, file in report.files.items() if name.endswith((".safetensors", ".bin")))
-        facts.append(_fact("the graft's weights", _bytes(weights), f"{len(report.files)} files in all"))
+        facts.append(_fact("the graft's weights", figures.size(weights), f"{len(report.files)} files in all"))
     return facts
 
 
@@ -333,35 +334,3 @@ def _classes(found: ClassCounts | None) -> dict[str, Any] | None:
         "rows": rows,
         "picture": details.confusion(found),
     }
-
-
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _millions(count: int) -> str:
-    """``22.6 M``, ``1.5 B``."""
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} B"
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
-
-
-def _change(ratio: float) -> str:
-    if abs(ratio - 1) < 0.005:
-        return "the same size"
-    return f"{1 - ratio:.0%} fewer" if ratio < 1 else f"{ratio:.1f}× as many" if ratio >= 2 else f"{ratio - 1:.0%} more"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -12,7 +12,9 @@ from peft_graft.cli.late import command
 
 @command
 def report(
-    place: Annotated[Path, typer.Argument(help="Folder of a graft or of a study, or a study's exported results.")],
+    place: Annotated[
+        Path, typer.Argument(help="Folder of a graft, a shelf or a study, or a study's exported results.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="HTML file to write instead of report.html in the folder; it must not exist.")
     ] = None,
@@ -21,7 +23,7 @@ def report(
     ] = False,
     port: Annotated[int, typer.Option(help="With --serve: the port; 0 takes one that is free.")] = 0,
 ) -> None:
-    """Make the page of a graft again, from its graft.json alone, or that of a study so far.
+    """Make the page of a graft again, from its graft.json alone, that of a shelf, or that of a study so far.
 
     Example:
         peft-graft report out/graft
@@ -31,7 +33,9 @@ def report(
     from peft_graft.errors import StudyError
     from peft_graft.outputs import check_output_file
     from peft_graft.page.graft import PAGE, write_page
+    from peft_graft.page.shelf import write_shelf_page
     from peft_graft.report import read_report
+    from peft_graft.shelf import SHELF, read_shelf
 
     of_study = place.suffix == ".jsonl" or (place / "study.json").is_file()
     if serve and not of_study:
@@ -53,6 +57,8 @@ def report(
         from peft_graft.study.report import StudyResults, write_study_page
 
         write_study_page(StudyResults.read(place), file)
+    elif (place / SHELF).is_file():
+        write_shelf_page(read_shelf(place), place.absolute().name, file)
     else:
         write_page(read_report(place, str(place)), place.absolute().name, file)
     give(

@@ -1,0 +1,41 @@
+"""Figures as pages write them."""
+
+from __future__ import annotations
+
+
+def number(value: float | None) -> str:
+    """To three places."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """``0.87 (95 % 0.82–0.99)``."""
+    return f"{value:.2f}" + (f" (95 % {interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
+
+
+def millions(count: int) -> str:
+    """``22.6 M``, ``1.5 B``."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} B"
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def change(ratio: float) -> str:
+    """``25% fewer``, ``2.0× as many``."""
+    if abs(ratio - 1) < 0.005:
+        return "the same size"
+    return f"{1 - ratio:.0%} fewer" if ratio < 1 else f"{ratio:.1f}× as many" if ratio >= 2 else f"{ratio - 1:.0%} more"
+
+
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
+
+
+def size(count: int) -> str:
+    """Of so many bytes."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
