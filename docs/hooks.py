@@ -1,8 +1,10 @@
-"""Pages that mkdocs makes anew at every build: the command line's reference, from its options, and the changelog."""
+"""Pages that mkdocs makes anew at every build: the command line's reference, from its options, the changelog, and the
+notebooks with what their cells showed."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,37 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages."""
     files.append(File.generated(config, "reference/cli.md", content=command_line()))
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook(path)))
     return files
+
+
+def notebook(path: Path) -> str:
+    """A notebook as Markdown: text, code, and what the code showed."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            # Links between notebooks lead to their pages, and those within one to what mkdocs calls its headings.
+            source = re.sub(r"\((\w+)\.ipynb\)", r"(\1.md)", source)
+            parts.append(re.sub(r"\(#[\w-]+\)", lambda link: link[0].lower(), source))
+        else:
+            parts += [f"```python\n{source}\n```", *map(_shown, cell["outputs"])]
+    title, *rest = parts
+    about = (
+        f"This is [{path.name}]({path.name}) with what its cells showed. It runs wherever `peft-graft` is installed."
+    )
+    return "\n\n".join([title, about, *rest]) + "\n"
+
+
+def _shown(output: dict[str, Any]) -> str:
+    """What a cell showed: HTML where there is any, on one line, as Markdown wants it."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        content = "".join(data["text/html"]).replace("\n", "&#10;")
+        return f"<div>{content}</div>"
+    text = "".join(output.get("text", data.get("text/plain", "")))
+    return f"```text\n{text.rstrip()}\n```"
 
 
 def command_line() -> str:

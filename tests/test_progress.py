@@ -12,6 +12,7 @@ import pytest
 
 import peft_graft
 from peft_graft import Callback, ProgressCallback
+from peft_graft.models.task_models import quiet_libraries
 from peft_graft.progress import watchers
 from peft_graft.run import Run
 
@@ -65,6 +66,9 @@ def test_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub.utils.disable_progress_bars()
     try:
         assert watchers(None) == []
+        with quiet_libraries():
+            pass
+        assert watchers(None) == [], "bars that were turned off are on again"
     finally:
         huggingface_hub.utils.enable_progress_bars()
     monkeypatch.setattr(sys, "stderr", io.StringIO())

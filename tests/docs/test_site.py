@@ -47,4 +47,5 @@ def test_every_page_has_a_place_in_the_menu() -> None:
     menu = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = set(re.findall(r"[\w/-]+\.md", str(menu)))
     there = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    there |= {str(path.relative_to(DOCS).with_suffix(".md")) for path in DOCS.rglob("*.ipynb")}
     assert named - {"reference/cli.md", "changelog.md"} == there

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
@@ -210,10 +211,11 @@ def prefix_of(model: PreTrainedModel) -> str:
 def quiet_libraries() -> Iterator[None]:
     """Silence what transformers and adapters say about heads that are random until a checkpoint fills them.
 
-    Also transformers 5's bars for loading weights, which would end up in logs; our own progress says as much.
+    Also transformers 5's bars for loading weights, which would end up in logs; our own progress says as much. Turning
+    transformers' bars on again turns those of huggingface_hub on too, which a user may have turned off.
     Within each other, the outermost does it.
     """
-    bars = transformers.logging.is_progress_bar_enabled()
+    bars, of_hub = transformers.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers.logging.disable_progress_bar()
     silenced = [
         (logger, logger.level)
@@ -227,6 +229,8 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         if bars:
             transformers.logging.enable_progress_bar()
+        if not of_hub:
+            disable_progress_bars()
         for logger, level in silenced:
             logger.setLevel(level)
 
