@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,16 +174,28 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def base_model(folder: Path, family: str = "bert", *, seed: int = 0, tokens: str = "wordpiece", **shape: Any) -> Path:
     """A base model with its tokenizer, saved in ``folder``."""
-    lively(transformers.AutoModel.from_config(config(family, **shape)), seed).save_pretrained(folder)
-    tokenizer(folder, kind=tokens)
-    return folder
+    return _written(folder, config(family, **shape), transformers.AutoModel, seed, tokens)
 
 
 def saved(folder: Path, config: Any, auto: Any = transformers.AutoModel, *, seed: int = 0, **changes: Any) -> Path:
     """A random model of a config, some of whose values are changed, and a tokenizer, saved."""
-    changed = type(config)(**{**config.to_dict(), **changes})
-    lively(auto.from_config(changed), seed).save_pretrained(folder)
-    tokenizer(folder)
+    return _written(folder, type(config)(**{**config.to_dict(), **changes}), auto, seed, "wordpiece")
+
+
+#: Files of models that were made before, by all that decides what is in them: making one takes longer than writing it.
+_MADE: dict[tuple[object, ...], dict[str, bytes]] = {}
+
+
+def _written(folder: Path, config: Any, auto: Any, seed: int, tokens: str) -> Path:
+    made = (auto.__name__, type(config).__name__, config.to_json_string(use_diff=False), seed, tokens)
+    if made not in _MADE:
+        with tempfile.TemporaryDirectory() as place:
+            lively(auto.from_config(config), seed).save_pretrained(place)
+            tokenizer(Path(place), kind=tokens)
+            _MADE[made] = {file.name: file.read_bytes() for file in Path(place).iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _MADE[made].items():
+        (folder / name).write_bytes(content)
     return folder
 
 

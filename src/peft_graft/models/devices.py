@@ -58,7 +58,7 @@ def check_device(device: str, option: str = "--device") -> torch.device:
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where a model's inputs belong and its outputs come back, also when its weights wait elsewhere."""
     for module in model.modules():  # the first that computes, if accelerate has placed them
-        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        place = getattr(vars(module).get("_hf_hook"), "execution_device", None)
         if place is not None:
             return torch.device(place)
     return torch.device(model.device)
@@ -135,7 +135,8 @@ class BaseTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, missing: frozenset[str], more: Mapping[str, Tensor]) -> None:
-        self._model, self._more = model, more
+        self._is_quantised, self._more = is_quantised(model), more
+        self._owners = dict(model.named_modules(remove_duplicate=False))
         kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
         self._names = dict.fromkeys(name for name in model.state_dict() if name in kept - missing)
 
@@ -145,18 +146,21 @@ class BaseTensors(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         path, _, leaf = name.rpartition(".")
-        owner = self._model.get_submodule(path)
+        owner = self._owners[path]
         value: Tensor = getattr(owner, leaf)
         if value.is_meta and getattr(owner, "_hf_hook", None) is not None:
             from accelerate.utils import align_module_device
 
             with align_module_device(owner):
                 return getattr(owner, leaf).detach().clone()  # type: ignore[no-any-return]
-        if leaf == "weight" and is_quantised(self._model):
+        if leaf == "weight" and self._is_quantised:
             from peft.utils.integrations import dequantize_module_weight
 
             value = dequantize_module_weight(owner)
         return value.detach()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._more or name in self._names  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         yield from self._names
