@@ -175,7 +175,7 @@ class World:
             other, self.stream = permuted(model)
             other.save_pretrained(self.student)
             tiny.tokenizer(self.student)
-            (root / "text.txt").write_text("\n".join(tiny.sentences(250)))
+            (root / "text.txt").write_text("\n".join(tiny.sentences(100)))
             roles = [role for role in self.architecture.row.linears if "expert" not in role]
             self.alignment = tiny.align(
                 self.base, self.student, text=root / "text.txt", sites=[*roles, "adapter", "prompt"]

@@ -131,7 +131,9 @@ class TrainingLoop:
             name: value for name, value in self.model.named_parameters() if value.requires_grad
         }
         self._device = next(iter(self._parameters.values())).device
-        self._optimizer = torch.optim.AdamW(self._groups(), weight_decay=self.schedule.weight_decay)
+        # By default torch updates one parameter after another on processors, in half as long as the gradients take.
+        fused = True if self._device.type == "cpu" else None
+        self._optimizer = torch.optim.AdamW(self._groups(), weight_decay=self.schedule.weight_decay, fused=fused)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self.schedule.fp16)
         self._step, self._since, self._least = 0, 0, float("inf")
         self._curve: list[Point] = []
