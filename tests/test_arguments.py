@@ -155,10 +155,28 @@ def test_an_argument_of_another_type_is_named(name: str, world: Path) -> None:
     assert found.student.problem == WRONG["student"][1].format("int")
 
 
+@pytest.mark.parametrize(
+    ("verb", "unknown", "fix"),
+    [
+        ("transfer", "polish", 'write config={"polish": ...}'),
+        ("transfer", "student_name", "write student"),
+        ("transfer_all", "teachers", "write teacher"),
+        ("align", "max_tokens", 'write config={"max_tokens": ...}'),
+        ("inspect", "adaptor", "write adapter"),
+        ("evaluate", "metric", "write metrics"),
+        ("export", "max_rank", 'write config={"max_rank": ...}'),
+    ],
+)
+def test_an_argument_that_there_is_not_is_named_with_the_nearest(verb: str, unknown: str, fix: str) -> None:
+    with pytest.raises(GraftError, match=rf"{unknown}: {verb} has no such argument; expected ") as caught:
+        getattr(peft_graft, verb)("somewhere", **{unknown: 1})
+    assert caught.value.fix == fix
+
+
 def test_a_dictionary_holds_choices_and_a_graft_is_a_module(world: Path) -> None:
     graft = peft_graft.transfer(world / "lora", world / "shallow", config=COPY)
     assert graft.report.settings.method == "copy"
-    with pytest.raises(GraftError, match="--methods: there is no such option"):
+    with pytest.raises(GraftError, match="--methods: there is no such option.* Fix: write method$"):
         peft_graft.inspect(world / "lora", config={"methods": "copy"})
     onward = peft_graft.transfer(graft, world / "teacher", config=COPY)
     assert (
@@ -205,6 +223,7 @@ def test_what_is_shown_of_results_is_short(graft: Graft, world: Path) -> None:
         assert shown.startswith("<table>")
         assert len(shown) < 4_000
     assert graft.verdict.level in graft._repr_html_()
+    assert "<a " not in graft._repr_html_(), "there is no page yet"
     assert f"<td><b>student</b></td><td>{world / 'shallow'}</td>" in graft._repr_html_()
 
 

@@ -46,7 +46,7 @@ def test_a_live_peft_model_gives_the_graft_of_its_files(world, adapted) -> None:
     assert not any("lora" in name for name, _ in student.named_parameters()), "the student was touched"
 
 
-def test_the_model_computes_what_the_files_do_and_trains_on(world, adapted, tmp_path) -> None:
+def test_the_model_computes_what_the_files_do_and_trains_on(world, adapted, tmp_path, monkeypatch) -> None:
     graft = peft_graft.transfer(adapted, world / "shallow", config=COPY)
     assert isinstance(graft.model, peft.PeftModel)
     saved = graft.save_pretrained(tmp_path / "graft")
@@ -56,7 +56,10 @@ def test_the_model_computes_what_the_files_do_and_trains_on(world, adapted, tmp_
     trained = {name for name, value in graft.model.named_parameters() if value.requires_grad}
     assert trained
     assert all("lora_" in name or "classifier" in name for name in trained)
-    again = Graft.from_pretrained(tmp_path / "graft")
+    assert f'<a href="{(tmp_path / "graft" / "report.html").as_uri()}"' in saved._repr_html_()
+    monkeypatch.chdir(tmp_path)
+    again = Graft.from_pretrained("graft")
+    assert '<a href="graft/report.html"' in again._repr_html_()
     assert again.report == saved.report
     assert again.labels == graft.labels
     assert torch.equal(logits(again.model, world / "shallow"), logits(loaded, world / "shallow"))

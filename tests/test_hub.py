@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import ModelCard
 
 from hub import FakeHub
 
@@ -15,11 +16,13 @@ _SCRIPT = """
 import contextlib, io, json, shutil, sys
 from pathlib import Path
 import peft_graft
+from huggingface_hub import EvalResult
 from peft_graft import Alignment, Graft, GraftConfig
 
 world, place = map(Path, sys.argv[1:])
 graft = peft_graft.transfer(world / "lora", world / "shallow", config=GraftConfig(method="copy"))
-graft.push_to_hub("me/graft")
+result = EvalResult("token-classification", "org/data", "Data", "f1", 0.75)
+graft.push_to_hub("me/graft", results=[result])
 graft.push_to_hub("me/graft", revision="second")
 again = Graft.from_pretrained("me/graft")
 second = Graft.from_pretrained("me/graft", revision="second")
@@ -90,6 +93,8 @@ def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
         "README.md",
         "report.html",
     } <= files.keys()
+    measured = ModelCard(hub.files["me/graft"]["main"]["README.md"].decode()).data.eval_results
+    assert [(one.dataset_type, one.metric_type, one.metric_value) for one in measured] == [("org/data", "f1", 0.75)]
     card = files["README.md"].decode()
     assert "library_name: peft" in card
     assert 'graft = "me/graft"' in card

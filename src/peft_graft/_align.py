@@ -13,7 +13,7 @@ from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method
 from peft_graft.alignment.sharding import Processes, RayPass
 from peft_graft.alignment.text import TextLike, TextSource, rows_given
-from peft_graft.config import AlignConfig
+from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
 from peft_graft.outputs import check_output, reserving_output
@@ -24,6 +24,7 @@ from peft_graft.progress import watchers
 from peft_graft.run import UNFINISHED, Callback, Run
 
 
+@known_arguments(AlignConfig)
 @reserving_output
 def align(
     teacher: str | Path,

@@ -13,7 +13,7 @@ from peft_graft.alignment.text import rows_given
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_task
-from peft_graft.config import EvaluateConfig, GraftConfig
+from peft_graft.config import EvaluateConfig, GraftConfig, known_arguments
 from peft_graft.distill.side_by_side import (
     BASE,
     GRAFT,
@@ -98,6 +98,7 @@ class Evaluation(Record):
         return html_table(f"{self.graft} on {self.prompts:,} prompts of {self.text}", [["", *names], *scores])
 
 
+@known_arguments(EvaluateConfig)
 @reserving_output
 def evaluate(
     graft: str | Path | Graft,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft_graft.serving.forms  # noqa: F401 - what there is registers itself
 from peft_graft.checkpoints.convert import as_lora
 from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_task
-from peft_graft.config import ExportConfig, Target
+from peft_graft.config import ExportConfig, Target, known_arguments
 from peft_graft.environment import versions
 from peft_graft.errors import ModelError, PlanError
 from peft_graft.files import file_hashes, write_json
@@ -50,13 +51,14 @@ class Export(Record):
     out: str
 
 
+@known_arguments(ExportConfig)
 def export(
     graft: str | Path | Graft,
     *,
     to: str,
     out: str | Path | None = None,
     base: str | Path | None = None,
-    config: ExportConfig | None = None,
+    config: ExportConfig | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Export:
     """Write a graft for another program, read what was written, and compare its answers.
@@ -67,14 +69,14 @@ def export(
             with a Modelfile; ``vllm``, a LoRA that vLLM takes; ``peft`` or ``adapters``, the same in that library.
         out: folder to write; by default the graft's, with a hyphen and ``to`` behind its name.
         base: the model that it is on, if that is not where its files say.
-        config: ``ExportConfig()`` by default. callbacks: watch the run.
+        config: an ``ExportConfig``, or a dict of its fields. callbacks: watch the run.
 
     Raises:
         PlanError: the module cannot be had there; said before any weights are loaded.
         VerificationError: what was written answers otherwise than the module; then there is nothing at ``out``.
         GraftError: the graft or its base cannot be read.
     """
-    config = placed(config or ExportConfig())
+    config = placed(ExportConfig.of(config))
     target = _known(to)
     subject = _subject(graft, base, config)
     place = _place(subject, target, out)

@@ -12,7 +12,7 @@ from torch import nn
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.checkpoints.resolve import PeftCheckpoint
-from peft_graft.config import GraftConfig
+from peft_graft.config import GraftConfig, known_arguments
 from peft_graft.errors import GraftError
 from peft_graft.graft import Graft
 from peft_graft.models.devices import placed
@@ -58,6 +58,7 @@ class Inspection(Record):
     student: StudentSummary | None = None
 
 
+@known_arguments(GraftConfig)
 def inspect(
     adapter: str | Path | nn.Module | Graft,
     student: ModelLike | None = None,

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.text import TextLike
-from peft_graft.config import GraftConfig
+from peft_graft.config import GraftConfig, known_arguments
 from peft_graft.graft import Graft
 from peft_graft.models.devices import placed
 from peft_graft.move import Move
@@ -23,6 +23,7 @@ from peft_graft.prompts.read import PromptLike
 from peft_graft.run import UNFINISHED, Callback, Run
 
 
+@known_arguments(GraftConfig)
 @reserving_output
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
     adapter: str | Path | nn.Module | Graft,

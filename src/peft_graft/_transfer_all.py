@@ -15,7 +15,7 @@ from peft_graft._transfer import written
 from peft_graft.alignment.aligner import SharedAlignments
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.text import TextLike, rows_given
-from peft_graft.config import GraftConfig
+from peft_graft.config import GraftConfig, known_arguments
 from peft_graft.errors import GraftError, OutputError, reason
 from peft_graft.files import json_text, read_json
 from peft_graft.models.devices import placed
@@ -35,6 +35,7 @@ from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_
 logger = logging.getLogger("peft_graft")
 
 
+@known_arguments(GraftConfig)
 @reserving_output
 def transfer_all(  # as ``transfer``, and all that it takes is for every module
     adapters: Sequence[str | Path | ShelfModule],

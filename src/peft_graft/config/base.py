@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -93,7 +94,10 @@ class Config(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else ""
             if first["type"] == "extra_forbidden":
                 raise PlanError(
-                    "there is no such option", where=option_name(name), expected=", ".join(cls.model_fields)
+                    "there is no such option",
+                    where=option_name(name),
+                    expected=", ".join(cls.model_fields),
+                    fix=nearest(name, cls.model_fields),
                 ) from None
             if first["type"] == "greater_than_equal":
                 least = first["ctx"]["ge"]
@@ -148,6 +152,12 @@ class Config(BaseModel):
 def as_dict(value: Any) -> Any:
     """An object of transformers, such as ``BitsAndBytesConfig``, as the dictionary that it is made from."""
     return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """What to do about an unknown name: take the one that is spelt most like it, if any is."""
+    found = get_close_matches(name, known, n=1)
+    return f"write {found[0]}" if found else None
 
 
 def option_name(field: str) -> str:

@@ -132,6 +132,21 @@ def _goes_on(folder: Path, seed: int) -> bool:
     return bool((found.get("seed"), found.get("versions")) == (seed, versions()))
 
 
+def kept(out: Path, seed: int) -> str:
+    """What an unfinished demo in a folder has done, in words; nothing where none goes on."""
+    folder = out / "run"
+    if not _goes_on(folder, seed):
+        return ""
+    parts = set(read_json(folder / "parts.json")["parts"])
+    moves, students = parts & set(STARTS), parts - set(STARTS) - {"teacher"}
+    done = [
+        "the teacher's module" * ("teacher" in parts),
+        f"{len(moves)} of {len(STARTS)} moves" * bool(moves),
+        f"{len(students)} of {(1 + len(STARTS)) * (1 + SEEDS)} students" * bool(students),
+    ]
+    return ", ".join(filter(None, done))
+
+
 class _Demo:
     """The parts of a demo, each done once; ``parts.json`` has what those that are finished found."""
 

@@ -15,13 +15,23 @@ from peft_graft._evaluate import Evaluation, evaluate
 from peft_graft._transfer import transfer
 from peft_graft.config import EvaluateConfig, GraftConfig
 from peft_graft.outputs import check_output, written_aside
-from peft_graft.run import Callback, Run
+from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.study import packaged_llms
 
 FORMAT = "Request: {prompt}\nJSON:"
 #: So many steps, and tokens of an answer, take twelve minutes of two cores.
 STEPS, TOKENS = 30, 64
 _CORPUS = "corpus"
+
+
+def kept(out: Path) -> str:
+    """What an unfinished demo in a folder has done, in words; nothing where none goes on."""
+    folder = out / "run"
+    if (folder / "scores.json").exists():
+        return ""
+    if (folder / "graft").exists():
+        return "the graft"
+    return "the work of the transfer so far" * (folder / f"graft{UNFINISHED}").exists()
 
 
 def run_demo_llm(out: Path, *, seed: int = 0, force: bool = False, callbacks: Sequence[Callback] = ()) -> Evaluation:

@@ -11,7 +11,7 @@ import peft_graft
 from peft_graft.cli.display import show_evaluation
 from peft_graft.cli.interrupts import continued
 from peft_graft.cli.late import command
-from peft_graft.cli.output import console_for_results, give
+from peft_graft.cli.output import console_for_results, give, say
 from peft_graft.cli.progress import watching
 
 
@@ -31,11 +31,13 @@ def demo(
     Example:
         peft-graft demo --out out/demo
     """
-    from peft_graft.study.demo import run_demo, show_demo
-    from peft_graft.study.demo_llm import run_demo_llm
+    from peft_graft.study import demo_llm
+    from peft_graft.study.demo import kept, run_demo, show_demo
 
+    if done := demo_llm.kept(out) if llm else kept(out, seed):
+        say(f"going on with an unfinished demo; kept: {done}")
     with continued(f"finished parts are in {out}"), watching(lines=True) as callbacks:
-        run = run_demo_llm if llm else run_demo
+        run = demo_llm.run_demo_llm if llm else run_demo
         result = run(out, seed=seed, force=force, callbacks=callbacks)
     from peft_graft.cli.schemas import DemoLlmResult, DemoResult
 
