@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer_makes as makes
-from peft_graft.prompts.conversation import Prompt
+from peft_graft.prompts.conversation import NO_PROMPT, Prompt
 from peft_graft.prompts.pairing import CompletionPairs, PairingShares, pair_completions
 from peft_graft.prompts.template import Completion, Template
 
@@ -109,3 +109,26 @@ def test_shares_of_all_and_of_digits() -> None:
     assert (shares.digit_tokens, shares.digit_strict) == (2, 0)
     assert shares.share == pytest.approx(5 / 7)
     assert shares.digit_share == 0
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@given(text=st.text(min_size=1).filter(lambda text: "▁" not in text))
+def test_strict_positions_of_documents_cover_the_same_bytes(text: str) -> None:
+    for teacher in ALL:
+        for student in ALL:
+            theirs, ours = (side.encode(NO_PROMPT, text, ended=False) for side in (teacher, student))
+            found = pair_completions(theirs, ours)
+            for k, n in zip(found.teacher, found.student, strict=True):
+                assert theirs.spans is not None
+                assert ours.spans is not None
+                assert theirs.spans[k] == ours.spans[n]
+
+
+def test_one_vocabulary_pairs_without_the_bytes_of_tokens() -> None:
+    """As after a normalisation; but not where the two are cut otherwise, or where ids are of other vocabularies."""
+    one, other = Completion([7, 1, 2, 3], 1, None), Completion([8, 9, 1, 2, 3], 2, None)
+    assert pair_completions(one, other, same_tokens=True) == CompletionPairs([0, 1, 2], [0, 1, 2], 3, 3)
+    assert pair_completions(one, other) == CompletionPairs([], [], 0, 3)
+    assert pair_completions(one, replace(other, ids=[8, 9, 1, 3, 2]), same_tokens=True).student == []

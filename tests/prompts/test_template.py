@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 import speech
 import tokenizer_makes as makes
 from peft_graft.errors import ModelError, PlanError, TextError
-from peft_graft.prompts.conversation import Message, Prompt
+from peft_graft.prompts.conversation import NO_PROMPT, Message, Prompt
 from peft_graft.prompts.template import Completion, Template
 
 BYTES = makes.byte_level("hello")
@@ -151,3 +151,41 @@ def test_rows_are_filled_up_with_a_token_that_the_model_knows() -> None:
     known = Template.of(tokenizer, embeddings=len(tokenizer) - 1)
     assert known.pad == known.end
     assert Template.of(tokenizer).pad == len(tokenizer) - 1
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def document(tokenizer, text: str, *, ended: bool = True) -> Completion:
+    return Template.of(tokenizer, format="{prompt}").encode(NO_PROMPT, text, ended=ended)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_document_begins_as_texts_do_and_ends_once(ends: bool) -> None:
+    tokenizer = makes.byte_level("hello", ends=ends)
+    found = document(tokenizer, "hello h")
+    assert makes.token_texts(tokenizer, found.ids) == ["<s>", "hello", "Ġ", "h", "</s>"]
+    assert (found.start, found.spans, found.ended) == (1, [(0, 5), (5, 6), (6, 7)], True)
+    whole = document(tokenizer, "hello h", ended=False)
+    assert (whole.ids, whole.ended) == (found.ids[:-1], False)
+
+
+def test_the_first_token_of_a_document_stands_for_a_prompt_where_nothing_is_before_it() -> None:
+    tokenizer = speech.byte_level(["ab"])
+    found = document(tokenizer, "abab a")
+    assert (found.start, len(found)) == (1, 4)
+    assert found.spans == [(2, 4), (4, 5), (5, 6)]
+    assert not document(tokenizer, "ab", ended=False).spans
+
+
+def test_control_tokens_in_a_document_are_read_as_such() -> None:
+    """A rendered conversation is what a module trained on documents has seen."""
+    found = document(BYTES, "<|user|>hello<|end|>")
+    assert makes.token_texts(BYTES, found.ids) == ["<s>", "<|user|>", "hello", "<|end|>", "</s>"]
+    assert found.spans == [(0, 8), (8, 13), (13, 20)]
+
+
+def test_a_document_needs_no_end_where_a_tokenizer_has_none() -> None:
+    tokenizer = makes.byte_level("hello")
+    tokenizer.eos_token = None
+    assert makes.token_texts(tokenizer, document(tokenizer, "hello", ended=False).ids) == ["<s>", "hello"]

@@ -66,6 +66,11 @@ class Prompt:
         return next((message.content for message in reversed(self.messages) if message.role == "user"), "")
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is asked: what follows is a document, which a model reads from its first word on."""
+        return not self.messages
+
+    @property
     def opening(self) -> tuple[str, ...]:
         """What the user begins with; of one message all that tells the prompt from others."""
         return tuple(message.content for message in self.messages if message.role == "user")[:1]
@@ -74,6 +79,10 @@ class Prompt:
     def key(self) -> str:
         """The messages in one string, the same for the same messages."""
         return json.dumps([[message.role, message.content] for message in self.messages], ensure_ascii=False)
+
+
+#: What comes before a document.
+NO_PROMPT = Prompt(())
 
 
 def prompts_of_row(row: Mapping[str, Any], columns: Sequence[str] | None, where: str) -> list[Prompt] | None:

@@ -61,8 +61,15 @@ class PairingShares:
         return self.digit_strict / self.digit_tokens if self.digit_tokens else None
 
 
-def pair_completions(teacher: Completion, student: Completion) -> CompletionPairs:
-    """The strict positions of one answer; without the bytes of both sides only the ends of the turn are."""
+def pair_completions(teacher: Completion, student: Completion, *, same_tokens: bool = False) -> CompletionPairs:
+    """The strict positions of one answer; without the bytes of both sides only the ends of the turn are.
+
+    Args:
+        same_tokens: whether both have one vocabulary, by which the same ids are the same tokens.
+    """
+    if same_tokens and teacher.ids[teacher.start :] == student.ids[student.start :]:
+        every = list(range(len(student)))
+        return CompletionPairs(every, every, len(every), len(every))
     strict, groups = list[tuple[int, int]](), 0
     if teacher.spans is not None and student.spans is not None:
         ends, others = ([end for _, end in spans] for spans in (teacher.spans, student.spans))

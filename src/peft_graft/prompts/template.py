@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from peft_graft.errors import ModelError, PlanError, TextError
 from peft_graft.models.checks import check_tokens
 from peft_graft.prompts.conversation import Message, Prompt
-from peft_graft.prompts.token_bytes import byte_spans, token_bytes
+from peft_graft.prompts.token_bytes import byte_spans, control_tokens, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +142,7 @@ class Template:
         return self._tokens(text, split_special_tokens=True)
 
     def encode(self, prompt: Prompt, answer: str, *, ended: bool = True) -> Completion:
-        """A prompt and its answer as tokens.
+        """A prompt and its answer, or a document that no prompt comes before, as tokens.
 
         Args:
             ended: whether the answer is whole, so that the token that ends the turn follows.
@@ -151,9 +151,30 @@ class Template:
             TextError: see ``text``.
             ModelError: see ``end`` and ``token_bytes``.
         """
+        if prompt.is_empty:
+            return self._document(answer, ended=ended)
         before, ids = self.ids(prompt), self.answer_ids(answer)
         spans, prefixed = byte_spans(ids, token_bytes(self.tokenizer), answer) or (None, False)
         return Completion(before + ids + [self.end] * ended, len(before), spans, ended, prefixed)
+
+    @cached_property
+    def _control(self) -> dict[int, bytes]:
+        return control_tokens(self.tokenizer)
+
+    def _document(self, text: str, *, ended: bool) -> Completion:
+        """A text as the tokenizer reads it by itself, control tokens in it and what it writes before a text included.
+
+        Where that is nothing, the first token takes the place of a prompt, for nothing says what it will be.
+        """
+        encoded = self.tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True, verbose=False)
+        ids, special = self._known(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+        first = next((place for place, one in enumerate(special) if not one), len(ids))
+        last = next((place for place in range(len(ids), first, -1) if not special[place - 1]), first)
+        found = byte_spans(ids[first:last], token_bytes(self.tokenizer), text, self._control)
+        spans, prefixed = found or (None, False)
+        if not first and last:
+            first, spans, prefixed = 1, spans and spans[1:], False
+        return Completion(ids[:last] + ([self.end] if ended else []), first, spans, ended, prefixed)
 
     @cached_property
     def end(self) -> int:

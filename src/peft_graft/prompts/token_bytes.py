@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -57,16 +57,32 @@ def shared_tokens(teacher: Sequence[bytes | None], student: Sequence[bytes | Non
     return ids[:, 0].contiguous(), ids[:, 1].contiguous()
 
 
+def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether every token has the same id in both vocabularies."""
+    return first is second or first.get_vocab() == second.get_vocab()
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """The control tokens by their ids, as a text has them."""
+    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    return {index: token.content.encode() for index, token in added if token.special or index in special}
+
+
 def byte_spans(
-    ids: Sequence[int], table: Sequence[bytes | None], text: str
+    ids: Sequence[int], table: Sequence[bytes | None], text: str, control: Mapping[int, bytes] | None = None
 ) -> tuple[list[tuple[int, int]], bool] | None:
     """The bytes of a text that each of its tokens covers, (start, end) in ``text.encode()``.
+
+    Args:
+        ids: the tokens. table: see ``token_bytes``. control: control tokens that the text may have in it.
 
     Returns:
         the spans, and whether the first token holds a space too that the text lacks, which is no part of its span
         (SentencePiece's dummy prefix); None where the tokens do not join to the text, as after a normalisation.
     """
-    pieces = [table[index] if index < len(table) else None for index in ids]
+    known = control or {}
+    pieces = [known.get(index, table[index] if index < len(table) else None) for index in ids]
     whole = text.encode()
     joined = b"".join(piece or b"" for piece in pieces)
     prefixed = joined != whole
