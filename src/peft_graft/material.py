@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
 from peft_graft.alignment.distinct import Parts, form_of
@@ -15,18 +15,21 @@ from peft_graft.alignment.text import Sample, TextLike, TextSource
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Verdict, judge
+from peft_graft.distill.ask_documents import HELD_OUT as MOST_DOCUMENTS
+from peft_graft.distill.ask_documents import LOOKED_AT, DocumentAsking, DocumentDistillation, check_documents
 from peft_graft.distill.ask_prompts import HELD_OUT, Asking, asking_of, prompt_parts, prompts_of
 from peft_graft.distill.ask_seeds import listing_of, prompts_from, seeds_of
 from peft_graft.distill.breakdown import by_kind, decided
 from peft_graft.distill.choose import Outcome, judged
-from peft_graft.distill.completions import PromptDistillation
+from peft_graft.distill.completions import CompletionDistillation, PromptDistillation
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.fit_layers import SAMPLES
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.polish import PROMPT_RATES, PolishSettings
 from peft_graft.distill.teacher import FIT, POOL, TOKENS, ask_teacher, can_ask, sample_parts
-from peft_graft.errors import TextError
+from peft_graft.errors import GraftError, ModelError, PairingError, TextError
 from peft_graft.models.loading import ModelPair
+from peft_graft.models.tasks import Task
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import ModelSources, ModuleSource
 from peft_graft.prompts.conversation import Prompt
@@ -46,7 +49,8 @@ _SAMPLES = 20
 class TextMaterial:
     """Unlabelled text: its first samples in parts, and all that follow.
 
-    ``asked``: whether the teacher is asked about it; where it is not ``remarks`` give the reason.
+    ``asked``: whether the teacher is asked about it; where it is not ``remarks`` give the reason. ``of_states``: why a
+    language model's last hidden states are compared and not what it says, where that is so.
     """
 
     source: TextSource | None
@@ -54,14 +58,47 @@ class TextMaterial:
     rest: Iterable[Sample]
     asked: bool
     remarks: Sequence[str]
+    of_states: str | None = None
+
+    speaks: ClassVar[bool] = False
 
     @staticmethod
-    def of(source: TextSource | None, raw: RawCheckpoint, config: GraftConfig) -> TextMaterial:
-        """The text, and whether the teacher can be asked about it (``can_ask``)."""
+    def of(
+        source: TextSource | None, raw: RawCheckpoint, sources: ModelSources, shapes: ModelPair, config: GraftConfig
+    ) -> TextMaterial:
+        """The text, whether the teacher can be asked about it (``can_ask``), and what.
+
+        Raises:
+            PlanError: see ``check_documents``.
+        """
         samples = source.samples() if source else iter(())
-        parts = sample_parts(samples)
+        documents = raw.task is Task.CAUSAL_LM and not raw.head
+        parts = sample_parts(samples, *([MOST_DOCUMENTS] if documents else []))
         asked, remarks = can_ask(config, raw, parts)
-        return TextMaterial(source, parts, samples, asked, remarks)
+        found = TextMaterial(source, parts, samples, asked, remarks)
+        if not (documents and asked):
+            return found
+        try:
+            asking = DocumentAsking.of(config, sources, shapes, raw)
+            asking.check_pairs(parts.held_out + parts.learning)
+        except (ModelError, PairingError) as error:
+            return found.by_states(error)
+        check_documents(config)
+        return DocumentMaterial(source, parts, samples, asked, remarks, asking=asking)
+
+    def by_states(self, error: GraftError) -> TextMaterial:
+        """The same of a language model whose last hidden states are compared, and why."""
+        why = f"the last hidden states are compared, and not what the models say next: {error}"
+        return TextMaterial(self.source, self.parts, self.rest, self.asked, [*self.remarks, why], why)
+
+    def of_models(self, models: ModelPair) -> TextMaterial:
+        """The same for these loaded models."""
+        return self
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether last hidden states are compared, of a module without a head."""
+        return self.asked
 
     @property
     def samples(self) -> Sequence[Sample]:
@@ -155,6 +192,51 @@ class TextMaterial:
         return verdict, {"classes": classes, "decisions": texts}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DocumentMaterial(TextMaterial):
+    """Plain text of which a language model learns what the teacher says next; ``asking``: how the teacher is asked."""
+
+    asking: DocumentAsking
+
+    speaks: ClassVar[bool] = True
+
+    def of_models(self, models: ModelPair) -> TextMaterial:
+        """The same, or what is left to do with models whose logits are not made as is known here."""
+        try:
+            self.asking.check_speaks(models)
+        except ModelError as error:
+            return self.by_states(error)
+        return self
+
+    @property
+    def compares_states(self) -> bool:
+        """Not."""
+        return False
+
+    def polishing(self, config: GraftConfig) -> PolishSettings:
+        """How the polish trains."""
+        return _polishing(config, min(len(self.parts.learning), config.max_prompts))
+
+    def learned(self, plan: Plan) -> int:
+        """How many documents are learned from: no more than a polish sees."""
+        settings = self.polishing(plan.config)
+        layers = SAMPLES if any(method.fits_layers for method in plan.methods) else 0
+        needed = max(LOOKED_AT, layers, settings.steps * settings.batch_size)
+        return min(len(self.parts.learning), plan.config.max_prompts, needed)
+
+    def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
+        """The teacher's distributions."""
+        return self.asking.ask(plan.module, plan.models, self.parts, run, train=self.learned(plan))
+
+    def judged(self, outcome: Outcome, config: GraftConfig, run: Run) -> tuple[Verdict, dict[str, object]]:
+        """The verdict by what the graft says next, and what the report says about the documents."""
+        found = judged(outcome, run, seed=config.seed)
+        distillation, attached = outcome.candidate.learning
+        assert isinstance(distillation, DocumentDistillation)
+        with run.stage("judging"):
+            return found, {"documents": distillation.record_with(attached)}
+
+
 @dataclass
 class PromptMaterial:
     """Prompts for the teacher to answer, or examples to make them from.
@@ -168,6 +250,17 @@ class PromptMaterial:
     key: str
     made: MadePrompts | None = None
     asked: PromptDistillation | None = None
+
+    speaks: ClassVar[bool] = True
+
+    @property
+    def compares_states(self) -> bool:
+        """Not."""
+        return False
+
+    def of_models(self, models: ModelPair) -> PromptMaterial:
+        """The same: what is amiss with the models is said when they are asked."""
+        return self
 
     @property
     def remarks(self) -> list[str]:
@@ -214,10 +307,7 @@ class PromptMaterial:
 
     def polishing(self, config: GraftConfig) -> PolishSettings:
         """How the polish trains."""
-        size, known = PromptDistillation.batch_size, len(self.asked.lengths) if self.asked else len(self.prompts)
-        return PolishSettings(
-            steps=config.polish_steps_on(known, size), batch_size=size, rates=PROMPT_RATES, seed=config.seed
-        )
+        return _polishing(config, len(self.asked.lengths) if self.asked else len(self.prompts))
 
     def ask(self, plan: Plan, aligner: Aligner, maps_of: dict[str, Method], run: Run) -> Distillation:
         """The teacher's answers."""
@@ -271,7 +361,7 @@ def material_of(
     if prompts is None:
         # Rows that are no prompts, in memory, are what a text source refuses.
         source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
-        return TextMaterial.of(source, module.raw, config)
+        return TextMaterial.of(source, module.raw, sources, shapes, config)
     asking = asking_of(config, sources, shapes, module.raw.library)
     if isinstance(prompts, Seeds):
         listing_of(prompts, asking, shapes, config)
@@ -281,6 +371,13 @@ def material_of(
         asking.check(found, shapes)
     settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
     return PromptMaterial(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
+
+
+def _polishing(config: GraftConfig, known: int) -> PolishSettings:
+    """How the polish trains on so many prompts or documents."""
+    size = CompletionDistillation.batch_size
+    steps = config.polish_steps_on(known, size)
+    return PolishSettings(steps=steps, batch_size=size, rates=PROMPT_RATES, seed=config.seed)
 
 
 def _shift_method(maps_of: dict[str, Method]) -> Method:

@@ -95,6 +95,7 @@ class Move:
             config,
             has_text=material.source is not None or (None if may_have_text else False),
             has_prompts=isinstance(material, PromptMaterial),
+            speaks=_learns_to_speak(material, config),
             given=given,
         )
         if text is not None or seeds is not None or module.raw.trains_tokens:
@@ -132,7 +133,10 @@ class Move:
 
     def identity(self, models: ModelPair) -> str:
         """A hash of all that the graft depends on: both models, the module, the choices, the text, an alignment."""
-        parts = [str(self.module.raw.task), _identity(replace(self.plan, models=models), self.module, self.material)]
+        return self._identity(models, self.material.of_models(models))
+
+    def _identity(self, models: ModelPair, material: Material) -> str:
+        parts = [str(self.module.raw.task), _identity(replace(self.plan, models=models), self.module, material)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def carried_out(self, models: ModelPair, run: Run, shared: SharedAlignments | None = None) -> Graft:
@@ -144,15 +148,15 @@ class Move:
         Raises:
             GraftError: as for ``transfer``.
         """
-        module, material, config = self.module, self.material, self.plan.config
-        identity = self.identity(models)
+        module, material, config = self.module, self.material.of_models(models), self.plan.config
+        identity = self._identity(models, material)
         with run.stage("converting to LoRA") if module.is_converted else nullcontext():
             raw = module.values(models.teacher)
         if isinstance(material, PromptMaterial):
             material.make(models, config, run)
-        plan = self.plan.bind(raw, models, material.plain)
+        plan = replace(self.plan, speaks=_learns_to_speak(material, config)).bind(raw, models, material.plain)
         vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
-        work = replace(self, plan=plan)
+        work = replace(self, plan=plan, material=material)
         outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
         verdict, told = material.judged(outcome, config, run)
         remark = plan.given.remark(material.judging) if plan.given else None
@@ -242,14 +246,19 @@ def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner
 
 def _shifts(plan: Plan, material: Material) -> bool:
     """Whether shifts of the last hidden state are moved, to judge a module without a head."""
-    return isinstance(material, TextMaterial) and material.asked and plan.moved.head is None
+    return material.compares_states and plan.moved.head is None
+
+
+def _learns_to_speak(material: Material, config: GraftConfig) -> bool:
+    """Whether a polish by the teacher's distributions follows, beside which moved weights count for little."""
+    return material.speaks and (isinstance(material, PromptMaterial) or config.polish_steps > 0)
 
 
 def _identity(plan: Plan, module: ModuleSource, material: Material) -> str:
     """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
     head = plan.moved.head
     parts = [
-        *(plan.models.speaking_keys if isinstance(material, PromptMaterial) else plan.models.keys),
+        *(plan.models.speaking_keys if material.speaks else plan.models.keys),
         module_key(module.raw),
         plan.config.record(),
         material.source.key if material.source else None,

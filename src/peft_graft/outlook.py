@@ -15,13 +15,14 @@ from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.text import Sample
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
+from peft_graft.distill.ask_documents import LOOKED_AT
 from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.ask_seeds import listing_of
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.polish import PolishSettings
 from peft_graft.distill.teacher import POOL
 from peft_graft.errors import GraftError
-from peft_graft.material import PromptMaterial
+from peft_graft.material import DocumentMaterial, PromptMaterial, TextMaterial
 from peft_graft.models.loading import ModelHandle
 from peft_graft.move import Move
 from peft_graft.planning.method_choice import same_sizes
@@ -35,6 +36,8 @@ from peft_graft.record import Record
 _PAIRED, _STORED = 200, 24
 #: Tokens that are written for each one of a prompt that is made: half of them are dropped, at a guess.
 _WRITTEN = 2
+#: Texts in a step of learning from them.
+_BATCH = PromptDistillation.batch_size
 
 
 class PromptOutlook(Record):
@@ -58,6 +61,25 @@ class PromptOutlook(Record):
     made_by: Literal["chat", "list"] | None = None
 
 
+class DocumentOutlook(Record):
+    """Plain text on which the student would learn what the teacher says next.
+
+    ``documents``: that are learned from. ``held_out``: that choose or judge. Of the first ``looked_at`` of all:
+    ``cut``, that are longer than ``longest`` tokens; ``too_short``, of a single token; ``tokens``, of the student in
+    each on average; ``strict_share``, ``strict_digits`` as in ``PromptOutlook``.
+    """
+
+    documents: int
+    held_out: int
+    looked_at: int
+    cut: int
+    longest: int
+    too_short: int
+    tokens: float
+    strict_share: float
+    strict_digits: float | None
+
+
 class StudentSummary(Record):
     """What a transfer to a student would do, or why it cannot.
 
@@ -67,7 +89,8 @@ class StudentSummary(Record):
     ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in float32;
     ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here; where
     there is text, those of its ``text_tokens`` and of ``polish_steps`` of learning from it; of prompts, those of all
-    their answers and of learning from them. ``training_mib``: memory of that, about.
+    their answers and of learning from them; of documents, those of reading and of learning from them. ``training_mib``:
+    memory of that, about.
     """
 
     name: str
@@ -89,6 +112,7 @@ class StudentSummary(Record):
     text_tokens: int | None = None
     polish_steps: int | None = None
     prompts: PromptOutlook | None = None
+    documents: DocumentOutlook | None = None
     training_mib: float | None = None
     head: bool = False
     notes: list[str] = []
@@ -123,8 +147,12 @@ def outlook(move: Move) -> StudentSummary:
     if isinstance(material, PromptMaterial):
         asked = _prompts_for(material, plan)
         known |= {"prompts": asked, **_cost_of_prompts(plan, asked)}
+    elif isinstance(material, DocumentMaterial):
+        known |= _documents_for(material, plan)
     elif material.samples:
         known |= _cost_of_text(plan, material.samples, move.sources, learned=material.asked)
+    if isinstance(material, TextMaterial) and material.of_states:
+        known["notes"] = [*plan.sites.notes, material.of_states]
     return found.model_copy(update=known)
 
 
@@ -173,16 +201,53 @@ def _made_prompts_for(seeds: Seeds, asking: Asking, plan: Plan) -> PromptOutlook
 
 def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
     """Multiply-adds and memory: every answer generated, read once, and learned from in some passes."""
-    (teacher, _), (student, size) = _costs(plan.models.teacher), _costs(plan.models.student)
     tokens = asked.prompt_tokens + asked.answer_tokens
-    batch = PromptDistillation.batch_size
-    steps = plan.config.polish_steps_on(asked.prompts, batch)
-    # Backward passes take another product for every one of the forward pass; the modules' own are small.
     written = _WRITTEN * asked.prompt_tokens if asked.made_from else 0
-    operations = asked.prompts * (2 * tokens + written) * teacher + 2 * steps * batch * tokens * student
+    asking = asked.prompts * (2 * tokens + written)
+    return _cost_of_learning(plan, asking, plan.config.polish_steps_on(asked.prompts, _BATCH), tokens)
+
+
+def _documents_for(material: DocumentMaterial, plan: Plan) -> dict[str, object]:
+    """What is known of documents, and what it costs to learn from them: each is read by the teacher with its module."""
+    asking, parts = material.asking, material.parts
+    looked_at = [*parts.held_out, *parts.learning][:LOOKED_AT]
+    read = asking.read(looked_at)
+    shares = asking.shares(read)
+    found = DocumentOutlook(
+        documents=material.learned(plan),
+        held_out=len(parts.held_out),
+        looked_at=len(looked_at),
+        cut=read.cut,
+        longest=asking.longest,
+        too_short=read.too_short,
+        tokens=round(shares.tokens / max(1, len(read.answers)), 1),
+        strict_share=shares.share,
+        strict_digits=shares.digit_share,
+    )
+    steps = material.polishing(plan.config).steps
+    tokens = (found.documents + found.held_out) * found.tokens
+    aligned = min(plan.config.max_tokens, tokens) * _products(plan, plan.methods)
+    return {
+        "documents": found,
+        "text_tokens": round(tokens),
+        "polish_steps": steps,
+        **_cost_of_learning(plan, tokens, steps, found.tokens, aligned),
+    }
+
+
+def _cost_of_learning(plan: Plan, asking: float, steps: int, tokens: float, aligned: float = 0.0) -> dict[str, object]:
+    """Multiply-adds and memory of asking the teacher and of learning from what it says.
+
+    Args:
+        asking: tokens that the teacher reads and writes. tokens: of one of the texts that are learned from.
+        aligned: multiply-adds of aligning the models.
+    """
+    (teacher, _), (student, size) = _costs(plan.models.teacher), _costs(plan.models.student)
+    # Backward passes take another product for every one of the forward pass; the modules' own are small.
+    operations = asking * teacher + 2 * steps * _BATCH * tokens * student + aligned
     hidden = plan.models.student.architecture.hidden_size
     layers = plan.models.student.architecture.num_layers
-    activations = 4 * batch * tokens * hidden * layers * _STORED
+    activations = 4 * _BATCH * tokens * hidden * layers * _STORED
     return {
         "least_seconds": round(operations / _products_per_second(), 1),
         "training_mib": round((size + activations) / 2**20, 1),
@@ -241,8 +306,9 @@ def _methods(plan: Plan) -> str:
     names = ", ".join(method.name for method in plan.methods)
     if plan.config.method != AUTO:
         return names
-    if plan.has_prompts:
-        return f"the best of {names} to begin with, then the teacher's answers are learned"
+    if plan.speaks:
+        what = "the teacher's answers are learned" if plan.has_prompts else "what the teacher says next is learned"
+        return f"the best of {names} to begin with, then {what}"
     without = "; else copy, if the student shares the teacher's word embeddings" if same_sizes(plan.sites) else ""
     return f"the best of {names} by agreement with the teacher, given text{without}"
 

@@ -8,6 +8,7 @@ from peft_graft.alignment.tokens import PairingRecord
 from peft_graft.checkpoints.verify import Verification
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement, Verdict
+from peft_graft.distill.ask_documents import DocumentRecord
 from peft_graft.distill.breakdown import ClassCounts, DecidedText, PromptKind
 from peft_graft.distill.candidates import HeadRecord, SiteRecord
 from peft_graft.distill.completions import PromptRecord
@@ -45,7 +46,7 @@ class GraftReport(Record):
     ``tried``: agreement with the teacher, on the text that chooses, of everything that the default chose from.
     ``classes``, ``decisions``: how a classifier decides the text that judges, and some of that text.
     ``prompts``, ``kinds``, ``answers``: what a language model was asked, how it agrees with the teacher by kind of
-    prompt, and some of what was answered.
+    prompt, and some of what was answered. ``documents``: the plain text of which it learned what comes next.
     ``cost``: sizes and speed beside the teacher's. ``files``: what was written, but for the report itself.
     ``identity``: a hash of all that the graft depends on, by which a finished one is known; None in those of before.
     """
@@ -70,6 +71,7 @@ class GraftReport(Record):
     tried: dict[str, Agreement] = {}
     polish: PolishRecord | None = None
     prompts: PromptRecord | None = None
+    documents: DocumentRecord | None = None
     kinds: list[PromptKind] = []
     answers: list[AnswerSample] = []
     classes: ClassCounts | None = None

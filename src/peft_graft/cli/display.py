@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
     from peft_graft.distill.side_by_side import Score
-    from peft_graft.outlook import PromptOutlook, StudentSummary
+    from peft_graft.outlook import DocumentOutlook, PromptOutlook, StudentSummary
     from peft_graft.shelf import ShelfReport
 
 
@@ -78,7 +78,7 @@ def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
         ("modules", f"{student.modules}, head {'carried' if student.head else 'none'}"),
         ("method", str(student.method)),
     ]
-    if student.products_per_token or not student.prompts:
+    if student.products_per_token or not (student.prompts or student.documents):
         rows.append((
             "alignment",
             f"{student.spaces} pairs of spaces, {memory(student.statistics_mib)} of statistics "
@@ -88,6 +88,8 @@ def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
         ))  # fmt: skip
     if student.prompts:
         rows += _outlook(student, student.prompts)
+    elif student.documents:
+        rows += _of_documents(student, student.documents)
     elif student.least_seconds:
         tokens = student.max_tokens if student.text_tokens is None else student.text_tokens
         polish = f" and {student.polish_steps:,} steps of polish" if student.polish_steps else ""
@@ -116,11 +118,27 @@ def _outlook(student: StudentSummary, asked: PromptOutlook) -> list[tuple[str, s
     prompts = (
         f"{asked.prompts:,}{dropped}; {asked.prompt_tokens:.0f} + {asked.answer_tokens:.0f} tokens on average{pairs}"
     )
-    cost = (
+    return [("prompts", prompts), ("cost", _cost_of_learning(student))]
+
+
+def _of_documents(student: StudentSummary, found: DocumentOutlook) -> list[tuple[str, str]]:
+    """Plain text that would be learned from, and what that would cost."""
+    odd = [(found.cut, f"cut after {found.longest} tokens"), (found.too_short, "too short")]
+    aside = "".join(f", {count} {what}" for count, what in odd if count)
+    digits = "" if found.strict_digits is None else f", {found.strict_digits:.0%} of those with digits"
+    text = (
+        f"{found.documents:,} documents to learn from, {found.held_out} held out; of the first {found.looked_at}"
+        f"{aside}: {found.tokens:.0f} tokens on average, {found.strict_share:.0%} of which pair{digits}; "
+        f"{student.polish_steps:,} steps of polish"
+    )
+    return [("text", text), ("cost", _cost_of_learning(student))]
+
+
+def _cost_of_learning(student: StudentSummary) -> str:
+    return (
         f"{memory(student.weights_mib)} of weights in float32, some {memory(student.training_mib or 0)} in training; "
         f"{duration(student.least_seconds)} on this processor at the least"
     )
-    return [("prompts", prompts), ("cost", cost)]
 
 
 def show_alignment(found: Alignment, out: Path) -> None:

@@ -15,6 +15,7 @@ from peft_graft.cli.output import console_for_results, escaped, look
 from peft_graft.cli.words import duration, figure, layers_as_text, spread
 
 if TYPE_CHECKING:
+    from peft_graft.distill.ask_documents import DocumentRecord
     from peft_graft.report import GraftReport
 
 #: Answers that a terminal shows.
@@ -62,6 +63,9 @@ def _verdict(report: GraftReport) -> Panel:
             f"teacher's, without the graft {generated.bare_exact:.0%}; word F1 "
             f"{figure(generated.token_f1, generated.token_f1_interval)}, without {generated.bare_token_f1:.2f}"
         ))  # fmt: skip
+    elif measured and measured.agreement is not None and report.documents:
+        lines.append(Text(f"Agreement with the teacher {figure(measured.agreement, measured.agreement_interval)}"))
+        lines += map(Text, report.documents.verdict(measured))
     elif measured and measured.agreement is not None:
         lines.append(Text(
             f"Agreement with the teacher {figure(measured.agreement, measured.agreement_interval)} over "
@@ -86,6 +90,8 @@ def _facts(report: GraftReport) -> list[tuple[str, str]]:
                               f"({report.pairing.student_share_paired:.0%} of the student's tokens)"))  # fmt: skip
     if report.prompts:
         facts += _of_prompts(report)
+    if report.documents:
+        facts.append(("documents", _of_documents(report.documents)))
     if report.polish:
         measured = [point for point in report.polish.curve if point.divergence is not None]
         best = min(measured, key=lambda point: point.divergence or 0.0, default=None)
@@ -118,6 +124,16 @@ def _of_prompts(report: GraftReport) -> list[tuple[str, str]]:
         f"({asked.made.seeds} examples, {asked.made.continuations} continuations)"
     )
     return [("prompts", text), ("made", made)]
+
+
+def _of_documents(found: DocumentRecord) -> str:
+    odd = [(found.cut, f"cut after {found.longest} tokens"), (found.too_short, "too short")]
+    aside = "".join(f"; {count} {what}" for count, what in odd if count)
+    digits = "" if found.strict_digits is None else f", {found.strict_digits:.0%} of those with digits"
+    return (
+        f"{found.documents:,} to learn from, {found.held_out} held out{aside}; the module makes a token of them "
+        f"{found.module_effect:.2f} nats likelier or less likely; {found.strict_share:.0%} of their tokens pair{digits}"
+    )
 
 
 def _next(report: GraftReport, out: Path) -> list[str]:

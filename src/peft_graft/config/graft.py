@@ -165,7 +165,7 @@ class GraftConfig(PairConfig):
         "text, their text alone.",
     )
     max_prompts: Annotated[int, Option(PROMPTS, later=True)] = Field(
-        default=MAX_PROMPTS, ge=1, description="Prompts that the teacher answers at most."
+        default=MAX_PROMPTS, ge=1, description="Prompts that the teacher answers at most, or documents to learn from."
     )
     make_prompts: Annotated[int, Option(PROMPTS, later=True)] = Field(
         default=MADE_PROMPTS,
@@ -177,7 +177,8 @@ class GraftConfig(PairConfig):
         default=256, ge=1, description="Tokens of an answer; a longer one is cut."
     )
     max_length: Annotated[int | None, Option(PROMPTS, later=True)] = Field(
-        default=None, description="Tokens of a prompt with its answer; what the models read where nothing is said."
+        default=None,
+        description="Tokens of a prompt with its answer, by default what the models read; of a document 512.",
     )
     on_policy: Annotated[float, Option(PROMPTS, later=True)] = Field(
         default=0.0,

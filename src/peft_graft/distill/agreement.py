@@ -58,8 +58,8 @@ class Agreement(Record):
             None where it is not defined; then ``undefined`` says why, and what to give.
         divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
             distribution, nats, of labels summed over them. Without a head 1 - agreement.
-            For prompts the mean divergence at strict positions, over tokens that both models know, and as agreement
-            1 - divergence / the bare student's.
+            For language models the mean divergence at strict positions, over tokens that both models know, and as
+            agreement 1 - divergence / the bare student's.
         answers: words, samples, tokens or positions compared.
         agreement_interval, divergence_interval: 95 %, by drawing texts; None where nothing is judged by it.
         carried: without a head, the share of the student's last hidden state that the teacher's explains through the

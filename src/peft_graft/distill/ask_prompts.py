@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -160,8 +160,8 @@ class Asking:
             chosen = parts.held_out + parts.learning[: self.train]
             key = json.dumps([key, [prompt.key for prompt in chosen]]) if key else ""
             student = language_model(models.student, bf16=self.bf16)
-            _check_speaks(language_model(models.teacher), self.templates.teacher.ids(chosen[0]))
-            _check_speaks(student, self.templates.student.ids(chosen[0]))
+            check_speaks(language_model(models.teacher), self.templates.teacher.ids(chosen[0]))
+            check_speaks(student, self.templates.student.ids(chosen[0]))
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
             answers = self._answers(teacher, chosen, len(parts.held_out), run, key)
             _check_answers(answers, self.sampling.max_new_tokens)
@@ -216,24 +216,24 @@ class Asking:
             teacher,
             (),
             self.bf16,
-            self.templates,
-            self.sampling,
-            columns,
-            train,
-            held_out.part(range(judging, held)),
-            held_out.part(range(judging)),
-            chosen[:judging],
-            answers[:judging],
-            bare_answers,
-            parts.groups,
             samples[held:],
-            record,
-            chosen[held:],
-            self.on_policy,
+            templates=self.templates,
+            columns=columns,
+            train=train,
+            held_out=held_out.part(range(judging, held)),
+            judging=held_out.part(range(judging)),
+            asked=chosen[:judging],
+            answers=answers[:judging],
+            groups=parts.groups,
+            seed=self.sampling.seed,
+            sampling=self.sampling,
+            bare_answers=bare_answers,
+            record=record,
+            prompts=chosen[held:],
+            on_policy=self.on_policy,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        bare = (found.divergences(student, part) for part in (found.held_out, found.judging))
-        return replace(found, bare=next(bare), bare_judging=next(bare))
+        return found.beside(student)
 
     def _for_the_student(self, answers: Sequence[Answer]) -> Sampling:
         """As the teacher is asked, but cut where no answer of the teacher goes on: a student that rambles says no more
@@ -320,7 +320,7 @@ class Asking:
         return found
 
 
-def _check_speaks(model: LanguageModel, ids: list[int]) -> None:
+def check_speaks(model: LanguageModel, ids: list[int]) -> None:
     """Refuse a model whose logits are not made as ``OutputLayer`` makes them.
 
     Raises:

@@ -179,7 +179,7 @@ class CandidateBuilder:
         moved = replace(self.checkpoint, modules=modules, head=head)
         attached: AttachedModel | None = None
         if method.fits_layers:
-            assert isinstance(self.distillation, TextDistillation)  # the plan has refused it without
+            assert self.distillation is not None  # the plan has refused it without
             with self.run.stage("fitting layers"):
                 moved, attached = fit_modules(moved, self.plan, self.distillation, self.run)
             sites = _refitted_records(sites, self.checkpoint, moved.modules)

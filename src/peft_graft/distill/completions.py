@@ -1,16 +1,16 @@
-"""Learning from the teacher's answers to prompts: its text, and its next-token distributions in other tokens."""
+"""Learning what the teacher says: the text of its answers, and its next-token distributions in other tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.agreement import (
     Agreement,
@@ -34,8 +34,9 @@ from peft_graft.distill.token_targets import (
 from peft_graft.distill.training import length_batches
 from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.pairing import pair_completions
-from peft_graft.prompts.template import Template
+from peft_graft.prompts.pairing import CompletionPairs, pair_completions
+from peft_graft.prompts.template import Completion, Template
+from peft_graft.prompts.token_bytes import same_tokens
 from peft_graft.record import Record
 from peft_graft.run import Run
 
@@ -83,44 +84,71 @@ class Templates:
     teacher: Template
     student: Template
 
+    @cached_property
+    def same_tokens(self) -> bool:
+        """Whether both models have one vocabulary."""
+        return same_tokens(self.teacher.tokenizer, self.student.tokenizer)
+
+    def encoded(self, answered: Sequence[tuple[Prompt, Answer]]) -> Sides:
+        """Prompts with their answers as the tokens of either model."""
+        teacher, student = (
+            [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in answered]
+            for template in (self.teacher, self.student)
+        )
+        return Sides(teacher, student, self.same_tokens)
+
 
 @dataclass(frozen=True)
-class PromptDistillation(Distillation):
-    """The teacher's answers to prompts.
+class Sides:
+    """Prompts with their answers as tokens of the teacher and of the student; ``same_tokens``: of one vocabulary."""
+
+    teacher: Sequence[Completion]
+    student: Sequence[Completion]
+    same_tokens: bool
+
+    @cached_property
+    def pairs(self) -> list[CompletionPairs]:
+        """Which of them correspond."""
+        return [
+            pair_completions(*both, same_tokens=self.same_tokens)
+            for both in zip(self.teacher, self.student, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionDistillation(Distillation):
+    """What the teacher says at every position of some texts: of its answers to prompts, or of documents.
 
     Attributes:
-        templates: how the models read prompts. sampling: how answers are drawn when a graft is judged.
-        columns: the tokens that distributions are taken over.
+        templates: how the models read prompts. columns: the tokens that distributions are taken over.
         train: to be learned from. held_out: to choose by. judging: to be judged by.
-        asked: the prompts that judge. answers: the teacher's to them. bare_answers: those of the student alone.
-        groups: of the prompts that judge, the same for those that are alike.
+        asked, answers: the prompts that judge, and the teacher's answers to them; of documents no prompts, and these.
+        groups: of what judges, the same for what is alike. seed: of the intervals.
         bare, bare_judging: divergences of the student without a module on ``held_out`` and ``judging``, summed over
-            the strict positions of each prompt.
-        samples: prompts with their answers, as plain text to align the models on.
-        record: what reports say about all this.
-        prompts: those of ``train``. on_policy: the share of the steps, the last ones, that learn from what the student
-            says itself.
+            the strict positions of each text.
     """
 
     templates: Templates
-    sampling: Sampling
     columns: Columns
     train: CompletionTargets
     held_out: CompletionTargets
     judging: CompletionTargets
     asked: Sequence[Prompt]
     answers: Sequence[Answer]
-    bare_answers: Sequence[Answer]
     groups: Sequence[int]
-    samples: Sequence[Sample]
-    record: PromptRecord
-    prompts: Sequence[Prompt] = ()
-    on_policy: float = 0.0
+    seed: int = 0
     bare: Sequence[float] = ()
     bare_judging: Sequence[float] = ()
 
     speaks: ClassVar[bool] = True
     batch_size: ClassVar[int] = 16
+    #: What is said in place of ``Agreement.undefined``, where that speaks of prompts.
+    undefined: ClassVar[str | None] = None
+
+    def beside(self, student: LanguageModel) -> Self:
+        """The same, with what the student without a module says."""
+        bare, judging = (self.divergences(student, part) for part in (self.held_out, self.judging))
+        return replace(self, bare=bare, bare_judging=judging)
 
     @property
     def lengths(self) -> list[int]:
@@ -128,50 +156,13 @@ class PromptDistillation(Distillation):
         return self.train.lengths
 
     def loss(self, attached: AttachedModel, rows: Sequence[int], done: float = 0.0) -> Tensor:
-        """Nats a position: divergence from the teacher's distributions where they can be compared, else of its text.
-
-        On the student's own answers it is the divergence of the teacher's from the student's (Agarwal et al. 2023,
-        arXiv 2306.13649), which teaches nothing while these are no answers; so it comes last.
-        """
-        if done >= 1 - self.on_policy:
-            return self._on_policy_loss(attached, rows)
+        """Nats a position: divergence from the teacher's distributions where they can be compared, else of its text."""
         strict, text, count = self._losses(attached, self.train.part(rows))
         return (strict + text) / max(1, count)
 
-    def _on_policy_loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
-        prompts, student = [self.prompts[row] for row in rows], self.templates.student
-        drawn = self.sampling.model_copy(
-            update={"temperature": 1.0, "top_p": 1.0, "seed": int(torch.randint(2**31, (1,)))}
-        )
-        said = generate_answers(attached.model, student, prompts, drawn, bf16=attached.bf16)
-        attached.model.train()
-        answered = list(zip(prompts, said, strict=True))
-        sides = [
-            [template.encode(prompt, one.text, ended=one.ended) for prompt, one in answered]
-            for template in (self.templates.teacher, student)
-        ]
-        pairs = [pair_completions(*both) for both in zip(*sides, strict=True)]
-        with torch.no_grad():
-            states = last_states(self.teacher, self.templates.teacher, [side.ids for side in sides[0]])
-            places = [torch.tensor(pair.teacher, dtype=torch.int64) for pair in pairs]
-            logits = self.columns.teacher.logits(
-                OutputLayer.of(self.teacher.model), _at(states, places, [side.start for side in sides[0]])
-            )
-            log_p = logits.log_softmax(-1).to(attached.device)
-        states = last_states(attached, student, [side.ids for side in sides[1]])
-        places = [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs]
-        output, columns = OutputLayer.of(attached.model), self.columns.student
-        total = in_chunks(
-            _at(states, places, [side.start for side in sides[1]]),
-            len(columns.ids),
-            lambda given, part: reverse_divergence(columns.logits(output, given), log_p[part]),
-            frozen=output.frozen is not None,
-        )
-        return total / max(1, len(log_p))
-
     def measure(self, attached: AttachedModel) -> Agreement:
         """Agreement at the strict positions of the answers that choose (``Agreement``)."""
-        return compare_divergences(self.divergences(attached, self.held_out), self.bare, self.held_out.sizes)
+        return self._compared(self.divergences(attached, self.held_out), self.bare, self.held_out.sizes)
 
     def read(self, attached: AttachedModel) -> int:
         """See ``Distillation``; prompts with the teacher's answers."""
@@ -184,20 +175,15 @@ class PromptDistillation(Distillation):
 
     def judge(self, attached: AttachedModel) -> Agreement:
         """The same of the answers that judge."""
-        found, draws = self.divergences(attached, self.judging), Draws(self.groups, self.sampling.seed)
-        return compare_divergences(found, self.bare_judging, self.judging.sizes, draws)
+        found, draws = self.divergences(attached, self.judging), Draws(self.groups, self.seed)
+        return self._compared(found, self.bare_judging, self.judging.sizes, draws)
 
-    def generate(self, attached: AttachedModel, run: Run) -> tuple[list[Answer], GenerationAgreement]:
-        """The student's own answers to the prompts that judge, and how they agree with the teacher's."""
-        found = generate_answers(
-            attached.model,
-            self.templates.student,
-            self.asked,
-            self.sampling,
-            bf16=attached.bf16,
-            progress=lambda done, total: run.progress("asking the graft", done, total),
-        )
-        return found, compare_answers(found, self.answers, self.bare_answers, self.groups, self.sampling.seed)
+    def _compared(
+        self, divergences: Sequence[float], bare: Sequence[float], sizes: Sequence[int], draws: Draws | None = None
+    ) -> Agreement:
+        found = compare_divergences(divergences, bare, sizes, draws)
+        own = self.undefined if found.undefined else None
+        return found.model_copy(update={"undefined": own}) if own else found
 
     def divergences(self, attached: AttachedModel | LanguageModel, targets: CompletionTargets) -> list[float]:
         """The divergence at the strict positions of each answer, summed, nats.
@@ -244,6 +230,74 @@ class PromptDistillation(Distillation):
             frozen=output.frozen is not None,
         )
         return self._strict_loss(attached, states, targets), text, targets.positions + len(column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDistillation(CompletionDistillation):
+    """The teacher's answers to prompts.
+
+    Attributes:
+        sampling: how answers are drawn when a graft is judged. bare_answers: those of the student alone.
+        record: what reports say about all this.
+        prompts: those of ``train``. on_policy: the share of the steps, the last ones, that learn from what the student
+            says itself.
+    """
+
+    sampling: Sampling
+    bare_answers: Sequence[Answer]
+    record: PromptRecord
+    prompts: Sequence[Prompt] = ()
+    on_policy: float = 0.0
+
+    def loss(self, attached: AttachedModel, rows: Sequence[int], done: float = 0.0) -> Tensor:
+        """See ``CompletionDistillation``.
+
+        On the student's own answers it is the divergence of the teacher's from the student's (Agarwal et al. 2023,
+        arXiv 2306.13649), which teaches nothing while these are no answers; so it comes last.
+        """
+        if done >= 1 - self.on_policy:
+            return self._on_policy_loss(attached, rows)
+        return super().loss(attached, rows, done)
+
+    def _on_policy_loss(self, attached: AttachedModel, rows: Sequence[int]) -> Tensor:
+        prompts, student = [self.prompts[row] for row in rows], self.templates.student
+        drawn = self.sampling.model_copy(
+            update={"temperature": 1.0, "top_p": 1.0, "seed": int(torch.randint(2**31, (1,)))}
+        )
+        said = generate_answers(attached.model, student, prompts, drawn, bf16=attached.bf16)
+        attached.model.train()
+        answered = list(zip(prompts, said, strict=True))
+        sides = self.templates.encoded(answered)
+        pairs = sides.pairs
+        with torch.no_grad():
+            states = last_states(self.teacher, self.templates.teacher, [side.ids for side in sides.teacher])
+            places = [torch.tensor(pair.teacher, dtype=torch.int64) for pair in pairs]
+            logits = self.columns.teacher.logits(
+                OutputLayer.of(self.teacher.model), _at(states, places, [side.start for side in sides.teacher])
+            )
+            log_p = logits.log_softmax(-1).to(attached.device)
+        states = last_states(attached, student, [side.ids for side in sides.student])
+        places = [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs]
+        output, columns = OutputLayer.of(attached.model), self.columns.student
+        total = in_chunks(
+            _at(states, places, [side.start for side in sides.student]),
+            len(columns.ids),
+            lambda given, part: reverse_divergence(columns.logits(output, given), log_p[part]),
+            frozen=output.frozen is not None,
+        )
+        return total / max(1, len(log_p))
+
+    def generate(self, attached: AttachedModel, run: Run) -> tuple[list[Answer], GenerationAgreement]:
+        """The student's own answers to the prompts that judge, and how they agree with the teacher's."""
+        found = generate_answers(
+            attached.model,
+            self.templates.student,
+            self.asked,
+            self.sampling,
+            bf16=attached.bf16,
+            progress=lambda done, total: run.progress("asking the graft", done, total),
+        )
+        return found, compare_answers(found, self.answers, self.bare_answers, self.groups, self.seed)
 
 
 def _at(states: Tensor, places: Sequence[Tensor], starts: Sequence[int]) -> Tensor:

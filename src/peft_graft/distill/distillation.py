@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
@@ -32,6 +33,7 @@ class Distillation(ABC):
     Attributes:
         models: teacher and student. teacher: the teacher with its module inside.
         labels: names of the classes, empty without a head. bf16: forward passes in mixed precision.
+        samples: the text that is learned from.
         gradient_checkpointing: whether activations are computed anew in the backward pass.
     """
 
@@ -39,6 +41,7 @@ class Distillation(ABC):
     teacher: AttachedModel
     labels: tuple[str, ...]
     bf16: bool
+    samples: Sequence[Sample]
     gradient_checkpointing: bool = field(default=False, kw_only=True)
 
     #: Whether the student needs its output layer. Rows in a batch.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.completions import BATCH, last_states
-from peft_graft.distill.token_targets import text_loss
+from peft_graft.distill.token_targets import chunks, text_loss
 from peft_graft.distill.training import length_batches
 from peft_graft.models.output import OutputLayer
 from peft_graft.prompts.template import Completion, Template
@@ -50,7 +50,9 @@ def gains_of(teacher: AttachedModel, sides: Sequence[Completion], states: Tensor
         output, found = OutputLayer.of(teacher.model), []
         for side, state in zip(sides, states, strict=True):
             wanted = torch.tensor(side.ids[side.start :], device=states.device)
-            found.append(text_loss(output.logits(state[side.start - 1 : len(side.ids) - 1]), wanted))
+            said = state[side.start - 1 : len(side.ids) - 1]
+            parts = chunks(len(said), output.width)
+            found.append(torch.cat([text_loss(output.logits(said[part]), wanted[part]) for part in parts]))
         return found
 
     with teacher.without():  # once for all: it goes through the whole model

@@ -25,9 +25,10 @@ from peft_graft.alignment.methods.ridge import choose_penalty, ridge_solution
 from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
+from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import Encoded
-from peft_graft.distill.teacher import TextDistillation, word_places
+from peft_graft.distill.teacher import word_places
 from peft_graft.distill.training import length_batches
 from peft_graft.errors import AlignmentError
 from peft_graft.models.loading import ModelHandle, ModelPair
@@ -46,7 +47,7 @@ Places = Sequence[Sequence[tuple[int, int]]]
 
 
 def fit_modules(
-    moved: PeftCheckpoint, plan: SitePlans, distillation: TextDistillation, run: Run
+    moved: PeftCheckpoint, plan: SitePlans, distillation: Distillation, run: Run
 ) -> tuple[PeftCheckpoint, AttachedModel]:
     """The student's modules, fitted site by site, and the student with them inside.
 
@@ -127,7 +128,7 @@ class _Outputs:
     student: Mapping[Space, Tensor]
 
     @classmethod
-    def of(cls, group: Sequence[SitePlan], distillation: TextDistillation, text: _PairedText) -> _Outputs:
+    def of(cls, group: Sequence[SitePlan], distillation: Distillation, text: _PairedText) -> _Outputs:
         teacher, student = distillation.models.teacher, distillation.models.student
         of_teacher = {_output(teacher, source) for site in group for source in site.teacher}
         adapted = replace(teacher, base=distillation.teacher.base)

@@ -37,15 +37,17 @@ def answer_losses(
     prompts: Sequence[Prompt],
     answers: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
+    *,
+    ended: bool = True,
 ) -> list[AnswerLoss]:
     """The losses of answers to prompts, in their order; logits are made at the answers' tokens only.
 
     Args:
         template: how the model reads prompts. progress: told of (losses so far, prompts).
+        ended: whether the token that ends the turn counts.
     """
-    sides = [template.encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    sides = [template.encode(prompt, answer, ended=ended) for prompt, answer in zip(prompts, answers, strict=True)]
     output, found = OutputLayer.of(model.model), dict[int, AnswerLoss]()
-    width = next(output.layer.parameters()).shape[0]
     model.model.eval()
     with torch.inference_mode():
         for rows in length_batches([len(side.ids) for side in sides], BATCH):
@@ -53,13 +55,18 @@ def answer_losses(
             for index, row in enumerate(rows):
                 side = sides[row]
                 wanted = torch.tensor(side.ids[side.start :], device=states.device)
-                nats = _summed(output, states[index, side.start - 1 : len(side.ids) - 1], wanted, width)
-                found[row] = AnswerLoss(nats, len(side), len(answers[row].encode()))
+                nats = _summed(output, states[index, side.start - 1 : len(side.ids) - 1], wanted)
+                before = (
+                    side.spans[0][0] if side.spans else 0
+                )  # of a document's first token, where nothing foretells it
+                found[row] = AnswerLoss(nats, len(side), len(answers[row].encode()) - before)
             if progress:
                 progress(len(found), len(sides))
     return [found[row] for row in range(len(sides))]
 
 
-def _summed(output: OutputLayer, states: Tensor, wanted: Tensor, width: int) -> float:
-    """The loss of tokens [n] after hidden states [n, d]; ``width``: logits of one of them."""
-    return float(in_chunks(states, width, lambda part, of: text_loss(output.logits(part), wanted[of]), frozen=True))
+def _summed(output: OutputLayer, states: Tensor, wanted: Tensor) -> float:
+    """The loss of tokens [n] after hidden states [n, d]."""
+    return float(
+        in_chunks(states, output.width, lambda part, of: text_loss(output.logits(part), wanted[of]), frozen=True)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from peft_graft.distill.completions import BATCH, Templates, last_states
 from peft_graft.distill.excess import gains_of
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
-from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, likeliest
+from peft_graft.distill.token_targets import Columns, CompletionTargets, VocabularyPart, chunks, likeliest
 from peft_graft.distill.training import length_batches
 from peft_graft.errors import TextError
 from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.pairing import PairingShares, pair_completions
-from peft_graft.prompts.template import Completion, Template
+from peft_graft.prompts.pairing import PairingShares
+from peft_graft.prompts.template import Completion
 from peft_graft.prompts.token_bytes import shared_tokens, token_bytes
 from peft_graft.run import Run
 
@@ -49,6 +50,14 @@ class PromptTargets:
     use_given: bool
     where: str = "--text"
 
+    #: What is said where the module has no effect.
+    idle: ClassVar[str] = (
+        "the module makes the teacher's answers no likelier, so nothing of it can be seen on these prompts"
+    )
+    what_to_give: ClassVar[str] = (
+        "give prompts of the task that the module was trained for, in the format that it was trained with"
+    )
+
     def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
         """Of what is learned from and of what is held out, the columns, shares of pairs, and the module's effect.
 
@@ -56,19 +65,18 @@ class PromptTargets:
             TextError: the module makes the answers no likelier. PairingError: the tokenizers share no token.
             NotFiniteError: what the teacher says is not finite.
         """
-        templates = self.templates
-        sides = [self._encoded(template) for template in (templates.teacher, templates.student)]
-        pairs = [pair_completions(*both) for both in zip(*sides, strict=True)]
+        sides = self.templates.encoded(self.answered)
+        pairs, students = sides.pairs, sides.student
         shares = PairingShares()
-        for pair, student, (_, answer) in zip(pairs, sides[1], self.answered, strict=True):
+        for pair, student, (_, answer) in zip(pairs, students, self.answered, strict=True):
             shares.add(pair, student, answer.text)
-        columns = self._columns(sides[1], [pair.student for pair in pairs])
-        top, log_p, effect = self._teacher_says(sides[0], [pair.teacher for pair in pairs], columns, run)
+        columns = self._columns(students)
+        top, log_p, effect = self._teacher_says(sides.teacher, [pair.teacher for pair in pairs], columns, run)
         index = columns.index()
-        text = [self._text(number, side, pairs[number].student, index) for number, side in enumerate(sides[1])]
+        text = [self._text(number, side, pairs[number].student, index) for number, side in enumerate(students)]
         targets = CompletionTargets(
-            [side.ids for side in sides[1]],
-            [side.start for side in sides[1]],
+            [side.ids for side in students],
+            [side.start for side in students],
             [torch.tensor(pair.student, dtype=torch.int64) for pair in pairs],
             top,
             log_p,
@@ -76,11 +84,11 @@ class PromptTargets:
         )
         if effect < LEAST_CHANGE:
             raise TextError(
-                "the module makes the teacher's answers no likelier, so nothing of it can be seen on these prompts",
+                self.idle,
                 where=self.where,
                 expected=f"at least {LEAST_CHANGE} nats a token",
                 found=f"{effect:.5f}",
-                fix="give prompts of the task that the module was trained for, in the format that it was trained with",
+                fix=self.what_to_give,
             )
         rows = range(len(targets))
         train = targets.part(rows[self.held_out :])
@@ -90,9 +98,6 @@ class PromptTargets:
             train = replace(train, strict=[none[:, 0]] * len(train), top=blank, log_p=[none.float()] * len(train))
         return train, targets.part(rows[: self.held_out]), columns, shares, effect
 
-    def _encoded(self, template: Template) -> list[Completion]:
-        return [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in self.answered]
-
     def _text(self, number: int, side: Completion, strict: Sequence[int], index: Tensor) -> Tensor:
         """Positions whose text is learned: those that are not strict; all of an answer that was given."""
         given = self.use_given and number >= self.held_out and self.answered[number][0].answer is not None
@@ -100,14 +105,22 @@ class PromptTargets:
         rows = [(place, int(index[token])) for place, token in enumerate(side.ids[side.start :]) if place not in known]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
 
-    def _columns(self, students: Sequence[Completion], strict: Sequence[Sequence[int]]) -> Columns:
-        """Shared tokens and the ends of turns, then tokens of the answers' text, then what else the student may say."""
-        templates = self.templates
-        bytes_t, bytes_s = token_bytes(templates.teacher.tokenizer), token_bytes(templates.student.tokenizer)
-        first, second = shared_tokens(bytes_t, bytes_s)
-        first = torch.cat([first, torch.tensor([templates.teacher.end])])
-        second = torch.cat([second, torch.tensor([templates.student.end])])
+    def _columns(self, students: Sequence[Completion]) -> Columns:
+        """Shared tokens and the ends of turns, then tokens of the answers' text, then what else the student may say.
+
+        Of one vocabulary all tokens, as they are numbered.
+        """
+        bytes_t, bytes_s = (token_bytes(side.tokenizer) for side in (self.templates.teacher, self.templates.student))
+        ends = self._ends
         size = len(bytes_s)
+        if self.templates.same_tokens and all(one == other for one, other in ends):
+            every = VocabularyPart(torch.arange(size), size)
+            return Columns(every, every)
+        first, second = shared_tokens(bytes_t, bytes_s)
+        first, second = (
+            torch.cat([tokens, torch.tensor([pair[side] for pair in ends], dtype=torch.int64)])
+            for side, tokens in enumerate((first, second))
+        )
         known = torch.zeros(size, dtype=torch.bool)
         known[second] = True
         wanted = torch.tensor(sorted({token for side in students for token in side.ids[side.start :]}))
@@ -119,6 +132,21 @@ class PromptTargets:
         else:
             more = torch.cat([more, (~known).nonzero().flatten()])
         return Columns(VocabularyPart(torch.cat([second, more]), size), VocabularyPart(first, len(bytes_t)))
+
+    def _effect(self, gains: Tensor) -> Tensor:
+        """What the module does to tokens of an answer, by how much likelier it makes them."""
+        return gains
+
+    def _name(self, row: int) -> str:
+        """What messages call a prompt with its answer."""
+        return self.answered[row][0].text
+
+    @property
+    def _ends(self) -> list[tuple[int, int]]:
+        """The teacher's and the student's token of a turn's end, if answers have one."""
+        if not any(answer.ended for _, answer in self.answered):
+            return []
+        return [(self.templates.teacher.end, self.templates.student.end)]
 
     def _likely(self, students: Sequence[Completion], known: Tensor) -> Tensor:
         """Tokens that the bare student thinks likeliest in these answers, among those that are not known yet."""
@@ -153,13 +181,15 @@ class PromptTargets:
                 for index, row in enumerate(rows):
                     side = sides[row]
                     said = states[index, side.start - 1 : len(side.ids) - 1]
-                    check_finite(said, name, [self.answered[row][0].text], [len(said)])
-                    logits = columns.teacher.logits(output, said[list(strict[row])])
-                    values = likeliest(logits.log_softmax(-1))
-                    top[row], log_p[row] = (value.cpu().clone() for value in values)
+                    check_finite(said, name, [self._name(row)], [len(said)])
+                    found = [
+                        likeliest(columns.teacher.logits(output, said[list(strict[row][part])]).log_softmax(-1))
+                        for part in chunks(len(strict[row]), columns.shared)
+                    ]
+                    top[row], log_p[row] = (torch.cat(values).cpu() for values in zip(*found, strict=True))
                 if held_out:
                     for gains in gains_of(self.teacher, [sides[row] for row in rows], states, bare):
-                        effect.add(gains)
+                        effect.add(self._effect(gains))
                 done += len(rows)
                 run.progress(_STAGE, done, len(sides))
         return top, log_p, effect.value

@@ -65,13 +65,11 @@ class TextDistillation(Distillation):
     """The teacher's classes, or hidden states, on unlabelled text.
 
     Attributes:
-        samples: the text of ``train``.
         train: to be learned from. held_out: to choose by; nothing is ever fitted or trained on it.
         judging: to be judged by, which nothing is chosen by either. groups: of its samples, the same for those that are
             alike. judging_samples: its text. carried: see ``agreement.Agreement``. seed: of the intervals.
     """
 
-    samples: Sequence[Sample]
     train: Targets
     held_out: Targets
     judging: Targets
@@ -108,13 +106,11 @@ class TextDistillation(Distillation):
         return found.model_copy(update={"carried": self.carried})
 
 
-def sample_parts(samples: Iterable[Sample]) -> Parts[Sample]:
-    """The first ``POOL`` samples, each once, in parts: to judge, to choose and to learn from."""
+def sample_parts(samples: Iterable[Sample], most: int = HELD_OUT) -> Parts[Sample]:
+    """The first ``POOL`` samples, each once, in parts: at most ``most`` to judge and to choose, the rest to learn."""
     pool = list(islice(samples, POOL))
     once = each_once(pool, lambda sample: sample.texts)
-    parts = split(
-        once, lambda sample: [text[:_READ_SIGNS] for text in sample.texts], least=LEAST_SAMPLES, most=HELD_OUT
-    )
+    parts = split(once, lambda sample: [text[:_READ_SIGNS] for text in sample.texts], least=LEAST_SAMPLES, most=most)
     return replace(parts, given=len(pool))
 
 

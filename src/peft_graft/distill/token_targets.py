@@ -167,6 +167,12 @@ def reverse_divergence(logits: Tensor, teacher_log_p: Tensor, top: int = TOP) ->
     return (log_q.exp() * (log_q - log_p)).sum(1)
 
 
+def chunks(rows: int, width: int) -> list[slice]:
+    """Parts of so many rows, of which the logits, ``width`` in a row, can be held at a time; at least one."""
+    size = max(1, CHUNK_BYTES // (4 * width))
+    return [slice(start, start + size) for start in range(0, max(1, rows), size)]
+
+
 def in_chunks(states: Tensor, width: int, of: Callable[[Tensor, slice], Tensor], *, frozen: bool) -> Tensor:
     """The sum of a loss over rows of hidden states, with no more than a chunk of logits at any time.
 
@@ -175,10 +181,9 @@ def in_chunks(states: Tensor, width: int, of: Callable[[Tensor, slice], Tensor],
         frozen: whether the loss depends on parameters through the states alone. Then its gradient is taken at once,
             chunk by chunk, and no logits are computed a second time; else they are, in the backward pass.
     """
-    rows = max(1, CHUNK_BYTES // (4 * width))
-    parts = [slice(start, start + rows) for start in range(0, len(states), rows)]
-    if not parts:
+    if not len(states):
         return states.sum() * 0
+    parts = chunks(len(states), width)
     if not torch.is_grad_enabled() or not states.requires_grad:
         return torch.stack([of(states[part], part).sum() for part in parts]).sum()
     if frozen:

@@ -174,7 +174,7 @@ class ModelHandle:
             output: also the output layer's weight, by its path in a language model; loaded when it is first asked for.
 
         Raises:
-            ModelError: there is no language model of this name to take it from.
+            ModelError: there is no language model of this name to take it from, or it has no output layer.
         """
         path = self.architecture.vocabulary.get(LM_HEAD_ROLE)
         if output and path:
@@ -212,7 +212,10 @@ class ModelHandle:
         else:
             options = {**self.loading.source, **self.loading.weights, "dtype": self.base.dtype}
             with explained(self.name, "output layer"):
-                model = auto_class(Task.CAUSAL_LM, self.base.config).from_pretrained(self.place, **options)
+                auto = auto_class(Task.CAUSAL_LM, self.base.config)
+                model, info = auto.from_pretrained(self.place, output_loading_info=True, **options)
+            if f"{self.architecture.row.lm_head}.weight" in info["missing_keys"]:
+                raise ModelError("the model's checkpoint has no output layer", where=self.name)
             layer = model.get_output_embeddings()
             weight = layer.weight
             self.output_bias = layer.bias.detach() if getattr(layer, "bias", None) is not None else None

@@ -108,6 +108,11 @@ class OutputLayer:
             return None
         return self.layer.weight.detach(), None if self.layer.bias is None else self.layer.bias.detach()
 
+    @property
+    def width(self) -> int:
+        """How many logits it gives."""
+        return int(next(self.layer.parameters()).shape[0])
+
     def finish(self, values: Tensor) -> Tensor:
         """Outputs of the layer as logits, float32."""
         values = values.float()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft_graft.card import model_name, public_name, without_paths
+from peft_graft.distill.ask_documents import DocumentRecord
 from peft_graft.distill.breakdown import ClassCounts
 from peft_graft.distill.polish import CurvePoint
 from peft_graft.models.loading import ModelRecord
@@ -132,6 +133,8 @@ def text_facts(report: GraftReport) -> list[tuple[str, str]]:
             ("of the teacher's tokens", f"{pairing.teacher_share_paired:.1%} of {pairing.teacher_tokens:,}"),
             ("of the student's tokens", f"{pairing.student_share_paired:.1%} of {pairing.student_tokens:,}"),
         ]
+    if report.documents:
+        found += _of_documents(report.documents)
     if asked:
         found += [
             ("prompts learned from", f"{asked.prompts:,}"),
@@ -146,6 +149,18 @@ def text_facts(report: GraftReport) -> list[tuple[str, str]]:
         if asked.made:
             found.append(("made", asked.made.text))
     return found
+
+
+def _of_documents(read: DocumentRecord) -> list[tuple[str, str]]:
+    found = [
+        ("documents learned from", f"{read.documents:,}, {read.tokens:,} tokens"),
+        ("documents held out", f"{read.held_out:,}, {read.judging} of them to judge"),
+        ("tokens in both vocabularies", f"{read.shared_tokens:,}"),
+        ("positions where tokens pair", f"{read.strict_share:.1%}"),
+        ("the module changes the text's log-likelihood by", f"{read.module_effect:.2f} nats a token"),
+    ]
+    odd = ((f"cut after {read.longest} tokens", read.cut), ("left out, too short", read.too_short))
+    return [*found, *((what, f"{count:,}") for what, count in odd if count)]
 
 
 def cost(report: GraftReport) -> dict[str, Any]:

@@ -144,6 +144,8 @@ def _practice(report: GraftReport) -> list[str]:
             f"Always saying “{report.classes.labels[label]}” would come to {most / total:.1%}: agreement is what the "
             "graft does beyond chance.",
         ]
+    if report.documents is not None:
+        return report.documents.verdict(measured)
     return [f"It reproduces {measured.agreement:.0%} of what the module does to the last hidden state."]
 
 

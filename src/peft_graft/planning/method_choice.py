@@ -36,7 +36,7 @@ def choose_methods(
     *,
     has_text: bool,
     similarity: float | None,
-    has_prompts: bool = False,
+    speaks: bool = False,
 ) -> MethodChoice:
     """The methods to try.
 
@@ -44,7 +44,7 @@ def choose_methods(
         given: an alignment that the user made before. has_text: whether candidates can be compared on text.
         similarity: mean cosine of the two models' word embeddings, row by row (``loading.embedding_similarity``), None
             where they differ in shape, or where the choice does not depend on it.
-        has_prompts: whether the polish learns from the teacher's answers to prompts.
+        speaks: whether a polish learns what the teacher says next.
 
     Raises:
         AlignmentError: the given alignment was made with another method than the one asked for.
@@ -56,14 +56,14 @@ def choose_methods(
     first, reason = _without_text(sites, similarity)
     if not has_text:
         return MethodChoice((first,), reason)
-    if has_prompts:
-        return _with_prompts(sites, first, reason)
+    if speaks:
+        return _before_learning(sites, first, reason)
     tried = [method for method in automatic_methods() if method.needs_text or method is first]
     return MethodChoice(tuple(tried), reason)
 
 
 def expected_methods(
-    config: GraftConfig, sites: SitePlans, given: Alignment | None, *, has_prompts: bool = False
+    config: GraftConfig, sites: SitePlans, given: Alignment | None, *, speaks: bool = False
 ) -> list[Method]:
     """What may be tried, as far as shapes tell.
 
@@ -74,7 +74,7 @@ def expected_methods(
         return list(_of_alignment(config, given).methods)
     if config.method != AUTO:
         return [METHODS[config.method]]
-    if has_prompts:
+    if speaks:
         return [METHODS[name] for name in (("copy", "prune-align", FRESH) if same_sizes(sites) else (FRESH,))]
     return [method for method in automatic_methods() if method.needs_text or same_sizes(sites)]
 
@@ -99,15 +99,15 @@ def _of_alignment(config: GraftConfig, given: Alignment) -> MethodChoice:
     return MethodChoice((wanted,), "asked for")
 
 
-def _with_prompts(sites: SitePlans, first: Method, reason: str) -> MethodChoice:
-    """What is worth trying beside an untrained module, where the teacher's answers to prompts are learned.
+def _before_learning(sites: SitePlans, first: Method, reason: str) -> MethodChoice:
+    """What is worth trying beside an untrained module, where what the teacher says next is learned.
 
     Between models of unlike sizes weights carry over next to nothing (docs/results/decoders.md), and an alignment takes
     the time of many steps.
     """
     if same_sizes(sites):
         return MethodChoice((first, METHODS[FRESH]), reason)
-    return MethodChoice((METHODS[FRESH],), f"{reason}, and learning from the teacher's answers does better from afresh")
+    return MethodChoice((METHODS[FRESH],), f"{reason}, and learning what the teacher says does better from afresh")
 
 
 def _without_text(sites: SitePlans, similarity: float | None) -> tuple[Method, str]:

@@ -52,6 +52,7 @@ class Plan:
     Attributes:
         config: the user's choices. has_text: whether there is text; None where that is not known yet.
         has_prompts: whether it is prompts, to learn from the teacher's answers to them.
+        speaks: whether a polish learns what the teacher says next, in answers to prompts or in plain text.
         given: an alignment that the user made before.
         models: described from their configurations, and loaded once the plan is bound.
         module: the teacher's module. moved: the part of it that moves, in the library that it is written for.
@@ -62,6 +63,7 @@ class Plan:
     config: GraftConfig
     has_text: bool | None
     has_prompts: bool
+    speaks: bool
     given: Alignment | None
     models: ModelPair
     module: PeftCheckpoint
@@ -79,6 +81,7 @@ class Plan:
         *,
         has_text: bool | None = None,
         has_prompts: bool = False,
+        speaks: bool = False,
         given: Alignment | None = None,
     ) -> Plan:
         """Plan a transfer from shapes alone, so that what cannot work fails before weights are loaded.
@@ -87,7 +90,7 @@ class Plan:
             raw: the module as its files say it; values are not looked at.
             models: described from their configurations (``loading.blank_handle``), without weights.
             has_text: None leaves open whether there will be text (``inspect`` without ``--text``).
-            has_prompts: see ``Plan``.
+            has_prompts, speaks: see ``Plan``.
 
         Raises:
             GraftError: what ``transfer`` refuses: CheckpointError, ModelError, PlanError, HeadError, AlignmentError or
@@ -103,12 +106,12 @@ class Plan:
         sites = _sites(moved, models, config, method_of_spaces(config, given))
         check_servable([site.student for site in sites.sites], models.student, config.for_)
         check_task_models(module.raw, moved.raw, models, has_text=bool(has_text))
-        methods = expected_methods(config, sites, given, has_prompts=has_prompts)
+        methods = expected_methods(config, sites, given, speaks=speaks)
         if config.method == "copy":
             copy_alignment(sites.pairs, "", "")
         elif has_text is False and given is None and (config.method != AUTO or not same_sizes(sites)):
             raise no_text("prune-align" if config.method == AUTO else config.method)
-        return cls(config, has_text, has_prompts, given, models, module, moved, sites, tuple(methods), "")
+        return cls(config, has_text, has_prompts, speaks, given, models, module, moved, sites, tuple(methods), "")
 
     def bind(self, raw: RawCheckpoint, models: ModelPair, samples: Sequence[Sample] = ()) -> Plan:
         """The same plan on loaded models: the module's values, the methods to try, the experts that correspond.
@@ -127,7 +130,7 @@ class Plan:
         open_choice = given is None and config.method == AUTO
         similarity = embedding_similarity(models.teacher.base, models.student.base) if open_choice else None
         choice = choose_methods(
-            config, sites, given, has_text=bool(self.has_text), similarity=similarity, has_prompts=self.has_prompts
+            config, sites, given, has_text=bool(self.has_text), similarity=similarity, speaks=self.speaks
         )
         experts = self._experts(moved, models, choice.methods, samples)
         if experts is not None:
