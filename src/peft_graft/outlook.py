@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -11,16 +11,20 @@ from typing import Literal
 import torch
 from torch import nn
 
+from peft_graft.alignment.collect import PAIRING
 from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.text import Sample
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_documents import LOOKED_AT
 from peft_graft.distill.ask_prompts import Asking
+from peft_graft.distill.ask_seeds import STAGE as MAKING
 from peft_graft.distill.ask_seeds import listing_of
 from peft_graft.distill.completions import PromptDistillation
+from peft_graft.distill.polish import STAGE as POLISHING
 from peft_graft.distill.polish import PolishSettings
 from peft_graft.distill.teacher import POOL
+from peft_graft.distill.teacher import STAGE as ASKING
 from peft_graft.errors import GraftError
 from peft_graft.material import DocumentMaterial, PromptMaterial, TextMaterial
 from peft_graft.models.loading import ModelHandle
@@ -89,8 +93,9 @@ class StudentSummary(Record):
     ``forwards_per_token``: those of both models' forward passes; ``weights_mib``: memory of both models in float32;
     ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here; where
     there is text, those of its ``text_tokens`` and of ``polish_steps`` of learning from it; of prompts, those of all
-    their answers and of learning from them; of documents, those of reading and of learning from them. ``training_mib``:
-    memory of that, about.
+    their answers and of learning from them; of documents, those of reading and of learning from them.
+    ``stage_seconds``: what of these each stage takes that grows with the text. ``training_mib``: memory of learning,
+    about.
     """
 
     name: str
@@ -109,6 +114,7 @@ class StudentSummary(Record):
     forwards_per_token: int = 0
     weights_mib: float = 0.0
     least_seconds: float = 0.0
+    stage_seconds: dict[str, float] = {}
     text_tokens: int | None = None
     polish_steps: int | None = None
     prompts: PromptOutlook | None = None
@@ -203,8 +209,8 @@ def _cost_of_prompts(plan: Plan, asked: PromptOutlook) -> dict[str, object]:
     """Multiply-adds and memory: every answer generated, read once, and learned from in some passes."""
     tokens = asked.prompt_tokens + asked.answer_tokens
     written = _WRITTEN * asked.prompt_tokens if asked.made_from else 0
-    asking = asked.prompts * (2 * tokens + written)
-    return _cost_of_learning(plan, asking, plan.config.polish_steps_on(asked.prompts, _BATCH), tokens)
+    by_teacher = {MAKING: asked.prompts * written, ASKING: asked.prompts * 2 * tokens}
+    return _cost_of_learning(plan, by_teacher, plan.config.polish_steps_on(asked.prompts, _BATCH), tokens)
 
 
 def _documents_for(material: DocumentMaterial, plan: Plan) -> dict[str, object]:
@@ -231,25 +237,29 @@ def _documents_for(material: DocumentMaterial, plan: Plan) -> dict[str, object]:
         "documents": found,
         "text_tokens": round(tokens),
         "polish_steps": steps,
-        **_cost_of_learning(plan, tokens, steps, found.tokens, aligned),
+        **_cost_of_learning(plan, {ASKING: tokens}, steps, found.tokens, aligned),
     }
 
 
-def _cost_of_learning(plan: Plan, asking: float, steps: int, tokens: float, aligned: float = 0.0) -> dict[str, object]:
+def _cost_of_learning(
+    plan: Plan, by_teacher: Mapping[str, float], steps: int, tokens: float, aligned: float = 0.0
+) -> dict[str, object]:
     """Multiply-adds and memory of asking the teacher and of learning from what it says.
 
     Args:
-        asking: tokens that the teacher reads and writes. tokens: of one of the texts that are learned from.
+        by_teacher: tokens that the teacher reads and writes, by stage.
+        tokens: of one of the texts that are learned from.
         aligned: multiply-adds of aligning the models.
     """
     (teacher, _), (student, size) = _costs(plan.models.teacher), _costs(plan.models.student)
     # Backward passes take another product for every one of the forward pass; the modules' own are small.
-    operations = asking * teacher + 2 * steps * _BATCH * tokens * student + aligned
+    operations = {stage: count * teacher for stage, count in by_teacher.items()}
+    operations |= {PAIRING: aligned, POLISHING: 2 * steps * _BATCH * tokens * student}
     hidden = plan.models.student.architecture.hidden_size
     layers = plan.models.student.architecture.num_layers
     activations = 4 * _BATCH * tokens * hidden * layers * _STORED
     return {
-        "least_seconds": round(operations / _products_per_second(), 1),
+        **_times(operations, 1),
         "training_mib": round((size + activations) / 2**20, 1),
     }
 
@@ -265,12 +275,18 @@ def _cost_of_text(plan: Plan, samples: Sequence[Sample], sources: ModelSources, 
     (teacher, _), (student, _) = _costs(plan.models.teacher), _costs(plan.models.student)
     # Backward passes take another product for every one of the forward pass.
     trained = 2 * settings.steps * settings.batch_size * length * student
-    operations = tokens * (teacher + student + _products(plan, plan.methods)) + trained
+    aligned = tokens * (teacher + student + _products(plan, plan.methods))
     return {
         "text_tokens": tokens,
         "polish_steps": settings.steps,
-        "least_seconds": round(operations / _products_per_second(), 3),
+        **_times({PAIRING: aligned, POLISHING: trained}, 3),
     }
+
+
+def _times(operations: Mapping[str, float], digits: int) -> dict[str, object]:
+    """What the multiply-adds of every stage take at the least, and all of them."""
+    seconds = {stage: count / _products_per_second() for stage, count in operations.items() if count}
+    return {"least_seconds": round(sum(seconds.values()), digits), "stage_seconds": seconds}
 
 
 def _outlook(plan: Plan) -> dict[str, object]:

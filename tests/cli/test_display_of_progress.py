@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from peft_graft.cli.output import look
-from peft_graft.cli.progress import EVERY, Bar, Lines, watching
+from peft_graft.cli.progress import EVERY, Bar, Lines, PlannedBar, watching
+from peft_graft.outlook import StudentSummary
 
 
 def test_lines_come_now_and_then_with_step_and_loss() -> None:
@@ -51,6 +52,31 @@ def test_one_bar_shows_stage_steps_loss_and_time_left(monkeypatch) -> None:
         assert task.fields["left"].endswith(" left")
         bar.on_stage_begin("judging")
         assert task.fields["loss"] == ""
+
+
+def test_a_planned_bar_tells_the_time_left_of_the_whole_run() -> None:
+    with Progress(TextColumn("{task.fields[whole]}"), console=Console(file=io.StringIO(), width=80)) as display:
+        bar = PlannedBar(display)
+
+        def whole() -> str:
+            (task,) = display.tasks
+            return task.fields["whole"]
+
+        bar.begun -= 100
+        seconds = {"making prompts": 9.0, "asking the teacher": 2.0, "polishing": 3.0}
+        bar.on_plan(StudentSummary(name="s", stage_seconds=seconds))
+        bar.on_stage_begin("loading models")
+        bar.on_stage_begin("asking the teacher")  # the prompts were made before an interruption
+        bar.started -= 10
+        bar.on_progress("asking the teacher", 50, 100)
+        assert whole() == "2 min, about 40 s left in all", "10 s to the end of the stage, and 30 s, ten times the least"
+        bar.on_stage_end("asking the teacher", 20)
+        bar.on_stage_begin("judging")
+        bar.on_progress("judging", 1, 2)
+        assert whole() == "2 min, about 30 s left in all"
+        bar.on_stage_begin("polishing")
+        bar.on_progress("polishing", 1, 2)
+        assert whole() == "2 min", "the stage that runs is the last long one, and has its own time left"
 
 
 @pytest.mark.parametrize("quiet", [False, True])

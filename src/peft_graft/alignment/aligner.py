@@ -11,7 +11,7 @@ from itertools import chain, islice, tee
 
 from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, shape_alignment, solve_alignment
 from peft_graft.alignment.cache import AlignmentCache, assembled
-from peft_graft.alignment.collect import CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
+from peft_graft.alignment.collect import PAIRING, CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
 from peft_graft.alignment.distinct import key_of
 from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
@@ -207,7 +207,7 @@ class Aligner:
             if all(folder.is_dir() for folder in kept):
                 with suppress(GraftError):  # damaged
                     return [Alignment.from_pretrained(folder) for folder in kept]
-        with self.run.stage("pairing tokens"):
+        with self.run.stage(PAIRING):
             totals, counts = self._totals(key, wanted, last=last)
             statistics = totals.statistics()
         if counts.nonfinite_pairs * 2 > counts.pairs:

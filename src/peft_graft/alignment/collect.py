@@ -37,6 +37,7 @@ _CHUNK = 512  # samples sorted by length together, so that a batch is padded lit
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
 SAVE_EVERY = 60.0  # seconds
+PAIRING = "pairing tokens"  # the stage
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def collect_totals(
                 saved = time.monotonic()
             if _on_processor(models):
                 give_back_memory()
-            run.progress("pairing tokens", min(pairs, settings.max_tokens), settings.max_tokens)
+            run.progress(PAIRING, min(pairs, settings.max_tokens), settings.max_tokens)
     counts.nonfinite_pairs = totals.nonfinite
     return totals, counts
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_graft.alignment.collect import (
+    PAIRING,
     WHOLE,
     CollectionSettings,
     Shard,
@@ -173,7 +174,7 @@ def collect_on_ray(
             parts[running.pop(ready[0])] = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, GraftError) else error) from None
-        run.progress("pairing tokens", len(parts), plan.shards)
+        run.progress(PAIRING, len(parts), plan.shards)
     totals, one = (empty_totals(models, wanted, hold_out=hold_out) for _ in range(2))
     for index in range(plan.shards):  # in order, whichever came first
         one.load(parts[index][0])

@@ -86,12 +86,26 @@ class Bar(Stage):
             steps=f"{self.done:,}/{self.total:,}" if self.total else "",
             loss="" if self.loss is None else f"loss {self.loss:.3f}",
             left=self.left,
-            whole=duration(time.monotonic() - self.begun),
+            whole=self.whole,
         )
+
+    @property
+    def whole(self) -> str:
+        """How long the run has taken."""
+        return duration(time.monotonic() - self.begun)
 
 
 class PlannedBar(Bar):
-    """The bar, and above it what the run will do."""
+    """The bar, and above it what the run will do; from that the time left of the run, while long stages are ahead.
+
+    The plan has the least that a stage takes. Those so far tell how much more it is here.
+    """
+
+    def __init__(self, display: Progress) -> None:
+        super().__init__(display)
+        self._least: dict[str, float] = {}
+        self._ahead: list[str] = []
+        self._taken = self._least_so_far = 0.0
 
     def on_plan(self, plan: Record) -> None:
         """Print it."""
@@ -100,6 +114,31 @@ class PlannedBar(Bar):
 
         assert isinstance(plan, StudentSummary)
         self._display.console.print(planned(plan))
+        self._least, self._ahead = plan.stage_seconds, list(plan.stage_seconds)
+
+    def on_stage_begin(self, stage: str) -> None:
+        """Begin a stage; those that were planned before it are over, or were not needed."""
+        if stage in self._ahead:
+            del self._ahead[: self._ahead.index(stage) + 1]
+        super().on_stage_begin(stage)
+
+    def on_stage_end(self, stage: str, seconds: float) -> None:
+        """Note how long a planned stage took."""
+        if stage in self._least:
+            self._taken, self._least_so_far = self._taken + seconds, self._least_so_far + self._least[stage]
+            self.done, self.total = 0, None
+
+    @property
+    def whole(self) -> str:
+        """How long the run has taken, and about how long it still takes."""
+        share = self.done / self.total if self.total and self.name in self._least else 0.0
+        here = time.monotonic() - self.started if share else 0.0
+        least = self._least_so_far + share * self._least.get(self.name, 0.0)
+        if not self._ahead or not least or self._taken + here < 1:
+            return super().whole
+        left = here * (1 - share) / share if share else 0.0
+        left += (self._taken + here) / least * sum(self._least[stage] for stage in self._ahead)
+        return f"{super().whole}, about {duration(left)} left in all"
 
 
 class Lines(Stage):

@@ -19,7 +19,7 @@ from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.seeds import Seeds
 from peft_graft.run import Run
 
-_STAGE = "making prompts"
+STAGE = "making prompts"
 
 
 def seeds_of(
@@ -82,7 +82,7 @@ def prompts_from(  # the examples, how they are asked about and of whom; the res
     Raises:
         TextError: too few could be made. ModelError: the teacher does not speak.
     """
-    with run.stage(_STAGE):
+    with run.stage(STAGE):
         listing = listing_of(seeds, asking, models, config)
         model = language_model(models.teacher, bf16=asking.bf16)
         key = json.dumps([key, models.teacher.speaking_key, listing.examples, listing.tokens])
@@ -93,5 +93,5 @@ def prompts_from(  # the examples, how they are asked about and of whom; the res
             least=LEAST_PROMPTS,
             seed=config.seed,
             store=AnswerStore(run.work, "made-prompts", key) if run.work else None,
-            progress=lambda done, total: run.progress(_STAGE, done, total),
+            progress=lambda done, total: run.progress(STAGE, done, total),
         )

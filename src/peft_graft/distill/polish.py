@@ -21,7 +21,7 @@ from peft_graft.run import Run
 STARTS = ("moved", "gradient")
 #: Learning rates to choose from, and the share of the steps that one trial takes (one part in ``PILOT``).
 RATES, PROMPT_RATES, PILOT = (3e-3, 1e-2), (2e-3, 5e-3), 20
-_STAGE = "polishing"
+STAGE = "polishing"
 _WEIGHT_DECAY = 0.01
 
 
@@ -106,7 +106,7 @@ def polish(
     candidate = outcome.candidate
     if not settings.steps or candidate.attached is None or outcome.is_exact:
         return outcome, None
-    with run.stage(_STAGE):
+    with run.stage(STAGE):
         course = _Course(outcome, settings, run, identity, _possible(starts, candidate))
         start, rate = course.choose()
         curve = course.train(start, rate)
@@ -172,7 +172,7 @@ def train_polish(
         evaluate_start=True,
         store=store,
         identity=identity,
-        on_step=lambda step, loss: run.step(_STAGE, before + step, total, float(loss)),
+        on_step=lambda step, loss: run.step(STAGE, before + step, total, float(loss)),
     )
     return [
         CurvePoint(

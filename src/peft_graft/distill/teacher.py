@@ -57,7 +57,7 @@ TOKENS = Space(-1, TOKENS_OUT)
 #: Tokens [start, end) of a sample.
 Place = tuple[int, int]
 
-_STAGE = "asking the teacher"
+STAGE = "asking the teacher"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
     chosen += [Sample(pair.second, pair.first) for pair in chosen[held:] if pair.second is not None][:lacking]
     labels = checkpoint.head.labels if checkpoint.head else ()
     judging = len(parts.judging)
-    with run.stage(_STAGE):
+    with run.stage(STAGE):
         teacher = attach(checkpoint.raw, models.teacher, labels, bf16=bf16)
         asked = _Asked(models, teacher, chosen, kind_of(checkpoint.head), shift_map)
         found, carried = asked.targets(run, judging)
@@ -280,7 +280,7 @@ class _Asked:
                 check_finite(found, name, (_line(self.samples[row]) for row in rows), counts)
                 _put(answers, rows, found, counts)
                 done += len(rows)
-                run.progress(_STAGE, done, len(self.samples))
+                run.progress(STAGE, done, len(self.samples))
             shift, carried = list[Tensor](), None
             if self.shift_map is not None:
                 shift = [self.shift_map.apply(answer, 1, "write") for answer in answers]
