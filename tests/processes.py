@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peft_graft.cli.main import main
 
@@ -39,6 +40,23 @@ def command(*arguments: str) -> None:
     """``peft-graft``, to be started."""
     sys.argv = ["peft-graft", *arguments]
     main()
+
+
+def torchrun(count: int, *arguments: str) -> None:
+    """``peft-graft`` as ``torchrun --standalone`` starts it, in copies of this process in place of new ones."""
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, start_method=METHOD,
+    )  # fmt: skip
+    elastic_launch(settings, _one_of_several)(*arguments)
+
+
+def _one_of_several(*arguments: str) -> None:
+    try:
+        command(*arguments)
+    except SystemExit as ended:  # which torchrun takes for a failure of any code
+        if ended.code:
+            raise
 
 
 def _run(function: Callable[..., object], arguments: tuple[object, ...], streams: tuple[str, str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from peft_graft.alignment.aligner import Aligner, AlignmentText, WantedMaps
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method
-from peft_graft.alignment.sharding import Processes, RayPass
+from peft_graft.alignment.sharding import RayPass
 from peft_graft.alignment.text import TextLike, TextSource, rows_given
 from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
@@ -20,6 +20,7 @@ from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
 from peft_graft.planning.sources import ModelSources
 from peft_graft.planning.spaces import directions_of_roles, expert_pairs, spaces_of_roles
+from peft_graft.processes import Processes
 from peft_graft.progress import watchers
 from peft_graft.run import UNFINISHED, Callback, Run
 
@@ -62,8 +63,9 @@ def align(
     pairs = spaces_of_roles(*architectures, layers=config.layers, roles=config.sites)
     source = TextSource(text, config.columns, config.seed)
     samples = source.samples()
-    run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
-    processes = Processes.started(RayPass(str(teacher), str(student), str(text), config) if config.ray else None)
+    processes = Processes.started()
+    run = Run(watchers(callbacks), Path(f"{out}{UNFINISHED}") if out is not None else None, processes)
+    on_ray = RayPass(str(teacher), str(student), str(text), config) if config.ray else None
     with run.stage("loading models"):
         models = sources.loaded(tokenizers=True)
     if expert_pairs(*architectures, config.layers):
@@ -73,7 +75,7 @@ def align(
         samples = chain(start, samples)
     wanted = WantedMaps(pairs, directions_of_roles(architectures[0], config.sites), lenient=True)
     read = AlignmentText(samples, source.name, source.key)
-    found = Aligner(models, wanted, [method], read, config, run, processes=processes).alignment(method)
+    found = Aligner(models, wanted, [method], read, config, run, on_ray=on_ray).alignment(method)
     if out is not None and processes.first:
         found.save_pretrained(out, force=config.force)
         shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)

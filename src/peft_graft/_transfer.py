@@ -18,6 +18,7 @@ from peft_graft.move import Move
 from peft_graft.outlook import outlook
 from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.sources import ModelLike, Tokenizers, config_of_live
+from peft_graft.processes import Processes
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.run import UNFINISHED, Callback, Run
@@ -39,6 +40,9 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     tokenizers: Tokenizers | None = None,
 ) -> Graft:
     """Move a trained module to another model.
+
+    Among the processes of torchrun or accelerate each runs its share of the text, of the prompts and of every batch
+    that is learned from; all return the same graft, and the first writes.
 
     Args:
         adapter: folder or hub id of a checkpoint of peft or adapters, a live ``peft.PeftModel``, or a ``Graft``.
@@ -78,12 +82,17 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         config=config,
         tokenizers=tokenizers,
     )
-    run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    processes = Processes.started()
+    work = Path(f"{out}{UNFINISHED}") if out is not None and processes.first else None
+    run = Run(watchers(callbacks) if processes.first else (), work, processes)
     run.planned(lambda: outlook(move))
     with run.stage("loading models"):
         models = move.sources.loaded(tokenizers=move.reads_text)
     graft = move.carried_out(models, run)
-    return graft if out is None else written(graft, Path(out), run)
+    if out is not None and processes.first:
+        graft = written(graft, Path(out), run)
+    processes.wait()
+    return graft
 
 
 def written(graft: Graft, out: Path, run: Run) -> Graft:

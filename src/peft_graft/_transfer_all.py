@@ -16,7 +16,7 @@ from peft_graft.alignment.aligner import SharedAlignments
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.config import GraftConfig, known_arguments
-from peft_graft.errors import GraftError, OutputError, reason
+from peft_graft.errors import GraftError, OutputError, PlanError, reason
 from peft_graft.files import json_text, read_json
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelHandle, ModelPair
@@ -26,6 +26,7 @@ from peft_graft.outputs import reserved, reserving_output, write_aside
 from peft_graft.page.graft import PAGE
 from peft_graft.page.shelf import write_shelf_page
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
+from peft_graft.processes import Processes
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.report import REPORT, GraftReport
@@ -62,10 +63,16 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         callbacks: watch the run; stages carry the name of their module.
 
     Raises:
-        PlanError: there is no module, or two would be written to the same folder.
+        PlanError: there is no module, two would be written to the same folder, or this is one of several processes.
         OutputError: ``out`` cannot be written.
         AlignmentError: there is no alignment of that name.
     """
+    if not Processes.started().alone:
+        raise PlanError(
+            "a shelf is moved by one process",
+            where="torchrun",
+            fix="start one, or let several of them move one module after another with transfer",
+        )
     config = config_of_live(placed(GraftConfig.of(config)), student)
     modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
     check_names(modules)

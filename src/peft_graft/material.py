@@ -274,7 +274,10 @@ class PromptMaterial:
         """Make the prompts, where there are only examples."""
         if not isinstance(self.source, Seeds):
             return
-        self.prompts, self.made = prompts_from(self.source, self.asking, models, config, run, key=self.key)
+        source = self.source
+        self.prompts, self.made = run.processes.of_first(
+            lambda: prompts_from(source, self.asking, models, config, run, key=self.key)
+        )
 
     @property
     def samples(self) -> Sequence[Sample]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_graft.errors import DeviceError
+from peft_graft.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from peft_graft.record import Record
@@ -52,11 +53,13 @@ class Run:
     Attributes:
         callbacks: told of every stage and its progress.
         work: a folder for what an interrupted run can go on from; None keeps nothing.
+        processes: those that share it.
         seconds: time of every stage so far.
     """
 
     callbacks: Sequence[Callback] = ()
     work: Path | None = None
+    processes: Processes = ALONE
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

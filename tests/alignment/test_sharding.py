@@ -12,7 +12,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import processes
 import tiny
@@ -59,23 +58,9 @@ def command(world: Path, out: Path, method: str) -> list[str]:
             str(out), "--method", method, "--sites", ",".join(SITES), "--max-tokens", "2500", "--json"]  # fmt: skip
 
 
-def torchrun(count: int, *arguments: str) -> None:
-    """What ``torchrun --standalone`` does, with copies of this process in place of new ones."""
-    settings = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, start_method=processes.METHOD,
-    )  # fmt: skip
-    elastic_launch(settings, one_of_several)(*arguments)
-
-
-def one_of_several(*arguments: str) -> None:
-    with pytest.raises(SystemExit, match="0"):  # which torchrun takes for a failure of any code
-        processes.command(*arguments)
-
-
 def test_four_processes_of_torchrun_give_what_one_gives(world, alone, tmp_path) -> None:
     agent = processes.start(
-        torchrun, 4, *command(world, tmp_path / "outputs" / "a", alone.method), out=tmp_path / "out",
+        processes.torchrun, 4, *command(world, tmp_path / "outputs" / "a", alone.method), out=tmp_path / "out",
         err=tmp_path / "err",
     )  # fmt: skip
     agent.join(300)

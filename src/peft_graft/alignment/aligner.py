@@ -11,12 +11,20 @@ from itertools import chain, islice, tee
 
 from peft_graft.alignment.alignment import Alignment, Pair, copy_alignment, shape_alignment, solve_alignment
 from peft_graft.alignment.cache import AlignmentCache, assembled
-from peft_graft.alignment.collect import PAIRING, CollectionSettings, Totals, Unfinished, check_pairs, collect_totals
+from peft_graft.alignment.collect import (
+    PAIRING,
+    CollectionSettings,
+    Shard,
+    Totals,
+    Unfinished,
+    check_pairs,
+    collect_totals,
+)
 from peft_graft.alignment.distinct import key_of
 from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
-from peft_graft.alignment.sharding import Processes, collect_on_ray
+from peft_graft.alignment.sharding import RayPass, collect_on_ray
 from peft_graft.alignment.text import Sample, digest_of
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.config import PairConfig
@@ -103,7 +111,7 @@ class Aligner:
 
     Args:
         methods: all that may be asked for. given: an alignment to use in place of text.
-        shared: those that modules before this one had made. processes: how the pass is shared out.
+        shared: those that modules before this one had made. on_ray: run the pass there.
     """
 
     def __init__(  # what is aligned, on what and how; given and shared ones stand in for it
@@ -117,13 +125,13 @@ class Aligner:
         *,
         given: Alignment | None = None,
         shared: SharedAlignments | None = None,
-        processes: Processes | None = None,
+        on_ray: RayPass | None = None,
     ) -> None:
         self.models, self.wanted, self.text, self.config, self.run = models, wanted, text, config, run
         self.shared = shared
         self.methods = [method for method in methods if method.needs_text]
         self.cache = AlignmentCache.of(config, text.key if text else None)
-        self.processes = processes or Processes()
+        self.on_ray, self.processes = on_ray, run.processes
         self.counts: PairingCounts | None = None
         self._made: dict[str, Alignment] = {}
         self._seen: set[int] | None = set()
@@ -191,7 +199,9 @@ class Aligner:
     def _parts(self) -> list[Wanted]:
         """What the methods need, in as many parts as memory asks for; the same in every process."""
         wanted = self._gathered.moments(self.methods)
-        limit = self.processes.least(memory_of_a_pass(self.models.teacher.device, self.processes.sharers))
+        limit = self.processes.least(
+            memory_of_a_pass(self.models.teacher.device, self.on_ray.shards if self.on_ray else 1)
+        )
         return Layout.of(self.models, wanted).parts(wanted, limit, hold_out=self._holds_out)
 
     def _part(self, wanted: Wanted, *, last: bool) -> list[Alignment]:
@@ -270,10 +280,10 @@ class Aligner:
             samples, self.text.samples = tee(samples)
         settings = CollectionSettings(max_tokens=self.config.max_tokens)
         state = Unfinished(self.run.work, key) if self.run.work else None
-        if self.processes.on_ray:
+        if self.on_ray:
             self._seen = None  # others read the text
             return collect_on_ray(
-                self.processes.on_ray,
+                self.on_ray,
                 self.models,
                 wanted,
                 settings,
@@ -288,7 +298,7 @@ class Aligner:
             settings,
             self.run,
             hold_out=self._holds_out,
-            shard=self.processes.shard,
+            shard=Shard(self.processes.index, self.processes.count),
             unfinished=state,
         )
         if not self.processes.alone:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from peft_graft.alignment.collect import (
     PAIRING,
-    WHOLE,
     CollectionSettings,
     Shard,
     Totals,
@@ -50,66 +49,6 @@ class RayPass:
     def shards(self) -> int:
         """Number of parts."""
         return self.config.shards or os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class Processes:
-    """How a pass is shared out: among the processes that torchrun or accelerate started, or on Ray.
-
-    Attributes:
-        shard: the part of the batches that is this process's. on_ray: run the pass there.
-    """
-
-    shard: Shard = WHOLE
-    on_ray: RayPass | None = None
-
-    @staticmethod
-    def started(on_ray: RayPass | None = None) -> Processes:
-        """As the environment says that this process was started."""
-        return Processes(_this_process(), on_ray)
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other process runs a part."""
-        return self.shard.count == 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes what all have found."""
-        return self.shard.index == 0
-
-    @property
-    def sharers(self) -> int:
-        """How many parts share a machine's memory at most."""
-        return self.on_ray.shards if self.on_ray else 1
-
-    def least(self, value: int) -> int:
-        """The least of what the processes have each."""
-        if self.alone:
-            return value
-        import torch
-        import torch.distributed as processes
-
-        least = torch.tensor(value)
-        processes.all_reduce(least, processes.ReduceOp.MIN)
-        return int(least)
-
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if not self.alone:
-            import torch.distributed as processes
-
-            processes.barrier()
-
-
-def _this_process() -> Shard:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-        return WHOLE
-    import torch.distributed as processes
-
-    if not processes.is_initialized():
-        processes.init_process_group("gloo")
-    return Shard(processes.get_rank(), processes.get_world_size())
 
 
 def start_ray(address: str) -> Any:

@@ -192,6 +192,7 @@ class Asking:
                 bf16=student.bf16,
                 store=AnswerStore(run.work, "student-answers", key) if run.work and key else None,
                 progress=lambda done, total: run.progress("asking the student", done, total),
+                processes=run.processes,
             )
         record = PromptRecord(
             prompts=len(train),
@@ -289,6 +290,7 @@ class Asking:
             bf16=teacher.bf16,
             store=store,
             progress=lambda done, total: run.progress(_STAGE, done, total),
+            processes=run.processes,
         )
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]

@@ -160,6 +160,11 @@ class CompletionDistillation(Distillation):
         strict, text, count = self._losses(attached, self.train.part(rows))
         return (strict + text) / max(1, count)
 
+    def weight(self, rows: Sequence[int]) -> float:
+        """Positions; ``Distillation``."""
+        part = self.train.part(rows)
+        return float(part.positions + sum(len(place) for place in part.text))
+
     def measure(self, attached: AttachedModel) -> Agreement:
         """Agreement at the strict positions of the answers that choose (``Agreement``)."""
         return self._compared(self.divergences(attached, self.held_out), self.bare, self.held_out.sizes)
@@ -296,6 +301,7 @@ class PromptDistillation(CompletionDistillation):
             self.sampling,
             bf16=attached.bf16,
             progress=lambda done, total: run.progress("asking the graft", done, total),
+            processes=run.processes,
         )
         return found, compare_answers(found, self.answers, self.bare_answers, self.groups, self.seed)
 

@@ -74,6 +74,10 @@ class Distillation(ABC):
         """
 
     @abstractmethod
+    def weight(self, rows: Sequence[int]) -> float:
+        """What the loss of these rows is a mean over: losses so weighted add up to that of all of them."""
+
+    @abstractmethod
     def measure(self, attached: AttachedModel) -> Agreement:
         """How the student with a module agrees with the teacher on what grafts are chosen by."""
 

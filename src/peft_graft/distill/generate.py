@@ -16,6 +16,7 @@ from peft_graft.distill.training import length_batches
 from peft_graft.models.devices import seed_generators
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.outputs import writing
+from peft_graft.processes import ALONE, Processes
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
@@ -105,6 +106,7 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
     store: AnswerStore | None = None,
     progress: Callable[[int, int], None] | None = None,
     bf16: bool = False,
+    processes: Processes = ALONE,
 ) -> list[Answer]:
     """What a language model answers to prompts.
 
@@ -114,24 +116,26 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
         batch_size: prompts at a time; what suits the device where it is not given (``batch_size_of``).
         store: answers that are in it are not generated again. progress: told of (answers so far, prompts).
         bf16: forward passes in mixed precision.
+        processes: each answers a batch at a time, and has the answers of all; the first one's store is used.
 
     Returns:
         An answer to every prompt, in their order.
     """
     inputs = [template.ids(prompt) for prompt in prompts]
-    found = store.load() if store else {}
+    found = processes.of_first(lambda: store.load() if store else {})
     left = [number for number in range(len(prompts)) if number not in found]
     model.eval()
     lengths = [len(inputs[number]) for number in left]
     if batch_size is None:
         batch_size = batch_size_of(model, max(lengths, default=0) + sampling.max_new_tokens)
-    for batch in length_batches(lengths, batch_size):
-        rows = [left[index] for index in batch]
-        texts = _generate(model, template, [inputs[row] for row in rows], sampling, bf16=bf16)
-        answers = dict(zip(rows, texts, strict=True))
-        found |= answers
-        if store:
-            store.add(answers)
+    batches = [[left[index] for index in batch] for batch in length_batches(lengths, batch_size)]
+    for at in range(0, len(batches), processes.count):
+        rows = batches[at + processes.index] if at + processes.index < len(batches) else []
+        texts = _generate(model, template, [inputs[row] for row in rows], sampling, bf16=bf16) if rows else []
+        for answers in processes.of_all(dict(zip(rows, texts, strict=True))):
+            found |= answers
+            if store and processes.first:
+                store.add(answers)
         if progress:
             progress(len(found), len(prompts))
     return [found[number] for number in range(len(prompts))]

@@ -173,6 +173,8 @@ def train_polish(
         store=store,
         identity=identity,
         on_step=lambda step, loss: run.step(STAGE, before + step, total, float(loss)),
+        processes=run.processes,
+        weight=distillation.weight,
     )
     return [
         CurvePoint(

@@ -150,3 +150,10 @@ def distillation_loss(given: Tensor, targets: Targets, rows: Sequence[int]) -> T
         shift = torch.cat([targets.shift[row] for row in rows]).to(given.device)
         return (given - wanted).square().sum() / shift.square().sum().clamp_min(1e-12)
     return cross_entropy(log_probabilities(given, targets.kind), wanted.exp())
+
+
+def loss_weight(targets: Targets, rows: Sequence[int]) -> float:
+    """What ``distillation_loss`` of these samples is a mean over: answers, or the squares of the shifts."""
+    if targets.kind == "hidden":
+        return float(sum(targets.shift[row].square().sum() for row in rows))
+    return float(sum(len(targets.values[row]) for row in rows))

@@ -30,6 +30,7 @@ from peft_graft.distill.targets import (
     distillation_loss,
     kind_of,
     log_probabilities,
+    loss_weight,
     pooled,
     student_answers,
 )
@@ -87,6 +88,10 @@ class TextDistillation(Distillation):
         """``targets.distillation_loss`` on some of the samples."""
         given = student_answers(attached, self.models.student, self.train, rows).float()
         return distillation_loss(given, self.train, rows)
+
+    def weight(self, rows: Sequence[int]) -> float:
+        """See ``Distillation``."""
+        return loss_weight(self.train, rows)
 
     def measure(self, attached: AttachedModel) -> Agreement:
         """How the student with a module agrees with the teacher on the text that chooses."""

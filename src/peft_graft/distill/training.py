@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_graft.models.devices import seed_generators, trainable_attention
 from peft_graft.outputs import read_state, write_state
+from peft_graft.processes import ALONE, Processes
 from peft_graft.record import Record
 from peft_graft.run import uninterrupted
 
@@ -113,6 +114,7 @@ class TrainingLoop:
         identity: what is trained on what; a state of another identity is not taken up.
         on_step: called with the number of steps done and the loss. What it raises ends the run; on a
             ``KeyboardInterrupt`` the state is kept.
+        processes: that share every batch. weight: what the loss of rows is a mean over, with which theirs are added up.
     """
 
     model: nn.Module
@@ -125,6 +127,8 @@ class TrainingLoop:
     store: StateStore | None = None
     identity: str = ""
     on_step: Callable[[int, Tensor], None] | None = None
+    processes: Processes = ALONE
+    weight: Callable[[list[int]], float] = len
 
     def __post_init__(self) -> None:
         self._parameters: dict[str, Tensor] = {
@@ -206,10 +210,15 @@ class TrainingLoop:
         seed_generators(self.schedule.seed * 1_000_003 + self._step, self._device)  # dropout, the same after a resume
         total = torch.zeros((), device=self._device)
         for rows in batches:
+            own = self.processes.share(rows)
+            if not own:
+                continue
+            part = 1.0 if self.processes.alone else self.weight(own) / self.weight(rows)
             with self._precision():
-                loss = self.loss(rows) / len(batches)
+                loss = self.loss(own) * (part / len(batches))
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach().to(self._device)
+        self._add_up(total)
         self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _MAX_NORM)
         with uninterrupted():  # half an update is what no state may hold
@@ -219,6 +228,22 @@ class TrainingLoop:
             self._step += 1
         return total
 
+    def _add_up(self, total: Tensor) -> None:
+        """Loss and gradients of all processes' shares of the batches, in one message."""
+        if self.processes.alone:
+            return
+        values = list(self._parameters.values())
+        gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
+        there = torch.tensor([value.grad is not None for value in values], device=total.device)
+        parts = [total.reshape(1), there, *(gradient.reshape(-1) for gradient in gradients)]
+        message = torch.cat([part.float() for part in parts])
+        self.processes.add_up([message])
+        total.copy_(message[0])
+        anywhere, sums = message[1 : 1 + len(values)], message[1 + len(values) :]
+        each = torch.split(sums, [value.numel() for value in values])
+        for value, used, found in zip(values, anywhere, each, strict=True):
+            value.grad = found.view_as(value).to(value.dtype) if used else None
+
     def _precision(self) -> AbstractContextManager[Any]:
         if not self.schedule.bf16 and not self.schedule.fp16:
             return nullcontext()
@@ -227,6 +252,9 @@ class TrainingLoop:
     def _add_point(self) -> None:
         assert self.evaluate is not None
         point = self.evaluate(self._step)
+        if not self.processes.alone:  # rounding must not have them go on differently
+            found = point
+            point = self.processes.of_first(lambda: found)
         self._curve.append(point)
         self._since += 1
         if point.keep and point.cost < self._least:
@@ -281,6 +309,10 @@ class TrainingLoop:
 
     def _take_up(self) -> None:
         held = self.store.load(self._key) if self.store else None
+        if not self.processes.alone:
+            own = held
+            held = self.processes.of_first(lambda: own)
+            self.processes.equal(value.data for value in self._parameters.values())
         if held is None:
             return
         tensors, record = held

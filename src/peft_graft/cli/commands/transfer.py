@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,6 +88,8 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         check_repository(push_to, config.token)
     with watching(plan=True) as callbacks, saying_how_to_go_on(out):
         graft = peft_graft.transfer(named[0], student, out=out, callbacks=callbacks, **options)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes have the same to say
+        return
     pushed = graft.push_to_hub(push_to, private=private or None, token=config.token) if push_to else None
     from peft_graft.cli.results import TransferResult
 

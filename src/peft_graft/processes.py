@@ -1,0 +1,112 @@
+"""The processes of one run, which torchrun or accelerate start: all do the same, and share what takes long."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of its run.
+
+    What they call here all of them have to call, and in the same order: it returns when each has.
+
+    Attributes:
+        index: of this process, from 0. count: of all.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def started(cls) -> Processes:
+        """As the environment says that this process was started."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+            return cls()
+        import torch.distributed as group
+
+        if not group.is_initialized():
+            group.init_process_group("gloo")
+        return cls(group.get_rank(), group.get_world_size())
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if not self.alone:
+            import torch.distributed as group
+
+            group.barrier()
+
+    def least(self, value: int) -> int:
+        """The least of what the processes have each."""
+        if self.alone:
+            return value
+        import torch
+        import torch.distributed as group
+
+        least = torch.tensor(value)
+        group.all_reduce(least, group.ReduceOp.MIN)
+        return int(least)
+
+    def of_first(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, for all of them; the others make nothing."""
+        if self.alone:
+            return make()
+        import torch.distributed as group
+
+        held = [make() if self.first else None]
+        group.broadcast_object_list(held)
+        return held[0]  # type: ignore[return-value]
+
+    def of_all(self, own: _T) -> list[_T]:
+        """What each process has, in their order."""
+        if self.alone:
+            return [own]
+        import torch.distributed as group
+
+        found: list[_T] = [own] * self.count
+        group.all_gather_object(found, own)
+        return found
+
+    def share(self, rows: Sequence[_T]) -> list[_T]:
+        """This process's part of something: every so many of it."""
+        return list(rows[self.index :: self.count])
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Give each tensor, in place, the sum of those of all processes: the same bits in each."""
+        if self.alone:
+            return
+        import torch.distributed as group
+
+        for tensor in tensors:
+            group.all_reduce(tensor)
+
+    def equal(self, tensors: Iterable[Tensor]) -> None:
+        """Give each tensor, in place, the values of the first process's."""
+        if self.alone:
+            return
+        import torch.distributed as group
+
+        for tensor in tensors:
+            group.broadcast(tensor, 0)
+
+
+#: One process.
+ALONE = Processes()
