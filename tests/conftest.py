@@ -76,6 +76,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def permuted_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and a student that computes the same with its units in another order; no test writes them."""
+    import transformers
+
+    import tiny
+
+    root = tmp_path_factory.mktemp("pair")
+    base = tiny.base_model(root / "base", layers=2)
+    student, _ = tiny.permuted(transformers.AutoModel.from_pretrained(base))
+    student.save_pretrained(root / "student")
+    tiny.tokenizer(root / "student")
+    return root
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """``peft-graft`` in this process, for starting one takes longer than what it does in most tests."""

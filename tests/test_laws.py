@@ -67,17 +67,6 @@ def test_a_permuted_student_computes_what_the_teacher_does(tmp_path, family: str
     torch.testing.assert_close(logits(moved, batch), expected, rtol=0, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def permuted_pair(tmp_path_factory) -> Path:
-    """A base model and one that computes the same with its units in another order."""
-    root = tmp_path_factory.mktemp("pair")
-    base = tiny.base_model(root / "base", layers=2)
-    student, _ = tiny.permuted(transformers.AutoModel.from_pretrained(base))
-    student.save_pretrained(root / "student")
-    tiny.tokenizer(root / "student")
-    return root
-
-
 @needs_adapters
 @pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "prefix_tuning"])
 @pytest.mark.parametrize("head", ["tagging", "classification"])

@@ -241,11 +241,13 @@ class DocumentMaterial(TextMaterial):
 class PromptMaterial:
     """Prompts for the teacher to answer, or examples to make them from.
 
+    ``fitting``: the prompts that both models can read, in parts; None of those that are still to be made.
     ``made``: how they were made. ``asked``: what came of it.
     """
 
     source: PromptSource | Seeds
     prompts: Sequence[Prompt]
+    fitting: Parts[Prompt] | None
     asking: Asking
     key: str
     made: MadePrompts | None = None
@@ -368,12 +370,13 @@ def material_of(
     asking = asking_of(config, sources, shapes, module.raw.library)
     if isinstance(prompts, Seeds):
         listing_of(prompts, asking, shapes, config)
-        found = []
+        found, fitting = [], None
     else:
         found = list(islice(prompts.prompts(), config.max_prompts + 2 * HELD_OUT))
-        asking.check(found, shapes)
+        fitting = asking.check(found, shapes)
     settings = [asking.templates.teacher.format, asking.templates.student.format, config.record()]
-    return PromptMaterial(prompts, found, asking, json.dumps([prompts.key or prompts.name, settings], default=str))
+    key = json.dumps([prompts.key or prompts.name, settings], default=str)
+    return PromptMaterial(prompts, found, fitting, asking, key)
 
 
 def _polishing(config: GraftConfig, known: int) -> PolishSettings:

@@ -167,8 +167,8 @@ def _prompts_for(material: PromptMaterial, plan: Plan) -> PromptOutlook:
     source, asking = material.source, material.asking
     if isinstance(source, Seeds):
         return _made_prompts_for(source, asking, plan)
-    parts = asking.check(material.prompts, plan.models)
-    fitting = parts.held_out + parts.learning
+    assert material.fitting is not None
+    fitting = material.fitting.held_out + material.fitting.learning
     templates, shares = asking.templates, PairingShares()
     answered = [prompt for prompt in fitting if prompt.answer][:_PAIRED]
     for prompt in answered:

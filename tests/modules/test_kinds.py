@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,12 +74,10 @@ def logits(model, base: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(permuted_pair: Path, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("kinds")
-    base = tiny.base_model(root / "base", layers=2)
-    student, _ = tiny.permuted(transformers.AutoModel.from_pretrained(base))
-    student.save_pretrained(root / "permuted")
-    tiny.tokenizer(root / "permuted")
+    for name in ("base", "student"):
+        shutil.copytree(permuted_pair / name, root / name)
     tiny.base_model(root / "narrow", layers=3, hidden=24, ffn=40, seed=2)
     return root
 
@@ -118,7 +117,7 @@ def test_a_module_returns_from_its_own_model_as_it_was(kind: str, place: Path, m
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_permuted_student_computes_what_the_teacher_does(kind: str, place: Path, modules, tmp_path: Path) -> None:
-    base, student, (module, adapted) = place / "base", place / "permuted", modules(kind)
+    base, student, (module, adapted) = place / "base", place / "student", modules(kind)
     tiny.transfer(module, student=student, text=tiny.sentences(150), out=tmp_path / "graft", method="prune-align")
     expected = logits(adapted, base)
     assert (expected - logits(tiny.task_model(base), base)[..., : expected.shape[1], :].mean()).abs().max() > 0.1

@@ -57,15 +57,14 @@ TextLike = str | Path | Iterable["str | tuple[str, str] | Sequence[str] | Sample
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """The unlabelled text of a run: a file, a data set of the hub, or Python objects.
+class Source:
+    """What a run reads: a file, a data set of the hub, or Python objects.
 
     Attributes:
-        text: what ``read_text`` takes, or strings, pairs of strings and lists of tokens.
-        columns, seed: as for ``read_text``.
+        text: a name for ``read_text``, or the objects. columns, seed: as for ``read_text``.
     """
 
-    text: TextLike
+    text: Any
     columns: tuple[str, ...] | None = None
     seed: int = 0
 
@@ -76,8 +75,12 @@ class TextSource:
 
     @cached_property
     def key(self) -> str | None:
-        """What tells its samples and their order from any other's; None for what may change: hub data, iterators."""
+        """What tells its rows and their order from any other's; None for what may change: hub data, objects."""
         return content_key(self.text, self.columns, self.seed)
+
+
+class TextSource(Source):
+    """The unlabelled text of a run; in memory strings, pairs of strings and lists of tokens (``TextLike``)."""
 
     def samples(self) -> Iterator[Sample]:
         """The samples; the first is read at once, so that a bad source fails here.

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
@@ -76,6 +77,20 @@ class Option:
 WHAT, HOW, WHERE, LOADING, OUTPUT = "What", "How", "Where", "Loading", "Output"
 PROMPTS = "Prompts, for language models"
 ANSWERS, WHO = "Answers", "Who is asked"
+
+
+#: Fields of several configs.
+Token = Annotated[
+    str | None,
+    Option(LOADING, decides=False),
+    Field(description="Hub token, for private repositories.", repr=False, exclude=True),
+]
+TrustRemoteCode = Annotated[bool, Option(LOADING), Field(description="Run model code that comes with a repository.")]
+Force = Annotated[
+    bool,
+    Option(OUTPUT, "Replace --out if it exists.", decides=False),
+    Field(description="Replace --out if it exists."),
+]
 
 
 class Config(BaseModel):

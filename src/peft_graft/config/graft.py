@@ -27,9 +27,12 @@ from peft_graft.config.base import (
     WHERE,
     Config,
     Dtype,
+    Force,
     HeadChoice,
     Library,
     Option,
+    Token,
+    TrustRemoteCode,
     as_dict,
     check_method,
 )
@@ -78,20 +81,14 @@ class PairConfig(Config):
     student_revision: Annotated[str | None, Option(LOADING)] = Field(
         default=None, description="Hub revision of the student."
     )
-    token: Annotated[str | None, Option(LOADING, decides=False)] = Field(
-        default=None, description="Hub token, for private repositories.", repr=False, exclude=True
-    )
-    trust_remote_code: Annotated[bool, Option(LOADING)] = Field(
-        default=False, description="Run model code that comes with a repository."
-    )
+    token: Token = None
+    trust_remote_code: TrustRemoteCode = False
     cache: Annotated[bool | None, Option(OUTPUT, decides=False)] = Field(
         default=None,
         description="Keep alignments for later modules of the same models and text, and use kept ones, in the cache of "
         "huggingface_hub or where PEFT_GRAFT_CACHE says; on by default where that is set.",
     )
-    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
-        default=False, description="Replace --out if it exists."
-    )
+    force: Force = False
 
 
 class GraftConfig(PairConfig):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from peft_graft.config.base import LOADING, OUTPUT, Config, Option
+from peft_graft.config.base import LOADING, Config, Force, Option, Token, TrustRemoteCode
 
 
 class GraftPlaceConfig(Config):
@@ -16,15 +16,9 @@ class GraftPlaceConfig(Config):
     subfolder: Annotated[str | None, Option(LOADING)] = Field(
         default=None, description="Folder of the graft in its repository."
     )
-    token: Annotated[str | None, Option(LOADING, decides=False)] = Field(
-        default=None, description="Hub token, for private repositories.", repr=False, exclude=True
-    )
-    trust_remote_code: Annotated[bool, Option(LOADING)] = Field(
-        default=False, description="Run model code that comes with a repository."
-    )
-    force: Annotated[bool, Option(OUTPUT, "Replace --out if it exists.", decides=False)] = Field(
-        default=False, description="Replace --out if it exists."
-    )
+    token: Token = None
+    trust_remote_code: TrustRemoteCode = False
+    force: Force = False
 
     @property
     def place(self) -> dict[str, Any]:

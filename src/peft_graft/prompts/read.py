@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from peft_graft.alignment.text import content_key, first_row, shuffled, shuffled_rows
+from peft_graft.alignment.text import Source, first_row, shuffled, shuffled_rows
 from peft_graft.errors import TextError
 from peft_graft.prompts.conversation import Prompt, no_prompt, prompts_of_row
 
@@ -18,18 +17,12 @@ PromptLike = str | Path | Iterable[Prompt | Mapping[str, Any] | str]
 
 
 @dataclass(frozen=True)
-class PromptSource:
-    """The prompts of a run.
+class PromptSource(Source):
+    """The prompts of a run (``PromptLike``): rows as for ``prompts_of_row``, in memory prompts and strings too.
 
-    Attributes:
-        text: a file or hub data as for ``alignment.text.read_text`` with rows as for ``prompts_of_row``; or such rows,
-            prompts and strings in memory.
-        columns: of the prompt, or of prompt and answer. seed: of the shuffling, as for ``read_text``.
+    ``columns``: of the prompt, or of prompt and answer.
     """
 
-    text: PromptLike
-    columns: tuple[str, ...] | None = None
-    seed: int = 0
     _dropped: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
     @classmethod
@@ -52,16 +45,6 @@ class PromptSource:
         if isinstance(first, Mapping):
             return None if prompts_of_row(first, chosen, "given in memory row 1") is None else cls(text, chosen, seed)
         return cls(text, chosen, seed) if isinstance(first, Prompt) else None
-
-    @property
-    def name(self) -> str:
-        """What records call it."""
-        return str(self.text) if isinstance(self.text, str | Path) else "given in memory"
-
-    @cached_property
-    def key(self) -> str | None:
-        """What tells its prompts and their order from any other's; None for what may change: hub data, objects."""
-        return content_key(self.text, self.columns, self.seed)
 
     @property
     def dropped_duplicates(self) -> int:
