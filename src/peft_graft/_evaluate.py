@@ -31,7 +31,7 @@ from peft_graft.distill.side_by_side import (
 from peft_graft.environment import hardware, version_of, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
 from peft_graft.files import json_text
-from peft_graft.graft import Graft
+from peft_graft.graft import Graft, graft_or_module
 from peft_graft.metrics import METRICS
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
@@ -42,7 +42,7 @@ from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record, html_table
-from peft_graft.report import REPORT, GraftReport
+from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
 #: Rows in the order in which they are shown.
@@ -202,16 +202,12 @@ def _subject(
         CheckpointError: there is none, or it is no language model's. ModelError: its model cannot be reached.
     """
     given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
-    if not isinstance(graft, Graft):
-        folder = locate(graft, **config.place)
-        raw = read_checkpoint(folder)
-        if not (folder / REPORT).is_file():
-            return _plain(raw, str(graft), student, config, GraftConfig(**given)), None
-        graft = Graft.from_pretrained(
-            graft, student=student, trust_remote_code=config.trust_remote_code, **config.place
-        )
-    handle, settings = graft.student, graft.report.settings.model_copy(update=given)
-    _speaking(graft.checkpoint.raw, str(graft.folder or "the graft"))
+    found = graft_or_module(graft, student, config, "--student")
+    if not isinstance(found, Graft):
+        plain = _on_its_base(found.raw, str(graft), found.base, _loading(config), GraftConfig(**given), BASE, MODULE)
+        return plain, None
+    handle, settings = found.student, found.report.settings.model_copy(update=given)
+    _speaking(found.checkpoint.raw, str(found.folder or "the graft"))
     loading = _loading(config, handle.loading.revision)
     tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role="student")
     template = Template.of(
@@ -223,18 +219,8 @@ def _subject(
         embeddings=handle.architecture.num_embeddings,
         option="--format" if settings.format else "--student-format",
     )
-    name = str(graft.folder or "in memory")
-    return Side(handle, loading, graft.raw, name, template, STUDENT, GRAFT, settings), graft.report
-
-
-def _plain(
-    raw: RawCheckpoint, name: str, base: str | Path | None, config: EvaluateConfig, settings: GraftConfig
-) -> Side:
-    """A module that is no graft, on its base."""
-    place = base or raw.base_model
-    if place is None:
-        raise ModelError("the module's configuration names no base model", where=name, fix="name it with --student")
-    return _on_its_base(raw, name, str(place), _loading(config), settings, BASE, MODULE)
+    name = str(found.folder or "in memory")
+    return Side(handle, loading, found.raw, name, template, STUDENT, GRAFT, settings), found.report
 
 
 def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConfig) -> Side:

@@ -9,19 +9,17 @@ from typing import Any
 
 import peft_graft.serving.forms  # noqa: F401 - what there is registers itself
 from peft_graft.checkpoints.convert import as_lora
-from peft_graft.checkpoints.read import locate, read_checkpoint
 from peft_graft.checkpoints.task import with_task
 from peft_graft.config import ExportConfig, Target, known_arguments
 from peft_graft.environment import versions
-from peft_graft.errors import ModelError, PlanError
+from peft_graft.errors import PlanError
 from peft_graft.files import file_hashes, write_json
-from peft_graft.graft import Graft
+from peft_graft.graft import Graft, graft_or_module
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import DTYPES, Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.places import place_of
 from peft_graft.outputs import check_output, written_aside
 from peft_graft.record import Record
-from peft_graft.report import REPORT
 from peft_graft.run import Callback, Run
 from peft_graft.serving.subject import Comparison, Subject
 from peft_graft.serving.target import FORMS
@@ -130,19 +128,13 @@ def _subject(graft: str | Path | Graft, base: str | Path | None, config: ExportC
     Raises:
         CheckpointError: there is none, or it cannot be read. ModelError: its base is not known or cannot be reached.
     """
-    if isinstance(graft, Graft):
-        return _of_graft(graft, str(graft.folder or "a graft in memory"), base, config)
-    folder = locate(graft, **config.place)
-    if (folder / REPORT).is_file():
-        found = Graft.from_pretrained(graft, student=base, trust_remote_code=config.trust_remote_code, **config.place)
-        return _of_graft(found, str(graft), base, config)
-    raw = read_checkpoint(folder)
-    place = base or raw.base_model
-    if place is None:
-        raise ModelError("the module's configuration names no base model", where=str(graft), fix="name it with --base")
-    handle = _described(str(place), config, None)
-    raw = with_task(raw, handle.architecture)
-    return Subject(str(graft), raw, handle, tuple(raw.labels or ()), folder)
+    found = graft_or_module(graft, base, config, "--base")
+    if isinstance(found, Graft):
+        name = str(found.folder or "a graft in memory") if isinstance(graft, Graft) else str(graft)
+        return _of_graft(found, name, base, config)
+    handle = _described(found.base, config, None)
+    raw = with_task(found.raw, handle.architecture)
+    return Subject(str(graft), raw, handle, tuple(raw.labels or ()), found.folder)
 
 
 def _of_graft(graft: Graft, name: str, base: str | Path | None, config: ExportConfig) -> Subject:

@@ -23,6 +23,7 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
+from peft_graft.config.graft_place import GraftPlaceConfig
 from peft_graft.distill.agreement import Verdict
 from peft_graft.errors import ModelError, VerificationError
 from peft_graft.files import file_hashes, write_json
@@ -268,3 +269,36 @@ class Graft:
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)
         return cls(checkpoint, report, None, handle, folder, raw)
+
+
+@dataclass(frozen=True)
+class PlainModule:
+    """A module that is no graft: its files, where they lie, and the model that it is on."""
+
+    raw: RawCheckpoint
+    folder: Path
+    base: str
+
+
+def graft_or_module(
+    named: str | Path | Graft, base: str | Path | None, config: GraftPlaceConfig, option: str
+) -> Graft | PlainModule:
+    """What a user named: a graft, or a plain module, whichever lies there.
+
+    Args:
+        base: where its model is, if not where its files say. option: that says so, for messages.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read. ModelError: its model is not known or cannot be reached.
+    """
+    if isinstance(named, Graft):
+        return named
+    folder = locate(named, **config.place)
+    if (folder / REPORT).is_file():
+        return Graft.from_pretrained(named, student=base, trust_remote_code=config.trust_remote_code, **config.place)
+    raw = read_checkpoint(folder)
+    if base is None and raw.base_model is None:
+        raise ModelError(
+            "the module's configuration names no base model", where=str(named), fix=f"name it with {option}"
+        )
+    return PlainModule(raw, folder, str(base or raw.base_model))

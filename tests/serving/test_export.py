@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -149,6 +150,16 @@ def test_what_is_asked_wrongly(graft, tmp_path) -> None:
     object.__setattr__(memory, "folder", None)
     with pytest.raises(PlanError, match="--out: the graft is in memory"):
         peft_graft.export(memory, to="merged")
+
+
+def test_a_module_that_names_no_base_is_asked_for_one(world, tmp_path) -> None:
+    module = Path(shutil.copytree(world / "lora", tmp_path / "module"))
+    config = json.loads((module / "adapter_config.json").read_text())
+    (module / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(GraftError, match=r"names no base model\. Fix: name it with --base"):
+        peft_graft.export(module, to="merged", out=tmp_path / "merged")
+    with pytest.raises(GraftError, match=r"names no base model\. Fix: name it with --student"):
+        peft_graft.evaluate(module, text=[{"prompt": "a", "completion": "b"}])
 
 
 def test_a_wrong_base_leaves_nothing(graft, world, tmp_path) -> None:
