@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+import numpy as np
 import pytest
 
 from peft_graft.errors import DependencyError, GraftError
-from peft_graft.metrics import METRICS, Metric, register_metric, score_answers
+from peft_graft.metrics import METRICS, Metric, interval, register_metric, score_answers
 
 INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("sacrebleu", "rouge_score"))
 needs_evaluate = pytest.mark.skipif(not INSTALLED, reason="the extra evaluate is not installed")
@@ -150,3 +151,11 @@ def test_a_metric_can_be_registered(monkeypatch) -> None:
 
     assert METRICS["length"] == Metric("length", length, more_is_better=False)
     assert score_answers("length", ["ab"], ["abcd"]) == 1 / 2
+
+
+def test_an_intervals_draws_are_as_if_drawn_one_after_another() -> None:
+    values, draw = np.random.default_rng(1).random((300, 1)), np.random.default_rng(2)
+    means = [float(values[draw.integers(300, size=300)].mean()) for _ in range(1000)]
+    assert interval(values.tolist(), lambda sums, count: sums[0] / count, seed=2) == pytest.approx(
+        tuple(np.quantile(means, [0.025, 0.975]))
+    )

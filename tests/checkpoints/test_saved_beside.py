@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.read import read_checkpoint
-from peft_graft.checkpoints.resolve import checkpoint_of_student, resolve
+from peft_graft.checkpoints.resolve import checkpoint_of_student, resolve, to_raw
 from peft_graft.checkpoints.task import with_task
 from peft_graft.errors import CheckpointError
 from peft_graft.models.loading import ModelHandle, load_model
@@ -123,3 +124,19 @@ def test_other_parts_of_the_base_stay_behind_where_the_user_names_what_moves(ber
     assert note in plan.notes
     graft = tiny.transfer(tmp_path, bert, method="copy", sites=("attn.query",), head="drop")
     assert not graft.raw.beside
+
+
+def test_of_a_model_no_more_is_read_than_a_head_may_share_with_it(bert: Path, tmp_path: Path) -> None:
+    """Values that are offloaded or packed take long to read."""
+    read = []
+
+    class Noted(UserDict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return super().__getitem__(name)
+
+    tiny.peft_lora(tmp_path / "module", bert)
+    handle = load_model(str(bert))
+    checkpoint = resolve(read_checkpoint(tmp_path / "module"), handle.architecture, handle.base_tensors())
+    assert to_raw(checkpoint, handle.architecture, Noted(handle.base_tensors())).head
+    assert not read

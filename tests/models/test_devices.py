@@ -11,7 +11,7 @@ import transformers
 
 import peft_graft
 import tiny
-from peft_graft.models.devices import seed_generators
+from peft_graft.models.devices import BaseTensors, seed_generators
 from peft_graft.models.loading import Loading, load_model, wrap_model
 from peft_graft.models.task_models import with_task_head
 from peft_graft.models.tasks import Task
@@ -153,3 +153,12 @@ def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_pa
     )  # fmt: skip
     assert graft.report.polish.settings.steps == 4
     assert graft.report.verification.output_change > 0
+
+
+def test_whether_a_tensor_is_there_is_known_without_reading_it() -> None:
+    class Unread(BaseTensors):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            raise AssertionError(name)
+
+    tensors = Unread(torch.nn.Linear(2, 2), frozenset({"bias"}), {"more": torch.zeros(1)})
+    assert [name in tensors for name in ("weight", "bias", "more", "other")] == [True, False, True, False]

@@ -136,7 +136,8 @@ def to_raw(
         parts |= kind.to_parts(modules, own)
     raw = checkpoint.raw
     head = head_paths(checkpoint.head, raw, architecture, start) if checkpoint.head else {}
-    inner = {start + path: tensor for path, tensor in own.tensors.items() if start + path in head}
+    places = {start + path: path for path in own.tensors}
+    inner = {key: own.tensors[places[key]] for key in head if key in places}  # no other is read
     if all(
         key in inner and torch.equal(inner[key].to(head[key]), head[key])
         for key in head

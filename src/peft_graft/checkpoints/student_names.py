@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from peft_graft.models.architecture import Architecture
+from peft_graft.models.fingerprint import config_fingerprint
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.places import is_folder
 from peft_graft.models.sizes import head_counts
@@ -110,20 +110,21 @@ def written_names(model: ModelHandle, task: Task) -> StudentNames:
     )
 
 
-#: Of models in memory, the task classes' modules: making one takes longer than all else that is asked for here.
-_MODULES: WeakKeyDictionary[PreTrainedModel, dict[Task, tuple[str, frozenset[str], frozenset[str]]]]
-_MODULES = WeakKeyDictionary()
-
-
 def _task_modules(base: PreTrainedModel, task: Task) -> tuple[str, frozenset[str], frozenset[str]]:
-    """The class of a base model's task model, and the paths of its modules and of those that are ``Conv1D``."""
-    known = _MODULES.setdefault(base, {})
-    if task not in known:
+    """The class of a base model's task model, and the paths of its modules and of those that are ``Conv1D``.
+
+    A configuration decides them, and making a model takes longer than all else that is asked for here.
+    """
+    known = (type(base), config_fingerprint(base.config), task)
+    if known not in _MODULES:
         model = blank_model(base.config, task, trust_remote_code=is_remote(base))
         paths = {path: type(module).__name__ for path, module in model.named_modules()}
         transposed = frozenset(path for path, name in paths.items() if name == "Conv1D")
-        known[task] = (type(model).__name__, frozenset(paths), transposed)
-    return known[task]
+        _MODULES[known] = (type(model).__name__, frozenset(paths), transposed)
+    return _MODULES[known]
+
+
+_MODULES: dict[tuple[type, str, Task], tuple[str, frozenset[str], frozenset[str]]] = {}
 
 
 def _attentions(architecture: Architecture) -> tuple[str, ...]:

@@ -41,11 +41,7 @@ from peft_graft.record import Record
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -181,6 +177,10 @@ class ModelHandle:
             if self.output is None:
                 self.output = self._output_weight()
             return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
+        return self._base_tensors
+
+    @cached_property
+    def _base_tensors(self) -> BaseTensors:
         return BaseTensors(self.base, self.missing, {})
 
     @property
