@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_graft.errors import StudyError
-from peft_graft.study.lift import cells_of, lift, lifts, prices
+from peft_graft.study.lift import cells_of, lift, lifts, prices, times
 
 ABOUT = {"module": "lora", "task": "t", "language": "en"}
 
@@ -102,3 +102,18 @@ def test_what_is_missing_is_said(missing: str) -> None:
         StudyError, match="t, T → S: the results have too little to compare grafts with; expected the t"
     ):
         cells_of([record for record in RECORDS if record["id"] != missing])
+
+
+def test_times_are_those_of_the_default_where_most_moves_were_made() -> None:
+    def move(start: str, seconds: float, **hardware: object) -> dict[str, Any]:
+        made = {**graft("g", 0.5), "hardware": {"cpus": 2, **hardware}, "seconds": seconds}
+        return {**made, "names": {**ABOUT, "start": start}}
+
+    earlier = move("default", 0.0)
+    del earlier["seconds"]
+    earlier["result"]["total_seconds"] = 120.0
+    moves = [earlier, move("default", 180), move("default", 600), move("ridge", 6), move("default", 6, gpu="G")]
+    assert times(moves) == ["- 3 moves (*default*) on 2 CPU cores: 2.0 to 10.0 minutes, 3.0 in the median"]
+    assert times(moves[-1:]) == ["- 1 move (*default*) on one G: 0.1 to 0.1 minutes, 0.1 in the median"]
+    with pytest.raises(StudyError, match="no move by the default"):
+        times(moves[3:4])

@@ -226,3 +226,24 @@ def prices(records: Sequence[Record]) -> list[str]:
         title = f"{names['task']}, {names['teacher']} → {names['student']} ({result['metric']})"
         rows.append(f"| {title} | {names['start']} | {result['score']:.3f} | {seconds:.0f} |")
     return [*rows[:2], *sorted(rows[2:])]
+
+
+def times(records: Sequence[Record]) -> list[str]:
+    """How long moves took whose students were scored by the default, in minutes, on each kind of hardware.
+
+    Raises:
+        StudyError: the results have no such move.
+    """
+    taken: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        start, result = record["names"].get("start", ""), record["result"]
+        if record["kind"] == "graft" and start.startswith(DEFAULT):
+            seconds = result["total_seconds"] if "total_seconds" in result else record["seconds"]
+            has = record["hardware"]
+            where = f"one {has['gpu']}" if "gpu" in has else f"{has['cpus']} CPU cores"
+            taken.setdefault((start, where), []).append(seconds / 60)
+    if not taken:
+        raise StudyError("the results have no move by the default", where="times")
+    (start, where), minutes = max(taken.items(), key=lambda found: len(found[1]))
+    span = f"{min(minutes):.1f} to {max(minutes):.1f} minutes, {statistics.median(minutes):.1f} in the median"
+    return [f"- {len(minutes)} move{'s' * (len(minutes) > 1)} (*{start}*) on {where}: {span}"]

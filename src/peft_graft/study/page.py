@@ -6,8 +6,9 @@ RESULTS is one file or several, written by ``peft-graft study FILE --export RESU
 two marks such as ``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` is replaced by what the first one names,
 of the study that it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone),
 ``tables`` (as the study itself writes them, with the gain over the best control), ``lift`` (of language models,
-``study.lift``), ``lifts`` (the same, a row for each pair and task), ``prices`` (scores beside seconds) or ``ablation``
-(agreement before and after the head is fitted). ``--curves`` draws how a polish approaches the teacher.
+``study.lift``), ``lifts`` (the same, a row for each pair and task), ``prices`` (scores beside seconds), ``ablation``
+(agreement before and after the head is fitted) or ``times`` (of moves by the default). ``--curves`` draws how a polish
+approaches the teacher.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from peft_graft.errors import DependencyError, GraftError, StudyError
 from peft_graft.models.tasks import Task
-from peft_graft.study.lift import lift, lifts, prices
+from peft_graft.study.lift import lift, lifts, prices, times
 from peft_graft.study.results import Record, about, read_results
 from peft_graft.study.spec import CONTROL, DEFAULT, FRESH, POLISHED_FRESH, Budget
 from peft_graft.study.tables import markdown, mean_spread, rank_correlation, result_tables, share_of_gain
@@ -354,6 +355,7 @@ PARTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "prices": prices,
     "ablation": ablation,
     "tables": lambda records: markdown(result_tables(records)).splitlines(),
+    "times": times,
 }
 
 
