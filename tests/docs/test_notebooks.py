@@ -12,7 +12,8 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import peft_graft.graft  # noqa: F401 - copies of this process need not import it
 import processes
-from docs.test_site import DOCS
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder"])
