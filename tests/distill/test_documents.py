@@ -111,6 +111,17 @@ def test_the_same_model_and_module_are_at_one_everywhere(speakers):
     assert graft.report.polish is None
 
 
+def test_live_models_speak_as_those_on_disk_do(speakers):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(speakers / "teacher")
+    base, student = (transformers.AutoModelForCausalLM.from_pretrained(speakers / "teacher") for _ in range(2))
+    adapted = peft.PeftModel.from_pretrained(base, speakers / "module")
+    graft = tiny.transfer_live(
+        adapted, None, student, teacher_tokenizer=tokenizer, student_tokenizer=tokenizer, text=documents(60)
+    )
+    assert graft.report.documents.strict_share == 1
+    assert graft.report.verdict.level == "exact"
+
+
 def test_a_copy_in_another_order_is_exact(speakers, tmp_path):
     original = transformers.AutoModelForCausalLM.from_pretrained(speakers / "teacher", dtype=torch.float32)
     inner, order = permutation.permuted(original.model)

@@ -163,7 +163,7 @@ class CompletionDistillation(Distillation):
     def weight(self, rows: Sequence[int]) -> float:
         """Positions; ``Distillation``."""
         part = self.train.part(rows)
-        return float(part.positions + sum(len(place) for place in part.text))
+        return max(1.0, float(part.positions + sum(len(place) for place in part.text)))
 
     def measure(self, attached: AttachedModel) -> Agreement:
         """Agreement at the strict positions of the answers that choose (``Agreement``)."""
