@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+import permutation
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
 
@@ -77,6 +79,16 @@ def language_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def in_another_order(model: Path, folder: Path) -> None:
+    """Write a copy of a language model that says the same with its units in another order."""
+    copy = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    copy.model, order = permutation.permuted(copy.model)
+    copy.lm_head.weight.data = copy.lm_head.weight.data[:, order]
+    copy.save_pretrained(folder)
+    for file in model.glob("*token*"):
+        shutil.copy(file, folder)
 
 
 def lora(folder: Path, base: Path, *, seed: int = 0, r: int = 4, steps: int = 200) -> Path:

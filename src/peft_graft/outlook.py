@@ -21,10 +21,10 @@ from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.ask_seeds import STAGE as MAKING
 from peft_graft.distill.ask_seeds import listing_of
 from peft_graft.distill.completions import PromptDistillation
+from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.polish import STAGE as POLISHING
 from peft_graft.distill.polish import PolishSettings
 from peft_graft.distill.teacher import POOL
-from peft_graft.distill.teacher import STAGE as ASKING
 from peft_graft.errors import GraftError
 from peft_graft.material import DocumentMaterial, PromptMaterial, TextMaterial
 from peft_graft.models.loading import ModelHandle

@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import peft_graft
-import permutation
 import speech
 from peft_graft import Callback, Graft, GraftConfig
 from peft_graft.checkpoints.read import read_checkpoint
@@ -205,13 +204,7 @@ def test_activations_that_are_computed_anew_give_the_same_gradient(asked, bf16):
 
 
 def test_a_copy_in_another_order_generates_the_same_text(speakers, tmp_path):
-    original = transformers.AutoModelForCausalLM.from_pretrained(speakers / "teacher", dtype=torch.float32)
-    inner, order = permutation.permuted(original.model)
-    original.model = inner
-    original.lm_head.weight.data = original.lm_head.weight.data[:, order]
-    original.save_pretrained(tmp_path / "copy")
-    for file in (speakers / "teacher").glob("*token*"):
-        shutil.copy(file, tmp_path / "copy")
+    speech.in_another_order(speakers / "teacher", tmp_path / "copy")
     config = CONFIG.model_copy(update={"method": "prune-align", "max_prompts": 100})
     graft = peft_graft.transfer(
         speakers / "module", tmp_path / "copy", text=speakers / "prompts.jsonl", config=config

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 import peft_graft
-import permutation
 import speech
 import tiny
 from peft_graft import GraftConfig
@@ -123,13 +122,7 @@ def test_live_models_speak_as_those_on_disk_do(speakers):
 
 
 def test_a_copy_in_another_order_is_exact(speakers, tmp_path):
-    original = transformers.AutoModelForCausalLM.from_pretrained(speakers / "teacher", dtype=torch.float32)
-    inner, order = permutation.permuted(original.model)
-    original.model = inner
-    original.lm_head.weight.data = original.lm_head.weight.data[:, order]
-    original.save_pretrained(tmp_path / "copy")
-    for file in (speakers / "teacher").glob("*token*"):
-        shutil.copy(file, tmp_path / "copy")
+    speech.in_another_order(speakers / "teacher", tmp_path / "copy")
     graft = peft_graft.transfer(speakers / "module", tmp_path / "copy", text=documents(120))
     assert graft.report.method == "prune-align"
     assert graft.report.verdict.level == "exact"

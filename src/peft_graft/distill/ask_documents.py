@@ -19,6 +19,7 @@ from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement
 from peft_graft.distill.ask_prompts import check_speaks, longest_text
 from peft_graft.distill.completions import CompletionDistillation, Templates
+from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.likelihood import answer_losses
 from peft_graft.distill.prompt_targets import PromptTargets
@@ -47,7 +48,6 @@ _SIGNS = 32
 _LAST = 4
 #: What a model reads that is tried.
 _EXAMPLE = "the dog and the cat"
-_STAGE = "asking the teacher"
 _FEATURES = "FEATURE_EXTRACTION"
 
 
@@ -257,7 +257,7 @@ class DocumentAsking:
             TextError: documents that are too short, or a module that changes nothing on them.
             NotFiniteError: what the teacher says is not finite.
         """
-        with run.stage(_STAGE):
+        with run.stage(ASKING):
             read = [self.read(part) for part in (parts.judging, parts.choosing, parts.learning[:train])]
             _check_length(read)
             judging, choosing, learning = read

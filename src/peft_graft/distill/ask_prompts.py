@@ -17,6 +17,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.completions import PromptDistillation, PromptRecord, Templates
+from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.excess import excess_of
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
 from peft_graft.distill.make_prompts import MadePrompts
@@ -40,7 +41,6 @@ LEAST_PROMPTS = 40
 _SPARE = 4
 #: Length limits beyond this stand for none.
 _NO_LIMIT = 1 << 20
-_STAGE = "asking the teacher"
 
 
 def prompts_of(text: TextLike | PromptLike | None, raw: RawCheckpoint, config: GraftConfig) -> PromptSource | None:
@@ -154,7 +154,7 @@ class Asking:
             PairingError: the tokenizers share no token.
         """
         where = "--seeds" if made else "--text"
-        with run.stage(_STAGE):
+        with run.stage(ASKING):
             parts = self.check(prompts, models, where)
             too_long = len(prompts) - parts.given
             chosen = parts.held_out + parts.learning[: self.train]
@@ -289,7 +289,7 @@ class Asking:
             self.sampling,
             bf16=teacher.bf16,
             store=store,
-            progress=lambda done, total: run.progress(_STAGE, done, total),
+            progress=lambda done, total: run.progress(ASKING, done, total),
             processes=run.processes,
         )
         answers = given | dict(zip(asked, found, strict=True))
@@ -306,7 +306,7 @@ class Asking:
             teacher,
             template,
             [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in answers.items()],
-            lambda done, total: run.progress(_STAGE, done, total),
+            lambda done, total: run.progress(ASKING, done, total),
         )
         kept = [prompt for prompt, value in zip(answers, excess, strict=True) if value > LEAST_CHANGE]
         found = prompt_parts(kept)

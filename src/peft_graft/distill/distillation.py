@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Texts by which the speed of models is compared.
 READ = 16
+#: The stage in which the teacher says what is learned.
+ASKING = "asking the teacher"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.completions import BATCH, Templates, last_states
+from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.excess import gains_of
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
@@ -28,7 +29,6 @@ from peft_graft.run import Run
 _OTHERS, _ASKED_FOR_OTHERS = 4096, 64
 #: Nats a token by which the module must change the teacher's answers, to be worth moving on these prompts.
 LEAST_CHANGE = 1e-3
-_STAGE = "asking the teacher"
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class PromptTargets:
                     for gains in gains_of(self.teacher, [sides[row] for row in rows], states, bare):
                         effect.add(self._effect(gains))
                 done += len(rows)
-                run.progress(_STAGE, done, len(sides))
+                run.progress(ASKING, done, len(sides))
         return top, log_p, effect.value
 
 

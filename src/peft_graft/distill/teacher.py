@@ -20,7 +20,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import WORD, Agreement, measure
-from peft_graft.distill.distillation import READ, Distillation
+from peft_graft.distill.distillation import ASKING, READ, Distillation
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import (
     WHOLE,
@@ -57,8 +57,6 @@ TOKENS = Space(-1, TOKENS_OUT)
 
 #: Tokens [start, end) of a sample.
 Place = tuple[int, int]
-
-STAGE = "asking the teacher"
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
     chosen += [Sample(pair.second, pair.first) for pair in chosen[held:] if pair.second is not None][:lacking]
     labels = checkpoint.head.labels if checkpoint.head else ()
     judging = len(parts.judging)
-    with run.stage(STAGE):
+    with run.stage(ASKING):
         teacher = attach(checkpoint.raw, models.teacher, labels, bf16=bf16)
         asked = _Asked(models, teacher, chosen, kind_of(checkpoint.head), shift_map)
         found, carried = asked.targets(run, judging)
@@ -285,7 +283,7 @@ class _Asked:
                 check_finite(found, name, (_line(self.samples[row]) for row in rows), counts)
                 _put(answers, rows, found, counts)
                 done += len(rows)
-                run.progress(STAGE, done, len(self.samples))
+                run.progress(ASKING, done, len(self.samples))
             shift, carried = list[Tensor](), None
             if self.shift_map is not None:
                 shift = [self.shift_map.apply(answer, 1, "write") for answer in answers]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def fact(label: str, value: str, about: str) -> dict[str, str]:
+    """One of the facts of a page's first screen, for its template."""
+    return {"label": label, "value": value, "about": about}
+
+
 def number(value: float | None) -> str:
     """To three places."""
     return "–" if value is None else f"{value:.3f}"

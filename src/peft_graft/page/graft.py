@@ -168,14 +168,14 @@ def _facts(report: GraftReport) -> list[dict[str, str]]:
     device = report.hardware.get("gpu") or f"{report.hardware.get('cpus', '?')} CPU cores"
     longest = max(report.seconds, key=lambda stage: report.seconds[stage], default="")
     facts = [
-        _fact("the move took", figures.duration(total), f"on {device}" + f", mostly {longest}" * bool(longest)),
-        _fact("labels used", "0", "unlabelled text only" if report.text else "no text either"),
+        figures.fact("the move took", figures.duration(total), f"on {device}" + f", mostly {longest}" * bool(longest)),
+        figures.fact("labels used", "0", "unlabelled text only" if report.text else "no text either"),
     ]
     cost = report.cost
     if cost:
         old, new = cost.teacher, cost.student
         facts.append(
-            _fact(
+            figures.fact(
                 "parameters", f"{figures.millions(old.parameters)} → {figures.millions(new.parameters)}",
                 figures.change(new.parameters / max(1, old.parameters)),
             )
@@ -183,15 +183,13 @@ def _facts(report: GraftReport) -> list[dict[str, str]]:
         if old.seconds and new.seconds:
             ratio = old.seconds / new.seconds
             words = f"{ratio:.1f}× as fast" if ratio >= 1 else f"{1 / ratio:.1f}× as slow"
-            facts.append(_fact("reading the same text", words, f"{cost.texts} held-out texts in a batch, on {device}"))
+            facts.append(
+                figures.fact("reading the same text", words, f"{cost.texts} held-out texts in a batch, on {device}")
+            )
     if report.files:
         weights = sum(file.size for name, file in report.files.items() if name.endswith((".safetensors", ".bin")))
-        facts.append(_fact("the graft's weights", figures.size(weights), f"{len(report.files)} files in all"))
+        facts.append(figures.fact("the graft's weights", figures.size(weights), f"{len(report.files)} files in all"))
     return facts
-
-
-def _fact(label: str, value: str, about: str) -> dict[str, str]:
-    return {"label": label, "value": value, "about": about}
 
 
 def _next(report: GraftReport, name: str) -> str:

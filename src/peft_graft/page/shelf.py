@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 from peft_graft.card import public_name
+from peft_graft.distill.agreement import Level
 from peft_graft.outputs import write_aside
 from peft_graft.page import figures
 from peft_graft.page.graft import PAGE
 from peft_graft.page.render import render
 from peft_graft.shelf import ShelfEntry, ShelfReport
+
+#: From the best.
+_LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 def write_shelf_page(report: ShelfReport, name: str, file: Path) -> None:
@@ -41,34 +46,20 @@ def shelf_page(report: ShelfReport, name: str) -> str:
 
 
 def _facts(report: ShelfReport) -> list[dict[str, str]]:
-    moved = len(report.modules) - len(report.failed)
-    levels = [one.verdict.level for one in report.modules if one.verdict]
-    counts = [f"{levels.count(level)} {level}" for level in dict.fromkeys(sorted(levels, key=_rank(report)))]
-    failed = {
-        "label": "modules that failed",
-        "value": str(len(report.failed)),
-        "about": "listed below" if report.failed else "none",
-    }
+    moved, failed = len(report.modules) - len(report.failed), len(report.failed)
+    counts = Counter(one.verdict.level for one in report.modules if one.verdict)
+    levels = ", ".join(f"{counts[level]} {level}" for level in _LEVELS if counts[level])
     found = [
-        {"label": "modules moved", "value": f"{moved} of {len(report.modules)}", "about": ", ".join(counts)},
-        failed,
+        figures.fact("modules moved", f"{moved} of {len(report.modules)}", levels),
+        figures.fact("modules that failed", str(failed), "listed below" if failed else "none"),
     ]
     for label, seconds, about in (
         ("the first of a teacher", report.first_seconds, "with loading and aligning"),
         ("each one after it", report.next_seconds, "the models are there already"),
     ):
         if seconds is not None:
-            found.append({"label": label, "value": figures.duration(seconds), "about": about})
+            found.append(figures.fact(label, figures.duration(seconds), about))
     return found
-
-
-def _rank(report: ShelfReport) -> Any:
-    """Levels in the order of the best figure that has them."""
-    best: dict[str, float] = {}
-    for one in report.modules:
-        if one.verdict:
-            best[one.verdict.level] = max(best.get(one.verdict.level, -9.0), _agreement(one) or -9.0)
-    return lambda level: -best[level]
 
 
 def _agreement(entry: ShelfEntry) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_graft.errors import StudyError
 from peft_graft.outputs import write_aside
+from peft_graft.page import figures
 from peft_graft.page.pictures import Picture, bars, curves, heat_map
 from peft_graft.page.render import render
 from peft_graft.study.folder import StudyFolder
@@ -82,16 +83,19 @@ def _facts(results: StudyResults) -> list[dict[str, str]]:
     kinds = Counter(record["kind"] for record in results.records)
     seconds = sum(float(record.get("seconds") or 0) for record in results.records)
     found = [
-        {
-            "label": "cells finished",
-            "value": f"{len(results.records):,}",
-            "about": ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items()),
-        },
-        {"label": "cells that failed", "value": f"{len(results.failures):,}", "about": "listed below with their errors"
-         if results.failures else "none"},
-    ]  # fmt: skip
+        figures.fact(
+            "cells finished",
+            f"{len(results.records):,}",
+            ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items()),
+        ),
+        figures.fact(
+            "cells that failed",
+            f"{len(results.failures):,}",
+            "listed below with their errors" if results.failures else "none",
+        ),
+    ]
     if seconds:
-        found.append({"label": "machine time", "value": f"{seconds / 3600:.1f} h", "about": "over all finished cells"})
+        found.append(figures.fact("machine time", f"{seconds / 3600:.1f} h", "over all finished cells"))
     return found
 
 

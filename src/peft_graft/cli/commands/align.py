@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ from peft_graft.cli.interrupts import saying_how_to_go_on
 from peft_graft.cli.late import command
 from peft_graft.cli.output import give
 from peft_graft.cli.progress import watching
+from peft_graft.processes import Processes
 
 if TYPE_CHECKING:
     from peft_graft.config import AlignConfig
@@ -38,7 +38,7 @@ def align(
     """
     with watching() as callbacks, saying_how_to_go_on(out):
         found = peft_graft.align(teacher, student, text=text, out=out, config=config, callbacks=callbacks)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
+    if Processes.started().first:  # the others have the same to say
         from peft_graft.cli.results import AlignResult
 
         give(AlignResult.of(found, out), lambda: show_alignment(found, out))

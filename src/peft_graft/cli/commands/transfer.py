@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,7 @@ from peft_graft.cli.progress import watching
 from peft_graft.cli.result import show_graft
 from peft_graft.errors import PlanError
 from peft_graft.hub import check_repository
+from peft_graft.processes import Processes
 
 if TYPE_CHECKING:
     from peft_graft.config import GraftConfig
@@ -88,7 +88,7 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         check_repository(push_to, config.token)
     with watching(plan=True) as callbacks, saying_how_to_go_on(out):
         graft = peft_graft.transfer(named[0], student, out=out, callbacks=callbacks, **options)
-    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes have the same to say
+    if not Processes.started().first:  # which have the same to say
         return
     pushed = graft.push_to_hub(push_to, private=private or None, token=config.token) if push_to else None
     from peft_graft.cli.results import TransferResult
