@@ -22,11 +22,21 @@ from peft_graft.outputs import (
     check_output,
     read_state,
     reserved,
+    reserving_output,
     temporary_folder,
     write_aside,
     write_state,
     written_aside,
 )
+
+
+def test_of_several_processes_the_first_alone_holds_the_place(monkeypatch, tmp_path: Path) -> None:
+    """Before they have heard of each other: nothing is waited for."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    held = reserving_output(lambda *, out: names(tmp_path))
+    for number, lock in (("0", [".out.lock"]), ("1", [])):
+        monkeypatch.setenv("RANK", number)
+        assert held(out=tmp_path / "out") == lock
 
 
 def names(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_graft.errors import CheckpointError, OutputError
 from peft_graft.files import FULL, read_json, read_tensors, write_json, write_tensors
+from peft_graft.processes import Processes
 
 logger = logging.getLogger("peft_graft")
 #: Endings of what lies beside an output while it is written: what takes its place, and the folder of what was there.
@@ -179,7 +180,7 @@ def reserving_output(verb: Callable[_P, _T]) -> Callable[_P, _T]:
         out = options.get("out")
         if out is not None and not isinstance(out, str | os.PathLike):
             raise OutputError("this names no place", where="out", expected="a path", found=type(out).__name__)
-        if out is None or os.environ.get("RANK", "0") != "0":
+        if out is None or not Processes.started().first:
             return verb(*args, **options)
         with reserved(Path(str(out))):
             return verb(*args, **options)

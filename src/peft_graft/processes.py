@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -28,14 +29,10 @@ class Processes:
 
     @classmethod
     def started(cls) -> Processes:
-        """As the environment says that this process was started."""
+        """As the environment says that this process was started; none is waited for."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
             return cls()
-        import torch.distributed as group
-
-        if not group.is_initialized():
-            group.init_process_group("gloo")
-        return cls(group.get_rank(), group.get_world_size())
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     @property
     def alone(self) -> bool:
@@ -50,18 +47,15 @@ class Processes:
     def wait(self) -> None:
         """Return when all processes have come here."""
         if not self.alone:
-            import torch.distributed as group
-
-            group.barrier()
+            _group().barrier()
 
     def least(self, value: int) -> int:
         """The least of what the processes have each."""
         if self.alone:
             return value
         import torch
-        import torch.distributed as group
 
-        least = torch.tensor(value)
+        group, least = _group(), torch.tensor(value)
         group.all_reduce(least, group.ReduceOp.MIN)
         return int(least)
 
@@ -69,20 +63,16 @@ class Processes:
         """What the first process makes, for all of them; the others make nothing."""
         if self.alone:
             return make()
-        import torch.distributed as group
-
         held = [make() if self.first else None]
-        group.broadcast_object_list(held)
+        _group().broadcast_object_list(held)
         return held[0]  # type: ignore[return-value]
 
     def of_all(self, own: _T) -> list[_T]:
         """What each process has, in their order."""
         if self.alone:
             return [own]
-        import torch.distributed as group
-
         found: list[_T] = [own] * self.count
-        group.all_gather_object(found, own)
+        _group().all_gather_object(found, own)
         return found
 
     def share(self, rows: Sequence[_T]) -> list[_T]:
@@ -91,21 +81,22 @@ class Processes:
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the sum of those of all processes: the same bits in each."""
-        if self.alone:
-            return
-        import torch.distributed as group
-
-        for tensor in tensors:
-            group.all_reduce(tensor)
+        for tensor in () if self.alone else tensors:
+            _group().all_reduce(tensor)
 
     def equal(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the values of the first process's."""
-        if self.alone:
-            return
-        import torch.distributed as group
+        for tensor in () if self.alone else tensors:
+            _group().broadcast(tensor, 0)
 
-        for tensor in tensors:
-            group.broadcast(tensor, 0)
+
+def _group() -> ModuleType:
+    """torch's ``distributed``, with a group of the processes, which they make when they first share something."""
+    import torch.distributed as group
+
+    if not group.is_initialized():
+        group.init_process_group("gloo")
+    return group
 
 
 #: One process.

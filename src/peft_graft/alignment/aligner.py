@@ -302,7 +302,7 @@ class Aligner:
             unfinished=state,
         )
         if not self.processes.alone:
-            totals.merge_processes()
+            totals.merge_processes(self.processes)
             counts.nonfinite_pairs = totals.nonfinite
         return totals, counts
 

@@ -31,6 +31,7 @@ from peft_graft.config import MAX_TOKENS
 from peft_graft.errors import PairingError
 from peft_graft.models.loading import ModelPair
 from peft_graft.outputs import read_state, write_state
+from peft_graft.processes import Processes
 from peft_graft.run import Run
 
 _CHUNK = 512  # samples sorted by length together, so that a batch is padded little
@@ -171,15 +172,13 @@ class Totals:
         for key, products in self.products.items():
             products.merge(other.products[key])
 
-    def merge_processes(self) -> None:
-        """Take in what the other processes of torch's default group have seen, in all of them alike."""
-        import torch.distributed as processes
-
+    def merge_processes(self, processes: Processes) -> None:
+        """Take in what the other processes have seen, in all of them alike."""
         count = torch.tensor(self.nonfinite)
-        processes.all_reduce(count)
+        processes.add_up([count])
         self.nonfinite = int(count)
         for products in self.products.values():
-            products.merge_processes()
+            products.merge_processes(processes)
 
 
 def collect(

@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from peft_graft.processes import Processes
+
 Moment = Literal["cross", "teacher", "student"]
 
 
@@ -310,15 +312,13 @@ class Products:
             self._product[pair] += other._product[pair]
         self.count += other.count
 
-    def merge_processes(self) -> None:
-        """Take in the rows that the other processes of torch's default group have seen, in all of them alike."""
-        import torch.distributed as processes
-
+    def merge_processes(self, processes: Processes) -> None:
+        """Take in the rows that the other processes have seen, in all of them alike."""
         self._settle()
 
         def total(value: Tensor) -> Tensor:
             there = value.cpu()  # gloo sums on the CPU
-            processes.all_reduce(there)
+            processes.add_up([there])
             return value.copy_(there)
 
         counts = total(torch.tensor([self.count], dtype=torch.float64))
