@@ -12,7 +12,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from peft_graft.page.graft import write_page
+from peft_graft.page.graft import graft_page
 from peft_graft.report import read_report
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -27,7 +27,7 @@ def main(grafts: list[str]) -> None:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, _, graft in (each.partition("=") for each in grafts):
             file = Path(folder) / f"{name}.html"
-            write_page(read_report(Path(graft), graft), name, file)
+            file.write_text(graft_page(read_report(Path(graft), graft), name), encoding="utf-8")
             for screen, (width, height, colours) in SCREENS.items():
                 page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
                 page.goto(file.as_uri())

@@ -24,7 +24,7 @@ from peft_graft.models.places import place_of
 from peft_graft.move import Move
 from peft_graft.outputs import reserved, reserving_output, write_aside
 from peft_graft.page.graft import PAGE
-from peft_graft.page.shelf import write_shelf_page
+from peft_graft.page.shelf import shelf_page
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
 from peft_graft.processes import Processes
 from peft_graft.progress import watchers
@@ -186,7 +186,7 @@ class _Shelf:
         report = ShelfReport.of(place_of(str(name)), [self.entries[one] for one in order if one in self.entries])
         content = json_text(report.model_dump(mode="json"), str(self.out / SHELF), indent=2)
         write_aside(self.out / SHELF, content, force=True)
-        write_shelf_page(report, self.out.absolute().name, self.out / PAGE)
+        write_aside(self.out / PAGE, shelf_page(report, self.out.absolute().name), force=True)
         return report
 
     def _earlier(self) -> dict[str, ShelfEntry]:

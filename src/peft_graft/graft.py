@@ -31,8 +31,8 @@ from peft_graft.hub import explained_upload
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
-from peft_graft.outputs import temporary_folder, written_aside
-from peft_graft.page.graft import PAGE, write_page
+from peft_graft.outputs import temporary_folder, write_aside, written_aside
+from peft_graft.page.graft import PAGE, graft_page
 from peft_graft.record import html_table
 from peft_graft.report import REPORT, FileRecord, GraftReport, read_report
 
@@ -179,7 +179,7 @@ class Graft:
             }
             report = report.model_copy(update={"files": files})
             write_json(staging / REPORT, report.model_dump(mode="json"))
-            write_page(report, called, staging / PAGE)
+            write_aside(staging / PAGE, graft_page(report, called), force=True)
         return replace(self, report=report, folder=out)
 
     def push_to_hub(

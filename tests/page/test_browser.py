@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import reports
-from peft_graft.page.graft import write_page
-from peft_graft.page.shelf import write_shelf_page
+from peft_graft.page.graft import graft_page
+from peft_graft.page.shelf import shelf_page
 from peft_graft.shelf import ShelfEntry, ShelfReport
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -42,13 +42,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     made = {"tagger": reports.tagger(), "speaker": reports.speaker(LONG), "bare": reports.bare()}
     for name, report in made.items():
-        write_page(report, name, folder / f"{name}.html")
+        (folder / f"{name}.html").write_text(graft_page(report, name), encoding="utf-8")
     entries = [
         ShelfEntry(name=LONG + name, module=LONG, teacher=LONG, state="written", verdict=report.verdict, seconds=9.0)
         for name, report in made.items()
     ]
     failed = ShelfEntry(name=LONG, module=LONG, state="failed", error=LONG)
-    write_shelf_page(ShelfReport.of(LONG, [*entries, failed]), "shelf", folder / "shelf.html")
+    shelf = shelf_page(ShelfReport.of(LONG, [*entries, failed]), "shelf")
+    (folder / "shelf.html").write_text(shelf, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in (*made, "shelf")}
 
 

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 import reports
+from peft_graft.outputs import write_aside
 from peft_graft.page.differences import differences
-from peft_graft.page.graft import graft_page, write_page
+from peft_graft.page.graft import graft_page
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>&amp;\'"--></style></title>$x^2${{ 7*7 }}'
 
@@ -123,7 +124,7 @@ def test_reports_of_former_versions_have_pages() -> None:
 
 
 def test_half_a_pair_of_surrogates_is_written(tmp_path) -> None:
-    write_page(reports.speaker("\ud800"), "g", tmp_path / "report.html")
+    write_aside(tmp_path / "report.html", graft_page(reports.speaker("\ud800"), "g"))
     assert "\\ud800" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

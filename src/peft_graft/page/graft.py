@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from peft_graft.card import model_name, without_paths
 from peft_graft.distill.agreement import LEVELS, GenerationAgreement
 from peft_graft.distill.breakdown import ClassCounts, DecidedText
 from peft_graft.models.loading import ModelRecord
-from peft_graft.outputs import write_aside
 from peft_graft.page import details, figures
 from peft_graft.page.differences import differences, shortened
 from peft_graft.page.render import render
@@ -24,15 +22,6 @@ PAGE = "report.html"
 #: Kinds of modules as people write them.
 _KINDS = {"lora": "LoRA", "ia3": "IA³", "bottleneck": "Adapter"}
 _OLD, _NEW, _UNTOUCHED = "teacher (old)", "graft (new)", "without the graft"
-
-
-def write_page(report: GraftReport, name: str, file: Path) -> None:
-    """Write the page of a graft (``graft_page``), in place of one that is there.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    write_aside(file, graft_page(report, name), force=True)
 
 
 def graft_page(report: GraftReport, name: str) -> str:

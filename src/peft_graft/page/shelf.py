@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
 
 from peft_graft.card import public_name
 from peft_graft.distill.agreement import Level
-from peft_graft.outputs import write_aside
 from peft_graft.page import figures
 from peft_graft.page.graft import PAGE
 from peft_graft.page.render import render
@@ -17,15 +15,6 @@ from peft_graft.shelf import ShelfEntry, ShelfReport
 
 #: From the best.
 _LEVELS: tuple[Level, ...] = get_args(Level)
-
-
-def write_shelf_page(report: ShelfReport, name: str, file: Path) -> None:
-    """Write the page of a shelf (``shelf_page``), in place of one that is there.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    write_aside(file, shelf_page(report, name), force=True)
 
 
 def shelf_page(report: ShelfReport, name: str) -> str:

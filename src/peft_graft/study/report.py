@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from peft_graft.errors import StudyError
-from peft_graft.outputs import write_aside
 from peft_graft.page import figures
 from peft_graft.page.pictures import Picture, bars, curves, heat_map
 from peft_graft.page.render import render
@@ -46,15 +45,6 @@ class StudyResults:
             raise StudyError("the folder holds no study", where=str(place), expected="study.json")
         failures = {name: folder.error(name) for name in folder.failed}
         return cls(folder.name, folder.records(folder.finished), failures)
-
-
-def write_study_page(results: StudyResults, file: Path) -> None:
-    """Write the page of a study (``study_page``), in place of one that is there.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    write_aside(file, study_page(results), force=True)
 
 
 def study_page(results: StudyResults, *, live: bool = False) -> str:

@@ -31,9 +31,9 @@ def report(
     from peft_graft.cli.output import console_for_results, escaped, give
     from peft_graft.cli.results import PageResult
     from peft_graft.errors import StudyError
-    from peft_graft.outputs import check_output_file
-    from peft_graft.page.graft import PAGE, write_page
-    from peft_graft.page.shelf import write_shelf_page
+    from peft_graft.outputs import check_output_file, write_aside
+    from peft_graft.page.graft import PAGE, graft_page
+    from peft_graft.page.shelf import shelf_page
     from peft_graft.report import read_report
     from peft_graft.shelf import SHELF, read_shelf
 
@@ -54,13 +54,14 @@ def report(
     if out is not None:
         check_output_file(out, force=False)
     if of_study:
-        from peft_graft.study.report import StudyResults, write_study_page
+        from peft_graft.study.report import StudyResults, study_page
 
-        write_study_page(StudyResults.read(place), file)
+        page = study_page(StudyResults.read(place))
     elif (place / SHELF).is_file():
-        write_shelf_page(read_shelf(place), place.absolute().name, file)
+        page = shelf_page(read_shelf(place), place.absolute().name)
     else:
-        write_page(read_report(place, str(place)), place.absolute().name, file)
+        page = graft_page(read_report(place, str(place)), place.absolute().name)
+    write_aside(file, page, force=True)
     give(
         PageResult(out=str(file)), lambda: console.print(f"[bold green]written[/] {escaped(str(file))}", soft_wrap=True)
     )
