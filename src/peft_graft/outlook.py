@@ -22,6 +22,7 @@ from peft_graft.distill.ask_seeds import STAGE as MAKING
 from peft_graft.distill.ask_seeds import listing_of
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.distillation import ASKING
+from peft_graft.distill.generate import Answer
 from peft_graft.distill.polish import STAGE as POLISHING
 from peft_graft.distill.polish import PolishSettings
 from peft_graft.distill.teacher import POOL
@@ -32,7 +33,6 @@ from peft_graft.move import Move
 from peft_graft.planning.method_choice import same_sizes
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import ModelLike, ModelSources, described
-from peft_graft.prompts.pairing import PairingShares, pair_completions
 from peft_graft.prompts.seeds import Seeds
 from peft_graft.record import Record
 
@@ -169,13 +169,9 @@ def _prompts_for(material: PromptMaterial, plan: Plan) -> PromptOutlook:
         return _made_prompts_for(source, asking, plan)
     assert material.fitting is not None
     fitting = material.fitting.held_out + material.fitting.learning
-    templates, shares = asking.templates, PairingShares()
-    answered = [prompt for prompt in fitting if prompt.answer][:_PAIRED]
-    for prompt in answered:
-        assert prompt.answer is not None
-        teacher, student = (side.encode(prompt, prompt.answer) for side in (templates.teacher, templates.student))
-        shares.add(pair_completions(teacher, student), student, prompt.answer)
-    lengths = [len(templates.student.ids(prompt)) for prompt in fitting[:_PAIRED]]
+    answered = [(prompt, Answer(prompt.answer, ended=True)) for prompt in fitting if prompt.answer][:_PAIRED]
+    shares = asking.templates.encoded(answered).shares
+    lengths = [len(asking.templates.student.ids(prompt)) for prompt in fitting[:_PAIRED]]
     answer = shares.tokens / len(answered) if answered else asking.sampling.max_new_tokens / 4
     return PromptOutlook(
         prompts=len(fitting),

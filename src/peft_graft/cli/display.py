@@ -11,7 +11,7 @@ from rich.table import Table
 
 from peft_graft.cli.output import console_for_results, escaped, look
 from peft_graft.cli.result import SHOWN
-from peft_graft.cli.words import duration, figure, layers_as_text, memory, ranges
+from peft_graft.cli.words import duration, figure, layers_as_text, memory, pairing, ranges
 
 if TYPE_CHECKING:
     from peft_graft._evaluate import Evaluation
@@ -109,9 +109,9 @@ def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
 def _outlook(student: StudentSummary, asked: PromptOutlook) -> list[tuple[str, str]]:
     """Prompts that the teacher would be asked, and what that would cost."""
     dropped = f", {asked.too_long} too long, {asked.duplicates} given twice" * bool(asked.too_long or asked.duplicates)
-    pairs = "" if asked.strict_share is None else f"; {asked.strict_share:.0%} of the answers' tokens pair"
-    if asked.strict_digits is not None:
-        pairs += f", {asked.strict_digits:.0%} of those with digits"
+    pairs = ""
+    if asked.strict_share is not None:
+        pairs = "; " + pairing(asked.strict_share, "the answers' tokens", asked.strict_digits)
     how = {"chat": "asked by its chat template", "list": "going on with a list of them"}
     if asked.made_by:
         dropped = f" to make from {asked.made_from} examples, by the teacher's base, {how[asked.made_by]}"
@@ -125,10 +125,9 @@ def _of_documents(student: StudentSummary, found: DocumentOutlook) -> list[tuple
     """Plain text that would be learned from, and what that would cost."""
     odd = [(found.cut, f"cut after {found.longest} tokens"), (found.too_short, "too short")]
     aside = "".join(f", {count} {what}" for count, what in odd if count)
-    digits = "" if found.strict_digits is None else f", {found.strict_digits:.0%} of those with digits"
     text = (
         f"{found.documents:,} documents to learn from, {found.held_out} held out; of the first {found.looked_at}"
-        f"{aside}: {found.tokens:.0f} tokens on average, {found.strict_share:.0%} of which pair{digits}; "
+        f"{aside}: {found.tokens:.0f} tokens on average, {pairing(found.strict_share, 'which', found.strict_digits)}; "
         f"{student.polish_steps:,} steps of polish"
     )
     return [("text", text), ("cost", _cost_of_learning(student))]

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_graft.cli.output import console_for_results, escaped, look
-from peft_graft.cli.words import duration, figure, layers_as_text, spread
+from peft_graft.cli.words import duration, figure, layers_as_text, pairing, spread
 
 if TYPE_CHECKING:
     from peft_graft.distill.ask_documents import DocumentRecord
@@ -112,10 +112,10 @@ def _of_prompts(report: GraftReport) -> list[tuple[str, str]]:
     odd = [(asked.too_long, "too long"), (asked.duplicates, "given twice"), (asked.cut, "answers cut"),
            (asked.empty, "empty")]  # fmt: skip
     aside = "".join(f"; {count} {what}" for count, what in odd if count)
-    digits = "" if asked.strict_digits is None else f", {asked.strict_digits:.0%} of those with digits"
     text = (
         f"{asked.prompts:,} to learn from, {asked.held_out} held out{aside}; the module makes the teacher's answers "
-        f"{asked.module_effect:.2f} nats a token likelier; {asked.strict_share:.0%} of the answers' tokens pair{digits}"
+        f"{asked.module_effect:.2f} nats a token likelier; "
+        + pairing(asked.strict_share, "the answers' tokens", asked.strict_digits)
     )
     if not asked.made:
         return [("prompts", text)]
@@ -129,10 +129,10 @@ def _of_prompts(report: GraftReport) -> list[tuple[str, str]]:
 def _of_documents(found: DocumentRecord) -> str:
     odd = [(found.cut, f"cut after {found.longest} tokens"), (found.too_short, "too short")]
     aside = "".join(f"; {count} {what}" for count, what in odd if count)
-    digits = "" if found.strict_digits is None else f", {found.strict_digits:.0%} of those with digits"
     return (
         f"{found.documents:,} to learn from, {found.held_out} held out{aside}; the module makes a token of them "
-        f"{found.module_effect:.2f} nats likelier or less likely; {found.strict_share:.0%} of their tokens pair{digits}"
+        f"{found.module_effect:.2f} nats likelier or less likely; "
+        + pairing(found.strict_share, "their tokens", found.strict_digits)
     )
 
 

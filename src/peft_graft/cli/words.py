@@ -26,6 +26,11 @@ def spread(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" [95 % {interval[0]:.2f}–{interval[1]:.2f}]"
 
 
+def pairing(share: float, of: str, digits: float | None) -> str:
+    """How many of some tokens pair, and of those with digits, where there are any."""
+    return f"{share:.0%} of {of} pair" + ("" if digits is None else f", {digits:.0%} of those with digits")
+
+
 def ranges(numbers: list[int]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``."""
     parts: list[list[int]] = []

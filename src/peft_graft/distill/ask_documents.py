@@ -18,7 +18,7 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import Agreement
 from peft_graft.distill.ask_prompts import check_speaks, longest_text
-from peft_graft.distill.completions import CompletionDistillation, Templates
+from peft_graft.distill.completions import CompletionDistillation, CompletionRecord, Templates
 from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.likelihood import answer_losses
@@ -33,7 +33,6 @@ from peft_graft.prompts.conversation import NO_PROMPT, Prompt
 from peft_graft.prompts.pairing import PairingShares
 from peft_graft.prompts.template import Completion, Template
 from peft_graft.prompts.token_bytes import shared_tokens, token_bytes
-from peft_graft.record import Record
 from peft_graft.run import Run
 
 #: Documents that judge, and that choose, at most.
@@ -51,31 +50,23 @@ _EXAMPLE = "the dog and the cat"
 _FEATURES = "FEATURE_EXTRACTION"
 
 
-class DocumentRecord(Record):
+class DocumentRecord(CompletionRecord):
     """Plain text that a language model's graft learned the teacher's distributions on, and how its tokens pair.
 
     Attributes:
-        documents: that are learned from. held_out: that choose or judge. judging: those of them that judge.
+        documents: that are learned from.
         cut: of which only the first ``longest`` tokens are read. too_short: left out, being of a single token.
-        tokens: of the student, of what is learned from. shared_tokens: in both vocabularies.
-        strict_share: of the text's positions, those where distributions are compared; ``strict_digits`` of digits.
-        module_effect: by how many nats the module makes a token of the text likelier or less likely, on average.
+        tokens: of the student, of what is learned from.
         nats_a_byte: minus the log-likelihood of the text that judges, by who reads it: ``teacher``, ``teacher base``,
             ``student`` and ``graft``.
         bare_divergence: of the student without the module from the teacher, at strict positions of that text, nats.
     """
 
     documents: int
-    held_out: int
-    judging: int
     cut: int
     longest: int
     too_short: int
     tokens: int
-    shared_tokens: int
-    strict_share: float
-    strict_digits: float | None
-    module_effect: float
     nats_a_byte: dict[str, float]
     bare_divergence: float = 0.0
 
@@ -220,10 +211,7 @@ class DocumentAsking:
 
     def shares(self, documents: Documents) -> PairingShares:
         """How the tokens of documents pair."""
-        found, sides = PairingShares(), self.templates.encoded(documents.answered)
-        for pair, student, answer in zip(sides.pairs, sides.student, documents.answers, strict=True):
-            found.add(pair, student, answer.text)
-        return found
+        return self.templates.encoded(documents.answered).shares
 
     def check_pairs(self, samples: Sequence[Sample]) -> None:
         """Refuse models that read no token of a text alike.
@@ -265,8 +253,7 @@ class DocumentAsking:
             student, base = (language_model(model, bf16=self.bf16) for model in (models.student, models.teacher))
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
             rows = [row for part in read for row in part.answered]
-            work = DocumentTargets(teacher, student, self.templates, rows, held, text_only=False, use_given=False)
-            learned, held_out, columns, shares, effect = work.made(run)
+            learned = DocumentTargets(teacher, student, self.templates, rows, held, len(judging.answers)).made(run)
             of_teacher, of_student = self._both
             known = {
                 "teacher": _nats_a_byte(teacher, of_teacher, judging.answers),
@@ -274,17 +261,12 @@ class DocumentAsking:
                 "student": _nats_a_byte(student, of_student, judging.answers),
             }
         record = DocumentRecord(
-            documents=len(learned),
-            held_out=held,
-            judging=len(judging.answers),
+            **dict(learned.record),
+            documents=len(learned.train),
             cut=sum(part.cut for part in read),
             longest=self.longest,
             too_short=sum(part.too_short for part in read),
-            tokens=sum(len(row) - start for row, start in zip(learned.inputs, learned.starts, strict=True)),
-            shared_tokens=columns.shared,
-            strict_share=shares.share,
-            strict_digits=shares.digit_share,
-            module_effect=effect,
+            tokens=learned.train.tokens,
             nats_a_byte=known,
         )
         return DocumentDistillation(
@@ -294,10 +276,10 @@ class DocumentAsking:
             self.bf16,
             [Sample(answer.text) for answer in learning.answers],
             templates=self.templates,
-            columns=columns,
-            train=learned,
-            held_out=held_out.part(range(len(judging.answers), held)),
-            judging=held_out.part(range(len(judging.answers))),
+            columns=learned.columns,
+            train=learned.train,
+            held_out=learned.held_out,
+            judging=learned.judging,
             asked=[NO_PROMPT] * len(judging.answers),
             answers=judging.answers,
             groups=[parts.groups[number] for number in judging.numbers],

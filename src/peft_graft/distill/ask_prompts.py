@@ -178,11 +178,12 @@ class Asking:
                 self.templates,
                 list(zip(chosen, answers, strict=True)),
                 held,
+                judging,
                 self.text_only,
                 self.use_given,
                 where,
             )
-            train, held_out, columns, shares, effect = work.made(run)
+            learned = work.made(run)
         with run.stage("asking the student"):
             bare_answers = generate_answers(
                 student.model,
@@ -195,21 +196,16 @@ class Asking:
                 processes=run.processes,
             )
         record = PromptRecord(
-            prompts=len(train),
-            held_out=len(held_out),
+            **dict(learned.record),
+            prompts=len(learned.train),
             too_long=too_long,
             duplicates=duplicates,
             cut=sum(not answer.ended for answer in answers),
             empty=sum(not answer.text.strip() for answer in answers),
             given=sum(prompt.answer is not None for prompt in chosen[held:]) if self.use_given else 0,
-            answer_tokens=sum(len(row) - start for row, start in zip(train.inputs, train.starts, strict=True)),
-            shared_tokens=columns.shared,
-            strict_share=shares.share,
-            strict_digits=shares.digit_share,
-            module_effect=effect,
+            answer_tokens=learned.train.tokens,
             made=made,
             no_excess=asked - len(chosen),
-            judging=judging,
         )
         samples = [Sample(f"{prompt.text}\n{answer.text}") for prompt, answer in zip(chosen, answers, strict=True)]
         found = PromptDistillation(
@@ -219,10 +215,10 @@ class Asking:
             self.bf16,
             samples[held:],
             templates=self.templates,
-            columns=columns,
-            train=train,
-            held_out=held_out.part(range(judging, held)),
-            judging=held_out.part(range(judging)),
+            columns=learned.columns,
+            train=learned.train,
+            held_out=learned.held_out,
+            judging=learned.judging,
             asked=chosen[:judging],
             answers=answers[:judging],
             groups=parts.groups,

@@ -34,7 +34,7 @@ from peft_graft.distill.token_targets import (
 from peft_graft.distill.training import length_batches
 from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.pairing import CompletionPairs, pair_completions
+from peft_graft.prompts.pairing import CompletionPairs, PairingShares, pair_completions
 from peft_graft.prompts.template import Completion, Template
 from peft_graft.prompts.token_bytes import same_tokens
 from peft_graft.record import Record
@@ -46,35 +46,46 @@ BATCH = 32
 _MULTIPLE = 8
 
 
-class PromptRecord(Record):
+class CompletionRecord(Record):
+    """Texts of which a graft learned what the teacher says, and how their tokens pair.
+
+    Attributes:
+        held_out: texts that choose or judge. judging: those of them that judge.
+        shared_tokens: in both vocabularies.
+        strict_share: of the texts' positions, those where distributions are compared; ``strict_digits`` of digits.
+        module_effect: what the module does to the log-likelihood of a token, nats, on average: of the teacher's answers
+            how much likelier it makes them, of other text how much likelier or less likely.
+    """
+
+    held_out: int
+    judging: int = 0
+    shared_tokens: int
+    strict_share: float
+    strict_digits: float | None
+    module_effect: float
+
+
+class PromptRecord(CompletionRecord):
     """What was asked, and how the answers paired.
 
     Attributes:
-        prompts: that are learned from. held_out: that choose or judge. judging: those of them that judge.
+        prompts: that are learned from.
         too_long: left out, their prompt and the longest answer being longer than a model reads. duplicates: left out.
         cut: answers that came to no end. empty: answers without text. given: answers that came with the prompts.
-        answer_tokens: of the student, those that are learned from. shared_tokens: in both vocabularies.
-        strict_share: of the answers' positions, those where distributions are compared; ``strict_digits`` of digits.
-        module_effect: by how many nats a token the module makes the teacher's answers likelier.
+        answer_tokens: of the student, those that are learned from.
         made: how the prompts were made, where they were. no_excess: left out, the module making the teacher's answer no
             likelier; only of prompts that were made.
     """
 
     prompts: int
-    held_out: int
     too_long: int
     duplicates: int
     cut: int
     empty: int
     given: int
     answer_tokens: int
-    shared_tokens: int
-    strict_share: float
-    strict_digits: float | None
-    module_effect: float
     made: MadePrompts | None = None
     no_excess: int = 0
-    judging: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,13 +106,14 @@ class Templates:
             [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in answered]
             for template in (self.teacher, self.student)
         )
-        return Sides(teacher, student, self.same_tokens)
+        return Sides([answer.text for _, answer in answered], teacher, student, self.same_tokens)
 
 
 @dataclass(frozen=True)
 class Sides:
     """Prompts with their answers as tokens of the teacher and of the student; ``same_tokens``: of one vocabulary."""
 
+    answers: Sequence[str]
     teacher: Sequence[Completion]
     student: Sequence[Completion]
     same_tokens: bool
@@ -113,6 +125,14 @@ class Sides:
             pair_completions(*both, same_tokens=self.same_tokens)
             for both in zip(self.teacher, self.student, strict=True)
         ]
+
+    @property
+    def shares(self) -> PairingShares:
+        """How much of them does."""
+        found = PairingShares()
+        for pair, student, answer in zip(self.pairs, self.student, self.answers, strict=True):
+            found.add(pair, student, answer)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

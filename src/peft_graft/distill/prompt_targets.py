@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
-from peft_graft.distill.completions import BATCH, Templates, last_states
+from peft_graft.distill.completions import BATCH, CompletionRecord, Templates, last_states
 from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.excess import gains_of
 from peft_graft.distill.finite import check_finite
@@ -20,7 +20,6 @@ from peft_graft.distill.training import length_batches
 from peft_graft.errors import TextError
 from peft_graft.models.output import LanguageModel, OutputLayer
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.pairing import PairingShares
 from peft_graft.prompts.template import Completion
 from peft_graft.prompts.token_bytes import shared_tokens, token_bytes
 from peft_graft.run import Run
@@ -32,12 +31,28 @@ LEAST_CHANGE = 1e-3
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What a student learns of answers, and what it is chosen and judged by.
+
+    Attributes:
+        columns, train, held_out, judging: see ``CompletionDistillation``. record: what is said of them.
+    """
+
+    columns: Columns
+    train: CompletionTargets
+    held_out: CompletionTargets
+    judging: CompletionTargets
+    record: CompletionRecord
+
+
+@dataclass(frozen=True)
 class PromptTargets:
     """Makes what the student learns of the teacher's answers.
 
     Attributes:
         teacher: with its module inside. student: without one. templates: how they read prompts.
         answered: prompts with their answers. held_out: how many of them, the first ones, are not learned from.
+        judging: how many of these, again the first ones, judge.
         text_only, use_given: see ``ask_prompts.Asking``. where: the prompts come from, for messages.
     """
 
@@ -46,8 +61,9 @@ class PromptTargets:
     templates: Templates
     answered: Sequence[tuple[Prompt, Answer]]
     held_out: int
-    text_only: bool
-    use_given: bool
+    judging: int
+    text_only: bool = False
+    use_given: bool = False
     where: str = "--text"
 
     #: What is said where the module has no effect.
@@ -58,18 +74,15 @@ class PromptTargets:
         "give prompts of the task that the module was trained for, in the format that it was trained with"
     )
 
-    def made(self, run: Run) -> tuple[CompletionTargets, CompletionTargets, Columns, PairingShares, float]:
-        """Of what is learned from and of what is held out, the columns, shares of pairs, and the module's effect.
+    def made(self, run: Run) -> Learned:
+        """Ask the teacher.
 
         Raises:
             TextError: the module makes the answers no likelier. PairingError: the tokenizers share no token.
             NotFiniteError: what the teacher says is not finite.
         """
         sides = self.templates.encoded(self.answered)
-        pairs, students = sides.pairs, sides.student
-        shares = PairingShares()
-        for pair, student, (_, answer) in zip(pairs, students, self.answered, strict=True):
-            shares.add(pair, student, answer.text)
+        pairs, students, shares = sides.pairs, sides.student, sides.shares
         columns = self._columns(students)
         top, log_p, effect = self._teacher_says(sides.teacher, [pair.teacher for pair in pairs], columns, run)
         index = columns.index()
@@ -96,7 +109,16 @@ class PromptTargets:
             none = torch.empty(0, top[0].shape[1], dtype=torch.int64)
             blank = [none] * len(train)
             train = replace(train, strict=[none[:, 0]] * len(train), top=blank, log_p=[none.float()] * len(train))
-        return train, targets.part(rows[: self.held_out]), columns, shares, effect
+        record = CompletionRecord(
+            held_out=self.held_out,
+            judging=self.judging,
+            shared_tokens=columns.shared,
+            strict_share=shares.share,
+            strict_digits=shares.digit_share,
+            module_effect=effect,
+        )
+        choosing, judging = rows[self.judging : self.held_out], rows[: self.judging]
+        return Learned(columns, train, targets.part(choosing), targets.part(judging), record)
 
     def _text(self, number: int, side: Completion, strict: Sequence[int], index: Tensor) -> Tensor:
         """Positions whose text is learned: those that are not strict; all of an answer that was given."""

@@ -107,6 +107,11 @@ class CompletionTargets:
         return [len(row) for row in self.inputs]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(row) - start for row, start in zip(self.inputs, self.starts, strict=True))
+
+    @property
     def sizes(self) -> list[int]:
         """Strict positions of every answer."""
         return list(map(len, self.strict))
