@@ -211,21 +211,28 @@ def test_a_graft_is_compared_with_the_controls_of_its_own_polish() -> None:
     def student(start: str, seed: int, score: float) -> dict:
         names = {"student": "s", "module": "lora", "task": "ner", "budget": 0, "seed": seed, "language": "en"}
         names |= {"start": start} | ({} if start == "fresh" else {"teacher": "t"})
-        return {"id": "", "kind": "student", "names": names, "result": {"metric": "entity F1", "score": score}}
+        needs = {} if start == "fresh" else {"graft": f"graft of {start}"}
+        result = {"metric": "entity F1", "score": score}
+        return {"id": start, "kind": "student", "names": names, "result": result, "needs": needs}
 
     scores = {
-        "fresh": 0.1, "default, polish 9": 0.6, "default": 0.8, "polish from fresh, polish 9": 0.55,
+        "fresh": 0.1, "default, short": 0.6, "default": 0.8, "polish from fresh, short": 0.55,
         "polish from fresh": 0.5, f"{CONTROL}head alone": 0.3,
-        f"{CONTROL}random module, polish 9": 0.5, f"{CONTROL}random module": 0.75,
+        f"{CONTROL}random module, short": 0.5, f"{CONTROL}random module": 0.75,
     }  # fmt: skip
+    lengths = {start: 9 if start.endswith("short") else "auto" for start in scores}
+    grafts = [
+        {"id": f"graft of {start}", "kind": "graft", "names": {}, "config": {"transfer": {"polish": length}}}
+        for start, length in lengths.items()
+    ]
     records = [student(start, seed, score + 0.001 * seed) for start, score in scores.items() for seed in range(6)]
     # One seed in which it is behind the fresh module that was polished.
-    records[-1 - 6 * 4 - 0] = student("polish from fresh, polish 9", 5, 0.7)
-    (table,) = result_tables(records)
+    records[-1 - 6 * 4 - 0] = student("polish from fresh, short", 5, 0.7)
+    (table,) = result_tables([*grafts, *records])
     header, lines = grid_of(table)
     shown = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
     assert shown["default"]["Δ best control"] == "+5.0", "of random module's and not of a shorter polish"
     assert shown["default"]["p (controls)"] == "0.031"
-    assert shown["default, polish 9"]["Δ best control"] == "+2.6"
-    assert float(shown["default, polish 9"]["p (controls)"]) > 0.05
+    assert shown["default, short"]["Δ best control"] == "+2.6"
+    assert float(shown["default, short"]["p (controls)"]) > 0.05
     assert shown["polish from fresh"]["Δ best control"] == shown[f"{CONTROL}head alone"]["p (controls)"] == ""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from peft_graft.config import AUTO
 from peft_graft.errors import DependencyError
 from peft_graft.study.spec import CONTROL, CONTROL_NAMES, FRESH, POLISHED_FRESH
 
@@ -135,10 +136,12 @@ def scores_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def result_tables(records: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
     """All tables of the records: one without labels and one for each budget, by pair, module and task."""
-    groups = dict(iter(scores_of(records).groupby(_TABLE, sort=False)))
+    groups, polish = dict(iter(scores_of(records).groupby(_TABLE, sort=False))), _polish_of(records)
     order = {0: -1.0, "all": math.inf}
     keys = sorted(groups, key=lambda key: (*map(str, key[:4]), order.get(key[4], key[4])))
-    return _corrected([_table(key, groups[key]) for key in keys if set(groups[key]["start"]) - {FRESH, TEACHER}])
+    return _corrected(
+        [_table(key, groups[key], polish) for key in keys if set(groups[key]["start"]) - {FRESH, TEACHER}]
+    )
 
 
 def _corrected(tables: list[ResultTable]) -> list[ResultTable]:
@@ -159,7 +162,17 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
-def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
+def _polish_of(records: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
+    """The length of the polish of every start that has one, as the cells say that it is made by."""
+    options = {one["id"]: one["config"]["transfer"] for one in records if "transfer" in one.get("config", {})}
+    return {
+        record["names"]["start"]: options[graft].get("polish", AUTO)
+        for record in records
+        if (graft := record.get("needs", {}).get("graft")) in options
+    }
+
+
+def _table(key: tuple[Any, ...], group: pd.DataFrame, polish: Mapping[str, int | str]) -> ResultTable:
     scores = group.pivot_table(index="start", columns=["language", "seed"], values="score")
     starts = [name for name in (TEACHER, FRESH) if name in scores.index]
     starts += sorted(set(scores.index) - {TEACHER, FRESH})
@@ -170,13 +183,16 @@ def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
     means = scores.T.groupby("language").mean().T
     rows = []
     for start in starts:
+        tested = start not in (TEACHER, FRESH)
+        controls = _controls_of(start, starts, polish) if tested else []
         entries = {
-            language: _entry(scores, means, start, [language]) for language in languages if language in known[start]
+            language: _entry(scores, means, start, [language], controls)
+            for language in languages
+            if language in known[start]
         }
         if common:
-            entries[MEAN] = _entry(scores, means, start, common)
-        tested = start not in (TEACHER, FRESH)
-        against = [paired_p(scores, start, control) for control in _controls_of(start, scores.index) if tested]
+            entries[MEAN] = _entry(scores, means, start, common, controls)
+        against = [paired_p(scores, start, control) for control in controls]
         known_p = [p for p in against if p is not None]
         over = max(known_p) if known_p and len(known_p) == len(against) else None
         rows.append(Row(start, entries, paired_p(scores, start) if tested else None, over_controls=over))
@@ -184,7 +200,9 @@ def _table(key: tuple[Any, ...], group: pd.DataFrame) -> ResultTable:
     return ResultTable(teacher, student, module, task, budget, group["metric"].iloc[0], languages, rows)
 
 
-def _entry(scores: pd.DataFrame, means: pd.DataFrame, start: str, languages: Sequence[str]) -> Entry:
+def _entry(
+    scores: pd.DataFrame, means: pd.DataFrame, start: str, languages: Sequence[str], controls: Sequence[str]
+) -> Entry:
     """``means``: over the seeds, a row for each start and a column for each language."""
 
     def mean_of(name: str) -> float | None:
@@ -202,24 +220,19 @@ def _entry(scores: pd.DataFrame, means: pd.DataFrame, start: str, languages: Seq
     if start in (FRESH, TEACHER) or fresh is None:
         return Entry(score, spread, len(own))
     share = share_of_gain(score, fresh, teacher) if teacher is not None else None
-    controls = [mean_of(name) for name in _controls_of(start, scores.index)]
-    known = [value for value in controls if value is not None]
+    known = [value for name in controls if (value := mean_of(name)) is not None]
     best = score - max(known) if known else None
     return Entry(score, spread, len(own), difference=score - fresh, share=share, over_controls=best)
 
 
-def _controls_of(start: str, names: Iterable[str]) -> list[str]:
+def _controls_of(start: str, names: Iterable[str], polish: Mapping[str, int | str]) -> list[str]:
     """The controls that had as many steps of polish, or none, and with them the fresh module that had as many."""
     controls = [name for name in names if name.startswith(CONTROL)]
     if not controls or start.startswith((CONTROL, POLISHED_FRESH)):
         return []
     polished = [name for name in names if name.startswith((CONTROL, POLISHED_FRESH))]
     unpolished = CONTROL + CONTROL_NAMES["head"]
-    return [name for name in polished if name == unpolished or _polish_of(name) == _polish_of(start)]
-
-
-def _polish_of(start: str) -> str | None:
-    return next((part for part in start.split(", ") if part.startswith("polish ") and part[7:].isdigit()), None)
+    return [name for name in polished if name == unpolished or polish.get(name) == polish.get(start)]
 
 
 def paired_p(scores: pd.DataFrame, start: str, other: str = FRESH) -> float | None:
