@@ -129,7 +129,8 @@ class TextMaterial:
         key = json.dumps([self.source.key, "each once", len(held)]) if self.source.key else None
         known = {form_of(sample.texts) for sample in held}
         rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
-        return AlignmentText(chain(first, rest), self.source.name, key)
+        count = len(first) if self.parts.given < POOL else None  # else there may be more than was read
+        return AlignmentText(chain(first, rest), self.source.name, key, count)
 
     def check_length(self, tokenizer: PreTrainedTokenizerBase, needed: int) -> None:
         """Refuse text that ends before it has as many tokens as have to pair.
@@ -308,7 +309,8 @@ class PromptMaterial:
             assert self.asked is not None
             yield from self.asked.samples
 
-        return AlignmentText(samples(), self.source.name, None)
+        count = min(len(self.fitting.learning), self.asking.train) if self.fitting else None
+        return AlignmentText(samples(), self.source.name, None, count)
 
     def polishing(self, config: GraftConfig) -> PolishSettings:
         """How the polish trains."""

@@ -213,6 +213,18 @@ def test_an_interrupted_pass_goes_on_where_it_was(models, split, tmp_path, monke
             assert_close(one, resumed, 1e-6)
 
 
+def test_progress_counts_to_what_a_short_text_has(models) -> None:
+    told: list[tuple[int, int]] = []
+    run = Run([tiny.OnProgress(lambda _, done, total: told.append((done, total)))])
+    for known in (600, None):
+        told.clear()
+        settings = CollectionSettings(max_tokens=100_000, samples=known)
+        _, counts = collect(models, samples(600), {(Space(0, "attn.in"),) * 2: []}, settings, run)
+        assert told[-1] == (counts.pairs, counts.pairs)
+        assert 0 < told[0][0] < counts.pairs / 10, "batch by batch"
+        assert told[0][1] == (pytest.approx(counts.pairs, rel=0.1) if known else 100_000)
+
+
 def test_activations_that_are_not_finite_are_left_out(models) -> None:
     teacher = models.teacher
     pair = (Space(0, "ffn.up.out"),) * 2

@@ -79,11 +79,13 @@ class AlignmentText:
 
     Attributes:
         samples: streamed. name: for records. key: what tells the samples and their order from others', None if unknown.
+        count: of the samples, None if unknown.
     """
 
     samples: Iterator[Sample]
     name: str = ""
     key: str | None = None
+    count: int | None = None
 
 
 @dataclass
@@ -278,7 +280,7 @@ class Aligner:
         samples = self.text.samples
         if not last:  # the next pass goes over the same text
             samples, self.text.samples = tee(samples)
-        settings = CollectionSettings(max_tokens=self.config.max_tokens)
+        settings = CollectionSettings(max_tokens=self.config.max_tokens, samples=self.text.count)
         state = Unfinished(self.run.work, key) if self.run.work else None
         if self.on_ray:
             self._seen = None  # others read the text

@@ -48,12 +48,14 @@ class CollectionSettings:
     Attributes:
         max_tokens: stop after this many paired tokens.
         max_length: tokens of a sample at most, special tokens included; longer samples are cut.
+        samples: how many the text has, where that is known; by these it is told how much there is to do.
         batch_tokens: padded tokens of a batch at most, for the longer of the two tokenisations; when None few on a
             processor, which touches less memory so, and more on an accelerator, which is kept busy by them.
     """
 
     max_tokens: int = MAX_TOKENS
     max_length: int = MAX_LENGTH
+    samples: int | None = None
     batch_tokens: int | None = None
 
 
@@ -236,10 +238,11 @@ def collect_totals(
         totals = Totals(layout, wanted, device, hold_out=hold_out)
         begin = _resume(totals, unfinished, shard)
         saved = time.monotonic()
-        batches = _mine(models, _batches(models, iter(samples), settings, counts), shard, begin)
+        text, done = _Text(samples), 0
+        batches = _mine(models, _batches(models, text, settings, counts), shard, begin)
         forward = _Forward(layout, (of_teacher, of_student), device)
-        stream = ahead((number, batch, counts.pairs) for number, batch in batches)
-        for (number, batch, pairs), seen in workers.in_order(stream, forward):
+        stream = ahead((*item, text.pairs(counts, settings)) for item in batches)
+        for (number, batch, pairs, of_all), seen in workers.in_order(stream, forward):
             if batch is not None and seen is not None:
                 totals.update(seen[0], workers, held_out=hold_out and number % _HELD_OUT_EVERY == 0)
                 forward.free.append(seen[1])
@@ -248,9 +251,30 @@ def collect_totals(
                 saved = time.monotonic()
             if _on_processor(models):
                 give_back_memory()
-            run.progress(PAIRING, min(pairs, settings.max_tokens), settings.max_tokens)
+            done += pairs
+            run.progress(PAIRING, min(done, of_all), of_all)
     counts.nonfinite_pairs = totals.nonfinite
     return totals, counts
+
+
+class _Text:
+    """The samples, and how many pairs of tokens they are expected to give."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples, self._ended = iter(samples), False
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from self._samples
+        self._ended = True
+
+    def pairs(self, counts: PairingCounts, settings: CollectionSettings) -> int:
+        """All that it gave, if it has ended; else by those so far, if it is known how many samples there are."""
+        found = settings.max_tokens
+        if self._ended:
+            found = counts.pairs
+        elif settings.samples:
+            found = counts.pairs * settings.samples // counts.samples
+        return min(found, settings.max_tokens)
 
 
 class _Forward:
@@ -260,7 +284,7 @@ class _Forward:
         self.layout, self.captures, self.device = layout, captures, device
         self.free: list[RowMemory] = []
 
-    def __call__(self, item: tuple[int, _Batch | None, int]) -> tuple[dict[str, Tensor], RowMemory] | None:
+    def __call__(self, item: tuple[int, _Batch | None, int, int]) -> tuple[dict[str, Tensor], RowMemory] | None:
         batch = item[1]
         if batch is None or not batch.gather_teacher.count:
             return None
@@ -312,11 +336,11 @@ def _groups(names: Iterable[str], products: Iterable[tuple[str, str]]) -> dict[s
 
 def _mine(
     models: ModelPair, batches: Iterable[list[_Encoded]], shard: Shard, begin: int
-) -> Iterator[tuple[int, _Batch | None]]:
-    """The batches by number, prepared where they are this shard's and not done yet."""
+) -> Iterator[tuple[int, _Batch | None, int]]:
+    """The batches by number, prepared where they are this shard's and not done yet, and their pairs of tokens."""
     for number, batch in enumerate(batches):
         mine = number >= begin and number % shard.count == shard.index
-        yield number, _prepare(models, batch) if mine else None
+        yield number, _prepare(models, batch) if mine else None, sum(len(sample.blocks) for sample in batch)
 
 
 def _prepare(models: ModelPair, batch: Sequence[_Encoded]) -> _Batch:
@@ -334,10 +358,10 @@ def _prepare(models: ModelPair, batch: Sequence[_Encoded]) -> _Batch:
 
 
 def _batches(
-    models: ModelPair, samples: Iterator[Sample], settings: CollectionSettings, counts: PairingCounts
+    models: ModelPair, samples: Iterable[Sample], settings: CollectionSettings, counts: PairingCounts
 ) -> Iterator[list[_Encoded]]:
     usual = _BATCH_TOKENS if _on_processor(models) else _BATCH_TOKENS_OF_ACCELERATORS
-    most = settings.batch_tokens or usual
+    most, samples = settings.batch_tokens or usual, iter(samples)
     while chunk := list(islice(samples, _CHUNK)):
         encoded = sorted(_encode(models, chunk, settings, counts), key=lambda sample: sample.length)
         batch: list[_Encoded] = []
