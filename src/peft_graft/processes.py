@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
@@ -78,6 +78,25 @@ class Processes:
     def share(self, rows: Sequence[_T]) -> list[_T]:
         """This process's part of something: every so many of it."""
         return list(rows[self.index :: self.count])
+
+    def of_batches(
+        self,
+        batches: Sequence[Sequence[int]],
+        work: Callable[[Sequence[int]], Mapping[int, _T]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[int, _T]:
+        """What ``work`` makes of the rows of each batch, by row: of every so many batches here, of others elsewhere.
+
+        Args:
+            progress: told of (rows so far, rows).
+        """
+        own: dict[int, _T] = {}
+        total = sum(map(len, batches))
+        for rows in self.share(batches):
+            own |= work(rows)
+            if progress:
+                progress(min(len(own) * self.count, total), total)
+        return {row: value for found in self.of_all(own) for row, value in found.items()}
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the sum of those of all processes: the same bits in each."""

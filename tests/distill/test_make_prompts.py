@@ -27,6 +27,7 @@ from peft_graft.models.loading import load_model
 from peft_graft.prompts.conversation import Message, Prompt
 from peft_graft.prompts.seeds import Seeds, Unlike
 from peft_graft.prompts.template import Template
+from peft_graft.run import Run
 
 EXAMPLES = ("Add milk to my list", "Play some jazz in the kitchen", "Will it rain in Oslo?", "Book a table for two")
 BLOCKS = ("Sort these:\nb\na", "Count these:\nx\ny\nz", "Reverse this:\nabc")
@@ -244,7 +245,7 @@ def test_excess_is_by_how_much_the_module_makes_the_answer_likelier(world: Path)
     template = Template(tokenizer, format=speech.FORMAT)
     sides = [template.encode(Prompt.of_text(word), says(word)) for word in speech.words(5) for says in
              (speech.answer, known)]  # fmt: skip
-    found = excess_of(attach(read_checkpoint(world / "module"), handle, speaks=True), template, sides)
+    found = excess_of(attach(read_checkpoint(world / "module"), handle, speaks=True), template, sides, Run())
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, world / "module").eval()
     for value, side in zip(found, sides, strict=True):

@@ -86,6 +86,21 @@ def test_shares_of_a_batch_add_up_to_the_whole(monkeypatch) -> None:
         torch.testing.assert_close(parts[2:], values.grad)
 
 
+def test_each_process_does_its_share_of_the_batches(monkeypatch) -> None:
+    batches, done, told = [[3, 1], [0, 4], [2]], [], []
+
+    def work(rows: list[int]) -> dict[int, int]:
+        done.append(rows)
+        return {row: 10 * row for row in rows}
+
+    whole = Processes().of_batches(batches, work)
+    assert (whole, done) == ({row: 10 * row for row in range(5)}, batches)
+    monkeypatch.setattr(Processes, "of_all", lambda self, own: [own, {row: whole[row] for row in [0, 4]}])
+    done.clear()
+    assert Processes(0, 2).of_batches(batches, work, lambda *counts: told.append(counts)) == whole
+    assert (done, told) == ([[3, 1], [2]], [(4, 5), (5, 5)])
+
+
 def test_a_shelf_is_moved_by_one_process(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(Processes, "started", lambda: Processes(0, 2))
     with pytest.raises(PlanError, match="torchrun: a shelf is moved by one process"):

@@ -284,6 +284,7 @@ class DocumentAsking:
             answers=judging.answers,
             groups=[parts.groups[number] for number in judging.numbers],
             seed=self.seed,
+            processes=run.processes,
             record=record,
             gradient_checkpointing=self.gradient_checkpointing,
         ).beside(student)

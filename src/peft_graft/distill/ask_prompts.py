@@ -223,6 +223,7 @@ class Asking:
             answers=answers[:judging],
             groups=parts.groups,
             seed=self.sampling.seed,
+            processes=run.processes,
             sampling=self.sampling,
             bare_answers=bare_answers,
             record=record,
@@ -302,7 +303,7 @@ class Asking:
             teacher,
             template,
             [template.encode(prompt, answer.text, ended=answer.ended) for prompt, answer in answers.items()],
-            lambda done, total: run.progress(ASKING, done, total),
+            run,
         )
         kept = [prompt for prompt, value in zip(answers, excess, strict=True) if value > LEAST_CHANGE]
         found = prompt_parts(kept)

@@ -33,6 +33,7 @@ from peft_graft.distill.token_targets import (
 )
 from peft_graft.distill.training import length_batches
 from peft_graft.models.output import LanguageModel, OutputLayer
+from peft_graft.processes import ALONE, Processes
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.pairing import CompletionPairs, PairingShares, pair_completions
 from peft_graft.prompts.template import Completion, Template
@@ -144,6 +145,7 @@ class CompletionDistillation(Distillation):
         train: to be learned from. held_out: to choose by. judging: to be judged by.
         asked, answers: the prompts that judge, and the teacher's answers to them; of documents no prompts, and these.
         groups: of what judges, the same for what is alike. seed: of the intervals.
+        processes: those that share the judging.
         bare, bare_judging: divergences of the student without a module on ``held_out`` and ``judging``, summed over
             the strict positions of each text.
     """
@@ -157,6 +159,7 @@ class CompletionDistillation(Distillation):
     answers: Sequence[Answer]
     groups: Sequence[int]
     seed: int = 0
+    processes: Processes = ALONE
     bare: Sequence[float] = ()
     bare_judging: Sequence[float] = ()
 
@@ -217,18 +220,22 @@ class CompletionDistillation(Distillation):
             NotFiniteError: one of them is not finite.
         """
         attached.model.eval()
-        found = [0.0] * len(targets)
+
+        def summed(rows: Sequence[int]) -> dict[int, float]:
+            part = targets.part(rows)
+            states = last_states(attached, self.templates.student, part.inputs)
+            return {
+                row: float(self._strict_loss(attached, states[index : index + 1], part.part([index])))
+                for index, row in enumerate(rows)
+            }
+
         with torch.inference_mode():
-            for rows in length_batches(targets.lengths, BATCH):
-                part = targets.part(rows)
-                states = last_states(attached, self.templates.student, part.inputs)
-                for index, row in enumerate(rows):
-                    value = self._strict_loss(attached, states[index : index + 1], part.part([index]))
-                    if not math.isfinite(float(value)):
-                        text = self.templates.student.tokenizer.decode(targets.inputs[row], skip_special_tokens=True)
-                        raise not_finite(f"student {self.models.student.name}", str(text))
-                    found[row] = float(value)
-        return found
+            found = self.processes.of_batches(list(length_batches(targets.lengths, BATCH)), summed)
+        for row, value in found.items():  # in every process alike
+            if not math.isfinite(value):
+                text = self.templates.student.tokenizer.decode(targets.inputs[row], skip_special_tokens=True)
+                raise not_finite(f"student {self.models.student.name}", str(text))
+        return [found[row] for row in range(len(targets))]
 
     def _strict_loss(
         self, attached: AttachedModel | LanguageModel, states: Tensor, targets: CompletionTargets

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.completions import BATCH, last_states
+from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.token_targets import chunks, text_loss
 from peft_graft.distill.training import length_batches
 from peft_graft.models.output import OutputLayer
 from peft_graft.prompts.template import Completion, Template
+from peft_graft.run import Run
 
 
 def excess_of(
     teacher: AttachedModel,
     template: Template,
     completions: Sequence[Completion],
-    progress: Callable[[int, int], None] | None = None,
+    run: Run,
 ) -> list[float]:
     """Mean over each answer's tokens of log p with the module - log p without it, nats (TiTok, arXiv 2510.04682)."""
-    found = [0.0] * len(completions)
-    done = 0
+
+    def means(rows: Sequence[int]) -> dict[int, float]:
+        inputs = [completions[row].ids for row in rows]
+        states, bare = (last_states(teacher, template, inputs, module=module) for module in (True, False))
+        gains = gains_of(teacher, [completions[row] for row in rows], states, bare)
+        return {row: float(value.mean()) if len(value) else 0.0 for row, value in zip(rows, gains, strict=True)}
+
+    batches = list(length_batches([len(one.ids) for one in completions], BATCH))
     with torch.inference_mode():
-        for rows in length_batches([len(one.ids) for one in completions], BATCH):
-            inputs = [completions[row].ids for row in rows]
-            states, bare = (last_states(teacher, template, inputs, module=module) for module in (True, False))
-            for row, gains in zip(
-                rows, gains_of(teacher, [completions[row] for row in rows], states, bare), strict=True
-            ):
-                if len(completions[row]):
-                    found[row] = float(gains.mean())
-            done += len(rows)
-            if progress:
-                progress(done, len(completions))
-    return found
+        found = run.processes.of_batches(batches, means, partial(run.progress, ASKING))
+    return [found[row] for row in range(len(completions))]
 
 
 def gains_of(teacher: AttachedModel, sides: Sequence[Completion], states: Tensor, bare: Tensor) -> list[Tensor]:

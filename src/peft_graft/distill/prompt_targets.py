@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -190,49 +191,38 @@ class PromptTargets:
         """Columns and log-probabilities of its likeliest tokens at strict positions, and the module's effect."""
         template, output = self.templates.teacher, OutputLayer.of(self.teacher.model)
         name = f"teacher {template.tokenizer.name_or_path} with its module"
-        top: list[Tensor] = [torch.empty(0)] * len(sides)
-        log_p: list[Tensor] = [torch.empty(0)] * len(sides)
-        effect = _Mean()
-        done = 0
+
+        def ask(rows: Sequence[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+            """Columns, log-probabilities and, of what is held out, what the module does to each token, by row."""
+            inputs, held_out = [sides[row].ids for row in rows], rows[0] < self.held_out
+            states, effects = last_states(self.teacher, template, inputs), [torch.empty(0)] * len(rows)
+            if held_out:
+                bare = last_states(self.teacher, template, inputs, module=False)
+                gains = gains_of(self.teacher, [sides[row] for row in rows], states, bare)
+                effects = [self._effect(value).cpu() for value in gains]
+            found = {}
+            for index, row in enumerate(rows):
+                side = sides[row]
+                said = states[index, side.start - 1 : len(side.ids) - 1]
+                check_finite(said, name, [self._name(row)], [len(said)])
+                parts = [
+                    likeliest(columns.teacher.logits(output, said[list(strict[row][part])]).log_softmax(-1))
+                    for part in chunks(len(strict[row]), columns.shared)
+                ]
+                top, log_p = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+                found[row] = top, log_p, effects[index]
+            return found
+
+        # What is held out is asked without the module too, so it has batches of its own.
+        batches = [*_batches(sides, 0, self.held_out), *_batches(sides, self.held_out, len(sides))]
         with torch.inference_mode():
-            # What judges is asked without the module too, so it has batches of its own.
-            for rows in (*_batches(sides, 0, self.held_out), *_batches(sides, self.held_out, len(sides))):
-                inputs, held_out = [sides[row].ids for row in rows], rows[0] < self.held_out
-                states = last_states(self.teacher, template, inputs)
-                bare = last_states(self.teacher, template, inputs, module=False) if held_out else states
-                for index, row in enumerate(rows):
-                    side = sides[row]
-                    said = states[index, side.start - 1 : len(side.ids) - 1]
-                    check_finite(said, name, [self._name(row)], [len(said)])
-                    found = [
-                        likeliest(columns.teacher.logits(output, said[list(strict[row][part])]).log_softmax(-1))
-                        for part in chunks(len(strict[row]), columns.shared)
-                    ]
-                    top[row], log_p[row] = (torch.cat(values).cpu() for values in zip(*found, strict=True))
-                if held_out:
-                    for gains in gains_of(self.teacher, [sides[row] for row in rows], states, bare):
-                        effect.add(self._effect(gains))
-                done += len(rows)
-                run.progress(ASKING, done, len(sides))
-        return top, log_p, effect.value
+            found = run.processes.of_batches(batches, ask, partial(run.progress, ASKING))
+        top, log_p, effects = zip(*(found[row] for row in range(len(sides))), strict=True)
+        effect = torch.cat(effects)
+        return list(top), list(log_p), float(effect.sum()) / max(1, len(effect))
 
 
 def _batches(sides: Sequence[Completion], start: int, end: int) -> Iterator[list[int]]:
     """The completions [start, end) in batches of like length."""
     for rows in length_batches([len(side.ids) for side in sides[start:end]], BATCH):
         yield [start + row for row in rows]
-
-
-class _Mean:
-    """A mean over values that come in parts."""
-
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
-
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.sum())
-        self.count += len(values)
-
-    @property
-    def value(self) -> float:
-        return self.total / max(1, self.count)
