@@ -43,7 +43,6 @@ _TEACHER, _STUDENTS = "training the teacher's module", "training and scoring stu
 #: module and head through maps; the default also fits the head and polishes, on the same text without its labels.
 STARTS: dict[str, tuple[str, GraftConfig]] = {
     "copy, skip": ("copy-skip", GraftConfig(method="copy", head="carry")),
-    "copy, avg": ("copy-avg", GraftConfig(method="copy", layers="avg", head="carry")),
     "prune-align": ("prune-align", GraftConfig(method="prune-align", head="carry")),
     "default, 300 steps": ("default", GraftConfig(polish=300)),
 }
@@ -88,7 +87,7 @@ class DemoResult(Record):
 
 
 def run_demo(out: Path, *, seed: int = 0, force: bool = False, callbacks: Sequence[Callback] = ()) -> DemoResult:
-    """Train a teacher's module, move it in four ways, and compare with a fresh one.
+    """Train a teacher's module, move it in three ways, and compare with a fresh one.
 
     Every part that is finished stays: after an interruption the same call goes on with the next one.
 
