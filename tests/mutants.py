@@ -591,11 +591,13 @@ def mutant(items: list[Item], seed: int, number: int, place: Path) -> tuple[Item
 
 def faults(items: list[Item], numbers: Iterator[int], seed: int, place: Path) -> Iterator[tuple[int, str, str, str]]:
     """Number, item, mutation and fault of the mutants that go wrong."""
-    for number in numbers:
-        faulthandler.dump_traceback_later(6 * SLOW, exit=True)  # for what hangs where no signal reaches it
-        item, how = mutant(items, seed, number, place)
-        if found := fault(item, place):
-            yield number, item.name, how, found
+    with quiet_libraries():  # once for all, for every change of a logger's level takes long
+        for done, number in enumerate(numbers):
+            if done % 20 == 0:
+                faulthandler.dump_traceback_later(6 * SLOW, exit=True)  # for what hangs where no signal reaches it
+            item, how = mutant(items, seed, number, place)
+            if found := fault(item, place):
+                yield number, item.name, how, found
     faulthandler.cancel_dump_traceback_later()
 
 
