@@ -29,7 +29,7 @@ from peft_graft.distill.side_by_side import (
     Side,
 )
 from peft_graft.environment import hardware, version_of, versions
-from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError
+from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError, not_installed
 from peft_graft.files import json_text
 from peft_graft.graft import Graft, graft_or_module
 from peft_graft.metrics import METRICS
@@ -40,7 +40,7 @@ from peft_graft.models.tasks import Task
 from peft_graft.outputs import check_output_file, reserving_output, write_aside
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
-from peft_graft.prompts.template import Template
+from peft_graft.prompts.template import template_for
 from peft_graft.record import Record, html_table
 from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
@@ -201,24 +201,15 @@ def _subject(
     Raises:
         CheckpointError: there is none, or it is no language model's. ModelError: its model cannot be reached.
     """
-    given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
     found = graft_or_module(graft, student, config, "--student")
     if not isinstance(found, Graft):
-        plain = _on_its_base(found.raw, str(graft), found.base, _loading(config), GraftConfig(**given), BASE, MODULE)
-        return plain, None
-    handle, settings = found.student, found.report.settings.model_copy(update=given)
+        settings = GraftConfig(**_given(config))
+        return _on_its_base(found.raw, str(graft), found.base, _loading(config), settings, BASE, MODULE), None
+    handle, settings = found.student, found.report.settings.model_copy(update=_given(config))
     _speaking(found.checkpoint.raw, str(found.folder or "the graft"))
     loading = _loading(config, handle.loading.revision)
     tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role="student")
-    template = Template.of(
-        tokenizer,
-        format=settings.format_of_student,
-        system=settings.system,
-        args=settings.template_args,
-        name=handle.name,
-        embeddings=handle.architecture.num_embeddings,
-        option="--format" if settings.format else "--student-format",
-    )
+    template = template_for(tokenizer, handle, settings)
     name = str(found.folder or "in memory")
     return Side(handle, loading, found.raw, name, template, STUDENT, GRAFT, settings), found.report
 
@@ -229,15 +220,19 @@ def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConf
     Raises:
         CheckpointError, ModelError: one of them cannot be reached.
     """
-    settings = report.settings
-    given = {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
+    settings = report.settings.model_copy(update=_given(config))
     place = {} if config.module else {"revision": settings.revision, "subfolder": settings.subfolder}
     name = config.module or report.module
     raw = read_checkpoint(locate(name, token=config.token, **place))
     loading = _loading(config, None if named else settings.teacher_revision)
     bare = TEACHER_BASE if config.teacher_base else None
     model = str(named or report.teacher.reachable)
-    return _on_its_base(raw, name, model, loading, settings.model_copy(update=given), bare, TEACHER)
+    return _on_its_base(raw, name, model, loading, settings, bare, TEACHER)
+
+
+def _given(config: EvaluateConfig) -> dict[str, Any]:
+    """What the user says of the choices that a graft's report knows."""
+    return {name: value for name in _RECORDED if (value := getattr(config, name)) is not None}
 
 
 def _on_its_base(  # the module, its model and how they are read; the rest names their rows
@@ -250,23 +245,11 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
     whole: str,
 ) -> Side:
     if version_of(raw.library) is None:
-        raise DependencyError(
-            f"{raw.library} is not installed, so the module cannot be asked",
-            where=name,
-            fix="pip install 'peft-graft[adapters]'",
-        )
+        raise not_installed(raw.library, "adapters", name, so="so the module cannot be asked")
     role = "teacher" if whole == TEACHER else "model"
     handle = blank_handle(load_config(model, loading, role=role), model)
     raw = _speaking(with_task(raw, handle.architecture), name)
-    template = Template.of(
-        load_tokenizer(model, loading, role=role),
-        format=settings.format,
-        system=settings.system,
-        args=settings.template_args,
-        name=model,
-        embeddings=handle.architecture.num_embeddings,
-        role=role,
-    )
+    template = template_for(load_tokenizer(model, loading, role=role), handle, settings, role)
     return Side(handle, loading, raw, name, template, bare, whole, settings)
 
 

@@ -141,3 +141,13 @@ class DependencyError(GraftError):
 
 class StudyError(GraftError):
     """A study file cannot be read, or says something that a study cannot."""
+
+
+def not_installed(library: str, extra: str, where: str | None = None, *, so: str = "") -> DependencyError:
+    """The error for a library that an extra of this package brings.
+
+    Args:
+        so: what follows from its lack, such as ``so the module cannot be run``.
+    """
+    message = f"{library} is not installed" + f", {so}" * bool(so)
+    return DependencyError(message, where=where, fix=f"pip install 'peft-graft[{extra}]'")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_graft.errors import DependencyError, GraftError
+from peft_graft.errors import GraftError, not_installed
 
 #: What an answer may be compared with: one text, or several of which the best counts.
 References = Sequence["str | Sequence[str]"]
@@ -245,7 +245,7 @@ def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[t
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise _missing("rouge-score") from error
+        raise not_installed("rouge-score", "evaluate") from error
 
     class Words:
         def tokenize(self, text: str) -> list[str]:
@@ -273,7 +273,7 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tu
     try:
         from sacrebleu import BLEU
     except ImportError as error:
-        raise _missing("sacrebleu") from error
+        raise not_installed("sacrebleu", "evaluate") from error
     scorer = BLEU(effective_order=True)  # which changes no count, and says that scores of one answer are not asked for
     each = [scorer.sentence_score(answer, list(given)) for answer, given in zip(answers, references, strict=True)]
     return [(found.sys_len, found.ref_len, *found.counts, *found.totals) for found in each]
@@ -293,7 +293,3 @@ def _collapsed(text: str) -> str:
 def _plain(text: str) -> str:
     """In lower case, without punctuation and spare white space."""
     return _collapsed(_PUNCTUATION.sub("", text.lower()))
-
-
-def _missing(library: str) -> DependencyError:
-    return DependencyError(f"{library} is not installed", fix="pip install 'peft-graft[evaluate]'")

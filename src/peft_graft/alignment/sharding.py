@@ -25,7 +25,7 @@ from peft_graft.alignment.layout import Wanted
 from peft_graft.alignment.text import read_text
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.config import AlignConfig
-from peft_graft.errors import DependencyError, GraftError, PlanError
+from peft_graft.errors import GraftError, PlanError, not_installed
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.pair import load_pair
 from peft_graft.run import Run
@@ -60,7 +60,7 @@ def start_ray(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise DependencyError("ray is not installed", fix="pip install 'peft-graft[study]'") from error
+        raise not_installed("ray", "study") from error
     if not ray.is_initialized():
         ray.init(
             address=None if address == "local" else address,

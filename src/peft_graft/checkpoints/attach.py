@@ -17,7 +17,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames, written_names
 from peft_graft.config import Library
 from peft_graft.environment import version_of
-from peft_graft.errors import DependencyError, GraftError, ModelError, VerificationError, reason
+from peft_graft.errors import GraftError, ModelError, VerificationError, not_installed, reason
 from peft_graft.files import read_json
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
@@ -110,11 +110,7 @@ def attach_written(
 
 def _check_installed(raw: RawCheckpoint, where: str) -> None:
     if version_of(raw.library) is None:
-        raise DependencyError(
-            f"{raw.library} is not installed, so the module cannot be run",
-            where=where,
-            fix="pip install 'peft-graft[adapters]'",
-        )
+        raise not_installed(raw.library, "adapters", where, so="so the module cannot be run")
 
 
 def _ready(attached: AttachedModel, *, bf16: bool) -> AttachedModel:
@@ -129,21 +125,26 @@ def _task_model(
     raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], *, speaks: bool = False
 ) -> tuple[Any, dict[str, Tensor]]:
     """The model that a peft checkpoint is put into, as large as its vocabulary, and biases that it replaces."""
-    model = _with_head(raw, handle, labels)
-    if speaks:
-        fill_output(model, handle)
+    model = _with_head(raw, handle, labels, speaks=speaks)
     own = {
         path: model.get_submodule(path).bias.detach().clone() for path, part in raw.parts.items() if part.replaces_bias
     }
-    needed = raw.vocabulary_size
-    if needed and needed > model.get_input_embeddings().num_embeddings:  # trained after tokens were added
-        model.resize_token_embeddings(needed, mean_resizing=False)
+    give_tokens(model, raw)
     return model, own
 
 
-def _with_head(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...]) -> Any:
+def give_tokens(model: Any, raw: RawCheckpoint) -> None:
+    """Make a model as large as the vocabulary of a module that was trained after tokens were added."""
+    needed = raw.vocabulary_size
+    if needed and needed > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+
+
+def _with_head(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], *, speaks: bool) -> Any:
     model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
     model.config.problem_type = raw.problem_type and raw.problem_type.value  # which pipelines and losses go by
+    if speaks:
+        fill_output(model, handle)
     return model
 
 
@@ -236,9 +237,7 @@ def _load_adapters(
             if own[key].data_ptr() not in filled:  # one tensor may have several names
                 own[key].zero_()  # such as a pooler, which the checkpoint may lack
     else:
-        model = _with_head(raw, handle, labels)
-        if speaks:
-            fill_output(model, handle)
+        model = _with_head(raw, handle, labels, speaks=speaks)
         adapters.init(model)
     info: dict[str, Any] = {}
     try:

@@ -43,14 +43,20 @@ def write_beside(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels:
     Returns:
         Remarks on what was not written.
     """
-    if (labels or raw.problem_type) and raw.library == Library.PEFT:
-        named = copy.deepcopy(student.base.config)
-        set_labels(named, labels, raw.num_labels)
-        named.problem_type = raw.problem_type and raw.problem_type.value
-        named.save_pretrained(folder)
+    write_labels(folder, raw, student, labels)
     rows = max(student.architecture.sizes.get(Space(-1, VOCABULARY), 0), raw.vocabulary_size or 0)
     remark = _write_tokenizer(folder, student, rows)
     return [remark] if remark else []
+
+
+def write_labels(folder: Path, raw: RawCheckpoint, model: ModelHandle, labels: tuple[str, ...]) -> None:
+    """Write the model's configuration with what the head's outputs are beside a checkpoint of peft, which has no place
+    for it."""
+    if (labels or raw.problem_type) and raw.library == Library.PEFT:
+        named = copy.deepcopy(model.base.config)
+        set_labels(named, labels, raw.num_labels)
+        named.problem_type = raw.problem_type and raw.problem_type.value
+        named.save_pretrained(folder)
 
 
 def _write_tokenizer(folder: Path, student: ModelHandle, rows: int) -> str | None:

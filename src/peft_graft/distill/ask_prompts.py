@@ -23,14 +23,14 @@ from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_
 from peft_graft.distill.make_prompts import MadePrompts
 from peft_graft.distill.prompt_targets import LEAST_CHANGE, PromptTargets
 from peft_graft.environment import version_of
-from peft_graft.errors import DependencyError, TextError
+from peft_graft.errors import TextError, not_installed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.output import LanguageModel, OutputLayer, language_model
 from peft_graft.models.tasks import Task
 from peft_graft.planning.sources import ModelSources
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.read import PromptLike, PromptSource
-from peft_graft.prompts.template import Template
+from peft_graft.prompts.template import Template, template_for
 from peft_graft.run import Run
 
 #: Prompts that judge, and that choose, at most.
@@ -65,31 +65,10 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
             prompts. PlanError: a format has no place for the prompt.
     """
     if version_of(library) is None:
-        raise DependencyError(
-            f"{library} is not installed, so the teacher cannot be asked",
-            where="--text",
-            fix="pip install 'peft-graft[adapters]'",
-        )
+        raise not_installed(library, "adapters", "--text", so="so the teacher cannot be asked")
     teacher, student = sources.tokenizer_pair()
     templates = Templates(
-        Template.of(
-            teacher,
-            format=config.format,
-            name=shapes.teacher.name,
-            embeddings=shapes.teacher.architecture.num_embeddings,
-            role="teacher",
-            system=config.system,
-            args=config.template_args,
-        ),
-        Template.of(
-            student,
-            format=config.format_of_student,
-            name=shapes.student.name,
-            embeddings=shapes.student.architecture.num_embeddings,
-            option="--format" if config.format else "--student-format",
-            system=config.system,
-            args=config.template_args,
-        ),
+        template_for(teacher, shapes.teacher, config, "teacher"), template_for(student, shapes.student, config)
     )
     return Asking(
         templates,

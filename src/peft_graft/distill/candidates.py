@@ -264,12 +264,11 @@ def _site_record(
     site: SitePlan, strengths: Mapping[Site, float], module: Module, maps: dict[Pair, Diagnostics]
 ) -> SiteRecord:
     """A site's record, given the strengths of all of the teacher's modules."""
-    before = sum(strengths[source] for source in site.teacher) / len(site.teacher)
     whole = sum(strength**2 for strength in strengths.values())
     return SiteRecord(
         site=str(site.student),
         teacher_sites=[str(source) for source in site.teacher],
-        norm_kept=module.strength / before if before else 0.0,
+        norm_kept=_kept(module, [strengths[source] for source in site.teacher]),
         share=sum(strengths[source] ** 2 for source in site.teacher) / whole if whole else 0.0,
         maps=[
             MapRecord(space=str(second), teacher_space=str(first), diagnostics=diagnostics)
@@ -286,7 +285,12 @@ def _refitted_records(
     teachers = {str(site): module for site, module in checkpoint.modules.items()}
     found = []
     for record in records:
-        before = sum(teachers[source].strength for source in record.teacher_sites) / len(record.teacher_sites)
-        kept = by_name[record.site].strength / before if before else 0.0
+        kept = _kept(by_name[record.site], [teachers[source].strength for source in record.teacher_sites])
         found.append(record.model_copy(update={"norm_kept": kept, "maps": []}))
     return found
+
+
+def _kept(module: Module, before: Sequence[float]) -> float:
+    """The strength of a module over the mean of those that it is made from."""
+    mean = sum(before) / len(before)
+    return module.strength / mean if mean else 0.0

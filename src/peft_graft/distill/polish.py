@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from peft_graft.checkpoints.resolve import PeftCheckpoint
@@ -129,61 +130,16 @@ def polish(
     return replace(outcome, candidate=polished, found=now), record
 
 
-def train_polish(
-    candidate: Candidate,
-    settings: PolishSettings,
-    run: Run,
-    *,
-    store: StateStore | None = None,
-    identity: str = "",
-    until: int | None = None,
-    before: int = 0,
-    of: int | None = None,
-) -> list[CurvePoint]:  # the work, and where it stands among others: each may be left out
-    """Train the attached model of a candidate, and leave it at the best point of its held-out curve.
-
-    Args:
-        store: where the state of an interrupted run is kept and taken up. identity: see ``polish``.
-        until: stop after this many of the steps, with a point of the curve there; the same work goes on from it later.
-        before, of: steps of other trainings that came before, and of all together, for those who watch.
-
-    Returns:
-        The curve; its first point is the graft before the training.
-    """
-    distillation, attached = candidate.learning
-    total = settings.steps if of is None else of
-
-    def evaluate(step: int) -> Point:
-        try:
-            found = candidate.measure()
-        except NotFiniteError:  # the training has diverged; what was best before stays
-            return Point(step, math.inf, keep=False)
-        # Modules that change nothing may begin a polish, but are no result of one.
-        keep = step > 0 or attached.is_active
-        values = {} if found.agreement is None else {"agreement": found.agreement}
-        return Point(step, found.divergence, values, keep=keep)
-
-    loop = TrainingLoop(
-        attached.model,
-        distillation.lengths,
-        lambda rows: distillation.loss(attached, rows, loop.step / settings.steps),
-        settings.schedule(),
-        evaluate,
-        evaluate_start=True,
-        store=store,
-        identity=identity,
-        on_step=lambda step, loss: run.step(STAGE, before + step, total, float(loss)),
-        processes=run.processes,
-        weight=distillation.weight,
-    )
-    return [
-        CurvePoint(
-            step=point.step,
-            agreement=point.values.get("agreement"),
-            divergence=point.cost if math.isfinite(point.cost) else None,
-        )
-        for point in loop.run(until)
-    ]
+def _point(candidate: Candidate, step: int) -> Point:
+    """A point of the held-out curve, after so many steps."""
+    try:
+        found = candidate.measure()
+    except NotFiniteError:  # the training has diverged; what was best before stays
+        return Point(step, math.inf, keep=False)
+    # Modules that change nothing may begin a polish, but are no result of one.
+    keep = step > 0 or candidate.learning[1].is_active
+    values = {} if found.agreement is None else {"agreement": found.agreement}
+    return Point(step, found.divergence, values, keep=keep)
 
 
 def _possible(starts: Sequence[str], candidate: Candidate) -> list[str]:
@@ -228,7 +184,11 @@ class _Course:
         return self._best()
 
     def train(self, start: str, rate: float, until: int | None = None) -> list[CurvePoint]:
-        """Train from a start at a rate, from where an earlier call of the same arm stopped."""
+        """Train from a start at a rate, from where an earlier call of the same arm stopped; the held-out curve.
+
+        The attached model is left at its best point. With ``until`` it stops after this many of the steps, with a point
+        there.
+        """
         candidate, arm = self.outcome.candidate, f"{start} {rate:g}"
         if start not in self._checkpoints:
             self._checkpoints[start] = self._gradient_start()
@@ -237,16 +197,28 @@ class _Course:
         store = self._stores.setdefault(arm, StateStore(folder))
         settings = self.settings.model_copy(update={"learning_rate": rate})
         before = self.pilot * (self._arms if until is None else len(self.tried))
-        return train_polish(
-            candidate,
-            settings,
-            self.run,
+        distillation, attached = candidate.learning
+        loop = TrainingLoop(
+            attached.model,
+            distillation.lengths,
+            lambda rows: distillation.loss(attached, rows, loop.step / settings.steps),
+            settings.schedule(),
+            partial(_point, candidate),
+            evaluate_start=True,
             store=store,
             identity=self.identity,
-            until=until,
-            before=before,
-            of=self.asked.steps,
+            on_step=lambda step, loss: self.run.step(STAGE, before + step, self.asked.steps, float(loss)),
+            processes=self.run.processes,
+            weight=distillation.weight,
         )
+        return [
+            CurvePoint(
+                step=point.step,
+                agreement=point.values.get("agreement"),
+                divergence=point.cost if math.isfinite(point.cost) else None,
+            )
+            for point in loop.run(until)
+        ]
 
     def _try(self, start: str, rate: float) -> None:
         curve = self.train(start, rate, self.pilot)

@@ -36,7 +36,7 @@ from peft_graft.distill.targets import (
 )
 from peft_graft.distill.training import length_batches
 from peft_graft.environment import version_of
-from peft_graft.errors import DependencyError, HeadError, PairingError, TextError
+from peft_graft.errors import HeadError, PairingError, TextError, not_installed
 from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
@@ -206,11 +206,7 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
         ]
     if version_of(library) is None:
         if needed:
-            raise DependencyError(
-                f"{library} is not installed, so the teacher cannot be asked",
-                where=asking_option(config),
-                fix="pip install 'peft-graft[adapters]'",
-            )
+            raise not_installed(library, "adapters", asking_option(config), so="so the teacher cannot be asked")
         return False, [f"neither fitted nor judged: {library} is not installed, so the teacher could not be asked"]
     if not parts.judging:
         if needed:

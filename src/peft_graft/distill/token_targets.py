@@ -133,9 +133,9 @@ class CompletionTargets:
         )
 
 
-def likeliest(log_p: Tensor, top: int = TOP) -> tuple[Tensor, Tensor]:
+def likeliest(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of distributions [n, m]: their columns and log-probabilities, [n, TOP] each."""
-    values, columns = log_p.topk(min(top, log_p.shape[1]), -1)
+    values, columns = log_p.topk(min(TOP, log_p.shape[1]), -1)
     return columns, values
 
 
@@ -159,14 +159,14 @@ def text_loss(logits: Tensor, column: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, column, reduction="none")
 
 
-def reverse_divergence(logits: Tensor, teacher_log_p: Tensor, top: int = TOP) -> Tensor:
+def reverse_divergence(logits: Tensor, teacher_log_p: Tensor) -> Tensor:
     """[n]: KL divergence of the teacher's from the student's distribution over the student's likeliest shared tokens.
 
     Args:
         logits: [n, c] of the student, the shared tokens first. teacher_log_p: [n, m], over the shared tokens.
     """
     shared = logits[:, : teacher_log_p.shape[1]]
-    columns = shared.detach().topk(min(top, shared.shape[1]), -1).indices
+    columns = shared.detach().topk(min(TOP, shared.shape[1]), -1).indices
     log_q = shared.gather(1, columns).log_softmax(1)
     log_p = teacher_log_p.gather(1, columns).log_softmax(1)
     return (log_q.exp() * (log_q - log_p)).sum(1)

@@ -34,7 +34,7 @@ def placed(config: _Config) -> _Config:
     return cast(_Config, config.model_copy(update={"device": found}))
 
 
-def check_device(device: str, option: str = "--device") -> torch.device:
+def check_device(device: str) -> torch.device:
     """The device by its torch name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
     Raises:
@@ -50,7 +50,7 @@ def check_device(device: str, option: str = "--device") -> torch.device:
         if torch.backends.mps.is_available():
             available.append("mps")
         raise DeviceError(
-            "no such device", where=f"{option} {device}", found=f"available: {', '.join(available)}"
+            "no such device", where=f"--device {device}", found=f"available: {', '.join(available)}"
         ) from error
     return chosen
 

@@ -87,6 +87,8 @@ class Loading:
 
 
 DEFAULT_LOADING = Loading()
+#: Rows of word embeddings that are compared, about.
+_COMPARED = 4096
 
 
 class ModelRecord(Record):
@@ -382,7 +384,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, role: str) ->
 def wrap_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    name: str = "",
     *,
     find_tokenizer: bool = False,
     role: str = "model",
@@ -391,8 +392,7 @@ def wrap_model(
 
     Args:
         model: stays where it is, in the dtype that it has; it is put in evaluation mode.
-        tokenizer: a fast one. name: for messages; by default the one that it was loaded by.
-        find_tokenizer: whether to load the tokenizer of that name where none is given.
+        tokenizer: a fast one. find_tokenizer: whether to load that of its name where none is given.
         role: ``teacher`` or ``student``, for messages.
 
     Raises:
@@ -412,13 +412,13 @@ def wrap_model(
     if any("lora_A" in path or ".adapters." in path for path, _ in base.named_modules()):
         raise ModelError(
             "the model has a module inside, which would be part of the statistics",
-            where=name or type(model).__name__,
+            where=type(model).__name__,
             fix="load the base model anew, without its module",
         )
     keep_trainable(base)
     architecture = describe(base, base.config.model_type, prefix_of(base))
     output = model.get_output_embeddings() if Task.of_class(type(model).__name__) is Task.CAUSAL_LM else None
-    name = name or base.config.name_or_path or type(base).__name__
+    name = base.config.name_or_path or type(base).__name__
     if tokenizer is None and find_tokenizer and base.config.name_or_path:
         tokenizer = load_tokenizer(base.config.name_or_path, role=role)
     found = ModelHandle(name, base.eval(), architecture, tokenizer)
@@ -428,7 +428,7 @@ def wrap_model(
     return found
 
 
-def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 4096) -> float | None:
+def embedding_similarity(teacher: nn.Module, student: nn.Module) -> float | None:
     """Mean cosine between the two models' word embeddings, row by row; None where their shapes differ.
 
     Near 1 for a model and one made from it (distilled, pruned, tuned further), near 0 for unrelated ones.
@@ -436,7 +436,7 @@ def embedding_similarity(teacher: nn.Module, student: nn.Module, rows: int = 409
     first, second = (_word_embeddings(model) for model in (teacher, student))
     if first.shape != second.shape:
         return None
-    step = max(1, len(first) // rows)
+    step = max(1, len(first) // _COMPARED)
     return float(
         nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean()
     )

@@ -235,10 +235,10 @@ class Module(ABC):
         """Names of the spaces in which the module's axes live."""
         return frozenset(axis.space for tensor in self.tensors.values() for axis in tensor.axes if axis)
 
-    def with_values(self, values: Mapping[str, Tensor], site: Site | None = None) -> Self:
-        """The same kind of module with other values (axes kept), optionally at another site."""
+    def with_values(self, values: Mapping[str, Tensor]) -> Self:
+        """The same module with other values."""
         tensors = {name: LabelledTensor(values[name], tensor.axes) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, site=site or self.site)
+        return replace(self, tensors=tensors)
 
     @property
     @abstractmethod

@@ -12,9 +12,9 @@ _TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 _MOST_TOKENS, _MOST_SIGNS = 600, 1500
 
 
-def shortened(text: str, most: int = _MOST_SIGNS) -> str:
+def shortened(text: str) -> str:
     """A text that is not too long to be shown."""
-    return text if len(text) <= most else f"{text[:most]} …"
+    return text if len(text) <= _MOST_SIGNS else f"{text[:_MOST_SIGNS]} …"
 
 
 def differences(first: str, second: str) -> tuple[Parts, Parts, float]:

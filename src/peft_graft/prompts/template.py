@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from peft_graft.config import GraftConfig
 from peft_graft.errors import ModelError, PlanError, TextError
 from peft_graft.models.checks import check_tokens
 from peft_graft.prompts.conversation import Message, Prompt
@@ -17,6 +18,8 @@ from peft_graft.prompts.token_bytes import byte_spans, control_tokens, token_byt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from peft_graft.models.loading import ModelHandle
 
 _PLACES = re.compile(r"\{(prompt|system)\}")
 _EXAMPLE = r"'Question: {prompt}\nAnswer:'"
@@ -255,6 +258,23 @@ class Template:
         given = {message.role: message.content for message in messages}
         texts = {"prompt": given["user"], "system": given.get("system", "")}
         return _PLACES.sub(lambda place: texts[place[1]], format.replace("\\n", "\n"))
+
+
+def template_for(
+    tokenizer: PreTrainedTokenizerBase, model: ModelHandle, config: GraftConfig, role: str = "student"
+) -> Template:
+    """How a model of a transfer reads prompts, as the config says; arguments and errors as for ``Template.of``."""
+    is_student = role == "student"
+    return Template.of(
+        tokenizer,
+        format=config.format_of_student if is_student else config.format,
+        system=config.system,
+        args=config.template_args,
+        name=model.name,
+        embeddings=model.architecture.num_embeddings,
+        role=role,
+        option="--student-format" if is_student and not config.format else "--format",
+    )
 
 
 def _check_reads_blanks(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

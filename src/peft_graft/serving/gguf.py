@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_graft.config import ExportConfig, Target
-from peft_graft.errors import DependencyError, PlanError, VerificationError, plain
+from peft_graft.errors import PlanError, VerificationError, not_installed, plain
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.sizes import head_counts
 from peft_graft.models.spec import expert_of
@@ -63,9 +63,7 @@ class Gguf(Form):
         try:
             import gguf  # noqa: F401
         except ImportError as error:
-            raise DependencyError(
-                "gguf is not installed", where=f"--to {self.target}", fix="pip install 'peft-graft[export]'"
-            ) from error
+            raise not_installed("gguf", "export", f"--to {self.target}") from error
         where = f"--to {self.target}"
         check_architecture(subject.base, where)
         check_plain(subject, partial(without_tensor, subject.base), config, where)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import ClassVar
 
+from peft_graft.checkpoints.beside import write_labels
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.verify import verify
 from peft_graft.config import ExportConfig, Library, Target
-from peft_graft.models.task_models import set_labels
 from peft_graft.serving.subject import Subject, compare
 from peft_graft.serving.target import Form, Written, register_form
 
@@ -30,10 +29,7 @@ class _InLibrary(Form):
         """Write the checkpoint, load it with its library, compare outputs with those in the library that it was for."""
         raw = subject.in_library(self.library)
         write_checkpoint(folder, raw, written_names(subject.base, raw.task))
-        if subject.labels and self.library == Library.PEFT:
-            named = copy.deepcopy(subject.base.base.config)
-            set_labels(named, subject.labels)
-            named.save_pretrained(folder)
+        write_labels(folder, raw, subject.base, subject.labels)
         verification = verify(folder, raw, subject.base, subject.labels)
         comparison = None
         if verification.done:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from peft_graft.checkpoints.attach import give_tokens
 from peft_graft.checkpoints.attached import quiet
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.raw import RawCheckpoint
@@ -118,9 +119,7 @@ def _whole(subject: Subject, raw: RawCheckpoint) -> tuple[PreTrainedModel, bool]
         )
     assert not is_quantised(model)
     model = model.to(base.loading.device).eval()
-    needed = raw.vocabulary_size
-    if needed and needed > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(needed, mean_resizing=False)
+    give_tokens(model, raw)
     _untie(model, raw)
     is_bare = not raw.head and (raw.task is Task.BASE or bool(info["missing_keys"]))
     return model, is_bare

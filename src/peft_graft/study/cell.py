@@ -63,6 +63,10 @@ class Config(Record):
     examples: Examples
     device: str = "cpu"
 
+    def hashed(self) -> dict[str, Any]:
+        """As it enters the id."""
+        return self.model_dump(mode="json")
+
 
 class Cell(Record, ABC):
     """One unit of work."""
@@ -77,7 +81,7 @@ class Cell(Record, ABC):
     @property
     def id(self) -> str:
         """Stable: the same work has the same id in every study, other work another."""
-        content = [self.version, self.kind, self.hashed(), self.needs.model_dump(exclude_none=True)]
+        content = [self.version, self.kind, self.config.hashed(), self.needs.model_dump(exclude_none=True)]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         slug = "-".join(str(value) for value in self.names.model_dump(exclude_none=True).values())
         plain = "".join(char if char.isalnum() or char in "-." else "_" for char in slug)
@@ -87,10 +91,6 @@ class Cell(Record, ABC):
     def needed(self) -> tuple[str, ...]:
         """The ids of the cells that come before it."""
         return tuple(self.needs.model_dump(exclude_none=True).values())
-
-    def hashed(self) -> dict[str, Any]:
-        """The configuration as it enters the id."""
-        return self.config.model_dump(mode="json")
 
     def record(self) -> dict[str, Any]:
         """What the cell's record says about what it is."""
@@ -112,12 +112,6 @@ class Cell(Record, ABC):
         Returns:
             What the cell's record says as its result: scores, curve, seconds, ...
         """
-
-
-def hashed(config: Config, plugins: Sequence[Plugin], option: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as it enters an id: the options that decide the result, plugins by their content."""
-    contents = [plugin.sha256 for plugin in plugins]
-    return {**config.model_dump(mode="json", exclude={option, "plugins"}), option: record, "plugins": contents}
 
 
 def load_plugins(plugins: Sequence[Plugin]) -> None:

@@ -27,7 +27,7 @@ from peft_graft.config import AlignConfig, GraftConfig
 from peft_graft.files import read_json
 from peft_graft.outputs import written_aside
 from peft_graft.run import Callback, Run
-from peft_graft.study.cell import Cell, Config, hashed, load_plugins, unlabelled_text
+from peft_graft.study.cell import Cell, Config, load_plugins, unlabelled_text
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
 from peft_graft.study.generation import GenerationTask
@@ -94,13 +94,27 @@ class TeacherCell(Cell):
 # ---- alignments ------------------------------------------------------------------------------------------------------
 
 
-class AlignmentConfig(Config):
-    """``plugins``: of the study where the method is not built in; their paths do not enter the id."""
+class TwoModelsConfig(Config):
+    """``plugins``: of the study where the method is not built in."""
 
     teacher: str
     student: str
-    align: AlignConfig
     plugins: tuple[Plugin, ...] = ()
+
+    def hashed_with(self, **options: dict[str, Any]) -> dict[str, Any]:
+        """As it enters the id: of the options what decides the result, of the plugins their content."""
+        contents = [plugin.sha256 for plugin in self.plugins]
+        return {**self.model_dump(mode="json", exclude={*options, "plugins"}), **options, "plugins": contents}
+
+
+class AlignmentConfig(TwoModelsConfig):
+    """``align``: the options of ``peft_graft.align``."""
+
+    align: AlignConfig
+
+    def hashed(self) -> dict[str, Any]:
+        """See ``TwoModelsConfig``."""
+        return self.hashed_with(align=self.align.record())
 
 
 class AlignmentCell(Cell):
@@ -108,10 +122,6 @@ class AlignmentCell(Cell):
 
     kind = "alignment"
     config: AlignmentConfig
-
-    def hashed(self) -> dict[str, Any]:
-        """Options without those that do not matter to the result, plugins by their content."""
-        return hashed(self.config, self.config.plugins, "align", self.config.align.record())
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Align and write."""
@@ -132,13 +142,14 @@ class AlignmentCell(Cell):
 # ---- grafts ----------------------------------------------------------------------------------------------------------
 
 
-class TransferConfig(Config):
-    """``transfer``: the options of ``peft_graft.transfer``. ``plugins``: as for alignments."""
+class TransferConfig(TwoModelsConfig):
+    """``transfer``: the options of ``peft_graft.transfer``."""
 
-    teacher: str
-    student: str
     transfer: GraftConfig
-    plugins: tuple[Plugin, ...] = ()
+
+    def hashed(self) -> dict[str, Any]:
+        """See ``TwoModelsConfig``; with the steps that ``auto`` stands for."""
+        return self.hashed_with(transfer={**self.transfer.record(), "polish": self.transfer.polish_steps})
 
 
 class GraftCell(Cell):
@@ -147,13 +158,6 @@ class GraftCell(Cell):
     kind = "graft"
     version = 3  # text is split by what differs, and what judges chooses nothing
     config: TransferConfig
-
-    def hashed(self) -> dict[str, Any]:
-        """Options without those that do not matter to the result, with the steps that ``auto`` stands for."""
-        transfer = self.config.transfer
-        return hashed(
-            self.config, self.config.plugins, "transfer", {**transfer.record(), "polish": transfer.polish_steps}
-        )
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Transfer and write; an interrupted polish goes on."""
@@ -199,13 +203,6 @@ class FreshPolishCell(Cell):
     kind = "polish"
     version = 3
     config: FreshPolishConfig
-
-    def hashed(self) -> dict[str, Any]:
-        """As for grafts."""
-        transfer = self.config.transfer
-        return hashed(
-            self.config, self.config.plugins, "transfer", {**transfer.record(), "polish": transfer.polish_steps}
-        )
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Polish and write; an interrupted polish goes on."""

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from peft_graft.config import Library
-from peft_graft.errors import DependencyError
+from peft_graft.errors import not_installed
 from peft_graft.models.loading import describe_config
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
@@ -107,5 +107,5 @@ def _adapters() -> Any:
     try:
         import adapters
     except ImportError as error:
-        raise DependencyError("adapters is not installed", fix="pip install 'peft-graft[adapters]'") from error
+        raise not_installed("adapters", "adapters") from error
     return adapters

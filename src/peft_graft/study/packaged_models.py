@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from peft_graft.errors import DependencyError
+from peft_graft.errors import DependencyError, not_installed
 from peft_graft.outputs import written_aside
 
 TEACHER = "all-MiniLM-L6-v2"
@@ -54,7 +54,7 @@ def minilm_l3(folder: Path, minilm_l6_folder: Path) -> Path:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise DependencyError("onnx is not installed", where=STUDENT, fix="pip install 'peft-graft[demo]'") from error
+        raise not_installed("onnx", "demo", STUDENT) from error
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_graft.errors import DependencyError, GraftError, StudyError
+from peft_graft.errors import GraftError, StudyError
 from peft_graft.models.tasks import Task
 from peft_graft.study.lift import lift, lifts, prices, times
 from peft_graft.study.results import Record, about, read_results
@@ -379,16 +379,10 @@ def render(page: str, records: Sequence[Record]) -> str:
 
 
 def draw_curves(records: Sequence[Record], file: Path) -> None:
-    """Divergence from the teacher on held-out text after every step of the polish, where a fresh module was polished.
+    """Divergence from the teacher on held-out text over the polish, where a fresh module was polished too."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    Raises:
-        DependencyError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("matplotlib is not installed", fix="pip install 'peft-graft[study]'") from error
     matplotlib.rcParams["svg.hashsalt"] = "peft-graft"  # the same figure from the same runs
     entries = [entry for entry in entries_of(records) if entry.budget == 0]
     places = sorted({entry.place for entry in entries if entry.start == POLISHED_FRESH}, key=lambda place: place.title)

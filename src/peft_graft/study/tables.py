@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 
 from peft_graft.config import AUTO
-from peft_graft.errors import DependencyError
 from peft_graft.study.spec import CONTROL, CONTROL_NAMES, FRESH, POLISHED_FRESH
 
 TEACHER = "teacher"
@@ -384,15 +383,9 @@ def curve_panels(
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Validation score over training steps, the mean over languages and seeds, a figure for each pair, module and task.
+    """The curves of ``curve_panels``, a figure for each pair, module and task."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        DependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("matplotlib is not installed", fix="pip install 'peft-graft[study]'") from error
     written = []
     for key, budgets in curve_panels(records).items():
         figure = Figure(figsize=(4.5 * len(budgets), 3.4), layout="constrained")
