@@ -29,7 +29,6 @@ from peft_graft.study.ner import IGNORED
 from peft_graft.study.runner import Here, run_study
 from peft_graft.study.spec import FRESH, GenerationSpec, paper_study, read_study
 from peft_graft.study.tables import result_tables
-from peft_graft.study.tasks import sample_of
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score
 
 pytestmark = pytest.mark.skipif(
@@ -102,7 +101,7 @@ def test_what_a_transfer_reads_has_no_answers(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
     system, user = ({"role": turn.role, "content": turn.content} for turn in turns)
     assert rows == [{"prompt": "river"}, {"prompt": [system, user]}]
-    assert [sample_of(example).texts for example in examples] == [("river",), ("b",)]
+    assert [example.text for example in examples] == ["river", "b"]
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------

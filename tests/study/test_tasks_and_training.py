@@ -13,9 +13,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 import tiny
 from peft_graft.errors import TextError
+from peft_graft.models.tasks import Task
 from peft_graft.study.data import read_examples
 from peft_graft.study.ner import IGNORED, TaggedSentence
-from peft_graft.study.tasks import LabelledPair, ner_task, pair_task, sample_of
+from peft_graft.study.tasks import LabelledPair, StudyTask, ner_task
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("seqeval") is None,
@@ -27,6 +28,7 @@ SENTENCES = [
 ]
 PAIRS = [LabelledPair("river mountain", "harbour", "no"), LabelledPair("engine", "letter", "yes"),
          LabelledPair("engine", "green", "yes")]  # fmt: skip
+NLI = StudyTask("nli", Task.SEQUENCE_CLASSIFICATION, ("no", "yes"), "accuracy")
 
 
 def test_tokens_are_labelled_at_the_first_piece_of_a_word(world) -> None:
@@ -43,15 +45,13 @@ def test_tokens_are_labelled_at_the_first_piece_of_a_word(world) -> None:
 
 
 def test_pairs_are_encoded_together_and_scored_by_accuracy(world) -> None:
-    task = pair_task("nli", PAIRS)
-    assert task.labels == ("no", "yes")
+    task = NLI
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
     rows = task.encode(PAIRS, tokenizer)
     assert [row["labels"] for row in rows] == [0, 1, 1]
     assert rows[0]["input_ids"].count(tokenizer.sep_token_id) == 2
     assert task.score(np.array([[1.0, 0], [1, 0], [0, 1]]), np.array([0, 1, 1])) == pytest.approx(2 / 3)
     assert task.majority_score(PAIRS) == pytest.approx(2 / 3)
-    assert sample_of(PAIRS[0]).texts == ("river mountain", "harbour")
 
 
 def test_pairs_are_read_with_names_or_numbers_as_labels(tmp_path) -> None:
@@ -88,7 +88,7 @@ def test_tags_are_read_with_names_or_numbers(tmp_path) -> None:
 def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str) -> None:
     from peft_graft.study.training import with_teacher_answers
 
-    task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
+    task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (NLI, PAIRS)
     teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
     rows = [task.encode(examples, tokenizer) for tokenizer in tokenizers]
@@ -114,7 +114,7 @@ def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str)
 def test_distilling_needs_no_label(world, kind: str) -> None:
     from peft_graft.study.training import TrainingSettings, fine_tune, with_teacher_answers
 
-    task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (pair_task("nli", PAIRS), PAIRS)
+    task, examples = (ner_task(SENTENCES), SENTENCES) if kind == "words" else (NLI, PAIRS)
     teacher = tiny.task_model(world / "teacher", task.kind, task.labels)
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
     encoded = task.encode(examples * 8, tokenizer)
@@ -152,7 +152,7 @@ def test_training_in_bfloat16_on_a_processor_takes_no_fused_attention(world) -> 
         def fused(self) -> bool:
             return any("flash_attention" in name for name in self.names)
 
-    task = pair_task("nli", PAIRS)
+    task = NLI
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
     rows = task.encode(PAIRS, tokenizer)
     for bf16 in (True, False):

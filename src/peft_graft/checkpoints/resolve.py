@@ -21,7 +21,7 @@ from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import VOCABULARY, Site, space_at
 from peft_graft.models.task_models import fresh_head
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Base, Module, Part, module_of
+from peft_graft.modules.base import Base, Module, Part, module_of, not_the_base
 from peft_graft.modules.head import Head
 
 
@@ -175,12 +175,9 @@ def _place(path: str, raw: RawCheckpoint, architecture: Architecture) -> tuple[l
         return None
     sites, prefix = place
     if sites[0].layer >= 0 and sites[0].layer >= architecture.depth(sites[0].role):
-        raise ModelError(
-            "the teacher is not the base of this module: it has no such layer",
-            where=str(sites[0]),
-            expected=f"a layer below {architecture.depth(sites[0].role)}",
-            found=sites[0].layer,
-            fix="name the model that the module was trained on with --teacher",
+        depth = architecture.depth(sites[0].role)
+        raise not_the_base(
+            "it has no such layer", str(sites[0]), expected=f"a layer below {depth}", found=sites[0].layer
         )
     format_of(raw.library).check_site(path, sites, architecture)
     return sites, prefix
@@ -202,11 +199,7 @@ def _may_be_there(path: str, raw: RawCheckpoint, architecture: Architecture) -> 
 
 
 def _other_base(path: str, raw: RawCheckpoint, architecture: Architecture) -> ModelError:
-    return ModelError(
-        f"the teacher is not the base of this module: a {architecture.model_type} model has no {path}",
-        where=raw.base_model or raw.name,
-        fix="name the model that the module was trained on with --teacher",
-    )
+    return not_the_base(f"a {architecture.model_type} model has no {path}", raw.base_model or raw.name)
 
 
 def _check_moves(
@@ -252,12 +245,11 @@ def _check_shapes(module: Module, architecture: Architecture) -> None:
                 continue
             expected = architecture.size(space_at(module.site.layer, label.space))
             if tensor.values.shape[axis] != expected:
-                raise ModelError(
-                    f"the teacher is not the base of this module: {name} has shape {list(tensor.values.shape)}",
-                    where=str(module.site),
+                raise not_the_base(
+                    f"{name} has shape {list(tensor.values.shape)}",
+                    str(module.site),
                     expected=f"{expected} on axis {axis} ({label.space} of {architecture.model_type})",
                     found=tensor.values.shape[axis],
-                    fix="name the model that the module was trained on with --teacher",
                 )
 
 

@@ -128,6 +128,33 @@ class Part:
     __hash__ = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True, eq=False)
+class NamedPart(Part):
+    """A part whose tensors are kept by their names, which are those of its module's."""
+
+    values: Mapping[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return dict(self.values)
+
+    def with_tensors(self, values: Mapping[str, Tensor]) -> Self:
+        """A copy with other values for these tensors."""
+        return replace(self, values={**self.values, **values})
+
+
+def not_the_base(what: str, where: str, *, expected: object = None, found: object = None) -> ModelError:
+    """The error for a teacher that shows by its shapes or paths that the module was trained on another model."""
+    return ModelError(
+        f"the teacher is not the base of this module: {what}",
+        where=where,
+        expected=expected,
+        found=found,
+        fix="name the model that the module was trained on with --teacher",
+    )
+
+
 @dataclass(frozen=True)
 class Base:
     """The model that a module belongs to, as far as kinds of modules ask about it.
@@ -171,13 +198,9 @@ class Base:
         if not self.linear(site, path).fused:
             return value
         if len(value) != self.architecture.fused_size(site.role):
-            raise ModelError(
-                f"the teacher is not the base of this module: {name} has shape {list(value.shape)}",
-                where=path,
-                expected=f"{self.architecture.fused_size(site.role)} rows",
-                found=len(value),
-                fix="name the model that the module was trained on with --teacher",
-            )
+            size = self.architecture.fused_size(site.role)
+            shape = list(value.shape)
+            raise not_the_base(f"{name} has shape {shape}", path, expected=f"{size} rows", found=len(value))
         return value[self.architecture.units[site.role]]
 
     def is_fused(self, site: Site) -> bool:
@@ -345,8 +368,23 @@ class Module(ABC):
 
     @classmethod
     def to_parts(cls, modules: Sequence[Self], base: Base) -> dict[str, Part]:
-        """The parts of all modules of this kind, by path."""
-        return {base.path(module.site): module.to_part(base) for module in modules}
+        """The parts of all modules of this kind, by path; a fused layer has one for all of its roles."""
+        together: dict[str, list[Self]] = {}
+        for module in modules:
+            together.setdefault(base.path(module.site), []).append(module)
+        return {
+            path: cls.joined(path, group, base) if base.is_fused(group[0].site) else group[0].to_part(base)
+            for path, group in together.items()
+        }
+
+    @classmethod
+    def joined(cls, path: str, modules: Sequence[Self], base: Base) -> Part:
+        """The part of a fused layer, from the modules of its roles.
+
+        Raises:
+            PlanError: no module of this kind can be there, or these do not go together.
+        """
+        raise PlanError("a module of this kind cannot be on a layer that holds several roles", where=path)
 
 
 ModuleClass = TypeVar("ModuleClass", bound=type[Module])

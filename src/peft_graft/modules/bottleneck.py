@@ -11,17 +11,16 @@ from torch import Tensor
 
 from peft_graft.errors import CheckpointError
 from peft_graft.models.spaces import Site
-from peft_graft.modules.base import Axis, Base, LabelledTensor, Module, Part, register_module
+from peft_graft.modules.base import Axis, Base, LabelledTensor, Module, NamedPart, Part, register_module
 
 #: Where beside its block an adapter is: the names of ``AdapterPoint``'s spaces.
 Placement = Literal["before_norm", "after_norm", "parallel"]
 
 
 @dataclass(frozen=True, eq=False)
-class BottleneckPart(Part):
-    """An adapter's tensors, named as those of ``BottleneckModule``, and where it is."""
+class BottleneckPart(NamedPart):
+    """An adapter's tensors, and where it is."""
 
-    values: Mapping[str, Tensor]
     placement: Placement = "before_norm"
 
     is_own_module: ClassVar = True
@@ -36,15 +35,6 @@ class BottleneckPart(Part):
         "gate.bias": (1,),
         "scaling": ("scaling",),
     }
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors."""
-        return dict(self.values)
-
-    def with_tensors(self, values: Mapping[str, Tensor]) -> Self:
-        """A copy with other values for these tensors."""
-        return type(self)({**self.values, **values}, self.placement)
 
     @property
     def is_active(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -82,24 +82,14 @@ class ScaleModule(Module):
         return ScalePart(**self.values)
 
     @classmethod
-    def to_parts(cls, modules: Sequence[Self], base: Base) -> dict[str, Part]:
-        """One part for each layer; a fused one has the factors of all its projections."""
-        together: dict[str, list[Self]] = {}
+    def joined(cls, path: str, modules: Sequence[Self], base: Base) -> ScalePart:
+        """The factors of all projections."""
+        first = modules[0].values
+        if "input" in first:
+            if not all(torch.equal(first["input"], module.values["input"]) for module in modules):
+                raise PlanError("projections of one layer cannot scale their common input differently", where=path)
+            return ScalePart(input=first["input"])
+        whole = torch.ones(base.architecture.fused_size(modules[0].site.role), dtype=first["output"].dtype)
         for module in modules:
-            together.setdefault(base.path(module.site), []).append(module)
-        return {
-            path: _joined(path, group, base) if base.is_fused(group[0].site) else group[0].to_part(base)
-            for path, group in together.items()
-        }
-
-
-def _joined(path: str, modules: Sequence[Module], base: Base) -> ScalePart:
-    first: Mapping[str, Tensor] = modules[0].values
-    if "input" in first:
-        if not all(torch.equal(first["input"], module.values["input"]) for module in modules):
-            raise PlanError("projections of one layer cannot scale their common input differently", where=path)
-        return ScalePart(input=first["input"])
-    whole = torch.ones(base.architecture.fused_size(modules[0].site.role), dtype=first["output"].dtype)
-    for module in modules:
-        whole[base.architecture.units[module.site.role]] = module.values["output"].cpu()
-    return ScalePart(output=whole)
+            whole[base.architecture.units[module.site.role]] = module.values["output"].cpu()
+        return ScalePart(output=whole)

@@ -7,16 +7,13 @@ teacher's units in the teacher's order can compute it: it is copied there, and r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
-
-from torch import Tensor
 
 from peft_graft.errors import AlignmentError, CheckpointError, PlanError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import EMBEDDED, Site, Space
-from peft_graft.modules.base import Base, LabelledTensor, Module, Part, register_module
+from peft_graft.modules.base import Base, LabelledTensor, Module, NamedPart, Part, register_module
 
 _PARAMETERS = tuple(f"{part}.{at}.{name}" for part in "FG" for at in (0, 2) for name in ("weight", "bias"))
 _LAST = tuple(name for name in _PARAMETERS if ".2." in name)
@@ -24,10 +21,8 @@ _FIX = "move the rest of the module, with --sites '*.adapter'"
 
 
 @dataclass(frozen=True, eq=False)
-class InvertiblePart(Part):
-    """The two networks' tensors, named as those of ``CouplingModule``."""
-
-    values: Mapping[str, Tensor]
+class InvertiblePart(NamedPart):
+    """The two networks' tensors."""
 
     is_own_module: ClassVar = True
     SHAPES: ClassVar = {
@@ -40,15 +35,6 @@ class InvertiblePart(Part):
         "G.2.weight": ("second", "c"),
         "G.2.bias": ("second",),
     }
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors."""
-        return dict(self.values)
-
-    def with_tensors(self, values: Mapping[str, Tensor]) -> Self:
-        """A copy with other values for these tensors."""
-        return type(self)({**self.values, **values})
 
     @property
     def is_active(self) -> bool:

@@ -203,18 +203,9 @@ class LoraModule(Module):
         return LoraPart(**{name: own[name] for name in own.keys() - self.RELATIVE_TO.values()}, scaling=self.scaling)
 
     @classmethod
-    def to_parts(cls, modules: Sequence[Self], base: Base) -> dict[str, Part]:
-        """One part for each layer; a fused one has that of all its projections."""
-        together: dict[str, dict[str, LoraPart]] = {}
-        fused: dict[str, bool] = {}
-        for module in modules:
-            path = base.path(module.site)
-            together.setdefault(path, {})[module.site.role] = module.to_part(base)
-            fused[path] = base.is_fused(module.site)
-        return {
-            path: _joined(parts, base) if fused[path] else next(iter(parts.values()))
-            for path, parts in together.items()
-        }
+    def joined(cls, path: str, modules: Sequence[Self], base: Base) -> LoraPart:
+        """One LoRA of all projections."""
+        return _joined({module.site.role: module.to_part(base) for module in modules}, base)
 
 
 def lora_tensors(values: Mapping[str, Tensor], reads: str, writes: str) -> dict[str, LabelledTensor]:

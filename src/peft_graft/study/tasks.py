@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from peft_graft.alignment.text import Sample
 from peft_graft.models.tasks import Task
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.study import ner
@@ -97,22 +96,6 @@ class StudyTask:
         return self.score(commonest, targets)
 
 
-def sample_of(example: Example) -> Sample:
-    """The example's text without its label."""
-    if isinstance(example, TaggedSentence):
-        return Sample(" ".join(example.tokens))
-    if isinstance(example, Prompt):
-        return Sample(example.text)
-    return Sample(example.first, example.second)
-
-
 def ner_task(examples: Sequence[TaggedSentence]) -> StudyTask:
     """The task of tagged sentences, its labels those in use."""
     return StudyTask("ner", Task.TOKEN_CLASSIFICATION, ner.tag_names(examples), "entity F1")
-
-
-def pair_task(name: str, examples: Sequence[LabelledPair]) -> StudyTask:
-    """The task of labelled sentence pairs, its labels in alphabetical order."""
-    return StudyTask(
-        name, Task.SEQUENCE_CLASSIFICATION, tuple(sorted({example.label for example in examples})), "accuracy"
-    )

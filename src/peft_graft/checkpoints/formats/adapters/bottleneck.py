@@ -5,22 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from peft_graft.checkpoints.formats.adapters import compacter
-from peft_graft.checkpoints.formats.adapters.codec import (
-    Codec,
-    Saved,
-    Settings,
-    check_complete,
-    foreign_tensor,
-    register_codec,
-)
+from peft_graft.checkpoints.formats.adapters.codec import Codec, Saved, Settings, in_container, register_codec
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
-from peft_graft.errors import CheckpointError
 from peft_graft.modules.base import Part
 from peft_graft.modules.bottleneck import BottleneckPart, Placement
 from peft_graft.modules.invertible import InvertiblePart
@@ -46,24 +39,19 @@ class BottleneckCodec(Codec):
         tensors, settings = saved.tensors, saved.settings
         if settings.get("phm_layer"):
             tensors, settings = compacter.written_out(tensors, settings, saved.adapter, saved.where)
-        found: dict[str, dict[str, Tensor]] = {}
+        own: dict[str, Tensor] = {}
         inverted: dict[str, dict[str, Tensor]] = {}
-        known = {theirs: ours for ours, keys in _names(settings).items() for theirs in keys}
-        adapter = re.escape(saved.adapter)
         for key, tensor in tensors.items():
-            if inner := re.fullmatch(rf"((?:.+\.)?{_INVERTIBLE})\.{adapter}\.(.+)", key):
+            if inner := re.fullmatch(rf"((?:.+\.)?{_INVERTIBLE})\.{re.escape(saved.adapter)}\.(.+)", key):
                 inverted.setdefault(inner[1], {})[inner[2]] = tensor
-                continue
-            match = re.fullmatch(rf"(.+\.adapters)\.{adapter}\.(.+)", key)
-            if match is None:
-                raise foreign_tensor(key, self.kind, saved)
-            if match[2] not in known:
-                raise CheckpointError(f"tensor {key} is not a known part of a {self.kind} module", where=saved.where)
-            found.setdefault(match[1], {})[known[match[2]]] = tensor
-        if found or not inverted:
-            check_complete(found, _NEEDED, self.kind, saved.where)
-        placement = _placement(settings)
-        parts: dict[str, Part] = {path: BottleneckPart(values, placement) for path, values in found.items()}
+            else:
+                own[key] = tensor
+        parts: dict[str, Part] = {}
+        if own or not inverted:
+            known = {theirs: ours for ours, keys in _names(settings).items() for theirs in keys}
+            found = in_container(replace(saved, tensors=own), "adapters", self.kind, known, _NEEDED)
+            placement = _placement(settings)
+            parts = {f"{path}.adapters": BottleneckPart(values, placement) for path, values in found.items()}
         return parts | {path: InvertiblePart(values) for path, values in inverted.items()}, settings
 
     def tensors(self, raw: RawCheckpoint, settings: Settings, names: StudentNames) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -96,47 +96,36 @@ def register_codec(cls: CodecClass) -> CodecClass:
     return cls
 
 
-def in_container(saved: Saved, container: str, kind: str, names: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+def in_container(
+    saved: Saved, container: str, kind: str, names: Mapping[str, str], needed: Collection[str] | None = None
+) -> dict[str, dict[str, Tensor]]:
     """Path -> our name -> tensor, of a file whose keys are all PATH.CONTAINER.ADAPTER.NAME.
 
     Args:
-        names: of the tensors, the library's -> ours; all are needed.
+        names: of the tensors, the library's -> ours. needed: by our name, all where nothing is said.
 
     Raises:
-        CheckpointError: there are other tensors, or not all of these.
+        CheckpointError: there are other tensors, or none, or not all that are needed.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in saved.tensors.items():
         match = re.fullmatch(rf"(.+)\.{container}\.{re.escape(saved.adapter)}\.(.+)", key)
         if match is None:
-            raise foreign_tensor(key, kind, saved)
+            raise CheckpointError(
+                f"tensor {key} belongs to no {kind} module named {saved.adapter!r}",
+                where=saved.where,
+                fix="modules made of several parts are not supported yet",
+            )
         if match[2] not in names:
             raise CheckpointError(f"tensor {key} is not a known part of a {kind} module", where=saved.where)
         found.setdefault(match[1], {})[names[match[2]]] = tensor
-    check_complete(found, set(names.values()), kind, saved.where)
-    return found
-
-
-def foreign_tensor(key: str, kind: str, saved: Saved) -> CheckpointError:
-    """The error for a tensor that belongs to something else."""
-    return CheckpointError(
-        f"tensor {key} belongs to no {kind} module named {saved.adapter!r}",
-        where=saved.where,
-        fix="modules made of several parts are not supported yet",
-    )
-
-
-def check_complete(found: Mapping[str, Mapping[str, Tensor]], needed: set[str], kind: str, where: str) -> None:
-    """Refuse a file without weights, or one whose paths lack some of them.
-
-    Raises:
-        CheckpointError: it is such a file.
-    """
     if not found:
-        raise CheckpointError(f"the file holds no {kind} weights", where=where)
+        raise CheckpointError(f"the file holds no {kind} weights", where=saved.where)
+    wanted = set(names.values() if needed is None else needed)
     for path, values in found.items():
-        if not needed <= values.keys():
-            raise CheckpointError(f"{path} lacks {', '.join(sorted(needed - values.keys()))}", where=where)
+        if not wanted <= values.keys():
+            raise CheckpointError(f"{path} lacks {', '.join(sorted(wanted - values.keys()))}", where=saved.where)
+    return found
 
 
 def on_fused_layer(path: str) -> CheckpointError:
