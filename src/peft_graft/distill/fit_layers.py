@@ -16,20 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.activations import MAX_LENGTH, Capture, pad, tokenize
+from peft_graft.alignment.activations import Capture
 from peft_graft.alignment.methods.ridge import choose_penalty, ridge_solution
-from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Encoded
-from peft_graft.distill.teacher import word_places
-from peft_graft.distill.training import length_batches
+from peft_graft.distill.teacher import ReadSamples, read_by_both
 from peft_graft.errors import AlignmentError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import Site, Space
@@ -38,12 +36,13 @@ from peft_graft.modules.lora import LoraModule
 from peft_graft.planning.sites import SitePlan, SitePlans
 from peft_graft.run import Run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 #: Samples that the modules are fitted on.
 SAMPLES = 500
 #: Activations held at a time; layers are fitted in groups that stay below.
 _MOST_BYTES = 2 << 30
-
-Places = Sequence[Sequence[tuple[int, int]]]
 
 
 def fit_modules(
@@ -61,8 +60,8 @@ def fit_modules(
     student = distillation.models.student
     plan = replace(plan, sites=tuple(site for site in plan.sites if site.student.layer >= 0))
     _check_fittable(moved, student)
-    text = _PairedText.of(distillation.models, distillation.samples[:SAMPLES])
-    groups = list(_groups(plan, distillation.models, text.words))
+    text = read_by_both(distillation.models, distillation.samples[:SAMPLES], "words")
+    groups = list(_groups(plan, distillation.models, sum(map(len, text[0].places))))
     modules = {site: module if site.layer < 0 else module.neutral() for site, module in moved.modules.items()}
     attached = distillation.attach(replace(moved, modules=modules))
     position = student.architecture.position
@@ -71,7 +70,7 @@ def fit_modules(
         for layer in sorted({position(site.student) for site in group}):
             sites = [site for site in group if position(site.student) == layer]
             spaces = {side(student, site.student) for site in sites for side in (_input, _output)}
-            now = _gather(replace(student, base=attached.base), text.inputs_s, text.places_s, spaces)
+            now = _gather(text[1], attached.base, spaces)
             for site in sites:
                 module = modules[site.student]
                 assert isinstance(module, LoraModule)
@@ -98,28 +97,6 @@ def _check_fittable(moved: PeftCheckpoint, student: ModelHandle) -> None:
 
 
 @dataclass(frozen=True)
-class _PairedText:
-    """Samples as both models read them, and the first token of every word that both have."""
-
-    inputs_t: Sequence[Encoded]
-    inputs_s: Sequence[Encoded]
-    places_t: Places
-    places_s: Places
-
-    @classmethod
-    def of(cls, models: ModelPair, samples: Sequence[Sample]) -> _PairedText:
-        (inputs_t, spans_t), (inputs_s, spans_s) = (
-            tokenize(model, samples, MAX_LENGTH) for model in (models.teacher, models.student)
-        )
-        places = [word_places(*entry) for entry in zip(samples, spans_t, spans_s, strict=True)]
-        return cls(inputs_t, inputs_s, [first for first, _ in places], [second for _, second in places])
-
-    @property
-    def words(self) -> int:
-        return sum(map(len, self.places_t))
-
-
-@dataclass(frozen=True)
 class _Outputs:
     """What sites put out: the teacher's without its module and with it, and the bare student's."""
 
@@ -128,14 +105,15 @@ class _Outputs:
     student: Mapping[Space, Tensor]
 
     @classmethod
-    def of(cls, group: Sequence[SitePlan], distillation: Distillation, text: _PairedText) -> _Outputs:
+    def of(
+        cls, group: Sequence[SitePlan], distillation: Distillation, text: tuple[ReadSamples, ReadSamples]
+    ) -> _Outputs:
         teacher, student = distillation.models.teacher, distillation.models.student
         of_teacher = {_output(teacher, source) for site in group for source in site.teacher}
-        adapted = replace(teacher, base=distillation.teacher.base)
         return cls(
-            _gather(teacher, text.inputs_t, text.places_t, of_teacher),
-            _gather(adapted, text.inputs_t, text.places_t, of_teacher),
-            _gather(student, text.inputs_s, text.places_s, {_output(student, site.student) for site in group}),
+            _gather(text[0], teacher.base, of_teacher),
+            _gather(text[0], distillation.teacher.base, of_teacher),
+            _gather(text[1], student.base, {_output(student, site.student) for site in group}),
         )
 
     def target(self, site: SitePlan, now: Mapping[Space, Tensor], models: ModelPair) -> Tensor:
@@ -190,17 +168,22 @@ def _output(model: ModelHandle, site: Site) -> Space:
     return Space(site.layer, model.architecture.row.linears[site.role].writes)
 
 
-def _gather(model: ModelHandle, inputs: Sequence[Encoded], places: Places, spaces: set[Space]) -> dict[Space, Tensor]:
-    """space -> activations at the places of all samples, [places, d] float32, in the order of the samples."""
-    found = {space: [torch.empty(0)] * len(inputs) for space in spaces}
+def _gather(text: ReadSamples, base: PreTrainedModel, spaces: set[Space]) -> dict[Space, Tensor]:
+    """space -> activations at the places of all samples, [places, d] float32, in the order of the samples.
+
+    Args:
+        base: of the model that reads the text, with a module inside or not.
+    """
+    model, places = replace(text.model, base=base), text.places
+    found = {space: [torch.empty(0)] * len(places) for space in spaces}
 
     def read(row: int) -> str:
         assert model.tokenizer is not None
-        return str(model.tokenizer.decode(inputs[row]["input_ids"], skip_special_tokens=True))
+        return str(model.tokenizer.decode(text.inputs[row]["input_ids"], skip_special_tokens=True))
 
     with torch.inference_mode(), Capture(model, spaces) as capture:
-        for rows in length_batches([len(row["input_ids"]) for row in inputs]):
-            held = capture.forward(pad(model, [inputs[row] for row in rows], model.device))
+        for rows in text.batches():
+            held = capture.forward(text.padded(rows, model.device))
             counts = [len(places[row]) for row in rows]
             index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
             columns = torch.tensor([start for row in rows for start, _ in places[row]], dtype=torch.long)

@@ -245,21 +245,9 @@ class _Asked:
     kind: Kind
     shift_map: SpaceMap | None
 
-    @property
-    def _read(self) -> tuple[_Side, _Side]:
-        """The samples as both models read them, and the token ranges of both that belong together."""
-        (inputs_t, spans_t), (inputs_s, spans_s) = (
-            tokenize(model, self.samples, MAX_LENGTH) for model in (self.models.teacher, self.models.student)
-        )
-        places = [_places(self.kind, *entry) for entry in zip(self.samples, spans_t, spans_s, strict=True)]
-        return (
-            _Side(self.models.teacher, inputs_t, [first for first, _ in places]),
-            _Side(self.models.student, inputs_s, [second for _, second in places]),
-        )
-
     def targets(self, run: Run, judging: int) -> tuple[Targets, float | None]:
         """The teacher's answers, and without a head how much the map carries on the first ``judging`` samples."""
-        side, student = self._read
+        side, student = read_by_both(self.models, self.samples, self.kind)
         name = f"teacher {side.model.name} with its module"
         done = 0
         answers, bare = ([torch.empty(0)] * len(self.samples) for _ in range(2))
@@ -307,7 +295,7 @@ def _carried(teacher: Tensor, student: Tensor, shift_map: SpaceMap) -> float:
 
 
 @dataclass(frozen=True)
-class _Side:
+class ReadSamples:
     """A model and the samples as it reads them: inputs, and the token ranges [start, end) that are asked about."""
 
     model: ModelHandle
@@ -338,6 +326,18 @@ class _Side:
         return found
 
 
+def read_by_both(models: ModelPair, samples: Sequence[Sample], kind: Kind) -> tuple[ReadSamples, ReadSamples]:
+    """The samples as both models read them, and the token ranges of both that belong together."""
+    (inputs_t, spans_t), (inputs_s, spans_s) = (
+        tokenize(model, samples, MAX_LENGTH) for model in (models.teacher, models.student)
+    )
+    places = [_places(kind, *entry) for entry in zip(samples, spans_t, spans_s, strict=True)]
+    return (
+        ReadSamples(models.teacher, inputs_t, [first for first, _ in places]),
+        ReadSamples(models.student, inputs_s, [second for _, second in places]),
+    )
+
+
 def _put(found: list[Tensor], rows: Sequence[int], values: Tensor, counts: Sequence[int]) -> None:
     """A batch's answers at their samples' numbers, so many of each."""
     for row, own in zip(rows, torch.split(values.float().cpu(), list(counts)), strict=True):
@@ -356,13 +356,7 @@ def _places(
             [(block.teacher_start, block.teacher_end) for block in blocks],
             [(block.student_start, block.student_end) for block in blocks],
         )
-    return word_places(sample, teacher, student)
-
-
-def word_places(
-    sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
-) -> tuple[list[Place], list[Place]]:
-    """The first token [start, end) of every word in both models, for words that a token of each begins with."""
+    # The first token of every word that a token of each model begins with.
     first_t, first_s = _first_tokens(teacher), _first_tokens(student)
     starts = [(segment, match.start()) for segment, text in enumerate(sample.texts) for match in WORD.finditer(text)]
     shared = [start for start in starts if start in first_t and start in first_s]

@@ -251,10 +251,8 @@ class TrainingLoop:
 
     def _add_point(self) -> None:
         assert self.evaluate is not None
-        point = self.evaluate(self._step)
-        if not self.processes.alone:  # rounding must not have them go on differently
-            found = point
-            point = self.processes.of_first(lambda: found)
+        found = self.evaluate(self._step)
+        point = self.processes.of_first(lambda: found)  # rounding must not have them go on differently
         self._curve.append(point)
         self._since += 1
         if point.keep and point.cost < self._least:
@@ -308,11 +306,9 @@ class TrainingLoop:
         self.store.save(tensors, record)
 
     def _take_up(self) -> None:
-        held = self.store.load(self._key) if self.store else None
-        if not self.processes.alone:
-            own = held
-            held = self.processes.of_first(lambda: own)
-            self.processes.equal(value.data for value in self._parameters.values())
+        own = self.store.load(self._key) if self.store else None
+        held = self.processes.of_first(lambda: own)
+        self.processes.equal(value.data for value in self._parameters.values())
         if held is None:
             return
         tensors, record = held

@@ -176,6 +176,14 @@ def _starts(entries: Iterable[Entry]) -> list[str]:
     return list(dict.fromkeys(entry.start for entry in entries))
 
 
+def _at(
+    place: Place, entries: Iterable[Entry]
+) -> tuple[dict[tuple[str, Budget], Entry], dict[Budget, dict[int, StudentRun]], Entry]:
+    """A place's entries by start and budget, its fresh modules by budget, and one of the entries."""
+    mine = {(entry.start, entry.budget): entry for entry in entries if entry.place == place}
+    return mine, {entry.budget: entry.fresh for entry in mine.values()}, next(iter(mine.values()))
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -252,9 +260,7 @@ def full_tables(entries: Sequence[Entry]) -> list[str]:
     """A table for each place: scores by budget, shares of the gain, steps to the fresh module's score."""
     lines = []
     for place in _places(entries):
-        mine = {(entry.start, entry.budget): entry for entry in entries if entry.place == place}
-        one = next(iter(mine.values()))
-        fresh = {entry.budget: entry.fresh for entry in mine.values()}
+        mine, fresh, one = _at(place, entries)
         header = " | ".join(_BUDGET_NAMES.get(budget, str(budget)) for budget in BUDGETS)
         lines += [
             "", f"### {place.title}", "",
@@ -292,9 +298,7 @@ def scores(records: Sequence[Record]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for place in sorted(_places(entries), key=lambda place: place.metric not in METRICS[Task.TOKEN_CLASSIFICATION]):
-        mine = {(entry.start, entry.budget): entry for entry in entries if entry.place == place}
-        fresh = {entry.budget: entry.fresh for entry in mine.values()}
-        one = next(iter(mine.values()))
+        mine, fresh, one = _at(place, entries)
         about = f"{place.task} ({place.metric}), {place.teacher} → {place.student}"
         about += "" if place.module == "lora" else f", {place.module}"
         about += f"; teacher {one.teacher:.3f}" + (f", majority class {one.majority:.3f}" if one.majority else "")

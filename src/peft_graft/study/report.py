@@ -119,7 +119,7 @@ def _scores(tables: Sequence[ResultTable]) -> list[Picture]:
     """Mean scores by labels, with the spread over seeds."""
     by_place: dict[str, dict[str, dict[str, tuple[float, float | None]]]] = {}
     for table in tables:
-        group = by_place.setdefault(_about(table), {}).setdefault(_labels(table), {})
+        group = by_place.setdefault(_about(table), {}).setdefault(table.labels, {})
         for row in table.rows:
             entry = row.entries.get("mean") or next(iter(row.entries.values()), None)
             if entry is not None:
@@ -134,10 +134,6 @@ def _drawn(title: str, groups: dict[str, dict[str, tuple[float, float | None]]])
         return bars(groups, title, "Means, with the standard deviation over seeds where there are several.", y="score")
     values = {(start, labels): group.get(start, (None,))[0] for start in starts for labels, group in groups.items()}
     return heat_map(values, title, "Mean scores.", rows_are="")
-
-
-def _labels(table: ResultTable) -> str:
-    return {0: "no labels", "all": "all labels"}.get(table.budget, f"{table.budget} labels")
 
 
 def _languages(tables: Sequence[ResultTable]) -> list[Picture]:

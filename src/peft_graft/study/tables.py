@@ -78,8 +78,12 @@ class ResultTable:
     @property
     def title(self) -> str:
         """What it is about."""
-        labels = {0: "no labels", "all": "all labels"}.get(self.budget, f"{self.budget} labels")
-        return f"{self.teacher} → {self.student}, {self.module}, {self.task}, {labels} ({self.metric})"
+        return f"{self.teacher} → {self.student}, {self.module}, {self.task}, {self.labels} ({self.metric})"
+
+    @property
+    def labels(self) -> str:
+        """The budget in words."""
+        return {0: "no labels", "all": "all labels"}.get(self.budget, f"{self.budget} labels")
 
 
 def share_of_gain(grafted: float, baseline: float, teacher: float, *, least: float = SMALLEST_GAIN) -> float | None:
