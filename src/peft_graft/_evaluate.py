@@ -247,7 +247,7 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
     if version_of(raw.library) is None:
         raise not_installed(raw.library, "adapters", name, so="so the module cannot be asked")
     role = "teacher" if whole == TEACHER else "model"
-    handle = blank_handle(load_config(model, loading, role=role), model)
+    handle = blank_handle(load_config(model, loading, role=role), model, loading)
     raw = _speaking(with_task(raw, handle.architecture), name)
     template = template_for(load_tokenizer(model, loading, role=role), handle, settings, role)
     return Side(handle, loading, raw, name, template, bare, whole, settings)

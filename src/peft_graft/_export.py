@@ -151,9 +151,8 @@ def _described(place: str, config: ExportConfig, revision: str | None) -> ModelH
     )
     found = load_config(place, loading, role="base")
     own = str(getattr(found, "dtype", None) or getattr(found, "torch_dtype", None)).removeprefix("torch.")
-    handle = blank_handle(found, place, trust_remote_code=config.trust_remote_code)
-    handle.loading = replace(loading, dtype=config.dtype or (own if own in DTYPES else "float32"))
-    return handle
+    loading = replace(loading, dtype=config.dtype or (own if own in DTYPES else "float32"))
+    return blank_handle(found, place, loading)
 
 
 def _loaded(base: ModelHandle) -> ModelHandle:

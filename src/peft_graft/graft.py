@@ -263,8 +263,7 @@ class Graft:
             trust_remote_code=trust_remote_code,
             dtype=report.settings.dtype,
         )
-        handle = blank_handle(load_config(place, loading, role="student"), place)
-        handle.loading = loading
+        handle = blank_handle(load_config(place, loading, role="student"), place, loading)
         raw = with_task(raw, handle.architecture)
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)

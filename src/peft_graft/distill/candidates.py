@@ -206,7 +206,7 @@ def project_modules(
         for source in site.teacher:
             module = checkpoint.modules[source]
             module.check_method(method.name)
-            names = {axis: map_axis(method, module, axis) for axis in _named_axes(module)}
+            names = {axis: map_axis(method, module, axis) for axis in module.axes}
             used = {
                 axis: (space_at(source.layer, name), site.space(source, name))
                 for axis, name in names.items()
@@ -233,11 +233,6 @@ def _at(site: SitePlan, module: Module) -> Module:
         for name, tensor in module.tensors.items()
     }
     return replace(module, site=site.student, tensors=tensors)
-
-
-def _named_axes(module: Module) -> list[Axis]:
-    axes = [axis for tensor in module.tensors.values() for axis in tensor.axes if axis is not None]
-    return list(dict.fromkeys(axes))
 
 
 def project_head(

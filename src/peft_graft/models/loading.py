@@ -87,8 +87,7 @@ class Loading:
 
 
 DEFAULT_LOADING = Loading()
-#: Rows of word embeddings that are compared, about.
-_COMPARED = 4096
+_COMPARED = 4096  # rows of word embeddings, about
 
 
 class ModelRecord(Record):
@@ -271,8 +270,8 @@ def describe_config(config: PretrainedConfig) -> Architecture:
     return blank_handle(config).architecture
 
 
-def blank_handle(config: PretrainedConfig, name: str = "", *, trust_remote_code: bool = False) -> ModelHandle:
-    """A model without values, made from a configuration alone.
+def blank_handle(config: PretrainedConfig, name: str = "", loading: Loading = DEFAULT_LOADING) -> ModelHandle:
+    """A model without values, made from a configuration alone; ``loading`` is how it would be loaded.
 
     It is on torch's meta device, as are its ``base_tensors``, for code that needs shapes only. It has no fingerprint.
 
@@ -282,9 +281,9 @@ def blank_handle(config: PretrainedConfig, name: str = "", *, trust_remote_code:
     name = name or config.name_or_path or config.model_type
     with explained(name, "model of this configuration"):
         check_counts(config.to_dict())
-        base = blank_model(config, Task.BASE, trust_remote_code=trust_remote_code).eval()
+        base = blank_model(config, Task.BASE, trust_remote_code=loading.trust_remote_code).eval()
         architecture = describe(base, config.model_type, prefix_of(base))
-    return ModelHandle(name, base, architecture)
+    return ModelHandle(name, base, architecture, loading=loading)
 
 
 def load_model(

@@ -254,9 +254,9 @@ class Module(ABC):
         return {name: tensor.values for name, tensor in self.tensors.items()}
 
     @property
-    def spaces(self) -> frozenset[str]:
-        """Names of the spaces in which the module's axes live."""
-        return frozenset(axis.space for tensor in self.tensors.values() for axis in tensor.axes if axis)
+    def axes(self) -> list[Axis]:
+        """The axes that live in a named space, each once."""
+        return list(dict.fromkeys(axis for tensor in self.tensors.values() for axis in tensor.axes if axis))
 
     def with_values(self, values: Mapping[str, Tensor]) -> Self:
         """The same module with other values."""

@@ -106,7 +106,7 @@ def plan_sites(
     for site in sites:
         for source in site.teacher:
             module = checkpoint.modules[source]
-            for axis in (axis for axis in _axes(module) if axis.space != VOCABULARY):
+            for axis in (axis for axis in module.axes if axis.space != VOCABULARY):
                 _add_pair(pairs, sides, method, module, axis, site)
     if checkpoint.raw.task is Task.CAUSAL_LM and all(stack.kind != "decoder" for stack in student.row.stacks):
         notes.append(
@@ -173,10 +173,6 @@ def _sites_of_layer(
             if source in sides.checkpoint.modules and target is not None and sides.student.has(target):
                 found.setdefault(target, []).append(source)
     return [SitePlan(target, tuple(present)) for target, present in found.items()]
-
-
-def _axes(module: Module) -> list[Axis]:
-    return [axis for tensor in module.tensors.values() for axis in tensor.axes if axis is not None]
 
 
 def _add_pair(

@@ -260,8 +260,7 @@ def described(
         )
     loading = loading_of(config, role)
     check_device(loading.device)
-    found = load_config(str(model), loading, role=role)
-    return blank_handle(found, str(model), trust_remote_code=loading.trust_remote_code)
+    return blank_handle(load_config(str(model), loading, role=role), str(model), loading)
 
 
 def given_alignment(alignment: str | Path | Alignment | None, token: str | None = None) -> Alignment | None:

@@ -129,10 +129,8 @@ def directions_of_modules(modules: Iterable[Module], method: Method, *, head: st
     """
     found: dict[str, set[str]] = {}
     for module in modules:
-        for tensor in module.tensors.values():
-            for axis in tensor.axes:
-                if axis is not None:
-                    found.setdefault(map_axis(method, module, axis), set()).add(axis.direction)
+        for axis in module.axes:
+            found.setdefault(map_axis(method, module, axis), set()).add(axis.direction)
     if head:
         found.setdefault(head, set()).add("read")
     if shifts:
