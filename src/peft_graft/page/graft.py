@@ -45,7 +45,7 @@ def graft_page(report: GraftReport, name: str) -> str:
         "next": _next(report, name),
         **_examples(report, everyday),
         "classes": _classes(report.classes),
-        **_disagreements(report, everyday),
+        **_disagreements(report),
         "answers": [_answer(sample) for sample in report.answers],
         "method": f"By {report.method}: {without_paths(report.method_reason, report)}.",
         "layer_maps": details.layer_maps(report),
@@ -265,7 +265,7 @@ def _part(text: str, label: str | None = None, *, differs: bool = False) -> dict
     return {"text": text, "label": label, "differs": differs}
 
 
-def _disagreements(report: GraftReport, everyday: str | None) -> dict[str, Any]:
+def _disagreements(report: GraftReport) -> dict[str, Any]:
     rows = []
     for text in sorted(report.decisions, key=lambda one: -one.divergence):
         differing = [decision for decision in text.decisions if decision.teacher != decision.graft]

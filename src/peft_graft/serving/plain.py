@@ -19,7 +19,6 @@ from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import ExportConfig, Library
 from peft_graft.errors import PlanError
-from peft_graft.models.architecture import Architecture
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 from peft_graft.modules.embeddings import RowsPart, TokenRowsPart
@@ -77,7 +76,7 @@ def check_plain(subject: Subject, takes: Takes, config: ExportConfig, where: str
             found=raw.kind,
             fix="load it with its own library" if raw.is_virtual else "use --to merged",
         )
-    without = _without_place(raw, subject.base.architecture, takes)
+    without = _without_place(raw, takes)
     without |= dict.fromkeys(_scaled_biases(subject), "a bias that IA3 multiplies")
     if without and not config.drop:
         path, why = next(iter(without.items()))
@@ -99,7 +98,7 @@ def plain_lora(subject: Subject, takes: Takes, config: ExportConfig) -> PlainLor
         PlanError: nothing is left.
     """
     raw, most = subject.raw, config.max_rank or MAX_RANK
-    left_out = _without_place(raw, subject.base.architecture, takes)
+    left_out = _without_place(raw, takes)
     found: dict[str, LoraPart] = {}
     lost = whole = 0.0
     truncated = 0
@@ -162,7 +161,7 @@ def _scaled_biases(subject: Subject) -> list[str]:
     return [path for path in paths if (bias := _layer(subject, path)[1]) is not None and (bias.is_meta or bias.any())]
 
 
-def _without_place(raw: RawCheckpoint, architecture: Architecture, takes: Takes) -> dict[str, str]:
+def _without_place(raw: RawCheckpoint, takes: Takes) -> dict[str, str]:
     """What is no part of a plain LoRA, or at no place that the server knows: path -> what it is."""
     found = {path: why for path, part in raw.parts.items() if (why := _why_not(path, part, takes, with_biases=True))}
     return found | dict.fromkeys(raw.head, "a trained head")
