@@ -23,6 +23,7 @@ from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.completions import Templates
 from peft_graft.distill.finite import NotFiniteError
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
+from peft_graft.distill.gradient_start import gradient_start
 from peft_graft.errors import GraftError, ModelError, PlanError, TextError
 from peft_graft.models.loading import ModelPair, load_model
 from peft_graft.prompts.conversation import Prompt
@@ -201,6 +202,19 @@ def test_activations_that_are_computed_anew_give_the_same_gradient(asked, bf16):
         found.append({name: value.grad for name, value in attached.trainable().items()})
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)
+
+
+def test_where_memory_is_short_a_start_is_found_a_row_at_a_time(asked):
+    found, rows = [], []
+    for again in (False, True):
+        own = replace(asked, gradient_checkpointing=again)
+        attached = own.attach(untrained(asked))
+        attached.base.register_forward_pre_hook(lambda *call: rows.append(len(call[2]["input_ids"])), with_kwargs=True)
+        found.append(gradient_start(attached, own))
+    assert rows[0] > 1
+    assert rows[-1] == 1
+    for path, part in found[0].parts.items():
+        torch.testing.assert_close(found[1].parts[path].A, part.A, atol=1e-3, rtol=0)
 
 
 def test_a_copy_in_another_order_generates_the_same_text(speakers, tmp_path):

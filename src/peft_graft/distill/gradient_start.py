@@ -42,7 +42,8 @@ def gradient_start(attached: AttachedModel, distillation: Distillation) -> RawCh
     try:
         batches = length_batches(distillation.lengths, distillation.batch_size, seed=0)
         for rows in islice(batches, _BATCHES):
-            distillation.loss(attached, rows).backward()  # type: ignore[no-untyped-call]
+            for part, share in _parts(rows, distillation):
+                (distillation.loss(attached, part) * share).backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
@@ -50,6 +51,17 @@ def gradient_start(attached: AttachedModel, distillation: Distillation) -> RawCh
     # Nothing is known of an expert that no token was sent to.
     parts = {path: _reading(part, sums[path]) if path in sums else part for path, part in raw.parts.items()}
     return replace(raw, parts=parts)
+
+
+def _parts(rows: list[int], distillation: Distillation) -> list[tuple[list[int], float]]:
+    """A batch in parts, with their shares of its loss.
+
+    Activations are computed anew in training only, which this is not: where they shall be, a row is taken at a time.
+    """
+    if not distillation.gradient_checkpointing:
+        return [(rows, 1.0)]
+    whole, weights = distillation.weight(rows), {row: distillation.weight([row]) for row in rows}
+    return [([row], weight / whole) for row, weight in weights.items() if weight]
 
 
 def reads_the_gradient(raw: RawCheckpoint) -> bool:
