@@ -7,7 +7,9 @@ targets; with an inner layer it is convex no more, and starts from the mapped la
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from peft_graft.alignment.activations import pad
@@ -22,6 +24,7 @@ from peft_graft.modules.head import ACTIVATIONS, Head
 #: Weight penalties to choose from, on standardised features, the heaviest first.
 PENALTIES = (1e-2, 1e-3, 1e-4)
 _STEPS = 60
+Values = dict[str, Tensor]
 
 
 def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
@@ -85,14 +88,15 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     cut = max(1, len(read) * 4 // 5)
     probabilities = targets.exp()
     entropy = float(cross_entropy(targets[cut:], probabilities[cut:]))
-    best, least = PENALTIES[0], float("inf")
+    start = _start(head, probabilities[:cut], mean, deviation)
+    best, least, nearest = PENALTIES[0], float("inf"), start
     for penalty in PENALTIES:
-        fitted = _solve(head, known[:cut], probabilities[:cut], mean, deviation, penalty)
-        found = float(_cross_entropy(_logits(fitted, known[cut:], head), probabilities[cut:], head)) - entropy
+        at = _solve(head, known[:cut], probabilities[:cut], penalty, start, nearest)
+        found = float(_cross_entropy(_logits(at, known[cut:], head), probabilities[cut:], head)) - entropy
         if not found < least:  # lighter ones fit the other rows closer still, and these worse
             break
-        best, least = penalty, found
-    fitted = {k: v.double() for k, v in _solve(head, known, probabilities, mean, deviation, best).items()}
+        best, least, nearest = penalty, found, at
+    fitted = {k: v.double() for k, v in _solve(head, known, probabilities, best, start, nearest).items()}
     # Back from standardised features: w (x - mean) / deviation + b.
     first = "dense" if head.has_inner_layer else "out"
     weight = fitted[f"{first}.weight"] / deviation.double()
@@ -102,36 +106,50 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     return head.with_values(values), {"penalty": best, "divergence": least}
 
 
-def _solve(
-    head: Head, known: Tensor, probabilities: Tensor, mean: Tensor, deviation: Tensor, penalty: float
-) -> dict[str, Tensor]:
+def _start(head: Head, probabilities: Tensor, mean: Tensor, deviation: Tensor) -> Values:
+    """The inner layer as it is, for standardised features, and an output layer that gives the mean answer."""
     start = {name: tensor.values.detach().float().cpu() for name, tensor in head.tensors.items()}
     for layer in ("dense", "out") if head.has_inner_layer else ("out",):
         start.setdefault(f"{layer}.bias", torch.zeros(len(start[f"{layer}.weight"])))
     if head.has_inner_layer:
         start["dense.bias"] = start["dense.bias"] + start["dense.weight"] @ mean
         start["dense.weight"] = start["dense.weight"] * deviation
-        origin = start["dense.weight"].clone()
     common = probabilities.mean(0).log()
     common = common[:, 1] - common[:, 0] if common.ndim == 2 else common
     start["out.weight"], start["out.bias"] = torch.zeros_like(start["out.weight"]), common
-    values = {name: value.clone().requires_grad_() for name, value in start.items()}
-    optimizer = torch.optim.LBFGS(list(values.values()), max_iter=_STEPS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        total = _cross_entropy(_logits(values, known, head), probabilities, head)
-        total = total + penalty * values["out.weight"].square().sum()
-        if head.has_inner_layer:
-            total = total + penalty * (values["dense.weight"] - origin).square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
-
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return {name: value.detach() for name, value in values.items()}
+    return start
 
 
-def _logits(values: dict[str, Tensor], known: Tensor, head: Head) -> Tensor:
+def _solve(head: Head, known: Tensor, probabilities: Tensor, penalty: float, start: Values, at: Values) -> Values:
+    """What has the least loss, sought from ``at`` on by L-BFGS."""
+    sizes = [value.numel() for value in start.values()]
+
+    def values_of(flat: np.ndarray) -> Values:
+        parts = torch.split_with_sizes(torch.from_numpy(flat).float(), sizes)
+        return {name: part.view_as(start[name]) for name, part in zip(start, parts, strict=True)}
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        values = {name: value.requires_grad_() for name, value in values_of(flat).items()}
+        logits = _logits(values, known, head)
+        with torch.no_grad():
+            given = log_probabilities(logits, kind_of(head))
+            total = cross_entropy(given, probabilities)
+            error = (given.exp() - probabilities) / len(known)
+            error = error[..., 1] if error.ndim == 3 else error
+        slopes = dict(zip(values, torch.autograd.grad(logits, list(values.values()), error), strict=True))
+        with torch.no_grad():
+            for name in [name for name in values if name.endswith(".weight")]:
+                away = values[name] - start[name]  # an output layer starts at nought
+                total = total + penalty * away.square().sum()
+                slopes[name] = slopes[name] + 2 * penalty * away
+        return float(total), torch.cat([slope.flatten() for slope in slopes.values()]).double().numpy()
+
+    first = torch.cat([value.flatten() for value in at.values()]).double().numpy()
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS, "gtol": 1e-7})
+    return values_of(found.x)
+
+
+def _logits(values: Values, known: Tensor, head: Head) -> Tensor:
     if head.has_inner_layer:
         assert head.activation is not None
         known = ACTIVATIONS[head.activation](known @ values["dense.weight"].T + values["dense.bias"])
