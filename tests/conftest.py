@@ -119,6 +119,16 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many sentences as small models are aligned on, and too few to ask the teacher by; no test writes it."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("short-text") / "text.txt"
+    path.write_text("\n".join(tiny.sentences(45)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def speakers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Language models with tokenizers of two makes, and a module of the first, that many tests read and none writes.
 

@@ -27,19 +27,19 @@ from peft_graft.report import GraftReport
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """As little text as does where what becomes of it is not what is tested."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(tiny.sentences(80)))
+def asked_text(tmp_path_factory) -> Path:
+    """As little text as the teacher is asked by."""
+    path = tmp_path_factory.mktemp("asked-text") / "text.txt"
+    path.write_text("\n".join(tiny.sentences(70)))
     return path
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shape", [{"layers": 2, "hidden": 24}, {"layers": 5, "hidden": 48}])
-def test_a_bert_lora_moves_to_every_family(world, text, tmp_path, family: str, shape) -> None:
+def test_a_bert_lora_moves_to_every_family(world, short_text, tmp_path, family: str, shape) -> None:
     student = tiny.base_model(tmp_path / "student", family, seed=8, tokens="unigram", **shape)
     graft = tiny.transfer(
-        world / "lora", student=student, out=tmp_path / "graft", text=text, method="prune-align", head="carry"
+        world / "lora", student=student, out=tmp_path / "graft", text=short_text, method="prune-align", head="carry"
     )
     assert graft.report.verification is not None
     assert graft.report.verification.output_change > 0
@@ -57,15 +57,16 @@ def test_a_bert_lora_moves_to_every_family(world, text, tmp_path, family: str, s
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "distilbert", "electra"])
 @pytest.mark.parametrize("settings", ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "prefix_tuning"])
 def test_adapterhub_modules_move_to_every_family_of_the_library(
-    world, text, tmp_path, family: str, settings: str
+    world, short_text, asked_text, tmp_path, family: str, settings: str
 ) -> None:
     from adapters import AutoAdapterModel
 
     tiny.adapterhub_module(tmp_path / "module", world / "teacher", settings)
     student = tiny.base_model(tmp_path / "student", family, seed=8, layers=3, hidden=24, tokens="unigram")
     # Which the library is does not change with the method, nor with the head's values.
-    options = {} if family == "roberta" else {"method": "prune-align", "head": "carry"}
-    graft = tiny.transfer(tmp_path / "module", student=student, out=tmp_path / "graft", text=text, polish=3, **options)
+    by_default = {"text": asked_text, "polish": 3}
+    options = by_default if family == "roberta" else {"text": short_text, "method": "prune-align", "head": "carry"}
+    graft = tiny.transfer(tmp_path / "module", student=student, out=tmp_path / "graft", **options)
     assert graft.report.verification.done
     model = AutoAdapterModel.from_pretrained(student)
     info: dict = {}
@@ -76,9 +77,9 @@ def test_adapterhub_modules_move_to_every_family_of_the_library(
     assert width == {"lora": 8, "ia3": 1, "par_bn": 16, "prefix_tuning": 30}.get(settings, 2)
 
 
-def test_the_published_shortcut_differs_only_in_the_output_rows(world, text, tmp_path) -> None:
+def test_the_published_shortcut_differs_only_in_the_output_rows(world, short_text, tmp_path) -> None:
     def graft(method: str):
-        return tiny.transfer(world / "lora", student=world / "narrow", text=text, method=method)
+        return tiny.transfer(world / "lora", student=world / "narrow", text=short_text, method=method)
 
     own, shared = graft("prune-align"), graft("prune-align-published")
     for site, module in own.checkpoint.modules.items():
@@ -193,32 +194,32 @@ def test_an_adapterhub_head_can_be_dropped(world, tmp_path) -> None:
     assert not (tmp_path / "g" / "head_config.json").exists()
 
 
-def test_a_module_on_a_bare_model(world, text, tmp_path) -> None:
+def test_a_module_on_a_bare_model(world, short_text, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", task="base")
-    options = {"text": text, "method": "prune-align"}
+    options = {"text": short_text, "method": "prune-align"}
     tiny.transfer(tmp_path / "m", student=world / "narrow", out=tmp_path / "g", **options)
     keys = load_file(tmp_path / "g" / "adapter_model.safetensors")
     assert all(key.startswith("base_model.model.transformer.layer.") for key in keys)
     PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(world / "narrow"), tmp_path / "g")
 
 
-def test_a_question_answerer_without_its_head(world, text, tmp_path) -> None:
+def test_a_question_answerer_without_its_head(world, asked_text, tmp_path) -> None:
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(world / "teacher")
     config = peft.LoraConfig(task_type="QUESTION_ANS", r=4, target_modules=["query", "value"])
     adapted = peft.get_peft_model(model, config)
     tiny.randomise(adapted, 1, ("lora_",))
     adapted.save_pretrained(tmp_path / "m")
     graft = tiny.transfer(
-        tmp_path / "m", student=world / "narrow", text=text, out=tmp_path / "g", head="drop", polish=4,
+        tmp_path / "m", student=world / "narrow", text=asked_text, out=tmp_path / "g", head="drop", polish=4,
     )  # fmt: skip
     assert graft.report.verification.done
 
 
-def test_a_wider_head_of_two_layers_computes_the_same_logits(world, text, tmp_path) -> None:
+def test_a_wider_head_of_two_layers_computes_the_same_logits(world, asked_text, tmp_path) -> None:
     """A RoBERTa sentence head has an inner layer of hidden size; a wider student pads it with units that do nothing."""
     base = tiny.base_model(tmp_path / "base", "roberta", layers=2, hidden=24)
     tiny.peft_lora(tmp_path / "m", base, task="sequence-classification", labels=("a", "b", "c"))
-    options = {"text": text, "method": "prune-align"}
+    options = {"text": asked_text, "method": "prune-align"}
     wide = tiny.transfer(tmp_path / "m", student=world / "wide", out=tmp_path / "g", **options)
     head = wide.checkpoint.head
     assert head.tensors["dense.weight"].values.shape == (48, 48)
@@ -229,17 +230,21 @@ def test_a_wider_head_of_two_layers_computes_the_same_logits(world, text, tmp_pa
     assert small.report.head.dropped_inner_units == 8
 
 
-def test_a_bert_sentence_head_becomes_a_roberta_one(world, text, tmp_path) -> None:
+def test_a_bert_sentence_head_becomes_a_roberta_one(world, asked_text, tmp_path) -> None:
     tiny.peft_lora(tmp_path / "m", world / "teacher", task="sequence-classification", labels=("a", "b", "c"))
-    graft = tiny.transfer(tmp_path / "m", student=world / "wide", text=text, method="prune-align", out=tmp_path / "g")
+    graft = tiny.transfer(
+        tmp_path / "m", student=world / "wide", text=asked_text, method="prune-align", out=tmp_path / "g"
+    )
     assert graft.checkpoint.head.activation == "tanh"
     keys = load_file(tmp_path / "g" / "adapter_model.safetensors")
     assert keys["base_model.model.classifier.dense.weight"].shape == (48, 48)
 
 
 @needs_adapters
-def test_an_alignment_serves_every_module_of_its_pair(world, text, tmp_path) -> None:
-    alignment = tiny.align(world / "teacher", world / "narrow", text=text, out=tmp_path / "alignment", layers="avg")
+def test_an_alignment_serves_every_module_of_its_pair(world, short_text, tmp_path) -> None:
+    alignment = tiny.align(
+        world / "teacher", world / "narrow", text=short_text, out=tmp_path / "alignment", layers="avg"
+    )
     for module in ("lora", "pfeiffer"):
         reused = tiny.transfer(world / module, student=world / "narrow", alignment=tmp_path / "alignment")
         live = tiny.transfer(world / module, student=world / "narrow", alignment=alignment)
@@ -249,8 +254,10 @@ def test_an_alignment_serves_every_module_of_its_pair(world, text, tmp_path) -> 
                 assert torch.equal(tensor.values, reused.checkpoint.modules[site].tensors[name].values)
 
 
-def test_live_objects_give_the_same_graft(world, text) -> None:
-    by_name = tiny.transfer(world / "lora", student=world / "narrow", text=text, method="prune-align", head="carry")
+def test_live_objects_give_the_same_graft(world, short_text) -> None:
+    by_name = tiny.transfer(
+        world / "lora", student=world / "narrow", text=short_text, method="prune-align", head="carry"
+    )
     models = [transformers.AutoModel.from_pretrained(world / name) for name in ("teacher", "narrow")]
     tokenizers = [transformers.AutoTokenizer.from_pretrained(world / name) for name in ("teacher", "narrow")]
     live = tiny.transfer_live(
@@ -258,7 +265,7 @@ def test_live_objects_give_the_same_graft(world, text) -> None:
         *models,
         teacher_tokenizer=tokenizers[0],
         student_tokenizer=tokenizers[1],
-        text=list(read_text(text)),  # in the same order
+        text=list(read_text(short_text)),  # in the same order
         method="prune-align",
         head="carry",
     )
@@ -321,7 +328,7 @@ def test_legacy_bin_files_and_safetensors_of_both_libraries(world, tmp_path) -> 
 
 
 @needs_adapters
-def test_static_heads_and_bare_models_of_adapterhub(world, text, tmp_path) -> None:
+def test_static_heads_and_bare_models_of_adapterhub(world, short_text, tmp_path) -> None:
     import adapters
 
     for task in ("base", "token-classification"):
@@ -333,7 +340,7 @@ def test_static_heads_and_bare_models_of_adapterhub(world, text, tmp_path) -> No
         graft = tiny.transfer(
             tmp_path / task,
             student=world / "narrow",
-            text=text,
+            text=short_text,
             method="prune-align",
             out=tmp_path / f"{task}-graft",
         )
@@ -342,7 +349,7 @@ def test_static_heads_and_bare_models_of_adapterhub(world, text, tmp_path) -> No
 
 
 @needs_adapters
-def test_bottleneck_parts_beside_the_projections(world, text, tmp_path) -> None:
+def test_bottleneck_parts_beside_the_projections(world, short_text, tmp_path) -> None:
     """Norms, gates and learned scaling of an adapter move along their axes; bottlenecks may differ by layer."""
     import adapters
 
@@ -350,7 +357,9 @@ def test_bottleneck_parts_beside_the_projections(world, text, tmp_path) -> None:
         ln_before=True, ln_after=True, use_gating=True, scaling="channel", reduction_factor={"1": 4, "default": 8}
     )
     tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings)
-    graft = tiny.transfer(tmp_path / "m", student=world / "narrow", text=text, method="prune-align", out=tmp_path / "g")
+    graft = tiny.transfer(
+        tmp_path / "m", student=world / "narrow", text=short_text, method="prune-align", out=tmp_path / "g"
+    )
     module = graft.checkpoint.modules[Site(0, "ffn.adapter")]
     assert module.tensors["scaling"].values.shape == (24,)
     assert module.tensors["gate.weight"].values.shape == (1, 24)
@@ -364,12 +373,14 @@ def test_bottleneck_parts_beside_the_projections(world, text, tmp_path) -> None:
 @pytest.mark.parametrize("settings", ["double_seq_bn", "par_bn"])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "albert", "deberta-v2"])
-def test_bottleneck_adapters_move_to_layers_of_another_make(world, text, tmp_path, family: str, settings: str) -> None:
+def test_bottleneck_adapters_move_to_layers_of_another_make(
+    world, short_text, tmp_path, family: str, settings: str
+) -> None:
     """What a BERT's adapter reads after a norm, one of a Llama reads before it: each in its own space."""
     tiny.adapterhub_module(tmp_path / "m", world / "teacher", settings, head=None)
     config = (DECODERS | ENCODERS)[family]
     student = tiny.saved(tmp_path / "student", config)
-    graft = tiny.transfer(tmp_path / "m", student=student, method="prune-align", text=text, out=tmp_path / "g")
+    graft = tiny.transfer(tmp_path / "m", student=student, method="prune-align", text=short_text, out=tmp_path / "g")
     assert graft.report.verification.done
     spaces = {record.space for site in graft.report.sites for record in site.maps}
     assert "layer 0 attn.stream" in spaces if settings == "par_bn" else "layer 0 ffn.down.out" in spaces
@@ -459,7 +470,7 @@ def test_a_prefix_that_cannot_be_read_says_why(world, tmp_path) -> None:
         read_checkpoint(tmp_path / "n")
 
 
-def test_a_decoder_without_a_row_by_inference(text, tmp_path) -> None:
+def test_a_decoder_without_a_row_by_inference(asked_text, tmp_path) -> None:
     """Grouped-query Helium, roles inferred from the module tree: identity exactly, and onto another size."""
     for name, hidden, layers in (("teacher", 32, 4), ("student", 24, 2)):
         config = transformers.HeliumConfig(
@@ -477,7 +488,7 @@ def test_a_decoder_without_a_row_by_inference(text, tmp_path) -> None:
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("module", "same"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    graft = tiny.transfer(tmp_path / "module", student=tmp_path / "student", text=text, out=tmp_path / "small")
+    graft = tiny.transfer(tmp_path / "module", student=tmp_path / "student", text=asked_text, out=tmp_path / "small")
     assert graft.report.student.inferred_architecture
     assert graft.report.verification.output_change > 0
 

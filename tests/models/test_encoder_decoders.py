@@ -128,11 +128,13 @@ def test_prompts_move_between_encoder_decoders(teacher: str, student: str, kind,
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_classifiers_without_their_heads(family: str, tmp_path: Path, text: Path) -> None:
+def test_classifiers_without_their_heads(family: str, tmp_path: Path, short_text: Path) -> None:
     """The stacks of T5's classifiers lie in a base model, other than in its language models."""
     base, other = saved(tmp_path / "base", family), saved(tmp_path / "other", family, 1, d_model=24)
     trained(tmp_path / "module", base, ["q", "q_proj"], "SEQ_CLS", "AutoModelForSequenceClassification")
-    graft = tiny.transfer(tmp_path / "module", student=other, head="drop", out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(
+        tmp_path / "module", student=other, head="drop", out=tmp_path / "graft", **options(short_text)
+    )
     assert graft.report.verification.done
     prefix = "transformer" if family == "t5" else "model"
     assert all(path.startswith(f"{prefix}.") for path in read_checkpoint(tmp_path / "graft").parts)
@@ -155,54 +157,54 @@ def bert(folder: Path, **shape) -> Path:
     return tiny.base_model(folder, "bert", layers=2, **shape)
 
 
-def test_modules_move_between_an_encoder_and_the_encoder_stack(tmp_path: Path, text: Path) -> None:
+def test_modules_move_between_an_encoder_and_the_encoder_stack(tmp_path: Path, short_text: Path) -> None:
     base, bart = bert(tmp_path / "bert", hidden=24), saved(tmp_path / "bart", "bart")
     tiny.peft_lora(tmp_path / "module", base, task="base", targets=["query", "value", "intermediate.dense"])
-    graft = tiny.transfer(tmp_path / "module", student=bart, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=bart, out=tmp_path / "graft", **options(short_text))
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} == {
         "encoder.attn.query", "encoder.attn.value", "encoder.ffn.up"
     }  # fmt: skip
     assert graft.report.layers == {"encoder": [[0], [1]]}
     trained(tmp_path / "of-bart", bart, r"encoder\.layers\.\d+\.self_attn\.[qv]_proj", None, "AutoModel")
-    back = tiny.transfer(tmp_path / "of-bart", student=base, out=tmp_path / "back", **options(text))
+    back = tiny.transfer(tmp_path / "of-bart", student=base, out=tmp_path / "back", **options(short_text))
     assert back.report.verification.done
     assert {site.role for site in back.checkpoint.modules} == {"attn.query", "attn.value"}
 
 
 @pytest.mark.parametrize("family", ["bart", "mt5"])
-def test_modules_move_between_a_decoder_and_the_decoder_stack(family: str, tmp_path: Path, text: Path) -> None:
+def test_modules_move_between_a_decoder_and_the_decoder_stack(family: str, tmp_path: Path, short_text: Path) -> None:
     base, other = llama(tmp_path / "llama"), saved(tmp_path / "other", family)
     trained(tmp_path / "module", base, ["q_proj", "v_proj", "up_proj"], None, "AutoModel")
-    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(short_text))
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} == {
         "decoder.attn.query", "decoder.attn.value", "decoder.ffn.up"
     }  # fmt: skip
     names = "self_attn.[qv]_proj" if family == "bart" else "layer.0.SelfAttention.[qv]"
     trained(tmp_path / "back-module", other, rf"decoder\..*{names}", None, "AutoModel")
-    back = tiny.transfer(tmp_path / "back-module", student=base, out=tmp_path / "back", **options(text))
+    back = tiny.transfer(tmp_path / "back-module", student=base, out=tmp_path / "back", **options(short_text))
     assert back.report.verification.done
     assert len(back.checkpoint.modules) == 4
 
 
-def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path: Path, text: Path) -> None:
+def test_what_has_no_counterpart_is_refused_with_the_reason(tmp_path: Path, short_text: Path) -> None:
     bart, base = saved(tmp_path / "bart", "bart"), bert(tmp_path / "bert")
     trained(tmp_path / "module", bart, ["q_proj", "v_proj"])
     with pytest.raises(PlanError, match=r"decoder\.attn\.query: the student has no counterpart.*has no decoder"):
-        tiny.transfer(tmp_path / "module", student=base, **options(text))
+        tiny.transfer(tmp_path / "module", student=base, **options(short_text))
     trained(tmp_path / "cross", bart, r".*encoder_attn\.[qv]_proj")
     with pytest.raises(PlanError, match=r"cross\.query: the student has no counterpart.*without the cross attention"):
-        tiny.transfer(tmp_path / "cross", student=llama(tmp_path / "llama"), **options(text))
+        tiny.transfer(tmp_path / "cross", student=llama(tmp_path / "llama"), **options(short_text))
     gated = saved(tmp_path / "gated", "mt5")
     trained(tmp_path / "gate", gated, ["wi_0"])
     with pytest.raises(PlanError, match=r"coder\.ffn\.gate: the student has no counterpart"):
-        tiny.transfer(tmp_path / "gate", student=bart, **options(text))
+        tiny.transfer(tmp_path / "gate", student=bart, **options(short_text))
 
 
-def test_an_alignment_of_encoder_decoders_serves_every_module(tmp_path: Path, text: Path) -> None:
+def test_an_alignment_of_encoder_decoders_serves_every_module(tmp_path: Path, short_text: Path) -> None:
     base, other = saved(tmp_path / "base", "t5"), saved(tmp_path / "other", "bart", 1)
-    found = tiny.align(base, other, text=text, max_tokens=1500, out=tmp_path / "alignment")
+    found = tiny.align(base, other, text=short_text, max_tokens=1500, out=tmp_path / "alignment")
     trained(tmp_path / "module", base, ["q", "v", "wo"])
     graft = tiny.transfer(tmp_path / "module", student=other, alignment=tmp_path / "alignment")
     assert graft.report.method == "prune-align"
@@ -230,7 +232,7 @@ def test_layer_maps_by_stack(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.past_key_value. is deprecated:FutureWarning")
 @pytest.mark.parametrize(("teacher", "student"), [("t5", "mt5"), ("bart", "mbart"), ("mbart", "t5")])
 def test_adapterhub_modules_move_between_encoder_decoders(
-    teacher: str, student: str, tmp_path: Path, text: Path
+    teacher: str, student: str, tmp_path: Path, short_text: Path
 ) -> None:
     """Adapters after every block, cross attention included; layers left out are counted through both stacks."""
     import adapters
@@ -244,7 +246,7 @@ def test_adapterhub_modules_move_between_encoder_decoders(
     same = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
     assert same.report.verification.output_change > 0
     same_module(tmp_path / "module", tmp_path / "same")
-    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(short_text))
     assert graft.report.verification.output_change > 0
     sites = {Site(0, "encoder.attn.adapter"), Site(1, "encoder.ffn.adapter"), Site(1, "decoder.cross.adapter")}
     assert sites <= set(graft.checkpoint.modules)

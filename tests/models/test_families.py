@@ -33,7 +33,7 @@ DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # DeBERTa scripts its attention
 @pytest.mark.parametrize("family", ENCODERS)
-def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
+def test_encoders_unlike_bert(family: str, tmp_path: Path, short_text: Path) -> None:
     """A module returns from its own model as it was, and moves to BERT and back."""
     base = tmp_path / "base"
     tiny.lively(transformers.AutoModel.from_config(ENCODERS[family])).save_pretrained(base)
@@ -47,7 +47,7 @@ def test_encoders_unlike_bert(family: str, tmp_path: Path, text: Path) -> None:
     same = tiny.transfer(tmp_path / "module", student=base, method="copy", out=tmp_path / "same")
     assert same.report.verification.done
     same_module(tmp_path / "module", tmp_path / "same")
-    options = {"text": text, "method": "prune-align", "max_tokens": 1000, "polish": 0}
+    options = {"text": short_text, "method": "prune-align", "max_tokens": 1000, "polish": 0}
     if family != "modernbert":  # BERT has no gate
         there = tiny.transfer(tmp_path / "module", student=bert, out=tmp_path / "there", **options)
         assert there.report.verification.done
@@ -131,7 +131,7 @@ def test_a_module_returns_from_its_own_model_as_it_was(family: str, tmp_path: Pa
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_modules_move_between_llama_and_every_family(
-    family: str, tmp_path: Path, text: Path, grown, narrow: Path
+    family: str, tmp_path: Path, text: Path, short_text: Path, grown, narrow: Path
 ) -> None:
     """To a narrower, deeper Llama and from it; what is written loads in peft and acts (``transfer`` verifies both)."""
     base, module = grown(family)
@@ -141,7 +141,7 @@ def test_modules_move_between_llama_and_every_family(
     assert graft.report.verification.done
     assert {site.role for site in graft.checkpoint.modules} <= roles
     module = narrow / ("with-gate" if "ffn.gate" in roles else "without-gate")
-    options["text"] = tiny.sentences(45)  # too few to be judged by, as it is on the way there
+    options["text"] = short_text  # it is judged on the way there
     back = tiny.transfer(module, student=base, out=tmp_path / "back", **options)
     assert back.report.verification.done
 
@@ -164,7 +164,7 @@ def test_a_fused_update_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     torch.testing.assert_close(joined.B @ joined.A, before.B @ before.A, atol=1e-5, rtol=1e-5)
 
 
-def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, text: Path) -> None:
+def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, short_text: Path) -> None:
     llama, gpt2 = saved(tmp_path / "llama", "llama"), saved(tmp_path / "gpt2", "gpt2", 1)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     adapted = peft.get_peft_model(
@@ -173,7 +173,12 @@ def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, 
     tiny.randomise(adapted, 1, ("lora_",))
     adapted.save_pretrained(tmp_path / "module")
     tiny.transfer(
-        tmp_path / "module", student=gpt2, text=text, method="prune-align", max_tokens=1000, out=tmp_path / "graft"
+        tmp_path / "module",
+        student=gpt2,
+        text=short_text,
+        method="prune-align",
+        max_tokens=1000,
+        out=tmp_path / "graft",
     )
     raw = read_checkpoint(tmp_path / "graft")
     factors = raw.parts["transformer.h.0.attn.c_attn"]

@@ -143,11 +143,11 @@ def test_a_permuted_mixture_computes_what_the_teacher_does(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [3, 6])
 @needs_transformers4
-def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, text: Path) -> None:
+def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, short_text: Path) -> None:
     """What has no counterpart gets no module, or is left out; between families of mixtures too."""
     base, other = mixture(tmp_path / "base", "mixtral"), mixture(tmp_path / "other", "qwen3_moe", 1, num_experts=number)
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "w1", "w2", "w3"])
-    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(short_text))
     assert graft.report.verification.done
     ups = [site for site in graft.checkpoint.modules if site.role.endswith(".ffn.up")]
     assert len(ups) == 2 * min(number, 4)
@@ -159,13 +159,13 @@ def test_mixtures_of_unequal_numbers_of_experts(number: int, tmp_path: Path, tex
     assert experts == {str(expert) for expert in range(min(number, 4))}
 
 
-def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> None:
+def test_attention_of_mixtures_and_dense_models(tmp_path: Path, short_text: Path) -> None:
     base, other = mixture(tmp_path / "base", "mixtral"), llama(tmp_path / "llama")
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "v_proj"])
-    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
+    graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(short_text))
     assert graft.report.verification.done
     trained(tmp_path / "of-llama", other, ["q_proj", "o_proj"], "CAUSAL_LM", "AutoModelForCausalLM")
-    back = tiny.transfer(tmp_path / "of-llama", student=base, out=tmp_path / "back", **options(text))
+    back = tiny.transfer(tmp_path / "of-llama", student=base, out=tmp_path / "back", **options(short_text))
     assert back.report.verification.done
     trained_mixture(tmp_path / "experts", base, "mixtral", ["w2"])
     refused = (
@@ -173,7 +173,7 @@ def test_attention_of_mixtures_and_dense_models(tmp_path: Path, text: Path) -> N
         r"target_parameters=.* is not supported yet"
     )
     with pytest.raises(GraftError, match=refused):  # the latter with transformers 5, whose experts are one tensor
-        tiny.transfer(tmp_path / "experts", student=other, **options(text))
+        tiny.transfer(tmp_path / "experts", student=other, **options(short_text))
 
 
 @needs_transformers4
