@@ -109,6 +109,17 @@ class Processes:
             _group().broadcast(tensor, 0)
 
 
+def local_index() -> int | None:
+    """The number of this process among those of its machine; None where it was started by itself."""
+    found = os.environ.get("LOCAL_RANK")
+    return None if found is None else int(found)
+
+
+def local_count() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _group() -> ModuleType:
     """torch's ``distributed``, with a group of the processes, which they make when they first share something."""
     import torch.distributed as group

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping
 
 import psutil
@@ -16,6 +15,7 @@ from peft_graft.alignment.text import Sample
 from peft_graft.errors import AlignmentError
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
+from peft_graft.processes import local_count
 
 #: Spaces of which a sample has one vector, and not one for every token.
 SAMPLE_SPACES = {FIRST_OUT, LAST_OUT, POOLED_OUT}
@@ -101,7 +101,7 @@ def free_values(device: torch.device) -> int:
     """How many float64 values the device has free memory for; processes that run side by side share a host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 8
-    return int(psutil.virtual_memory().available) // 8 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // 8 // local_count()
 
 
 def memory_of_a_pass(device: torch.device, sharers: int = 1) -> int:

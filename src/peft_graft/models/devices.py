@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peft_graft.config import AUTO, EvaluateConfig, ExportConfig, PairConfig
 from peft_graft.errors import DeviceError, ModelError
+from peft_graft.processes import local_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def placed(config: _Config) -> _Config:
     """
     if config.device != AUTO:
         return config
-    own = os.environ.get("LOCAL_RANK")
+    own = local_index()
     found = ("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu"
     return cast(_Config, config.model_copy(update={"device": found}))
 
