@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from peft_graft.models.spec import (
@@ -11,8 +12,10 @@ from peft_graft.models.spec import (
     SPACES_OF_ROLE,
     AdapterPoint,
     ArchitectureRow,
+    Experts,
     Fused,
     HeadForm,
+    Kind,
     LinearRole,
     Stack,
     Tap,
@@ -66,18 +69,24 @@ def crossing_points(attention: str, cross: str, output: str) -> dict[str, Adapte
     }
 
 
-def decoder_row(
+def row(
     *model_types: str,
     layers: str,
     linears: Mapping[str, LinearRole],
+    kind: Kind = "encoder",
     heads: Mapping[Task, HeadForm] = MappingProxyType({}),
     lm_head: str = "lm_head",
     taps: Mapping[str, Tap] = MappingProxyType({}),
     adapters: Mapping[str, AdapterPoint] = MappingProxyType({}),
+    experts: Experts | None = None,
 ) -> ArchitectureRow:
-    """A row of one stack of decoder layers."""
-    stack = Stack(layers, dict(linears), taps=dict(taps), adapters=dict(adapters), kind="decoder")
+    """A row of one stack of layers."""
+    stack = Stack(layers, dict(linears), taps=dict(taps), adapters=dict(adapters), kind=kind, experts=experts)
     return ArchitectureRow(model_types, (stack,), heads=dict(heads), lm_head=lm_head)
+
+
+#: A row of one stack of decoder layers.
+decoder_row = partial(row, kind="decoder")
 
 
 #: Where AdapterHub puts bottleneck adapters in the layers of most models.

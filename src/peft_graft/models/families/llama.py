@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from peft_graft.models.families import register_architecture
 from peft_graft.models.rows import LAYER_ADAPTERS, decoder_row, linears, optional, pre_norm
 from peft_graft.models.spaces import LAST_OUT, TOKENS_OUT
-from peft_graft.models.spec import GATE_UP, QKV, ArchitectureRow, Fused, HeadForm, Stack
+from peft_graft.models.spec import GATE_UP, QKV, Fused, HeadForm
 from peft_graft.models.tasks import Task
 
 #: Names inside Llama's layers, and those of most decoders since.
@@ -19,13 +17,13 @@ LLAMA_ATTENTION = {
 }
 GATED_FFN = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 LLAMA_FFN = {role: f"mlp.{path}" for role, path in GATED_FFN.items()}
-LLAMA_STACK = Stack("layers", linears(**LLAMA_ATTENTION, **LLAMA_FFN), kind="decoder")
 LLAMA_HEADS = {
     Task.SEQUENCE_CLASSIFICATION: HeadForm(out="score", reads=LAST_OUT),
     Task.TOKEN_CLASSIFICATION: HeadForm(out="score", reads=TOKENS_OUT),
 }
-_LLAMA = ArchitectureRow(
-    model_types=(
+
+register_architecture(
+    decoder_row(
         "ministral",
         "qwen2",
         "qwen3",
@@ -42,23 +40,18 @@ _LLAMA = ArchitectureRow(
         "smollm3",
         "cohere",
         "cohere2",
+        layers="layers",
+        linears=linears(**LLAMA_ATTENTION, **LLAMA_FFN),
+        heads=LLAMA_HEADS,
     ),
-    stacks=(LLAMA_STACK,),
-    heads=LLAMA_HEADS,
-)
-
-register_architecture(
-    _LLAMA,
-    replace(  # those that AdapterHub supports
-        _LLAMA,
-        model_types=("llama", "mistral"),
-        stacks=(
-            replace(
-                LLAMA_STACK,
-                taps=pre_norm("input_layernorm", "post_attention_layernorm"),
-                adapters=LAYER_ADAPTERS,
-            ),
-        ),
+    decoder_row(  # those that AdapterHub supports
+        "llama",
+        "mistral",
+        layers="layers",
+        linears=linears(**LLAMA_ATTENTION, **LLAMA_FFN),
+        taps=pre_norm("input_layernorm", "post_attention_layernorm"),
+        adapters=LAYER_ADAPTERS,
+        heads=LLAMA_HEADS,
     ),
     decoder_row(
         "phi3",

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from peft_graft.models.families import register_architecture
 from peft_graft.models.families.bart import BART_LAYER
-from peft_graft.models.rows import LAYER_ADAPTERS, adapter_points, linears, pre_norm
+from peft_graft.models.rows import LAYER_ADAPTERS, adapter_points, linears, pre_norm, row
 from peft_graft.models.spaces import FIRST_OUT
 from peft_graft.models.spec import ArchitectureRow, HeadForm, Stack
 from peft_graft.models.tasks import Task
 
+_IMAGE_HEAD = {Task.IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)}
 _CLIP_LINEARS = {
     **BART_LAYER,
     **linears(ffn_up="mlp.fc1", ffn_down="mlp.fc2"),
@@ -25,43 +26,37 @@ _CLIP_TEXT = Stack(
 _CLIP_VISION = replace(_CLIP_TEXT, layers="vision_model.encoder.layers", kind="vision")
 
 register_architecture(
-    ArchitectureRow(
-        model_types=("vit", "deit"),
-        stacks=(
-            Stack(
-                "encoder.layer",
-                linears(
-                    attn_query="attention.attention.query",
-                    attn_key="attention.attention.key",
-                    attn_value="attention.attention.value",
-                    attn_output="attention.output.dense",
-                    ffn_up="intermediate.dense",
-                    ffn_down="output.dense",
-                ),
-                taps=pre_norm("layernorm_before", "layernorm_after"),
-                adapters=adapter_points("attention_adapters.adapters", "output.output_adapters.adapters"),
-                kind="vision",
-            ),
+    row(
+        "vit",
+        "deit",
+        layers="encoder.layer",
+        linears=linears(
+            attn_query="attention.attention.query",
+            attn_key="attention.attention.key",
+            attn_value="attention.attention.value",
+            attn_output="attention.output.dense",
+            ffn_up="intermediate.dense",
+            ffn_down="output.dense",
         ),
-        heads={Task.IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)},
+        taps=pre_norm("layernorm_before", "layernorm_after"),
+        adapters=adapter_points("attention_adapters.adapters", "output.output_adapters.adapters"),
+        kind="vision",
+        heads=_IMAGE_HEAD,
     ),
-    ArchitectureRow(  # transformers 5
-        model_types=("vit", "deit"),
-        stacks=(
-            Stack(
-                "layers",
-                linears(
-                    attn_query="attention.q_proj",
-                    attn_key="attention.k_proj",
-                    attn_value="attention.v_proj",
-                    attn_output="attention.o_proj",
-                    ffn_up="mlp.fc1",
-                    ffn_down="mlp.fc2",
-                ),
-                kind="vision",
-            ),
+    row(  # transformers 5
+        "vit",
+        "deit",
+        layers="layers",
+        linears=linears(
+            attn_query="attention.q_proj",
+            attn_key="attention.k_proj",
+            attn_value="attention.v_proj",
+            attn_output="attention.o_proj",
+            ffn_up="mlp.fc1",
+            ffn_down="mlp.fc2",
         ),
-        heads={Task.IMAGE_CLASSIFICATION: HeadForm(out="classifier", reads=FIRST_OUT)},
+        kind="vision",
+        heads=_IMAGE_HEAD,
     ),
     ArchitectureRow(model_types=("clip_text_model",), stacks=(_CLIP_TEXT,)),
     ArchitectureRow(model_types=("clip_vision_model", "siglip_vision_model"), stacks=(_CLIP_VISION,)),
