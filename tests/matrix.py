@@ -8,7 +8,6 @@ there.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import re
 import sys
@@ -34,7 +33,7 @@ from peft_graft.errors import GraftError
 from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import describe_config, load_model, wrap_model
 from peft_graft.models.spaces import Site
-from peft_graft.models.task_models import quiet_libraries
+from peft_graft.models.task_models import quiet_libraries, shared_copy
 from permutation import permuted
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
@@ -175,7 +174,7 @@ class World:
             other, self.stream = permuted(model)
             other.save_pretrained(self.student)
             tiny.tokenizer(self.student)
-            (root / "text.txt").write_text("\n".join(tiny.sentences(100)))
+            (root / "text.txt").write_text("\n".join(tiny.sentences(60)))
             roles = [role for role in self.architecture.row.linears if "expert" not in role]
             self.alignment = tiny.align(
                 self.base, self.student, text=root / "text.txt", sites=[*roles, "adapter", "prompt"]
@@ -218,7 +217,7 @@ class World:
         if kind in HUB_KINDS:
             adapted = tiny.adapterhub_module(folder, self.base, HUB_KINDS[kind], head=None)
         else:
-            adapted = peft.get_peft_model(copy.deepcopy(self.teacher), PEFT_KINDS[kind](self.architecture))
+            adapted = peft.get_peft_model(shared_copy(self.teacher), PEFT_KINDS[kind](self.architecture))
             tiny.randomise_trained(adapted, 1)
             adapted.save_pretrained(folder)
         with torch.inference_mode():
@@ -231,7 +230,7 @@ class World:
             model = adapters.AutoAdapterModel.from_pretrained(self.student)
             model.load_adapter(str(folder), set_active=True)
             return model.eval()
-        return PeftModel.from_pretrained(copy.deepcopy(self.receiver), folder).eval()
+        return PeftModel.from_pretrained(shared_copy(self.receiver), folder).eval()
 
     def _state(self, model: Any) -> torch.Tensor:
         """What the model makes of a batch, [..., d]."""

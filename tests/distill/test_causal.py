@@ -89,9 +89,9 @@ def test_a_causal_lora_moves_down_and_up(world, student: str, tmp_path: Path) ->
         return loss(peft.PeftModel.from_pretrained(model, folder).eval(), tokenizer, held_out)
 
     fresh = loss(transformers.AutoModelForCausalLM.from_pretrained(root / student).eval(), tokenizer, held_out)
-    options = {"student": root / student, "text": root / "text.txt", "max_tokens": 1000}
+    options = {"student": root / student, "text": root / "text.txt", "max_tokens": 500}
     method = {} if student == "shallow" else {"method": "ridge"}  # the default, which tries four, is tried once
-    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=70, **options, **method)
+    graft = tiny.transfer(root / "module", out=tmp_path / "graft", polish=55, **options, **method)
     assert graft.report.verdict.measured.divergence < 1
     grafted = scored(tmp_path / "graft")
     assert grafted < fresh - 0.5 * (fresh - teacher), (teacher, grafted, fresh)
