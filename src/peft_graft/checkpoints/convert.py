@@ -12,6 +12,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from peft_graft.checkpoints.attached import quiet
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.formats.peft.patterns import Patterns
@@ -21,7 +22,7 @@ from peft_graft.errors import CheckpointError, GraftError, reason
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.sizes import linear_shape
-from peft_graft.models.task_models import blank_model, quiet_libraries, with_task_head
+from peft_graft.models.task_models import blank_model, with_task_head
 from peft_graft.modules.base import Part
 from peft_graft.modules.lora import LoraPart
 
@@ -53,8 +54,7 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     if not is_quantised(teacher.base):
         model = model.float()
     where = raw.base_model or raw.name
-    with warnings.catch_warnings(), quiet_libraries():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             adapted = peft.get_peft_model(model, _config(raw, [name for name, _ in model.named_modules()], where))
             loaded = peft.set_peft_model_state_dict(adapted, dict(raw.unconverted))

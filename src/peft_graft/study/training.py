@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from peft_graft.checkpoints.attached import quiet
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop, length_batches
 from peft_graft.models.fingerprint import fingerprint
-from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
 from peft_graft.record import Record
 from peft_graft.study.generation import GenerationTask, answers_of, collate_completions, completion_loss
@@ -138,7 +137,7 @@ def fine_tune(
         if on_step:
             on_step(step, schedule.steps, float(value))
 
-    with _quiet(), _trackers(settings) as log:
+    with quiet(), _trackers(settings) as log:
         loop = TrainingLoop(
             model,
             [len(row["input_ids"]) for row in rows],
@@ -159,11 +158,11 @@ def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any
     model.to(_device()).eval()
     if isinstance(task, GenerationTask):
         prompts = [row["prompt"] for row in rows]
-        with _quiet():
+        with quiet():
             return task.score_texts(answers_of(model, task, tokenizer, prompts), prompts)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         for numbers in length_batches([len(row["input_ids"]) for row in rows], _PREDICT_BATCH):
             batch = collate(tokenizer, [rows[number] for number in numbers]).to(_device())
             labels.extend(batch.pop("labels").cpu())
@@ -251,13 +250,6 @@ def _digest(model: torch.nn.Module, rows: Sequence[dict[str, Any]], settings: Tr
     """What tells a training from others: where it begins, on what, and how."""
     content = fingerprint(model) + json.dumps(list(rows)) + settings.model_dump_json()
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager
