@@ -53,7 +53,7 @@ def asked(speakers):
 @pytest.fixture(scope="module")
 def moved(speakers, tmp_path_factory) -> Graft:
     out = tmp_path_factory.mktemp("moved") / "graft"
-    config = CONFIG.model_copy(update={"polish": 200})
+    config = CONFIG.model_copy(update={"polish": 180})
     return peft_graft.transfer(
         speakers / "module", speakers / "stranger", text=speakers / "prompts.jsonl", config=config, out=out
     )

@@ -23,7 +23,7 @@ STEPS = 12
 def options(speakers: Path, out: Path) -> list[str]:
     return ["transfer", str(speakers / "module"), "--student", str(speakers / "stranger"), "--text",
             str(speakers / "prompts.jsonl"), "--format", speech.FORMAT, "--max-new-tokens", "8", "--polish", str(STEPS),
-            "--method", "fresh", "--out", str(out), "--json"]  # fmt: skip
+            "--max-prompts", "100", "--method", "fresh", "--out", str(out), "--json"]  # fmt: skip
 
 
 def test_two_processes_of_torchrun_make_the_graft_that_one_makes(speakers, tmp_path) -> None:
@@ -34,7 +34,7 @@ def test_two_processes_of_torchrun_make_the_graft_that_one_makes(speakers, tmp_p
         out=tmp_path / "out",
         err=tmp_path / "err",
     )
-    config = GraftConfig(format=speech.FORMAT, max_new_tokens=8, polish=STEPS, method="fresh")
+    config = GraftConfig(format=speech.FORMAT, max_new_tokens=8, max_prompts=100, polish=STEPS, method="fresh")
     out = tmp_path / "one"
     one = peft_graft.transfer(
         speakers / "module", speakers / "stranger", text=speakers / "prompts.jsonl", config=config, out=out

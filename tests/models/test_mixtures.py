@@ -181,7 +181,7 @@ def test_a_mixtures_module_is_judged_and_polished(tmp_path: Path, text: Path) ->
     small = {"num_local_experts": 3, "num_hidden_layers": 1}
     base = mixture(tmp_path / "base", "mixtral", **small)
     other = mixture(tmp_path / "other", "mixtral", 1, hidden_size=24, **small)
-    text.write_text("\n".join(tiny.sentences(250)))
+    text.write_text("\n".join(tiny.sentences(120)))
     trained_mixture(tmp_path / "module", base, "mixtral", ["q_proj", "gate", "w1"])
     graft = tiny.transfer(tmp_path / "module", student=other, text=text, out=tmp_path / "graft")
     assert graft.report.polish is not None
