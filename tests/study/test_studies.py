@@ -62,7 +62,7 @@ test_examples = 20
 config = {{ r = 4, lora_alpha = 8 }}
 
 [training]
-teacher = {{ learning_rate = 2e-2, epochs = 10, batch_size = 4 }}
+teacher = {{ learning_rate = 2e-2, epochs = 8, batch_size = 8 }}
 student = {{ learning_rate = 1e-2, epochs = 2, batch_size = 8 }}
 
 [defaults]
@@ -239,7 +239,8 @@ def test_the_papers_grids_run_on_local_stand_ins(name: str, world: Path, file: P
         "device=cpu", "dtype=float32", "max_tokens=800", "defaults.seeds=[0]", "defaults.languages=['en']",
         f"models.{teacher}={world / 'teacher'}", f"models.{student}={world / folder}", "tasks.ner.labels=[]",
         "modules.adapter.config={ name = 'seq_bn', bottleneck = 4 }",
-        *(f"training.{who}.{change}" for who in ("teacher", "student") for change in ("epochs=1", "bf16=false")),
+        *(f"training.{who}.{change}" for who in ("teacher", "student")
+          for change in ("epochs=1", "batch_size=32", "bf16=false")),
         *(f"tasks.{task}.{split}={path}" for task, path in sources.items() for split in ("train", "test")),
         *(f"tasks.{task}.{change}" for task in sources for change in ("validation=", "validation_examples=10")),
     ]  # fmt: skip
