@@ -154,13 +154,13 @@ def test_held_out_text_is_never_learned_from(world, module, paired: bool) -> Non
     assert "asking the teacher" in run.seconds
 
 
-def test_fitting_the_head_agrees_better_than_carrying_it(world, module) -> None:
-    carried, fitted = (transfer(world, module, head=head).report for head in ("carry", "fit"))
+def test_fitting_the_head_agrees_better_than_carrying_it(world, module, text) -> None:
+    carried, fitted = (transfer(world, module, text=text, head=head).report for head in ("carry", "fit"))
     assert carried.head.how == "carried"
     assert fitted.head.how == "fitted"
     assert fitted.verdict.measured.divergence < carried.verdict.measured.divergence / 2
     assert fitted.verdict.moved.divergence == pytest.approx(carried.verdict.measured.divergence, rel=1e-4)
-    assert transfer(world, module).report.head.how == "fitted"  # auto takes the better
+    assert transfer(world, module, text=text).report.head.how == "fitted"  # auto takes the better
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("pfeiffer", marks=needs_adapters)])
@@ -182,25 +182,25 @@ def test_a_polish_agrees_better_and_says_so_in_the_report(world, module, tmp_pat
     assert not (tmp_path / f"graft{UNFINISHED}").exists()
 
 
-def test_what_was_measured_is_what_was_written(world, module, tmp_path) -> None:
+def test_what_was_measured_is_what_was_written(world, module, text, tmp_path) -> None:
     """The verdict's divergence, computed again from the written checkpoint and the teacher's own library."""
-    graft = transfer(world, module, polish=20, out=tmp_path / "graft", seed=4)
-    held_out = [sample.first for sample in islice(read_text(world / "text.txt", None, 4), 40)]
+    graft = transfer(world, module, text=text, polish=20, out=tmp_path / "graft", seed=4)
+    held_out = [sample.first for sample in islice(read_text(text, None, 4), 10)]
     answers = []
     for base, folder in ((world / "teacher", module), (world / "narrow", tmp_path / "graft")):
         model = PeftModel.from_pretrained(tiny.task_model(base), folder).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
         rows = []
-        for text in held_out:
-            batch = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+        for line in held_out:
+            batch = tokenizer(line, return_offsets_mapping=True, return_tensors="pt")
             offsets = batch.pop("offset_mapping")[0].tolist()
             starts = {}
             for index, (start, end) in enumerate(offsets):
-                while start < end and text[start] == " ":
+                while start < end and line[start] == " ":
                     start += 1
                 if end > start:
                     starts.setdefault(start, index)
-            words = [i for i, c in enumerate(text) if c != " " and (i == 0 or text[i - 1] == " " or c == ".")]
+            words = [i for i, c in enumerate(line) if c != " " and (i == 0 or line[i - 1] == " " or c == ".")]
             with torch.inference_mode():
                 logits = model(**batch).logits[0]
             rows.append({word: logits[starts[word]].log_softmax(-1) for word in words if word in starts})
@@ -242,10 +242,10 @@ def test_an_interrupted_polish_goes_on_to_the_same_result(world, module, text, t
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("pfeiffer", marks=needs_adapters)])
-def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(world, module, kind: str) -> None:
+def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(world, module, text, kind: str) -> None:
     """Its directions are those of the exact gradient with respect to the weight that the module stands beside."""
     source = module if kind == "lora" else world / "pfeiffer"
-    graft = transfer(world, source, method="copy", student=world / "shallow", head="carry")
+    graft = transfer(world, source, method="copy", student=world / "shallow", text=text, head="carry")
     student = load_model(str(world / "shallow"), tokenizer=True)
     modules = {site: module.neutral() for site, module in graft.checkpoint.modules.items()}
     raw = checkpoint_of_student(replace(graft.checkpoint, modules=modules), student)
@@ -337,8 +337,8 @@ def test_functional_grafting_refuses_what_it_cannot_fit(world) -> None:
         tiny.align(world / "teacher", world / "narrow", text=world / "text.txt", method="functional")
 
 
-def test_the_default_chooses_by_held_out_agreement(world, module) -> None:
-    report = tiny.transfer(module, student=world / "narrow", text=world / "text.txt", polish=0).report
+def test_the_default_chooses_by_held_out_agreement(world, module, text) -> None:
+    report = tiny.transfer(module, student=world / "narrow", text=text, polish=0).report
     best = min(report.tried, key=lambda name: report.tried[name].divergence)
     assert best.startswith(report.method)
     assert report.verdict.measured.agreement_interval is not None  # by text that chose nothing
