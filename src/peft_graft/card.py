@@ -93,7 +93,7 @@ class Usage:
             num_labels=raw.num_labels,
             problem_type=raw.problem_type.value if raw.problem_type else None,
             vocabulary=raw.vocabulary_size if raw.vocabulary_size > size else None,
-            reads_text={stack.kind for stack in student.architecture.row.stacks} <= {"encoder", "decoder"},
+            reads_text=student.architecture.row.reads_text,
             is_encoder_decoder=bool(config.is_encoder_decoder),
             prompt=prompt,
             chat=chat,

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.card import write_model_card
 from peft_graft.checkpoints.attach import attach
-from peft_graft.checkpoints.beside import tokenizer_of, write_beside
+from peft_graft.checkpoints.beside import processor_of, tokenizer_of, write_beside
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
@@ -131,6 +131,9 @@ class Graft:
                 found=self.raw.task,
                 fix="call graft.model itself",
             )
+        if (processor := processor_of(self.student)) is not None:
+            sees = isinstance(processor, transformers.ImageProcessingMixin)
+            options.setdefault("image_processor" if sees else "feature_extractor", processor)
         return transformers.pipeline(task, model=self.model.eval(), tokenizer=self.tokenizer, **options)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False, results: Sequence[EvalResult] = ()) -> Graft:

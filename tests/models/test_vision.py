@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from PIL import Image
 
 import tiny
 from families import TOWERS, options, same_module, trained
@@ -44,6 +45,8 @@ def test_modules_of_towers_return_and_are_recognised(family: str, tmp_path: Path
 
 def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) -> None:
     base, other = tower(tmp_path / "base", "vit"), tower(tmp_path / "other", "vit", 1, num_hidden_layers=1)
+    side = TOWERS["vit"].image_size
+    transformers.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(other)
     model = transformers.AutoModelForImageClassification.from_pretrained(base, num_labels=3)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=VIT_TARGETS, modules_to_save=["classifier"])
@@ -58,6 +61,8 @@ def test_a_vision_module_and_its_head_move_to_a_shallower_model(tmp_path: Path) 
     moved = PeftModel.from_pretrained(fresh, tmp_path / "graft")
     key = "base_model.model.classifier.modules_to_save.default.weight"
     assert torch.equal(moved.state_dict()[key], adapted.state_dict()[key])
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "graft", use_fast=False).size["height"] == side
+    assert len(graft.pipeline()(Image.new("RGB", (40, 30), "red"))) == 3
 
 
 def test_one_tower_of_two_and_whisper_with_its_task(tmp_path: Path) -> None:

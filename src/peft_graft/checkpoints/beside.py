@@ -1,4 +1,4 @@
-"""What lies beside a written module, since no library stores it: the tokenizer of its model, and names of classes."""
+"""What lies beside a written module, since no library stores it: what reads its model's inputs, names of classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import GraftError
-from peft_graft.models.checks import explained
+from peft_graft.models.checks import explained, file_at
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.places import hub_id_of, is_folder
 from peft_graft.models.spaces import VOCABULARY, Space
@@ -19,10 +19,12 @@ from peft_graft.models.task_models import is_remote, set_labels
 from peft_graft.outputs import temporary_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import FeatureExtractionMixin, ImageProcessingMixin, PreTrainedTokenizerBase
 
 #: By which a folder of tokenizer files is known.
 TOKENIZER = "tokenizer_config.json"
+#: What prepares images or sound for a model.
+PROCESSOR = "preprocessor_config.json"
 #: Texts that tokenizers of different makes, and copies that have lost something, take apart differently.
 _TEXTS = (
     "Maria moved to Lisbon in winter, didn't she?",
@@ -46,6 +48,8 @@ def write_beside(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels:
     write_labels(folder, raw, student, labels)
     rows = max(student.architecture.sizes.get(Space(-1, VOCABULARY), 0), raw.vocabulary_size or 0)
     remark = _write_tokenizer(folder, student, rows)
+    if (processor := processor_of(student)) is not None:
+        processor.save_pretrained(folder)
     return [remark] if remark else []
 
 
@@ -90,11 +94,8 @@ def _write_tokenizer(folder: Path, student: ModelHandle, rows: int) -> str | Non
 
 def tokenizer_of(student: ModelHandle) -> PreTrainedTokenizerBase | None:
     """The tokenizer that came with a model, or lies where it comes from; None where there is none."""
-    if student.tokenizer is not None or not student.architecture.row.reads_text:
+    if student.tokenizer is not None or not student.architecture.row.reads_text or not _comes_from_its_place(student):
         return student.tokenizer
-    named = is_folder(student.place) or (hub_id_of(student.place) and student.name != type(student.base).__name__)
-    if not named:
-        return None
     from transformers import AutoTokenizer
 
     try:
@@ -103,6 +104,31 @@ def tokenizer_of(student: ModelHandle) -> PreTrainedTokenizerBase | None:
             return found
     except GraftError:
         return None
+
+
+def processor_of(student: ModelHandle) -> ImageProcessingMixin | FeatureExtractionMixin | None:
+    """What prepares images or sound for a model, as it lies where the model comes from.
+
+    None where there is none, where it needs a library that is not installed, or code that is not transformers' own.
+    """
+    row, source = student.architecture.row, student.loading.source
+    if row.reads_text or not _comes_from_its_place(student):
+        return None
+    if file_at(student.place, PROCESSOR, source, "student") is None:
+        return None
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    auto = AutoImageProcessor if student.base.main_input_name == "pixel_values" else AutoFeatureExtractor
+    try:
+        with explained(student.name, "student's preprocessor"):
+            found: ImageProcessingMixin | FeatureExtractionMixin = auto.from_pretrained(student.place, **source)
+    except GraftError:
+        return None
+    return None if is_remote(found) else found
+
+
+def _comes_from_its_place(student: ModelHandle) -> bool:
+    return bool(is_folder(student.place) or (hub_id_of(student.place) and student.name != type(student.base).__name__))
 
 
 def _unbound(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
