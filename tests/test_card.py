@@ -230,6 +230,21 @@ def test_models_are_named_by_their_hub_ids_and_found_by_their_paths(made: Path, 
     assert str(tmp_path) not in card.content
 
 
+def test_a_teachers_folder_is_named_as_the_module_names_its_base(made: Path, tmp_path: Path) -> None:
+    """What a model was made from, which its configuration may say, is not what a module of it was trained on."""
+    teacher, module = tmp_path / "old", tmp_path / "module"
+    shutil.copytree(made / "models" / "bert", teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "_name_or_path": "org/ancestor"}))
+    shutil.copytree(made / "modules" / "tags", module)
+    config = json.loads((module / "adapter_config.json").read_text())
+    (module / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/old"}))
+    named = GraftConfig(method="copy")
+    graft = peft_graft.transfer(module, made / "models" / "bert", teacher=teacher, out=tmp_path / "graft", config=named)
+    assert graft.report.teacher.hub_id == "org/old"
+    assert "trained on `org/old`" in (tmp_path / "graft" / "README.md").read_text()
+
+
 HOSTILE = [
     "---",
     "a\n---\nlicense: mit\n---\n",

@@ -25,8 +25,8 @@ from peft_graft.distill.polish import PolishRecord, polish
 from peft_graft.environment import hardware, versions
 from peft_graft.graft import Graft
 from peft_graft.material import Material, PromptMaterial, TextMaterial, material_of, module_key
-from peft_graft.models.loading import ModelPair
-from peft_graft.models.places import place_of
+from peft_graft.models.loading import ModelPair, ModelRecord
+from peft_graft.models.places import hub_id_of, is_folder, place_of
 from peft_graft.planning.plan import Plan
 from peft_graft.planning.sources import (
     ModelLike,
@@ -167,6 +167,7 @@ class Move:
                 "cost": cost,
                 "verdict": verdict,
                 "module": place_of(module.name),
+                "teacher": _as_named(models.teacher.record, module.base),
                 "text": material.source.name if material.source else None,
                 "alignment": self.alignment,
                 "notes": [*plan.sites.notes, *material.remarks, *([remark] if remark else []), *notes],
@@ -242,6 +243,13 @@ def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner
         versions=versions(),
         hardware=hardware(plan.config.device),
     )
+
+
+def _as_named(teacher: ModelRecord, base: ModelLike | None) -> ModelRecord:
+    """A teacher's folder as the module names its base: the folder may name what that model was made from."""
+    if isinstance(base, str) and is_folder(teacher.name) and not is_folder(base):
+        return teacher.model_copy(update={"hub_id": hub_id_of(base) or teacher.hub_id})
+    return teacher
 
 
 def _shifts(plan: Plan, material: Material) -> bool:

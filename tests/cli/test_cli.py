@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -94,11 +95,15 @@ def test_inspect_prices_the_text_and_the_polish_and_names_the_next_command(comma
     assert none.least_seconds < found.least_seconds
     shown = command(*given, columns=80).out
     assert f"{found.text_tokens:,} tokens and 1,000 steps of polish" in " ".join(shown.split())
+    assert re.search(r"at the least, [\d.e-]+ s of it for each step", " ".join(shown.split()))
     last = shown.splitlines()[-1]
     assert last == (
         f"next         peft-graft transfer {world / 'lora'} --student {world / 'narrow'} --text {world / 'text.txt'} "
         "--out out/graft"
     )
+    named = command(*given, "--labels", "A,B,C,D,E", "--polish", "50", "--cache").out.splitlines()[-1]
+    assert {"--labels A,B,C,D,E", "--polish 50", "--cache"} <= set(re.findall(r"--(?:cache|\S+ \S+)", named))
+    assert named.endswith(" --out out/graft")
     long = [line for line in shown.splitlines() if str(world) not in line]
     assert all(len(line) <= 80 for line in long)
 

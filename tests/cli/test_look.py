@@ -125,6 +125,7 @@ def test_a_result_begins_with_the_verdict_and_fits(moved, capsys, monkeypatch, c
     assert not [line for line in lines if "layer 1 attn.value" in line]
     assert f"written {out}" in lines
     assert f"load it graft = peft_graft.Graft.from_pretrained({str(out)!r}).model" in lines
+    assert any('graft.pipeline()("text")' in line for line in lines)
     monkeypatch.setattr(look, "verbose", True)
     show_graft(graft.report, out)
     assert "agreement after steps 0:" in capsys.readouterr().out

@@ -95,8 +95,7 @@ def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
         polish = f" and {student.polish_steps:,} steps of polish" if student.polish_steps else ""
         rows.append((
             "cost",
-            f"{memory(student.weights_mib)} of weights in float32; {tokens:,} tokens{polish} take "
-            f"{duration(student.least_seconds)} on this processor at the least",
+            f"{memory(student.weights_mib)} of weights in float32; {tokens:,} tokens{polish} take {_least(student)}",
         ))  # fmt: skip
     facts = Table.grid(padding=(0, 1))
     facts.add_column(width=12, no_wrap=True)
@@ -136,8 +135,17 @@ def _of_documents(student: StudentSummary, found: DocumentOutlook) -> list[tuple
 def _cost_of_learning(student: StudentSummary) -> str:
     return (
         f"{memory(student.weights_mib)} of weights in float32, some {memory(student.training_mib or 0)} in training; "
-        f"{duration(student.least_seconds)} on this processor at the least"
+        f"{_least(student)}"
     )
+
+
+def _least(student: StudentSummary) -> str:
+    """The time, and that of a step of the polish, for whoever thinks about another number of them."""
+    from peft_graft.distill.polish import STAGE
+
+    polish = student.stage_seconds.get(STAGE, 0)
+    step = f", {polish / student.polish_steps:.2g} s of it for each step" if polish and student.polish_steps else ""
+    return f"{duration(student.least_seconds)} on this processor at the least{step}"
 
 
 def show_alignment(found: Alignment, out: Path) -> None:

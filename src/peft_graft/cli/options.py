@@ -50,6 +50,22 @@ def options_from(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def words_of(config: BaseModel) -> list[str]:
+    """What to type for a config: the options that are not at their defaults."""
+    words: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value, option = getattr(config, name), option_name(name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            words += [option, ",".join(map(str, value))]
+        else:
+            words += [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
+
+
 def briefs_of(command: Callable[..., None]) -> dict[str, str]:
     """The parameters that matter most, with a line for the help page; an empty one where their help is short."""
     hints = get_type_hints(command, localns=vars(configs), include_extras=True)

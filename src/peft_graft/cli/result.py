@@ -45,6 +45,8 @@ def show_graft(report: GraftReport, out: Path, pushed: str | None = None) -> Non
         console.print("[bold green]pushed[/] ", escaped(pushed), soft_wrap=True)
     console.print(f"[bold]load it[/] graft = peft_graft.Graft.from_pretrained({escaped(repr(str(out)))}).model",
                   soft_wrap=True)  # fmt: skip
+    if report.classes:
+        console.print('        graft.pipeline()("text") names classes')
     library = report.module_library
     console.print(f"        or with {library} alone, as {escaped(str(out / 'README.md'))} shows", soft_wrap=True)
     console.print(f"[bold]look at[/] {escaped(str(out / PAGE))}", soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 import peft_graft
 from peft_graft.cli.display import show_inspection
 from peft_graft.cli.late import command
+from peft_graft.cli.options import words_of
 from peft_graft.cli.output import give, say_if_quiet
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def inspect(
         adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, config=config
     )
     given = {"student": student, "teacher": teacher, "text": text, "seeds": seeds, "alignment": alignment}
-    words = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    words = [word for name, value in given.items() if value for word in (f"--{name}", value)] + words_of(config)
     command = shlex.join(["peft-graft", "transfer", adapter, *words, "--out", "out/graft"]) if student else None
     give(found, lambda: show_inspection(found, command))
     problems = [found.teacher_problem, found.student.problem if found.student else None]
