@@ -208,7 +208,10 @@ def read_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
             return None
         try:
             record = read_json(folder / f"{_STATE}.json")
-            return (read_tensors(folder / f"{_STATE}.safetensors"), record) if record.get("key") == key else None
+            if record.get("key") == key:
+                return read_tensors(folder / f"{_STATE}.safetensors"), record
+            logger.warning("the work begins anew: %s is of a run with other settings, inputs or versions", folder)
+            return None
         except CheckpointError as error:
             logger.warning("the work begins anew, since its state cannot be used: %s", error)
             return None

@@ -277,7 +277,7 @@ def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(wo
     torch.testing.assert_close(cosines, torch.ones_like(cosines), atol=1e-3, rtol=0)
 
 
-def test_the_state_of_other_work_is_not_taken_up(world, module, text, tmp_path) -> None:
+def test_the_state_of_other_work_is_not_taken_up(world, module, text, tmp_path, caplog) -> None:
     options = {"polish": 20, "text": text, "head": "carry"}
 
     def stop(stage: str, done: int, total: int | None) -> None:
@@ -286,7 +286,9 @@ def test_the_state_of_other_work_is_not_taken_up(world, module, text, tmp_path) 
 
     with pytest.raises(KeyboardInterrupt):
         transfer(world, module, **options, out=tmp_path / "graft", progress=stop)
+    assert "begins anew" not in caplog.text
     other = transfer(world, module, **options, out=tmp_path / "graft", seed=5)
+    assert f"the work begins anew: {tmp_path / 'graft'}.unfinished" in caplog.text
     assert other.report.polish == transfer(world, module, **options, seed=5).report.polish
 
 

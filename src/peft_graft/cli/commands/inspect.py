@@ -10,7 +10,6 @@ import typer
 import peft_graft
 from peft_graft.cli.display import show_inspection
 from peft_graft.cli.late import command
-from peft_graft.cli.options import words_of
 from peft_graft.cli.output import give, say_if_quiet
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ def inspect(
     Example:
         peft-graft inspect my-lora --student Qwen/Qwen3-4B --text prompts.jsonl
     """
+    from peft_graft.cli.options import words_of  # needs pydantic, which the list of commands does not wait for
+
     found = peft_graft.inspect(
         adapter, student, teacher=teacher, text=text, seeds=seeds, alignment=alignment, config=config
     )
