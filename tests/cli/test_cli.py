@@ -101,9 +101,11 @@ def test_inspect_prices_the_text_and_the_polish_and_names_the_next_command(comma
         f"next         peft-graft transfer {world / 'lora'} --student {world / 'narrow'} --text {world / 'text.txt'} "
         "--out out/graft"
     )
-    named = command(*given, "--labels", "A,B,C,D,E", "--polish", "50", "--cache").out.splitlines()[-1]
+    options = ["--labels", "A,B,C,D,E", "--polish", "50", "--cache", "--token", "hf_secret"]
+    named = command(*given, *options).out.splitlines()[-1]
     assert {"--labels A,B,C,D,E", "--polish 50", "--cache"} <= set(re.findall(r"--(?:cache|\S+ \S+)", named))
     assert named.endswith(" --out out/graft")
+    assert "hf_secret" not in named
     long = [line for line in shown.splitlines() if str(world) not in line]
     assert all(len(line) <= 80 for line in long)
 

@@ -51,11 +51,11 @@ def options_from(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def words_of(config: BaseModel) -> list[str]:
-    """What to type for a config: the options that are not at their defaults."""
+    """What to type for a config: the options that are not at their defaults, without those that no record may show."""
     words: list[str] = []
     for name, field in type(config).model_fields.items():
         value, option = getattr(config, name), option_name(name)
-        if value == field.default:
+        if value == field.default or field.exclude:  # a token is not for screens and logs
             continue
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))
