@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
 from peft_graft.errors import GraftError
-from peft_graft.models.checks import explained, file_at
+from peft_graft.models.checks import explained
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.places import hub_id_of, is_folder
 from peft_graft.models.spaces import VOCABULARY, Space
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 #: By which a folder of tokenizer files is known.
 TOKENIZER = "tokenizer_config.json"
-#: What prepares images or sound for a model.
-PROCESSOR = "preprocessor_config.json"
 #: Texts that tokenizers of different makes, and copies that have lost something, take apart differently.
 _TEXTS = (
     "Maria moved to Lisbon in winter, didn't she?",
@@ -111,17 +109,16 @@ def processor_of(student: ModelHandle) -> ImageProcessingMixin | FeatureExtracti
 
     None where there is none, where it needs a library that is not installed, or code that is not transformers' own.
     """
-    row, source = student.architecture.row, student.loading.source
-    if row.reads_text or not _comes_from_its_place(student):
-        return None
-    if file_at(student.place, PROCESSOR, source, "student") is None:
+    if student.architecture.row.reads_text or not _comes_from_its_place(student):
         return None
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     auto = AutoImageProcessor if student.base.main_input_name == "pixel_values" else AutoFeatureExtractor
     try:
         with explained(student.name, "student's preprocessor"):
-            found: ImageProcessingMixin | FeatureExtractionMixin = auto.from_pretrained(student.place, **source)
+            found: ImageProcessingMixin | FeatureExtractionMixin = auto.from_pretrained(
+                student.place, **student.loading.source
+            )
     except GraftError:
         return None
     return None if is_remote(found) else found
