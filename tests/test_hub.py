@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from hub import FakeHub
 
 _SCRIPT = """
-import contextlib, io, json, shutil, sys
+import contextlib, io, json, shutil, sys, time
 from pathlib import Path
 import peft_graft
 from huggingface_hub import EvalResult
@@ -60,7 +60,14 @@ for to, *more in (["ours/tagger", "--private"], ["theirs/tagger"], ["tagger"], [
             code = end.code
     answer = json.loads(shown.getvalue())
     said[to] = [code, answer["error"]["message"] if "error" in answer else answer["pushed"]]
-print(json.dumps({"said": said, "same": bool(same), "labels": again.labels, "report": again.report.module,
+# One that does not answer any more is asked once, and what it gave before is used.
+from huggingface_hub import constants
+
+constants.ENDPOINT, begun = "http://127.0.0.1:9", time.perf_counter()
+kept = Graft.from_pretrained("me/graft").labels == again.labels
+lost = peft_graft.inspect(world / "lora", "org/nothing", teacher="org/nowhere")
+gone = [kept, lost.teacher_problem, lost.student.problem, time.perf_counter() - begun]
+print(json.dumps({"gone": gone, "said": said, "same": bool(same), "labels": again.labels, "report": again.report.module,
                   "onward": len(onward.checkpoint.modules), "missing": missing}))
 """
 
@@ -85,6 +92,12 @@ def test_a_graft_goes_to_the_hub_and_comes_back(world, tmp_path, hub) -> None:
     assert found["report"].endswith("lora")
     assert found["onward"] == 8
     assert "me/nothing" in found["missing"]
+    kept, teacher, student, seconds = found["gone"]
+    assert kept
+    assert "org/nowhere: the teacher cannot be loaded (We couldn't connect" in teacher
+    assert student == teacher
+    assert seconds < 20  # huggingface_hub alone asks for 23 seconds about each of five files
+    assert done.stderr.count("http://127.0.0.1:9 cannot be reached") == 1
     files = hub.files["me/graft"]["second"]
     assert {
         "adapter_config.json",

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_graft.errors import CheckpointError, GraftError, OutputError, reason
+from peft_graft.hub import local_only
 
 #: What JSON of a checkpoint may take at most, and how deep it may be nested.
 _MOST_JSON, _DEEPEST = 32 << 20, 64
@@ -205,7 +206,7 @@ def downloaded(
     start = f"{subfolder.strip('/')}/" if subfolder else ""
     wanted = [f"{start}{pattern}" for pattern in patterns]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted, **local_only(name)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as reason:
         raise error(
             f"no such folder, and the hub has no such repository or cannot be reached ({type(reason).__name__})",

@@ -1,11 +1,52 @@
-"""What goes to the hub: whether it can, before any work is done, and what the hub says when it does not take it."""
+"""What comes from the hub and goes there: whether it can, before any work is done, and what the hub says to it."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from peft_graft.errors import OutputError, reason
+
+logger = logging.getLogger("peft_graft")
+#: Seconds for which a hub that does not answer is not asked again, and that it has to answer in.
+_REMEMBERED, _PATIENCE = 60, 10
+
+
+def local_only(name: str) -> dict[str, Any]:
+    """``local_files_only`` for what is no folder, as an argument of ``from_pretrained``, where the hub does not answer.
+
+    Without it huggingface_hub asks six times for each file, which takes half a minute a file.
+    """
+    if Path(name).is_dir():
+        return {}
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or constants.ENDPOINT in _reached:
+        return {}
+    return {"local_files_only": True} if _is_silent(constants.ENDPOINT, int(time.monotonic() // _REMEMBERED)) else {}
+
+
+#: Hubs that have answered.
+_reached: set[str] = set()
+
+
+@cache
+def _is_silent(address: str, period: int) -> bool:
+    """Whether nothing answers there; whatever it says is an answer."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    try:
+        get_session().head(address, timeout=_PATIENCE)
+    except Exception as error:  # of requests or of httpx, as the version of huggingface_hub has it
+        logger.warning("%s cannot be reached (%s): only what is on this machine is used", address, type(error).__name__)
+        return True
+    _reached.add(address)
+    return False
 
 
 @contextmanager

@@ -98,7 +98,9 @@ def tokenizer_of(student: ModelHandle) -> PreTrainedTokenizerBase | None:
 
     try:
         with explained(student.name, "student's tokenizer"):
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(student.place, **student.loading.source)
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                student.place, **student.loading.source(student.place)
+            )
             return found
     except GraftError:
         return None
@@ -117,7 +119,7 @@ def processor_of(student: ModelHandle) -> ImageProcessingMixin | FeatureExtracti
     try:
         with explained(student.name, "student's preprocessor"):
             found: ImageProcessingMixin | FeatureExtractionMixin = auto.from_pretrained(
-                student.place, **student.loading.source
+                student.place, **student.loading.source(student.place)
             )
     except GraftError:
         return None

@@ -80,7 +80,7 @@ def _file(name: str, file: str, source: Mapping[str, Any], role: str) -> str | N
     """Where a file of a folder or of a repository is on this machine; None where there is none, or no way to it."""
     from transformers.utils import cached_file
 
-    options = {key: source[key] for key in ("revision", "token", "subfolder") if key in source}
+    options = {key: source[key] for key in ("revision", "token", "subfolder", "local_files_only") if key in source}
     silent = ("gated_repo", "missing_entries", "connection_errors")
     options |= {f"_raise_exceptions_for_{what}": False for what in silent}
     with explained(name, role):

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
+from peft_graft.hub import local_only
 from peft_graft.models.architecture import Architecture, describe
 from peft_graft.models.checks import check_counts, check_no_module, check_quantisation, explained
 from peft_graft.models.devices import (
@@ -66,15 +67,14 @@ class Loading:
     device: str = "cpu"
     dtype: str = "float32"
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """Arguments of every ``from_pretrained``.
+    def source(self, name: str) -> dict[str, Any]:
+        """Arguments of every ``from_pretrained`` of a folder or hub id.
 
         ``trust_remote_code`` is always among them: without it transformers asks on the terminal, and waits.
         """
         found = {"revision": self.revision, "subfolder": self.subfolder, "token": self.token}
         given = {name: value for name, value in found.items() if value is not None}
-        return {**given, "trust_remote_code": self.trust_remote_code}
+        return {**given, **local_only(name), "trust_remote_code": self.trust_remote_code}
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class ModelHandle:
         elif self.is_blank:
             weight = own
         else:
-            options = {**self.loading.source, **self.loading.weights, "dtype": self.base.dtype}
+            options = {**self.loading.source(self.place), **self.loading.weights, "dtype": self.base.dtype}
             with explained(self.name, "output layer"):
                 auto = auto_class(Task.CAUSAL_LM, self.base.config)
                 model, info = auto.from_pretrained(self.place, output_loading_info=True, **options)
@@ -258,9 +258,10 @@ def load_config(name: str, loading: Loading = DEFAULT_LOADING, *, role: str = "m
             its repository.
         DependencyError: its weights are quantised by a library that is not installed.
     """
-    check_no_module(name, loading.source, role)
+    source = loading.source(name)
+    check_no_module(name, source, role)
     with explained(name, role):
-        config = transformers.AutoConfig.from_pretrained(name, **loading.source)
+        config = transformers.AutoConfig.from_pretrained(name, **source)
     check_quantisation(config, loading.quantization_config, name, role)
     return config
 
@@ -303,7 +304,7 @@ def load_model(
     place = check_device(loading.device)
     config = load_config(name, loading, role=role)
     with explained(name, role):
-        base, missing = _load_base(name, _options(config, loading, place))
+        base, missing = _load_base(name, {**loading.source(name), **_options(config, loading, place)})
     if loading.device_map is None and not is_quantised(base):
         base = base.to(place)
     keep_trainable(base)
@@ -316,8 +317,8 @@ def load_model(
 
 
 def _options(config: PretrainedConfig, loading: Loading, place: torch.device) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``."""
-    options = {**loading.source, **loading.weights, "output_loading_info": True}
+    """Arguments of ``from_pretrained`` beside where the model is."""
+    options = {**loading.weights, "output_loading_info": True}
     if loading.device_map is not None:
         options["device_map"] = loading.device_map
     elif hasattr(config, "quantization_config") or loading.quantization_config is not None:
@@ -361,7 +362,7 @@ def load_tokenizer(name: str, loading: Loading = DEFAULT_LOADING, *, role: str =
         ModelError: there is none.
     """
     with explained(name, f"{role}'s tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name, **loading.source)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name, **loading.source(name))
     return check_tokenizer(tokenizer, name, role)
 
 

@@ -115,7 +115,11 @@ def _whole(subject: Subject, raw: RawCheckpoint) -> tuple[PreTrainedModel, bool]
         labels = {"num_labels": raw.num_labels}
     with explained(base.name, "base"):
         model, info = auto.from_pretrained(
-            base.place, **base.loading.source, **base.loading.weights, **labels, output_loading_info=True
+            base.place,
+            **base.loading.source(base.place),
+            **base.loading.weights,
+            **labels,
+            output_loading_info=True,
         )
     assert not is_quantised(model)
     model = model.to(base.loading.device).eval()
