@@ -192,7 +192,7 @@ def test_a_teacher_out_of_reach_is_left_out_unless_it_is_asked_for(world: Path, 
 
 
 def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(world: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_graft.distill.side_by_side.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("peft_graft.distill.sides.load_model", lambda *_, **__: pytest.fail("loaded"))
     graft = world / "graft"
     rows = [{"prompt": "abcd", "completion": "x"}, {"prompt": "bcde"}, {"prompt": "cdef"}]
     for given, said in [
@@ -200,14 +200,14 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(world: Path,
         ({"text": ["plain", "text"]}, "holds no prompts"),
         ({"text": rows[:1], "metrics": ("json-f1",)}, "no reference is a JSON object"),
         ({"text": rows[:1], "metrics": ("wit",)}, "--metric: no such metric; expected exact, .*, nll, found wit"),
-        ({"text": rows[:1], "metrics": ()}, "no such metric"),
+        ({"text": rows[:1], "metrics": ()}, "no metric is named"),
         ({"text": [{"prompt": "a" * 300, "completion": "x"}]}, "all prompts are longer.*found 1"),
     ]:
         with pytest.raises(GraftError, match=said):
             evaluate(graft, **given)
-    tiny.peft_lora(tmp_path / "labels", tiny.base_model(tmp_path / "bert", layers=2))
-    with pytest.raises(GraftError, match="scores generated text, and this is a token-classification module.*study"):
-        evaluate(tmp_path / "labels", text=rows[:1])
+    tiny.peft_lora(tmp_path / "bare", tiny.base_model(tmp_path / "bert", layers=2), task="base")
+    with pytest.raises(GraftError, match="scores generated text and classes, and this is a base module.*study"):
+        evaluate(tmp_path / "bare", text=rows[:1])
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""``evaluate``: what a graft answers to prompts, scored beside its student without it and the teacher."""
+"""``evaluate``: a graft on labelled text, scored beside the teacher, and a language model's student without it."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,37 @@ from huggingface_hub import EvalResult
 from peft_graft.alignment.text import rows_given
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
-from peft_graft.checkpoints.task import with_task
+from peft_graft.checkpoints.task import with_problem_type, with_task
 from peft_graft.config import EvaluateConfig, GraftConfig, known_arguments
-from peft_graft.distill.side_by_side import (
+from peft_graft.distill.classify import Classifying, LabelledText, kind_of_labels
+from peft_graft.distill.side_by_side import NLL, Asked, Measuring
+from peft_graft.distill.sides import (
     BASE,
+    COMMONEST,
     GRAFT,
     MODULE,
-    NLL,
     STUDENT,
     TEACHER,
     TEACHER_BASE,
-    Asked,
     EvaluatedModel,
     EvaluatedPrompt,
-    Measuring,
+    Row,
     Side,
+    SpeakingSide,
 )
 from peft_graft.environment import hardware, version_of, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError, not_installed
 from peft_graft.files import json_text
 from peft_graft.graft import Graft, graft_or_module
+from peft_graft.labelled.examples import LabelledLike
+from peft_graft.labels import ProblemType
 from peft_graft.metrics import METRICS
 from peft_graft.models.devices import placed
-from peft_graft.models.loading import Loading, blank_handle, load_config, load_tokenizer
+from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_tokenizer
 from peft_graft.models.places import hub_id_of
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import check_output_file, reserving_output, write_aside
+from peft_graft.planning.checks import with_teacher_labels
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.prompts.template import template_for
@@ -46,23 +52,25 @@ from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 
 #: Rows in the order in which they are shown.
-_ORDER = (STUDENT, BASE, GRAFT, MODULE, TEACHER, TEACHER_BASE)
+_ORDER = (COMMONEST, STUDENT, BASE, GRAFT, MODULE, TEACHER, TEACHER_BASE)
 #: Choices that a graft's report knows.
-_RECORDED = ("format", "student_format", "system", "template_args", "max_new_tokens")
+_RECORDED = ("format", "student_format", "system", "template_args", "max_new_tokens", "problem_type")
 
 
 class Evaluation(Record):
     """What ``evaluate`` found.
 
     Attributes:
-        graft: as the user named it. text: the prompts. prompts: how many were asked.
-        too_long: left out, being longer with an answer than a model reads. duplicates: left out.
-        rows: side by side. answers: of every prompt, in the order in which they were asked.
+        graft: as the user named it. task: what it does. text: the source. prompts: how many prompts were asked, or
+            labelled texts classified.
+        too_long: prompts left out, being longer with an answer than a model reads. duplicates: left out.
+        rows: side by side. answers: to every prompt, or on every text, in the order in which they were asked.
         settings: as recorded with the graft and given by the user.
     """
 
     format_version: int = 1
     graft: str
+    task: Task = Task.CAUSAL_LM
     text: str
     prompts: int
     too_long: int
@@ -82,8 +90,8 @@ class Evaluation(Record):
         row = next((row for row in self.rows if row.name in (GRAFT, MODULE)), None)
         return [
             EvalResult(
-                task_type="text-generation",
-                dataset_type=named if hub_id_of(named) == named else "prompts",
+                task_type=self.task.pipeline_tag or str(self.task),
+                dataset_type=named if hub_id_of(named) == named else self.asked,
                 dataset_name=named,
                 metric_type=metric,
                 metric_name=metric,
@@ -92,10 +100,15 @@ class Evaluation(Record):
             for metric, score in (row.scores.items() if row else ())
         ]
 
+    @property
+    def asked(self) -> str:
+        """What was asked: prompts or texts."""
+        return "prompts" if self.task is Task.CAUSAL_LM else "texts"
+
     def _repr_html_(self) -> str:
         names = list(self.rows[0].scores) if self.rows else []
         scores = ([row.name, *(f"{row.scores[name].value:.3f}" for name in names)] for row in self.rows)
-        return html_table(f"{self.graft} on {self.prompts:,} prompts of {self.text}", [["", *names], *scores])
+        return html_table(f"{self.graft} on {self.prompts:,} {self.asked} of {self.text}", [["", *names], *scores])
 
 
 @known_arguments(EvaluateConfig)
@@ -103,21 +116,23 @@ class Evaluation(Record):
 def evaluate(
     graft: str | Path | Graft,
     *,
-    text: PromptLike,
-    metrics: Sequence[str] = ("exact",),
+    text: PromptLike | LabelledLike,
+    metrics: Sequence[str] | None = None,
     teacher: str | Path | None = None,
     student: str | Path | None = None,
     out: str | Path | None = None,
     config: EvaluateConfig | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] | None = None,
 ) -> Evaluation:
-    """Score what a graft answers, beside its student without it and the teacher, against answers that are known.
+    """Score a graft on labelled text, beside the teacher: what a language model answers, or a classifier's classes.
 
     Args:
-        graft: folder or hub id of a graft, or one in memory; or a plain module of a language model, which is scored
-            beside its base.
-        text: prompts with answers: a file, a data set of the hub, or rows in memory (``prompts.read``).
-        metrics: names of ``metrics.METRICS``, and ``nll``.
+        graft: folder or hub id of a graft, or one in memory; or a plain module, which is scored on its base.
+        text: prompts with answers (``prompts.read``), or labelled text (``labelled.examples``): a file, a data set of
+            the hub, or rows in memory.
+        metrics: of language models names of ``metrics.METRICS`` and ``nll``, ``exact`` by default; of classifiers names
+            of ``labelled.scores.CLASS_METRICS``, by default entity F1 of tags that mark entities and accuracy of
+            others, accuracy and macro F1 of classes, micro and macro F1 of labels that hold or not.
         teacher: the teacher's model, if it is not where the graft's report says. A teacher that cannot be reached is
             left out, unless it, or its ``module``, is given here.
         student: the model that the graft or module is on, if it is not where its files say.
@@ -127,33 +142,30 @@ def evaluate(
     Raises:
         GraftError: one of its kinds. All that can be known without weights is checked before any are loaded.
     """
-    text = rows_given(text)
+    given = rows_given(text)
     config = placed(EvaluateConfig.of(config))
-    names = _known(metrics)
+    names = _each_once(metrics)
     if out is not None:
         check_output_file(Path(out), force=config.force)
     side, report = _subject(graft, student, config)
     others, notes = _teacher_if_there(report, teacher, config)
-    config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
-    asked = Asked.of(text, [side, *others], names, config)
     run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
-    measuring = Measuring(asked, names, config, run)
-    rows = sorted(
-        (row for one in (side, *others) for row in measuring.rows(one)), key=lambda row: _ORDER.index(row.record.name)
-    )
+    if isinstance(side, SpeakingSide):
+        config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
+        speaking = [one for one in (side, *others) if isinstance(one, SpeakingSide)]
+        rows, asked = _spoken(given, speaking, names, config, run)
+    else:
+        rows, asked = _classified(given, [side, *others], names, config, run)
     found = Evaluation(
         graft=str(graft) if isinstance(graft, str | Path) else str(graft.folder or "a graft in memory"),
-        text=asked.source.name,
-        prompts=len(asked.prompts),
-        too_long=asked.too_long,
-        duplicates=asked.source.dropped_duplicates,
+        task=side.raw.task,
         rows=[row.record for row in rows],
-        answers=asked.said(rows),
         notes=notes,
         settings=config,
         seconds=run.seconds,
         versions=versions(),
         hardware=hardware(config.device),
+        **asked,
     )
     if out is not None:
         content = json_text(found.model_dump(mode="json"), str(out), indent=2, sort_keys=True)
@@ -177,17 +189,63 @@ def _teacher_if_there(
         return [], [f"without the teacher: {error}"]
 
 
-def _known(metrics: Sequence[str]) -> list[str]:
-    """The metrics, each once.
+def _each_once(metrics: Sequence[str] | None) -> list[str]:
+    """The metrics that a user named, each once.
 
     Raises:
-        PlanError: there is none, or none of that name.
+        PlanError: they are no names, or there is none.
     """
+    if metrics is None:
+        return []
     names = [metrics] if isinstance(metrics, str) or not isinstance(metrics, Iterable) else list(dict.fromkeys(metrics))
-    for name in names or [""]:
-        if name not in METRICS and name != NLL:
-            raise PlanError("no such metric", where="--metric", expected=", ".join([*METRICS, NLL]), found=name or None)
+    if not names or not all(names):
+        raise PlanError("no metric is named", where="--metric", fix="leave it out for the usual ones")
     return names
+
+
+def _spoken(
+    text: PromptLike, sides: Sequence[SpeakingSide], metrics: Sequence[str], config: EvaluateConfig, run: Run
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of language models, and what was asked.
+
+    Raises:
+        PlanError: no such metric. GraftError: see ``Asked.of``.
+    """
+    names = metrics or ["exact"]
+    for name in names:
+        if name not in METRICS and name != NLL:
+            raise PlanError("no such metric", where="--metric", expected=", ".join([*METRICS, NLL]), found=name)
+    asked = Asked.of(text, sides, names, config)
+    measuring = Measuring(asked, names, config, run)
+    rows = _in_order(row for one in sides for row in measuring.rows(one))
+    return rows, {
+        "text": asked.source.name,
+        "prompts": len(asked.prompts),
+        "too_long": asked.too_long,
+        "duplicates": asked.source.dropped_duplicates,
+        "answers": asked.said(rows),
+    }
+
+
+def _classified(
+    text: LabelledLike, sides: Sequence[Side], metrics: Sequence[str], config: EvaluateConfig, run: Run
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of classifiers, and what was asked.
+
+    Raises:
+        GraftError: see ``LabelledText.of``.
+    """
+    raw, names = sides[0].raw, sides[0].labels
+    kind = kind_of_labels(raw.task, several=raw.problem_type is ProblemType.MULTI_LABEL)
+    asked = LabelledText.of(text, raw.task, kind, names, metrics, config)
+    classifying = Classifying(asked, config, run)
+    rows = _in_order([asked.commonest(config.seed), *map(classifying.row, sides)])
+    found = {"text": asked.name, "prompts": len(asked.examples), "too_long": 0, "duplicates": 0}
+    return rows, found | {"answers": asked.said(rows)}
+
+
+def _in_order(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: _ORDER.index(row.record.name))
 
 
 # ---- who is asked ----------------------------------------------------------------------------------------------------
@@ -199,19 +257,20 @@ def _subject(
     """The graft on its student, or a plain module on its base, which has no report.
 
     Raises:
-        CheckpointError: there is none, or it is no language model's. ModelError: its model cannot be reached.
+        CheckpointError: there is none, or it can be scored by nothing. ModelError: its model cannot be reached.
     """
     found = graft_or_module(graft, student, config, "--student")
     if not isinstance(found, Graft):
         settings = GraftConfig(**_given(config))
-        return _on_its_base(found.raw, str(graft), found.base, _loading(config), settings, BASE, MODULE), None
+        loading, labels = _loading(config), config.labels or ()
+        return _on_its_base(found.raw, str(graft), found.base, loading, settings, BASE, MODULE, labels), None
     handle, settings = found.student, found.report.settings.model_copy(update=_given(config))
-    _speaking(found.checkpoint.raw, str(found.folder or "the graft"))
+    head = found.checkpoint.head
+    raw = replace(found.raw, problem_type=settings.problem_type or (head.problem_type if head else None))
     loading = _loading(config, handle.loading.revision)
-    tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role="student")
-    template = template_for(tokenizer, handle, settings)
     name = str(found.folder or "in memory")
-    return Side(handle, loading, found.raw, name, template, STUDENT, GRAFT, settings), found.report
+    labels = config.labels or found.labels
+    return _side(raw, handle, loading, settings, name, labels, STUDENT, GRAFT), found.report
 
 
 def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConfig) -> Side:
@@ -227,7 +286,8 @@ def _teacher(report: GraftReport, named: str | Path | None, config: EvaluateConf
     loading = _loading(config, None if named else settings.teacher_revision)
     bare = TEACHER_BASE if config.teacher_base else None
     model = str(named or report.teacher.reachable)
-    return _on_its_base(raw, name, model, loading, settings, bare, TEACHER)
+    labels = config.labels or (report.head.labels if report.head else ())
+    return _on_its_base(raw, name, model, loading, settings, bare, TEACHER, labels)
 
 
 def _given(config: EvaluateConfig) -> dict[str, Any]:
@@ -243,14 +303,44 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
     settings: GraftConfig,
     bare: str | None,
     whole: str,
+    labels: Sequence[str] = (),
 ) -> Side:
     if version_of(raw.library) is None:
         raise not_installed(raw.library, "adapters", name, so="so the module cannot be asked")
     role = "teacher" if whole == TEACHER else "model"
     handle = blank_handle(load_config(model, loading, role=role), model, loading)
-    raw = _speaking(with_task(raw, handle.architecture), name)
-    template = template_for(load_tokenizer(model, loading, role=role), handle, settings, role)
-    return Side(handle, loading, raw, name, template, bare, whole, settings)
+    raw = with_problem_type(with_task(raw, handle.architecture), settings.problem_type, handle.base.config)
+    names = labels or with_teacher_labels(raw, handle.base.config).labels or ()
+    return _side(raw, handle, loading, settings, name, names, bare, whole)
+
+
+def _side(  # what belongs to a side, and the names of its rows
+    raw: RawCheckpoint,
+    handle: ModelHandle,
+    loading: Loading,
+    settings: GraftConfig,
+    name: str,
+    labels: Sequence[str],
+    bare: str | None,
+    whole: str,
+) -> Side:
+    """A side as what it does: it speaks, or classifies.
+
+    Raises:
+        CheckpointError: it does neither. ModelError: its tokenizer cannot be had.
+    """
+    _check_scored(raw, name)
+    role = "teacher" if whole == TEACHER else "student" if whole == GRAFT else "model"
+    tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role=role)
+    handle = replace(handle, tokenizer=tokenizer)
+    if raw.task is Task.CAUSAL_LM:
+        template = template_for(tokenizer, handle, settings, role)
+        return SpeakingSide(handle, loading, raw, name, (), bare, whole, settings, template)
+    names = tuple(labels) or tuple(f"LABEL_{number}" for number in range(raw.num_labels or 0))
+    if len(names) != raw.num_labels:
+        raise PlanError("there are not as many names as classes", where="--labels",
+                        expected=raw.num_labels, found=len(names))  # fmt: skip
+    return Side(handle, loading, raw, name, names, None, whole, settings)
 
 
 def _loading(config: EvaluateConfig, revision: str | None = None) -> Loading:
@@ -265,20 +355,22 @@ def _loading(config: EvaluateConfig, revision: str | None = None) -> Loading:
     )
 
 
-def _speaking(raw: RawCheckpoint, name: str) -> RawCheckpoint:
-    """Refuse what generates no text.
+def _check_scored(raw: RawCheckpoint, name: str) -> None:
+    """Refuse what neither generates text nor gives classes.
 
     Raises:
-        CheckpointError: it is no module of a causal language model.
+        CheckpointError: it does not.
     """
-    if raw.task is not Task.CAUSAL_LM:
-        raise CheckpointError(
-            f"evaluate scores generated text, and this is a {raw.task} module",
-            where=name,
-            expected=Task.CAUSAL_LM,
-            fix="compare it with `peft-graft study` (docs/studies.md)",
-        )
-    return raw
+    classifies = raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
+    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not raw.gives_numbers):
+        return
+    without = "without a head" if classifies and not raw.head else "that gives numbers" if classifies else ""
+    raise CheckpointError(
+        f"evaluate scores generated text and classes, and this is a {raw.task} module {without}".rstrip(),
+        where=name,
+        expected="a language model, or a classifier with its head",
+        fix="load it with its library and score it there, or compare it with `peft-graft study` (docs/studies.md)",
+    )
 
 
 def _changed(teacher: Side, report: GraftReport) -> list[str]:

@@ -172,7 +172,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _f1_of_sums(sums: Sequence[float], count: int) -> float:
-    return _f1(*sums)
+    return f1(*sums)
 
 
 @register_counts("json-f1", _f1_of_sums)
@@ -189,7 +189,7 @@ def json_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
     for answer, alternatives in zip(answers, references, strict=True):
         own = Counter(_pairs_of(answer))
         candidates = [Counter(_pairs_of(reference)) for reference in alternatives]
-        best = max(candidates, key=lambda pairs: _f1((own & pairs).total(), own.total(), pairs.total()))
+        best = max(candidates, key=lambda pairs: f1((own & pairs).total(), own.total(), pairs.total()))
         found.append(((own & best).total(), own.total(), best.total()))
     if not any(wanted for *_, wanted in found):
         raise GraftError("no reference is a JSON object with a value", where="json-f1", found=references[0][0][:80])
@@ -231,7 +231,7 @@ def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
     def one(answer: str, reference: str) -> float:
         own, other = (Counter(_ARTICLES.sub(" ", _plain(text)).split()) for text in (answer, reference))
-        return _f1((own & other).total(), own.total(), other.total()) if own or other else 1.0
+        return f1((own & other).total(), own.total(), other.total()) if own or other else 1.0
 
     return [(max(one(answer, text) for text in given),) for answer, given in zip(answers, references, strict=True)]
 
@@ -282,7 +282,8 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tu
 # ---- what they share -------------------------------------------------------------------------------------------------
 
 
-def _f1(right: float, given: float, wanted: float) -> float:
+def f1(right: float, given: float, wanted: float) -> float:
+    """F1 from how many are right, are given and are wanted; 0 where none is."""
     return 2 * right / (given + wanted) if right else 0.0
 
 

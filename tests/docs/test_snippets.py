@@ -39,6 +39,9 @@ NEED_ADAPTERS = ("docs/how-to/adapter-to-lora.md", "docs/export.md")
 #: Folders that pages speak of, and how another page has made them.
 MADE = {
     "out/graft": "peft-graft transfer my-lora --student Qwen/Qwen3-0.6B --text prompts.jsonl --out out/graft",
+    "out/tags": "peft-graft transfer my-tagger --student small-encoder --text sentences.txt --out out/tags",
+    "out/filter": "peft-graft transfer my-filter --student old-encoder --text sentences.txt --labels ham,spam "
+    "--out out/filter",
     "out/as-peft": "peft-graft transfer my-adapters-lora --student small-encoder --text sentences.txt --library peft "
     "--out out/as-peft",
 }
@@ -82,6 +85,7 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
         changed(root / name / "config.json", max_position_embeddings=512)
     changed(root / "my-lora" / "adapter_config.json", base_model_name_or_path=str(root / "old-base"))
     tiny.peft_lora(root / "my-classifier", world / "teacher", seed=2)
+    tiny.peft_lora(root / "my-filter", world / "teacher", task="sequence-classification", labels=("ham", "spam"))
     _loha(root / "my-loha", world / "teacher")
     if tiny.HAS_ADAPTERS:
         shutil.copytree(world / "pfeiffer", root / "my-adapter")
@@ -89,6 +93,11 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     (root / "sentences.txt").write_text("\n".join(tiny.sentences(60)))
     for name in ("prompts.jsonl", "titles.jsonl"):
         speech.prompt_file(root / name, speech.words(44))
+    lines = tiny.sentences(12, seed=4)
+    rows = ({"tokens": line.split(), "ner_tags": ["B-PER"] + ["O"] * line.count(" ")} for line in lines)
+    (root / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled = [f"{line},{('ham', 'spam')[number % 2]}" for number, line in enumerate(lines)]
+    (root / "labelled.csv").write_text("\n".join(["message,label", *labelled]))
     known = speech.words(12, seed=4)
     speech.prompt_file(root / "labelled.jsonl", known, [speech.answer(word) for word in known])
     return root

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 import tiny
+from peft_graft.labelled.examples import TaggedSentence
 from peft_graft.models.tasks import Task
-from peft_graft.study.ner import IGNORED, TaggedSentence
+from peft_graft.study.ner import IGNORED
 from peft_graft.study.tasks import StudyTask, ner_task
 from peft_graft.study.training import TrainingSettings, Validation, collate, fine_tune, score
 

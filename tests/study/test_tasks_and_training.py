@@ -13,10 +13,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 import tiny
 from peft_graft.errors import TextError
+from peft_graft.labelled.examples import LabelledPair, TaggedSentence, read_examples
 from peft_graft.models.tasks import Task
-from peft_graft.study.data import read_examples
-from peft_graft.study.ner import IGNORED, TaggedSentence
-from peft_graft.study.tasks import LabelledPair, StudyTask, ner_task
+from peft_graft.study.ner import IGNORED
+from peft_graft.study.tasks import StudyTask, ner_task
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("seqeval") is None,

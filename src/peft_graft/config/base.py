@@ -76,7 +76,7 @@ class Option:
 
 WHAT, HOW, WHERE, LOADING, OUTPUT = "What", "How", "Where", "Loading", "Output"
 PROMPTS = "Prompts, for language models"
-ANSWERS, WHO = "Answers", "Who is asked"
+ANSWERS, WHO, TEXT = "Answers", "Who is asked", "Text"
 
 
 #: Fields of several configs.

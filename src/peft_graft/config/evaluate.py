@@ -13,6 +13,7 @@ from peft_graft.config.base import (
     ANSWERS,
     AUTO,
     PROMPTS,
+    TEXT,
     WHERE,
     WHO,
     Dtype,
@@ -20,10 +21,11 @@ from peft_graft.config.base import (
     as_dict,
 )
 from peft_graft.config.graft_place import GraftPlaceConfig
+from peft_graft.labels import ProblemType, given_names
 
 
 class EvaluateConfig(GraftPlaceConfig):
-    """How ``evaluate`` puts prompts with answers to a graft and to the models around it.
+    """How ``evaluate`` puts labelled text, such as prompts with answers, to a graft and to the models around it.
 
     Attributes:
         format, student_format, system, template_args, max_new_tokens: as for ``GraftConfig``; what the graft was made
@@ -31,14 +33,23 @@ class EvaluateConfig(GraftPlaceConfig):
         module: the teacher's module, if it is not where the graft's report says.
     """
 
-    columns: Annotated[tuple[str, ...] | None, Option(PROMPTS)] = Field(
-        default=None, description="Columns of prompt and answer, where they have no usual names: question,answer."
+    columns: Annotated[tuple[str, ...] | None, Option(TEXT)] = Field(
+        default=None,
+        description="Columns of prompt and answer, or of text and label, if they have no usual names: question,answer.",
     )
-    limit: Annotated[int | None, Option(PROMPTS, "Prompts that are asked at most; all by default.")] = Field(
-        default=None, ge=1, description="Prompts that are asked at most, in random order; all by default."
+    limit: Annotated[int | None, Option(TEXT, "Prompts or texts at most; all by default.")] = Field(
+        default=None, ge=1, description="Prompts or texts at most, in random order; all by default."
     )
-    seed: Annotated[int, Option(PROMPTS)] = Field(
-        default=0, description="Of the order of prompts, of draws with a temperature, and of the intervals."
+    labels: Annotated[tuple[str, ...] | None, BeforeValidator(given_names), Option(TEXT)] = Field(
+        default=None,
+        description="Names of a classifier's classes where no file has them: O,B-PER,I-PER, or a JSON or text file.",
+    )
+    problem_type: Annotated[ProblemType | None, Option(TEXT)] = Field(
+        default=None,
+        description="What the outputs of a classifier of whole texts are, where neither the report nor files say it.",
+    )
+    seed: Annotated[int, Option(TEXT)] = Field(
+        default=0, description="Of the order of rows, of draws with a temperature, and of the intervals."
     )
     format: Annotated[
         str | None, Option(PROMPTS, "How a prompt is put, if not by the chat template: 'Q: {prompt}\\nA:'.")

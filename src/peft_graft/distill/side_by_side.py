@@ -1,4 +1,4 @@
-"""Models asked side by side: the same prompts put to each, and their answers scored against those that are known."""
+"""Language models asked side by side: the same prompts put to each, and their answers scored against known ones."""
 
 from __future__ import annotations
 
@@ -8,91 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.attached import AttachedModel
-from peft_graft.checkpoints.convert import as_lora
-from peft_graft.checkpoints.raw import RawCheckpoint
-from peft_graft.config import EvaluateConfig, GraftConfig
+from peft_graft.config import EvaluateConfig
 from peft_graft.distill.ask_prompts import longest_text
 from peft_graft.distill.generate import Answer, AnswerStore, Sampling, generate_answers
 from peft_graft.distill.likelihood import answer_losses
+from peft_graft.distill.sides import EvaluatedPrompt, Row, Score, SpeakingSide, score_of
 from peft_graft.errors import TextError
-from peft_graft.metrics import METRICS, OfSums, interval, score_answers
+from peft_graft.metrics import METRICS, score_answers
 from peft_graft.models.fingerprint import tokenizer_fingerprint
-from peft_graft.models.loading import Loading, ModelHandle, load_model
 from peft_graft.models.output import LanguageModel, language_model
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.read import PromptLike, PromptSource
-from peft_graft.prompts.template import Template
-from peft_graft.record import Record
 from peft_graft.run import Run
 
 #: The metric that scores no answers of its own, and what it is called by bytes in place of tokens.
 NLL, NLL_BYTE = "nll", "nll/byte"
-#: Rows of a graft, and of a plain module.
-STUDENT, GRAFT, TEACHER, TEACHER_BASE, BASE, MODULE = "student", "graft", "teacher", "teacher base", "base", "module"
-
-
-class Score(Record):
-    """A score, and the middle 95 % of what it is over prompts drawn from these; None where that is not known."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-class EvaluatedModel(Record):
-    """One row: a model, its module if it has one, and their scores by metric.
-
-    ``nll`` is in nats a token of the reference, its end among them, ``nll/byte`` in nats a byte, which compares between
-    tokenizers; less of them is better, and more of all else. ``cut``: answers that came to no end. ``empty``: answers
-    without text.
-    """
-
-    name: str
-    model: str
-    module: str | None
-    scores: dict[str, Score]
-    cut: int = 0
-    empty: int = 0
-
-
-class EvaluatedPrompt(Record):
-    """A prompt, the answers that are accepted, and what every row answered."""
-
-    prompt: str
-    references: list[str]
-    answers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model, the module that is on it, and the rows that they make.
-
-    Attributes:
-        handle: the model, described without weights unless it is in memory. loading: how to load it.
-        raw: the module. module: its name. template: how the model reads prompts.
-        bare, whole: names of the rows without and with the module; None for one that is not wanted.
-        settings: what the module's report and the user say about prompts.
-    """
-
-    handle: ModelHandle
-    loading: Loading
-    raw: RawCheckpoint
-    module: str
-    template: Template
-    bare: str | None
-    whole: str
-    settings: GraftConfig
-
-    @property
-    def role(self) -> str:
-        """What messages call the model."""
-        return "teacher" if self.whole == TEACHER else "student"
-
-    def loaded(self) -> ModelHandle:
-        """The model with weights."""
-        return load_model(self.handle.name, self.loading, role=self.role) if self.handle.is_blank else self.handle
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -107,7 +38,7 @@ class Asked:
     too_long: int
 
     @staticmethod
-    def of(text: PromptLike, sides: Sequence[Side], metrics: Sequence[str], config: EvaluateConfig) -> Asked:
+    def of(text: PromptLike, sides: Sequence[SpeakingSide], metrics: Sequence[str], config: EvaluateConfig) -> Asked:
         """The prompts that every model can read, with an answer.
 
         Raises:
@@ -183,7 +114,7 @@ def known_answer(prompt: Prompt) -> str:
     return prompt.answer if prompt.answer is not None else next(iter(prompt.references), "")
 
 
-def _fits(prompt: Prompt, side: Side, metrics: Sequence[str], config: EvaluateConfig) -> bool:
+def _fits(prompt: Prompt, side: SpeakingSide, metrics: Sequence[str], config: EvaluateConfig) -> bool:
     """Whether a model can read a prompt with the longest answer that is asked for."""
     longest = (config.max_new_tokens or 0) if set(metrics) - {NLL} else 0
     if NLL in metrics:
@@ -195,14 +126,6 @@ def _fits(prompt: Prompt, side: Side, metrics: Sequence[str], config: EvaluateCo
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row with its answers, none where no metric asks for them."""
-
-    record: EvaluatedModel
-    answers: Sequence[Answer]
-
-
-@dataclass(frozen=True)
 class Measuring:
     """Asks models and scores their answers."""
 
@@ -211,7 +134,7 @@ class Measuring:
     config: EvaluateConfig
     run: Run
 
-    def rows(self, side: Side) -> list[Row]:
+    def rows(self, side: SpeakingSide) -> list[Row]:
         """A model without and with its module, as far as wanted; its weights are let go of afterwards."""
         with self.run.stage(f"loading the {side.role}"):
             handle, bf16 = side.loaded(), self.config.dtype == "bfloat16"
@@ -219,11 +142,10 @@ class Measuring:
         key = [handle.speaking_key, tokenizer_fingerprint(side.template.tokenizer)]
         if side.bare:
             found.append(self._row(side, side.bare, language_model(handle, bf16=bf16), key))
-        raw = as_lora(side.raw, handle) if side.raw.needs_conversion else side.raw
-        attached = attach(raw, handle, bf16=bf16, speaks=True)
-        return [*found, self._row(side, side.whole, attached, [*key, raw.digest])]
+        attached = side.attached(handle, bf16=bf16)
+        return [*found, self._row(side, side.whole, attached, [*key, attached.checkpoint.digest])]
 
-    def _row(self, side: Side, name: str, model: AttachedModel | LanguageModel, key: Sequence[str]) -> Row:
+    def _row(self, side: SpeakingSide, name: str, model: AttachedModel | LanguageModel, key: Sequence[str]) -> Row:
         answers, scores = list[Answer](), dict[str, Score]()
         if set(self.metrics) - {NLL}:
             answers = self._answers(side, name, model, key)
@@ -232,17 +154,11 @@ class Measuring:
                 scores |= self._likelihood(side, name, model)
             else:
                 scores[metric] = self._score(metric, [answer.text for answer in answers])
-        record = EvaluatedModel(
-            name=name,
-            model=side.handle.name,
-            module=None if name == side.bare else side.module,
-            scores=scores,
-            cut=sum(not answer.ended for answer in answers),
-            empty=sum(not answer.text.strip() for answer in answers),
-        )
-        return Row(record, answers)
+        return Row(side.record(name, scores, answers), answers)
 
-    def _answers(self, side: Side, name: str, model: AttachedModel | LanguageModel, key: Sequence[str]) -> list[Answer]:
+    def _answers(
+        self, side: SpeakingSide, name: str, model: AttachedModel | LanguageModel, key: Sequence[str]
+    ) -> list[Answer]:
         stage, template, config = f"asking the {name}", side.template, self.config
         sampling = Sampling(
             max_new_tokens=side.settings.max_new_tokens, temperature=config.temperature, seed=config.seed
@@ -271,7 +187,7 @@ class Measuring:
                 progress=lambda done, total: self.run.progress(stage, done, total),
             )
 
-    def _likelihood(self, side: Side, name: str, model: AttachedModel | LanguageModel) -> dict[str, Score]:
+    def _likelihood(self, side: SpeakingSide, name: str, model: AttachedModel | LanguageModel) -> dict[str, Score]:
         stage = f"reading the answers by the {name}"
         with self.run.stage(stage):
             losses = answer_losses(
@@ -282,18 +198,13 @@ class Measuring:
                 lambda done, total: self.run.progress(stage, done, total),
             )
         counts = [(loss.nats, loss.tokens, loss.size) for loss in losses]
-        scores = {NLL: self._of_counts(counts, lambda sums, count: sums[0] / sums[1])}
+        scores = {NLL: score_of(counts, lambda sums, count: sums[0] / sums[1], self.config.seed)}
         if any(loss.size for loss in losses):
-            scores[NLL_BYTE] = self._of_counts(counts, lambda sums, count: sums[0] / max(1.0, sums[2]))
+            scores[NLL_BYTE] = score_of(counts, lambda sums, count: sums[0] / max(1.0, sums[2]), self.config.seed)
         return scores
 
     def _score(self, name: str, answers: Sequence[str]) -> Score:
         metric, references = METRICS[name], self.asked.references
         if metric.counts is None or metric.of_sums is None:
             return Score(value=score_answers(name, answers, references))
-        return self._of_counts(metric.counts(answers, references), metric.of_sums)
-
-    def _of_counts(self, counts: Sequence[Sequence[float]], of_sums: OfSums) -> Score:
-        sums = [sum(column) for column in zip(*counts, strict=True)]
-        low, high = interval(counts, of_sums, seed=self.config.seed)
-        return Score(value=of_sums(sums, len(counts)), low=low, high=high)
+        return score_of(metric.counts(answers, references), metric.of_sums, self.config.seed)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peft_graft.alignment.text import KNOWN_COLUMNS, load_rows
+from peft_graft.alignment.text import load_rows
 from peft_graft.errors import TextError
+from peft_graft.labelled.examples import LabelledPair, TaggedSentence, read_examples
 from peft_graft.models.tasks import Task
 from peft_graft.prompts.conversation import Prompt, prompts_of_row
 from peft_graft.study.generation import generation_task
-from peft_graft.study.ner import TaggedSentence, tag_names
+from peft_graft.study.ner import tag_names
 from peft_graft.study.spec import GenerationSpec, SomeTask
-from peft_graft.study.tasks import Example, LabelledPair, StudyTask
+from peft_graft.study.tasks import Example, StudyTask
 
 #: Seed of the order in which training examples are taken.
 _ORDER = 0
@@ -85,43 +86,8 @@ def _read(source: str, spec: SomeTask, language: str) -> list[Example]:
     place = source.format(language=language)
     if isinstance(spec, GenerationSpec):
         return list(read_prompts(place, spec.columns))
-    return read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
-
-
-def read_examples(
-    source: str,
-    kind: str,
-    *,
-    columns: Sequence[str] = (),
-    label: str | None = None,
-    labels: Sequence[str] = (),
-) -> list[Example]:
-    """The labelled rows of a file or a data set of the hub (names as for ``read_text``), in their order.
-
-    Args:
-        kind: ``token-classification``: a column of word lists (``tokens``) and one of IOB2 tags (``ner_tags``);
-            ``sequence-classification``: one column of text or two, found by their usual names, and ``label``.
-        columns, label: names of the columns, where they are not the usual ones.
-        labels: names of numbered labels, where the source has none.
-
-    Raises:
-        TextError: the source cannot be read, lacks columns, or has a number that no name stands for.
-    """
-    rows = load_rows(source)
-    found = tuple(columns) or _usual_columns(kind, rows.column_names, source)
-    label = label or ("ner_tags" if kind == Task.TOKEN_CLASSIFICATION else "label")
-    if {*found, label} - set(rows.column_names):
-        wanted = ", ".join([*found, label])
-        raise TextError("columns are missing", where=source, expected=wanted, found=", ".join(rows.column_names))
-    name = _namer(rows.features[label], labels, source)
-    if kind == Task.TOKEN_CLASSIFICATION:
-        return [TaggedSentence(tuple(row[found[0]]), tuple(map(name, row[label]))) for row in rows if row[found[0]]]
-    second = found[1] if len(found) > 1 else None
-    return [
-        LabelledPair(row[found[0]], row[second] if second else None, name(row[label]))
-        for row in rows
-        if row[label] is not None and row[label] != -1  # how the hub marks what has no label
-    ]
+    found = read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
+    return [example for example in found if isinstance(example, TaggedSentence | LabelledPair)]
 
 
 def read_prompts(source: str, columns: Sequence[str] = ()) -> list[Prompt]:
@@ -159,35 +125,6 @@ def _with_references(row: dict[str, Any], columns: Sequence[str]) -> tuple[dict[
     if isinstance(given, list) and all(isinstance(one, str) for one in given):
         return {prompt: row.get(prompt), "references": given}, (prompt,)
     return row, (prompt,) if answer not in row and "references" in row else columns
-
-
-def _usual_columns(kind: str, names: Sequence[str], source: str) -> tuple[str, ...]:
-    if kind == Task.TOKEN_CLASSIFICATION:
-        return ("tokens",)
-    for known in KNOWN_COLUMNS:
-        if set(known) <= set(names):
-            return known
-    raise TextError("no column of text with a usual name", where=source, found=", ".join(names), fix="name columns")
-
-
-def _namer(feature: Any, labels: Sequence[str], source: str) -> Callable[[Any], str]:
-    """A function from what a label column holds to a label's name."""
-    inner = getattr(feature, "feature", feature)
-    if hasattr(inner, "int2str"):
-        to_name: Callable[[Any], str] = inner.int2str
-        return to_name
-    if not labels:
-        return str
-
-    def name(value: Any) -> str:
-        if isinstance(value, int):
-            if not 0 <= value < len(labels):
-                known = f"0 to {len(labels) - 1}"
-                raise TextError("a label has no name", where=source, expected=known, found=value)
-            return labels[value]
-        return str(value)
-
-    return name
 
 
 def text_file(examples: list[Example], path: Path) -> None:

@@ -24,12 +24,13 @@ from peft_graft.config import GraftConfig, Library
 from peft_graft.environment import hardware, versions
 from peft_graft.errors import DependencyError, OutputError
 from peft_graft.files import read_json, write_json
+from peft_graft.labelled.examples import TaggedSentence
 from peft_graft.outputs import check_output, written_aside
 from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.study import packaged_models
 from peft_graft.study.modules import load_module, new_module, save_module
-from peft_graft.study.ner import TaggedSentence, read_annotated
+from peft_graft.study.ner import read_annotated
 from peft_graft.study.tables import share_of_gain
 from peft_graft.study.tasks import StudyTask, ner_task
 from peft_graft.study.training import FITTED_RATE, TrainingSettings, fine_tune, score

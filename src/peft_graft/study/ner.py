@@ -1,14 +1,13 @@
-"""Named entity recognition: tagged sentences, their encoding for a model, and entity F1 as seqeval counts it."""
+"""Named entity recognition: sentences with entities marked, and tagged ones as a model is trained on them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from peft_graft.labelled.examples import TaggedSentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,14 +15,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 _ENTITY = re.compile(r"\[([^\[\]]+)\]\(([A-Z]+)\)")
 _TOKEN = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
-
-
-@dataclass(frozen=True)
-class TaggedSentence:
-    """Words and their IOB2 tags."""
-
-    tokens: tuple[str, ...]
-    tags: tuple[str, ...]
 
 
 def read_annotated(path: Path) -> list[TaggedSentence]:
@@ -79,16 +70,3 @@ def encode(
         ]
         rows.append({**{key: encoding[key] for key in encoding}, "labels": targets})
     return rows
-
-
-def entity_f1(logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], labels: Sequence[str]) -> float:
-    """Micro F1 over entities (seqeval) of predictions [n, length, labels] against targets [n, length]."""
-    from seqeval.metrics import f1_score
-
-    predicted = logits.argmax(-1)
-    gold = [[labels[t] for t in row if t != IGNORED] for row in targets]
-    guess = [
-        [labels[p] for p, t in zip(guesses, row, strict=True) if t != IGNORED]
-        for guesses, row in zip(predicted, targets, strict=True)
-    ]
-    return float(f1_score(gold, guess, zero_division=0))

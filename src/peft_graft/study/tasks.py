@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from peft_graft.labelled.examples import LabelledPair, TaggedSentence
+from peft_graft.labelled.scores import CLASS_METRICS
 from peft_graft.models.tasks import Task
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.study import ner
-from peft_graft.study.ner import TaggedSentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,15 +25,6 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     Task.TOKEN_CLASSIFICATION: ("entity F1",),
     Task.SEQUENCE_CLASSIFICATION: ("accuracy", "macro F1"),
 }
-
-
-@dataclass(frozen=True)
-class LabelledPair:
-    """Two sentences and the label of what holds between them; or one sentence and its label."""
-
-    first: str
-    second: str | None
-    label: str
 
 
 Example = TaggedSentence | LabelledPair | Prompt
@@ -77,15 +69,13 @@ class StudyTask:
 
     def score(self, logits: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
         """Entity F1 of logits [n, length, labels]; accuracy, or mean F1 over the classes, of logits [n, labels]."""
-        if self.kind == Task.TOKEN_CLASSIFICATION:
-            return ner.entity_f1(logits, targets, self.labels)
-        from sklearn.metrics import accuracy_score, f1_score
+        predicted, known = self._named(logits.argmax(-1), targets), self._named(targets, targets)
+        return CLASS_METRICS[self.metric.lower().replace(" ", "-")].score(predicted, known, self.labels)
 
-        predicted = logits.argmax(-1)
-        if self.metric == "macro F1":  # a class that is neither given nor right counts 0
-            classes = range(len(self.labels))
-            return float(f1_score(targets, predicted, labels=classes, average="macro", zero_division=0))
-        return float(accuracy_score(targets, predicted))
+    def _named(self, values: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> list[list[str]]:
+        """The labels of every example, where it has targets."""
+        sides = (side.reshape(len(side), -1) for side in (values, targets))
+        return [[self.labels[value] for value in row[own != ner.IGNORED]] for row, own in zip(*sides, strict=True)]
 
     def majority_score(self, test: Sequence[Example]) -> float:
         """The score of always giving the most frequent class: 0 for entities."""

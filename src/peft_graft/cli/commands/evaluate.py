@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 def evaluate(
     graft: Annotated[str, typer.Argument(help="Folder or hub id of a graft, or of a module of peft.")],
     config: EvaluateConfig,
-    text: Annotated[str, typer.Option(help="Prompts with answers: a file or hub data set.")],
+    text: Annotated[str, typer.Option(help="Prompts with answers, or labelled text: a file or hub data set.")],
     metric: Annotated[
-        str, typer.Option(help="exact, accuracy, json-f1, token-f1, rouge, bleu or nll; several with commas.")
-    ] = "exact",
+        str | None,
+        typer.Option(
+            help="Of prompts exact, accuracy, json-f1, token-f1, rouge, bleu or nll; of classes accuracy, entity-f1, "
+            "macro-f1, micro-f1 or exact. Several with commas; the usual ones by default."
+        ),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="The teacher's model, if it is not where it was.")] = None,
     student: Annotated[str | None, typer.Option(help="The student, if it is not where it was.")] = None,
     out: Annotated[
@@ -36,12 +40,12 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Score what a graft answers, beside its student without it and the teacher, against answers that are known.
+    """Score a graft on labelled text, beside the teacher: what a language model answers, or a classifier's classes.
 
     Example:
         peft-graft evaluate out/graft --text labelled.jsonl --metric exact,rouge
     """
-    names = [name.strip() for name in metric.split(",")]
+    names = None if metric is None else [name.strip() for name in metric.split(",")]
     with watching() as callbacks, saying_how_to_go_on(out) if out else nullcontext():
         found = peft_graft.evaluate(
             graft,

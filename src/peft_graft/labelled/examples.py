@@ -1,0 +1,194 @@
+"""Labelled examples of classifiers, from files, data sets of the hub and rows in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_graft.alignment.text import KNOWN_COLUMNS, load_rows
+from peft_graft.errors import TextError
+from peft_graft.models.tasks import Task
+
+#: The usual column of words; those of their tags, of a text's class, and of all labels that hold.
+_WORDS, _TAGS, _CLASS = "tokens", ("ner_tags", "tags", "labels"), ("label", "labels")
+#: How the hub marks what has no label.
+_UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class TaggedSentence:
+    """Words and their tags."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The words as one text."""
+        return (" ".join(self.tokens),)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tags."""
+        return self.tags
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Two sentences and the label of what holds between them; or one sentence and its label."""
+
+    first: str
+    second: str | None
+    label: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The one or two texts."""
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label alone."""
+        return (self.label,)
+
+
+@dataclass(frozen=True)
+class MultiLabelled:
+    """One or two texts, and all labels that hold of them."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+LabelledExample = TaggedSentence | LabelledPair | MultiLabelled
+#: A file, a data set of the hub, or rows in memory.
+LabelledLike = str | Path | Iterable[Mapping[str, Any]]
+
+
+def read_examples(
+    source: LabelledLike,
+    kind: str,
+    *,
+    columns: Sequence[str] = (),
+    label: str | None = None,
+    labels: Sequence[str] = (),
+    several: bool = False,
+) -> list[LabelledExample]:
+    """The labelled rows of a source (names as for ``read_text``), in their order.
+
+    Args:
+        kind: ``token-classification``: a column of word lists (``tokens``) and one of tags (``ner_tags``, ``tags`` or
+            ``labels``); ``sequence-classification``: one column of text or two, found by their usual names, and
+            ``label`` or ``labels``.
+        columns, label: names of the columns, where they are not the usual ones.
+        labels: names of numbered labels, where the source has none.
+        several: whether a text has any number of labels, in a list.
+
+    Raises:
+        TextError: the source cannot be read, lacks columns, has a number that no name stands for, or has as many tags
+            as words nowhere.
+    """
+    where = str(source) if isinstance(source, str | Path) else "given in memory"
+    rows, names, features = _rows(source, where)
+    words = kind == Task.TOKEN_CLASSIFICATION
+    found = tuple(columns) or _text_columns(names, where, words=words)
+    usual = _TAGS if words else _CLASS
+    label = label or next((name for name in usual if name in names), usual[0])
+    if {*found, label} - set(names):
+        raise TextError("columns are missing", where=where, expected=", ".join([*found, label]),
+                        found=", ".join(names), fix="name those of the text and of the label with --columns "
+                        "text,label")  # fmt: skip
+    name = _namer(features.get(label), labels, where)
+    read = _Rows(found, label, name, where)
+    if words:
+        return [read.tagged(row, number) for number, row in enumerate(rows, start=1) if row[found[0]]]
+    labelled = [row for row in rows if row[label] is not None and row[label] != _UNLABELLED]
+    return [read.multi_labelled(row) if several else read.pair(row) for row in labelled]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How a row becomes an example: by which columns, and by what name its label goes."""
+
+    columns: Sequence[str]
+    label: str
+    name: Callable[[Any], str]
+    where: str
+
+    def tagged(self, row: Mapping[str, Any], number: int) -> TaggedSentence:
+        tokens, tags = row[self.columns[0]], row[self.label]
+        if not all(isinstance(value, list | tuple) for value in (tokens, tags)) or len(tokens) != len(tags):
+            raise TextError(
+                "words and tags do not belong together",
+                where=f"{self.where} row {number}",
+                expected=f"lists of the same length in {self.columns[0]} and {self.label}",
+                found=" and ".join(
+                    f"{len(value)}" if isinstance(value, list | tuple) else type(value).__name__
+                    for value in (tokens, tags)
+                ),
+                fix='give rows like {"tokens": ["Ada", "wrote"], "ner_tags": ["B-PER", "O"]}',
+            )
+        return TaggedSentence(tuple(map(str, tokens)), tuple(map(self.name, tags)))
+
+    def pair(self, row: Mapping[str, Any]) -> LabelledPair:
+        first, second = [*self._texts(row), None][:2]
+        assert first is not None
+        return LabelledPair(first, second, self.name(row[self.label]))
+
+    def multi_labelled(self, row: Mapping[str, Any]) -> MultiLabelled:
+        given = row[self.label]
+        return MultiLabelled(
+            self._texts(row), tuple(map(self.name, [given] if isinstance(given, str | int) else given))
+        )
+
+    def _texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[column] or "") for column in self.columns)
+
+
+def _rows(source: LabelledLike, where: str) -> tuple[Iterable[Mapping[str, Any]], Sequence[str], Mapping[str, Any]]:
+    """Rows, the names of their columns, and what ``datasets`` knows of these."""
+    if isinstance(source, str | Path):
+        loaded = load_rows(str(source))
+        return loaded, loaded.column_names, loaded.features
+    rows = list(source)
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        odd = next((type(row).__name__ for row in rows if not isinstance(row, Mapping)), "nothing")
+        raise TextError("these are no labelled rows", where=where, expected="dictionaries by column", found=odd)
+    return rows, list(rows[0]), getattr(source, "features", None) or {}
+
+
+def _text_columns(names: Sequence[str], where: str, *, words: bool) -> tuple[str, ...]:
+    if words:
+        return (_WORDS,)
+    for known in KNOWN_COLUMNS:
+        if set(known) <= set(names):
+            return known
+    raise TextError(
+        "no column of text with a usual name",
+        where=where,
+        expected=" or ".join("+".join(known) for known in KNOWN_COLUMNS),
+        found=", ".join(names),
+        fix="name those of the text and of the label with --columns text,label",
+    )
+
+
+def _namer(feature: Any, labels: Sequence[str], where: str) -> Callable[[Any], str]:
+    """A function from what a label column holds to a label's name."""
+    inner = getattr(feature, "feature", feature)
+    if hasattr(inner, "int2str"):
+        to_name: Callable[[Any], str] = inner.int2str
+        return to_name
+    if not labels:
+        return str
+
+    def name(value: Any) -> str:
+        if isinstance(value, int):
+            if not 0 <= value < len(labels):
+                known = f"0 to {len(labels) - 1}"
+                raise TextError("a label has no name", where=where, expected=known, found=value)
+            return labels[value]
+        return str(value)
+
+    return name
