@@ -121,7 +121,7 @@ def speaker(says: str = "", **more: Any) -> GraftReport:
     return bare(
         text="/data/prompts.jsonl",
         verdict={
-            "level": "useful", "text": "expected to be well above a fresh module", "measured": _measured(0.9, 0.2),
+            "level": "useful", "text": "expected to be well above a fresh one", "measured": _measured(0.9, 0.2),
             "generated": {
                 "agreement": 0.7, "exact": 0.28, "token_f1": 0.8, "bare_exact": 0.0, "bare_token_f1": 0.2,
                 "answers": 50,

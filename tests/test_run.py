@@ -44,7 +44,7 @@ def test_callbacks_see_every_stage_and_its_progress(world, tmp_path, caplog) -> 
     assert watched.ended.keys() - graft.report.seconds.keys() == {"writing and verifying"}  # which the report is in
     assert graft.report.seconds.keys() <= watched.ended.keys()
     assert {"loading models", "polishing"} <= watched.ended.keys()
-    for stage in ("pairing tokens", "polishing"):
+    for stage in ("aligning the models", "polishing"):
         done = [count for count, _ in watched.progress[stage]]
         assert done == sorted(done)
         assert done[-1] > 0
@@ -55,7 +55,7 @@ def test_callbacks_see_every_stage_and_its_progress(world, tmp_path, caplog) -> 
 def test_what_a_callback_raises_ends_the_run_and_leaves_no_output(world, tmp_path) -> None:
     class Stop(Callback):
         def on_progress(self, stage: str, done: int, total: int | None) -> None:
-            if stage == "pairing tokens":
+            if stage == "aligning the models":
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -69,7 +69,10 @@ def test_a_graft_of_a_shelf_is_the_one_of_the_module_alone(whole, modules, world
                 del report["cost"][model]["seconds"]
         assert reports[0] == reports[1]
     # The second needs other spaces than the first, and no pass of its own; the other teacher's module does.
-    assert {stage for stage in begun if "pairing tokens" in stage} == {"first: pairing tokens", "other: pairing tokens"}
+    assert {stage for stage in begun if "aligning the models" in stage} == {
+        "first: aligning the models",
+        "other: aligning the models",
+    }
 
 
 def test_a_module_that_fails_costs_no_other_and_says_why(whole, modules) -> None:

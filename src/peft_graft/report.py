@@ -104,6 +104,14 @@ class GraftReport(Record):
             found["notes"] = "; ".join(self.notes)
         return found
 
+    @property
+    def polished_from(self) -> str:
+        """Where the polish began, in words; of a report with one."""
+        assert self.polish is not None
+        moved = "an untrained module" if self.method == "fresh" else "the moved module"
+        begun = {"moved": moved, "gradient": "an untrained module that reads where the gradient points"}
+        return begun.get(self.polish.start, self.polish.start)
+
     def __repr__(self) -> str:
         return f"GraftReport({self.module_kind} of {self.teacher.name} on {self.student.name}: {self.verdict.level})"
 

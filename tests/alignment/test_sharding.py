@@ -189,7 +189,7 @@ def test_a_state_of_other_text_in_memory_is_not_taken_up(world, tmp_path, monkey
         return tiny.transfer(world / "lora", **options, text=text, **more).alignment
 
     def stop(stage: str, done: int, total: int | None) -> None:
-        if stage == "pairing tokens" and done > 500:
+        if stage == "aligning the models" and done > 500:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -95,7 +95,11 @@ def test_inspect_prices_the_text_and_the_polish_and_names_the_next_command(comma
     assert none.least_seconds < found.least_seconds
     shown = command(*given, columns=80).out
     assert f"{found.text_tokens:,} tokens and 1,000 steps of polish" in " ".join(shown.split())
-    assert re.search(r"at the least, [\d.e-]+ s of it for each step", " ".join(shown.split()))
+    assert re.search(
+        r"take at least [\d.]+ s on this processor: aligning the models [\d.]+ s, polishing [\d.]+ s "
+        r"\([\d.e-]+ s a step\); [\d.]+ s with --polish 100, for a first look",
+        " ".join(shown.split()),
+    )
     last = shown.splitlines()[-1]
     assert last == (
         f"next         peft-graft transfer {world / 'lora'} --student {world / 'narrow'} --text {world / 'text.txt'} "
@@ -115,6 +119,9 @@ def test_inspect_reports_problems_and_fails(command, world, tmp_path) -> None:
     assert "cannot:" in done.out
     done = command("inspect", world / "lora", "--teacher", world / "wide", code=1)
     assert "not the base of this module" in done.out
+    gone = command("inspect", world / "lora", "--student", world / "narrow", "--teacher", "none/here", code=1)
+    assert gone.out.count("none/here: the teacher cannot be loaded") == 1
+    assert "cannot: not without the teacher, see above" in gone.out
     refused = command("transfer", world / "lora", "--student", world / "narrow", "--teacher", world / "wide",
                       "--method", "copy", "--out", tmp_path / "o", code=1)  # fmt: skip
     assert refused.err.removeprefix("error: ").strip() in done.out
@@ -179,8 +186,9 @@ def test_an_interrupted_transfer_leaves_nothing(world, tmp_path, terminal) -> No
     (tmp_path / "long.txt").write_text((world / "text.txt").read_text() * 60)
     (tmp_path / "outputs").mkdir()
     code, seen = _interrupt(
-        b"pairing tokens", "transfer", world / "lora", "--student", world / "narrow", "--text", tmp_path / "long.txt",
-        "--max-tokens", 100_000_000, "--method", "prune-align", "--head", "drop", "--out", tmp_path / "outputs" / "g",
+        b"aligning the models", "transfer", world / "lora", "--student", world / "narrow",
+        "--text", tmp_path / "long.txt", "--max-tokens", 100_000_000, "--method", "prune-align", "--head", "drop",
+        "--out", tmp_path / "outputs" / "g",
     )  # fmt: skip
     assert code == 130
     assert b"interrupted; nothing was written" in seen

@@ -40,7 +40,7 @@ def test_one_bar_shows_stage_steps_loss_and_time_left(monkeypatch) -> None:
     with Progress(fields, console=console) as display:
         bar = Bar(display)
         bar.started -= 10
-        bar.on_stage_begin("pairing tokens")
+        bar.on_stage_begin("aligning the models")
         bar.on_stage_begin("polishing")
         bar.started -= 10
         bar.on_progress("polishing", 50, 100)

@@ -81,7 +81,9 @@ def test_the_verdict_follows_the_levels() -> None:
     for level, least, text in LEVELS:
         verdict = judge(Agreement(agreement=least, divergence=1.0, answers=5))
         assert (verdict.level, verdict.text) == (level, text)
-    assert judge(Agreement(agreement=0.1, divergence=1.0, answers=5)).text.endswith("no better than a fresh module")
+    assert judge(Agreement(agreement=0.1, divergence=1.0, answers=5)).text.endswith(
+        "no better than an untrained module"
+    )
     assert judge(None).level == "not measured"
 
 

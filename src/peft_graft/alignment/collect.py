@@ -38,7 +38,7 @@ _CHUNK = 512  # samples sorted by length together, so that a batch is padded lit
 _BATCH_TOKENS, _BATCH_TOKENS_OF_ACCELERATORS = 1024, 4096
 _HELD_OUT_EVERY = 8
 SAVE_EVERY = 60.0  # seconds
-PAIRING = "pairing tokens"  # the stage
+PAIRING = "aligning the models"  # the stage
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from peft_graft._export import Export
     from peft_graft._inspect import Inspection
     from peft_graft.alignment.alignment import Alignment
-    from peft_graft.distill.side_by_side import Score
+    from peft_graft.distill.sides import Score
     from peft_graft.outlook import DocumentOutlook, PromptOutlook, StudentSummary
     from peft_graft.shelf import ShelfReport
+
+#: Steps of a polish that shows whether a longer one is worth its time.
+FIRST_LOOK = 100
 
 
 def show_inspection(found: Inspection, command: str | None = None) -> None:
@@ -64,7 +67,8 @@ def _show_student(found: Inspection, student: StudentSummary, command: str | Non
     known = f" ({student.model_type}, {student.num_layers} layers)" if student.model_type else ""
     console.print(f"\n[bold]onto {escaped(student.name)}[/]{known}")
     if student.problem:
-        console.print(f"[red]cannot:[/] {escaped(student.problem)}", soft_wrap=True)
+        why = student.problem if student.problem != found.teacher_problem else "not without the teacher, see above"
+        console.print(f"[red]cannot:[/] {escaped(why)}", soft_wrap=True)
         return
     console.print(planned(student, [note for note in student.notes if note not in found.notes]))
     if command:
@@ -140,12 +144,20 @@ def _cost_of_learning(student: StudentSummary) -> str:
 
 
 def _least(student: StudentSummary) -> str:
-    """The time, and that of a step of the polish, for whoever thinks about another number of them."""
-    from peft_graft.distill.polish import STAGE
+    """The time, by stage where there are several, and that of a shorter polish."""
+    from peft_graft.distill.polish import STAGE  # needs torch, which other results do not wait for
 
-    polish = student.stage_seconds.get(STAGE, 0)
-    step = f", {polish / student.polish_steps:.2g} s of it for each step" if polish and student.polish_steps else ""
-    return f"{duration(student.least_seconds)} on this processor at the least{step}"
+    stages, steps = student.stage_seconds, student.polish_steps
+    found = f"at least {duration(student.least_seconds)} on this processor"
+    if len(stages) > 1:
+        found += ": " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in stages.items())
+    polish = stages.get(STAGE, 0)
+    if polish and steps:
+        found += f" ({polish / steps:.2g} s a step)"
+        if steps > FIRST_LOOK and polish > student.least_seconds / 2:
+            shorter = student.least_seconds - polish * (1 - FIRST_LOOK / steps)
+            found += f"; {duration(shorter)} with --polish {FIRST_LOOK}, for a first look"
+    return found
 
 
 def show_alignment(found: Alignment, out: Path) -> None:
@@ -178,19 +190,22 @@ def show_evaluation(found: Evaluation, out: Path | None) -> None:
     """What ``evaluate`` found: scores side by side, and some of the answers."""
     console = console_for_results()
     names = list(found.rows[0].scores)
-    table = Table("", *names, title=f"{found.prompts:,} prompts, with 95 % intervals")
+    table = Table("", *names, title=f"{found.prompts:,} {found.asked}, with 95 % intervals")
     for row in found.rows:
         table.add_row(escaped(row.name), *(_score(row.scores[name]) for name in names))
     console.print(table)
     for row in found.rows:
         odd = [f"{row.cut} cut"] * bool(row.cut) + [f"{row.empty} empty"] * bool(row.empty)
-        if odd:
+        if odd and found.asked == "prompts":
             console.print(f"[bold]answers[/] of the {row.name}: {', '.join(odd)}", soft_wrap=True)
+        elif row.cut:
+            console.print(f"[bold]texts[/]   that the {row.name} does not read to the end: {row.cut}", soft_wrap=True)
     for note in found.notes:
         console.print(f"[bold]note[/]    {escaped(note)}", soft_wrap=True)
     asked = [row.name for row in found.rows if found.answers and row.name in found.answers[0].answers]
     if asked:
-        table = Table("prompt", "reference", *asked, title="some of the answers", show_lines=True)
+        heading = ("prompt", "reference") if found.asked == "prompts" else ("text", "label")
+        table = Table(*heading, *asked, title="some of the answers", show_lines=True)
         for sample in found.answers[:SHOWN]:
             said = (sample.prompt, sample.references[0], *(sample.answers[name] for name in asked))
             table.add_row(*(escaped(text, lines=True) for text in said))

@@ -98,7 +98,8 @@ def _facts(report: GraftReport) -> list[tuple[str, str]]:
         measured = [point for point in report.polish.curve if point.divergence is not None]
         best = min(measured, key=lambda point: point.divergence or 0.0, default=None)
         ends = f"{figure(measured[0].agreement)} → {figure(best.agreement)}" if best else "undefined"
-        facts.append(("polish", f"{report.polish.settings.steps:,} steps from the {report.polish.start} modules; "
+        tried = f", after {report.polish.trial_steps:,} to choose a start and a rate" if report.polish.pilots else ""
+        facts.append(("polish", f"{report.polish.settings.steps:,} steps from {report.polished_from}{tried}; "
                                 f"agreement {ends}"))  # fmt: skip
     check = report.verification
     if check and check.done:
@@ -153,8 +154,8 @@ def _short(name: str) -> str:
 
 def _show_details(report: GraftReport, console: Console) -> None:
     """What fills screens: every site, all that was tried, the polish's curve, answers."""
-    table = Table("site", "from layer", "share", "norm kept", "maps", title="modules; maps by mean correlation, or "
-                  "variance explained reading")  # fmt: skip
+    title = "modules; norm kept: of what was moved over the teacher's, before the polish; maps by mean correlation, or "
+    table = Table("site", "from layer", "share", "norm kept", "maps", title=f"{title}variance explained reading")
     for site in report.sites:
         correlations = [
             f"{record.space.split()[-1]} {record.diagnostics['mean_correlation']:.2f}"
@@ -174,7 +175,7 @@ def _show_details(report: GraftReport, console: Console) -> None:
         console.print(f"[bold]tried[/]   {name}: agreement {figure(found.agreement)}, {found.divergence:.3f} nats")
     if report.polish:
         curve = ", ".join(f"{point.step}: {figure(point.agreement)}" for point in report.polish.curve)
-        begun = f"from the {report.polish.start} modules, rate {report.polish.settings.learning_rate:g}"
+        begun = f"from {report.polished_from}, rate {report.polish.settings.learning_rate:g}"
         console.print(f"[bold]polish[/]  {begun}; agreement after steps {curve}", soft_wrap=True)
     for stage, seconds in report.seconds.items():
         console.print(f"[bold]time[/]    {stage}: {duration(seconds)}")

@@ -41,9 +41,9 @@ Interval = tuple[float, float]
 LEVELS: tuple[tuple[Level, float, str], ...] = (
     ("exact", 0.995, "computes what the teacher does"),
     ("strong", 0.8, "expected to keep most of the teacher's skill as it is"),
-    ("useful", 0.5, "expected to be well above a fresh module; some labelled examples will still help"),
-    ("weak", 0.15, "a better start than a fresh module, of little use without fine-tuning"),
-    ("no better", -1.0, "expected to be no better than a fresh module"),
+    ("useful", 0.5, "expected to be well above a module trained afresh on a few labels; some labels will still help"),
+    ("weak", 0.15, "a better start than an untrained module, of little use without fine-tuning"),
+    ("no better", -1.0, "expected to be no better than an untrained module"),
 )
 
 

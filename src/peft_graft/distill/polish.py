@@ -80,6 +80,12 @@ class PolishRecord(Record):
     curve: list[CurvePoint]
     trials: dict[str, list[CurvePoint]] = {}
 
+    @property
+    def trial_steps(self) -> int:
+        """Steps that went into trials, but for those of the arm that was chosen, which goes on from its own."""
+        each = [point.step for point in self.pilots.values()]
+        return sum(each) - max(each, default=0)
+
 
 def polish(
     outcome: Outcome,

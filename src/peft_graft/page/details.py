@@ -90,14 +90,12 @@ def learned(report: GraftReport) -> str:
     polish = report.polish
     if polish is None:
         return "Nothing was trained: the module is as the maps moved it."
-    begun = {
-        "moved": "the moved module",
-        "gradient": "a module that changes nothing and reads where the gradient points",
-    }
-    count = f" {len(polish.pilots)} starts and rates were tried first." if polish.pilots else ""
+    tried = ""
+    if polish.pilots:
+        tried = f" {polish.trial_steps:,} steps before them chose among {len(polish.pilots)} starts and rates."
     return (
         f"{polish.settings.steps:,} steps on what the teacher says about {polish.samples:,} samples, without labels, "
-        f"from {begun.get(polish.start, polish.start)}, at rate {polish.settings.learning_rate:g}.{count}"
+        f"from {report.polished_from}, at rate {polish.settings.learning_rate:g}.{tried}"
     )
 
 
