@@ -131,7 +131,7 @@ WRONG: dict[str, tuple[Callable[[Path, Any], Any], str]] = {
     ),
     "metrics": (
         lambda world, bad: peft_graft.evaluate(world / "lora", text=LINES, metrics=bad),
-        "--metric: no such metric; expected exact, accuracy, json-f1, token-f1, rouge, bleu, nll, found 5",
+        "--metric: no such metric of classes; expected entity-f1, accuracy, found 5",
     ),
     "Graft": (
         lambda world, bad: Graft.from_pretrained(bad),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from peft_graft.errors import OutputError, reason
@@ -22,7 +22,7 @@ def local_only(name: str) -> dict[str, Any]:
 
     Without it huggingface_hub asks six times for each file, which takes half a minute a file.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # noqa: PTH112 - pathlib fails for long names
         return {}
     from huggingface_hub import constants
 

@@ -63,6 +63,7 @@ class LabelledText:
             PlanError: no such metric of these classes, or too many columns.
             DependencyError: the library that a metric needs is not installed.
         """
+        chosen = _chosen(metrics, kind, names)
         where = str(text) if isinstance(text, str | Path) else "given in memory"
         *columns, label = config.columns or (None,)
         if len(columns) > (1 if kind == "words" else 2) or (label and not columns):
@@ -80,7 +81,7 @@ class LabelledText:
             raise TextError("there are no labelled examples", where=where)
         _check_labels(found, names, where)
         random.Random(config.seed).shuffle(found)
-        asked = LabelledText(where, found[: config.limit], kind, names, _chosen(metrics, kind, names))
+        asked = LabelledText(where, found[: config.limit], kind, names, chosen)
         asked.scored(asked.known)  # what cannot be scored is said now
         return asked
 
