@@ -40,7 +40,8 @@ def test_a_run_tells_its_plan_before_anything_is_loaded(world: Path) -> None:
     assert plan == peft_graft.inspect(world / "lora", world / "shallow", text=text, config=OPTIONS).student
     assert plan.text_tokens
     assert plan.weights_mib > 0
-    assert list(plan.stage_seconds) == ["aligning the models"], "nothing is polished"
+    assert list(plan.stage_seconds) == ["asking the teacher", "aligning the models", "fitting"], "nothing is polished"
+    assert plan.stage_rounds == {"fitting": 2}
     assert sum(plan.stage_seconds.values()) == pytest.approx(plan.least_seconds, abs=1e-3)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -14,21 +14,24 @@ from torch import nn
 from peft_graft.alignment.collect import PAIRING
 from peft_graft.alignment.layout import memory_of_a_pass
 from peft_graft.alignment.methods import Method
-from peft_graft.alignment.text import Sample
 from peft_graft.config import AUTO, MAX_TOKENS, GraftConfig
 from peft_graft.distill.ask_documents import LOOKED_AT
 from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.ask_seeds import STAGE as MAKING
 from peft_graft.distill.ask_seeds import listing_of
+from peft_graft.distill.candidates import FITTING
 from peft_graft.distill.completions import PromptDistillation
 from peft_graft.distill.distillation import ASKING
+from peft_graft.distill.fit_head import PENALTIES, STEPS
+from peft_graft.distill.fit_layers import SAMPLES
+from peft_graft.distill.fit_layers import STAGE as FITTING_LAYERS
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.polish import STAGE as POLISHING
-from peft_graft.distill.polish import PolishSettings
-from peft_graft.distill.teacher import POOL
+from peft_graft.distill.teacher import FIT, POOL
 from peft_graft.errors import GraftError
 from peft_graft.material import DocumentMaterial, PromptMaterial, TextMaterial
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.tasks import Task
 from peft_graft.move import Move
 from peft_graft.planning.method_choice import same_sizes
 from peft_graft.planning.plan import Plan
@@ -94,8 +97,8 @@ class StudentSummary(Record):
     ``least_seconds``: what the multiply-adds of ``max_tokens`` tokens take at the rate of a matrix product here; where
     there is text, those of its ``text_tokens`` and of ``polish_steps`` of learning from it; of prompts, those of all
     their answers and of learning from them; of documents, those of reading and of learning from them.
-    ``stage_seconds``: what of these each stage takes that grows with the text. ``training_mib``: memory of learning,
-    about.
+    ``stage_seconds``: what of these each stage takes that grows with the text; ``stage_rounds``: how often one begins
+    that comes in rounds. ``training_mib``: memory of learning, about.
     """
 
     name: str
@@ -115,6 +118,7 @@ class StudentSummary(Record):
     weights_mib: float = 0.0
     least_seconds: float = 0.0
     stage_seconds: dict[str, float] = {}
+    stage_rounds: dict[str, int] = {}
     text_tokens: int | None = None
     polish_steps: int | None = None
     prompts: PromptOutlook | None = None
@@ -156,7 +160,7 @@ def outlook(move: Move) -> StudentSummary:
     elif isinstance(material, DocumentMaterial):
         known |= _documents_for(material, plan)
     elif material.samples:
-        known |= _cost_of_text(plan, material.samples, move.sources, learned=material.asked)
+        known |= _cost_of_text(plan, material, move.sources)
     if isinstance(material, TextMaterial) and material.of_states:
         known["notes"] = [*plan.sites.notes, material.of_states]
     return found.model_copy(update=known)
@@ -260,23 +264,61 @@ def _cost_of_learning(
     }
 
 
-def _cost_of_text(plan: Plan, samples: Sequence[Sample], sources: ModelSources, *, learned: bool) -> dict[str, object]:
-    """Multiply-adds of this text: what is aligned on, and what the polish learns from."""
-    tokenizer = sources.tokenizer_pair()[1]
+def _cost_of_text(plan: Plan, material: TextMaterial, sources: ModelSources) -> dict[str, object]:
+    """Multiply-adds of this text: what is aligned on, what the teacher is asked, and what is fitted and polished."""
+    tokenizer, samples = sources.tokenizer_pair()[1], material.samples
     first = samples[:_PAIRED]
     length = sum(len(tokenizer(*sample.texts)["input_ids"]) for sample in first) / len(first)
     tokens = plan.config.max_tokens if len(samples) >= POOL // 2 else round(len(samples) * length)
     tokens = min(tokens, plan.config.max_tokens)
-    settings = PolishSettings(steps=plan.config.polish_steps if learned else 0)
+    settings = material.polishing(plan.config)
     (teacher, _), (student, _) = _costs(plan.models.teacher), _costs(plan.models.student)
-    # Backward passes take another product for every one of the forward pass.
-    trained = 2 * settings.steps * settings.batch_size * length * student
-    aligned = tokens * (teacher + student + _products(plan, plan.methods))
+    polished = settings.steps * settings.batch_size
+    fits = _cost_of_fits(plan, material, length, polished) if material.asked else {}
+    # In the order in which they begin. Backward passes take another product for every one of the forward pass.
+    operations: dict[str, float] = {
+        ASKING: fits.pop(ASKING, 0.0),
+        PAIRING: tokens * (teacher + student + _products(plan, plan.methods)),
+        **fits,
+        POLISHING: 2 * polished * length * student,
+    }
     return {
         "text_tokens": tokens,
         "polish_steps": settings.steps,
-        **_times({PAIRING: aligned, POLISHING: trained}, 3),
+        "stage_rounds": {FITTING: 2 * len(plan.methods)} if FITTING in fits else {},
+        **_times(operations, 3),
     }
+
+
+def _cost_of_fits(plan: Plan, material: TextMaterial, length: float, polished: int) -> dict[str, float]:
+    """Multiply-adds of asking the teacher and of every method's modules: measured, their head fitted, their layers.
+
+    Args:
+        length: tokens of a sample. polished: samples that the polish sees.
+    """
+    (teacher, _), (student, _) = _costs(plan.models.teacher), _costs(plan.models.student)
+    parts, head = material.parts, plan.moved.head
+    by_layers = sum(method.fits_layers for method in plan.methods)
+    fitted = head is not None and head.can_be_fitted and plan.config.head in ("auto", "fit")
+    learned = min(len(parts.learning), max(FIT * fitted, SAMPLES * bool(by_layers), polished))
+    asked = (len(parts.held_out) + learned) * length * teacher
+    read = len(parts.judging) + len(parts.choosing) * (1 + fitted)
+    fit = 0.0
+    if head is not None and fitted:
+        rows = min(learned, FIT)
+        read += rows
+        answers = rows * (length if head.task is Task.TOKEN_CLASSIFICATION else 1)
+        width = plan.models.student.architecture.hidden_size
+        # Every penalty on a part of the answers and the best on all, with a product for the loss and one for its slope.
+        fit = 2 * (len(PENALTIES) + 1) * STEPS * answers * width * head.num_labels
+    layers = plan.models.student.architecture.num_layers
+    sites = min(len(parts.learning), SAMPLES) * length * (2 * teacher + student * (1 + layers / 2))
+    found = {
+        ASKING: asked,
+        FITTING: len(plan.methods) * (read * length * student + fit),
+        FITTING_LAYERS: by_layers * sites,
+    }
+    return {stage: count for stage, count in found.items() if count}
 
 
 def _times(operations: Mapping[str, float], digits: int) -> dict[str, object]:

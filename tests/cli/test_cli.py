@@ -96,7 +96,8 @@ def test_inspect_prices_the_text_and_the_polish_and_names_the_next_command(comma
     shown = command(*given, columns=80).out
     assert f"{found.text_tokens:,} tokens and 1,000 steps of polish" in " ".join(shown.split())
     assert re.search(
-        r"take at least [\d.]+ s on this processor: aligning the models [\d.]+ s, polishing [\d.]+ s "
+        r"take at least [\d.]+ s on this processor: asking the teacher [\d.]+ s, aligning the models [\d.]+ s, "
+        r"fitting [\d.]+ s, fitting layers [\d.]+ s, polishing [\d.]+ s "
         r"\([\d.e-]+ s a step\); [\d.]+ s with --polish 100, for a first look",
         " ".join(shown.split()),
     )

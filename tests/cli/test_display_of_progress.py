@@ -79,6 +79,27 @@ def test_a_planned_bar_tells_the_time_left_of_the_whole_run() -> None:
         assert whole() == "2 min", "the stage that runs is the last long one, and has its own time left"
 
 
+def test_a_stage_that_comes_in_rounds_is_over_with_the_last() -> None:
+    with Progress(TextColumn("{task.fields[whole]}"), console=Console(file=io.StringIO(), width=80)) as display:
+        bar = PlannedBar(display)
+
+        def whole() -> str:
+            (task,) = display.tasks
+            return task.fields["whole"]
+
+        bar.begun -= 100
+        seconds = {"aligning the models": 4.0, "fitting": 6.0, "polishing": 10.0}
+        bar.on_plan(StudentSummary(name="s", stage_seconds=seconds, stage_rounds={"fitting": 3}))
+        bar.on_stage_begin("fitting")
+        bar.on_stage_end("fitting", 4)
+        bar.on_stage_begin("aligning the models")
+        bar.started -= 4
+        bar.on_progress("aligning the models", 1, 2)
+        assert whole() == "2 min, about 32 s left in all", "4 s of this stage, and twice two rounds of 2 s and 10 s"
+        bar.on_stage_begin("polishing")
+        assert whole() == "2 min", "a round that never came is not waited for"
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quiet_watches_nothing(monkeypatch, quiet: bool) -> None:
     monkeypatch.setattr(look, "quiet", quiet)

@@ -85,7 +85,7 @@ def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
     if student.products_per_token or not (student.prompts or student.documents):
         rows.append((
             "alignment",
-            f"{student.spaces} pairs of spaces, {memory(student.statistics_mib)} of statistics "
+            f"{student.spaces} maps between activations, {memory(student.statistics_mib)} of statistics "
             f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
             f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
             f"{student.forwards_per_token / 1e6:.1f} M",

@@ -104,7 +104,8 @@ class PlannedBar(Bar):
     def __init__(self, display: Progress) -> None:
         super().__init__(display)
         self._least: dict[str, float] = {}
-        self._ahead: list[str] = []
+        self._ahead: dict[str, int] = {}
+        self._returning: set[str] = set()
         self._taken = self._least_so_far = 0.0
 
     def on_plan(self, plan: Record) -> None:
@@ -114,12 +115,17 @@ class PlannedBar(Bar):
 
         assert isinstance(plan, StudentSummary)
         self._display.console.print(planned(plan))
-        self._least, self._ahead = plan.stage_seconds, list(plan.stage_seconds)
+        self._ahead = {stage: plan.stage_rounds.get(stage, 1) for stage in plan.stage_seconds}
+        self._returning = {stage for stage, rounds in self._ahead.items() if rounds > 1}
+        self._least = {stage: seconds / self._ahead[stage] for stage, seconds in plan.stage_seconds.items()}
 
     def on_stage_begin(self, stage: str) -> None:
-        """Begin a stage; those that were planned before it are over, or were not needed."""
-        if stage in self._ahead:
-            del self._ahead[: self._ahead.index(stage) + 1]
+        """Begin a stage; those that were planned before it are over, or were not needed, unless it comes in rounds."""
+        if stage in self._ahead and stage not in self._returning:
+            planned = list(self._ahead)
+            self._ahead = {later: self._ahead[later] for later in planned[planned.index(stage) + 1 :]}
+        elif self._ahead.get(stage):
+            self._ahead[stage] -= 1
         super().on_stage_begin(stage)
 
     def on_stage_end(self, stage: str, seconds: float) -> None:
@@ -134,10 +140,11 @@ class PlannedBar(Bar):
         share = self.done / self.total if self.total and self.name in self._least else 0.0
         here = time.monotonic() - self.started if share else 0.0
         least = self._least_so_far + share * self._least.get(self.name, 0.0)
-        if not self._ahead or not least or self._taken + here < 1:
+        ahead = sum(self._least[stage] * rounds for stage, rounds in self._ahead.items())
+        if not ahead or not least or self._taken + here < 1:
             return super().whole
         left = here * (1 - share) / share if share else 0.0
-        left += (self._taken + here) / least * sum(self._least[stage] for stage in self._ahead)
+        left += (self._taken + here) / least * ahead
         return f"{super().whole}, about {duration(left)} left in all"
 
 

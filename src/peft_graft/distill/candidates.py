@@ -16,6 +16,7 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.distill.agreement import Agreement
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.fit_head import features, fit_head
+from peft_graft.distill.fit_layers import STAGE as FITTING_LAYERS
 from peft_graft.distill.fit_layers import fit_modules
 from peft_graft.distill.teacher import FIT, TextDistillation
 from peft_graft.labels import ProblemType
@@ -29,6 +30,8 @@ from peft_graft.planning.sites import SitePlan, SitePlans
 from peft_graft.projection import project, resize_inner_layer
 from peft_graft.record import Record
 from peft_graft.run import Run
+
+FITTING = "fitting"  # the stage
 
 
 class MapRecord(Record):
@@ -180,11 +183,11 @@ class CandidateBuilder:
         attached: AttachedModel | None = None
         if method.fits_layers:
             assert self.distillation is not None  # the plan has refused it without
-            with self.run.stage("fitting layers"):
+            with self.run.stage(FITTING_LAYERS):
                 moved, attached = fit_modules(moved, self.plan, self.distillation, self.run)
             sites = _refitted_records(sites, self.checkpoint, moved.modules)
         elif self.distillation is not None:
-            with self.run.stage("fitting"):
+            with self.run.stage(FITTING):
                 attached = self.distillation.attach(moved)
         return Candidate(method.name, alignment, moved, sites, record, self.distillation, attached)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from peft_graft.alignment.methods import Method
 from peft_graft.config import HeadChoice
 from peft_graft.distill.agreement import EXACT, Agreement, Verdict, judge
-from peft_graft.distill.candidates import Candidate, CandidateBuilder
+from peft_graft.distill.candidates import FITTING, Candidate, CandidateBuilder
 from peft_graft.distill.finite import NotFiniteError
 from peft_graft.errors import AlignmentError
 from peft_graft.run import Run
@@ -121,7 +121,7 @@ def judged(outcome: Outcome, run: Run, *, seed: int = 0) -> Verdict:
 def _fitted(candidate: Candidate, head: HeadChoice, tried: dict[str, Agreement], run: Run) -> tuple[Outcome, bool]:
     """A candidate with its head fitted, where that is wanted and better, and whether it was exact as moved; what was
     measured is added to ``tried``."""
-    with run.stage("fitting"):
+    with run.stage(FITTING):
         moved = candidate.measure()
         tried[f"{candidate.method}, as moved"] = moved
         own = candidate.checkpoint

@@ -23,7 +23,7 @@ from peft_graft.modules.head import ACTIVATIONS, Head
 
 #: Weight penalties to choose from, on standardised features, the heaviest first.
 PENALTIES = (1e-2, 1e-3, 1e-4)
-_STEPS = 60
+STEPS = 60
 Values = dict[str, Tensor]
 
 
@@ -145,7 +145,7 @@ def _solve(head: Head, known: Tensor, probabilities: Tensor, penalty: float, sta
         return float(total), torch.cat([slope.flatten() for slope in slopes.values()]).double().numpy()
 
     first = torch.cat([value.flatten() for value in at.values()]).double().numpy()
-    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS, "gtol": 1e-7})
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": STEPS, "gtol": 1e-7})
     return values_of(found.x)
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 #: Samples that the modules are fitted on.
 SAMPLES = 500
+STAGE = "fitting layers"
 #: Activations held at a time; layers are fitted in groups that stay below.
 _MOST_BYTES = 2 << 30
 
@@ -77,7 +78,7 @@ def fit_modules(
                 target = bare.target(site, now, distillation.models)
                 modules[site.student] = _fitted(module, now[_input(student, site.student)], target)
             attached.load(checkpoint_of_student(replace(moved, modules=modules), student))
-            run.progress("fitting layers", layer + 1, student.architecture.num_layers)
+            run.progress(STAGE, layer + 1, student.architecture.num_layers)
     return replace(moved, modules=modules), attached
 
 
@@ -181,7 +182,7 @@ def _gather(text: ReadSamples, base: PreTrainedModel, spaces: set[Space]) -> dic
         assert model.tokenizer is not None
         return str(model.tokenizer.decode(text.inputs[row]["input_ids"], skip_special_tokens=True))
 
-    with torch.inference_mode(), Capture(model, spaces) as capture:
+    with torch.inference_mode(), Capture(model, spaces, stop=True) as capture:
         for rows in text.batches():
             held = capture.forward(text.padded(rows, model.device))
             counts = [len(places[row]) for row in rows]
