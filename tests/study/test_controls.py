@@ -65,7 +65,7 @@ student = "small"
 polish = [4]
 methods = ["copy"]
 heads = ["carry"]
-controls = ["other-task", "random", "bare-teacher", "head"]
+controls = ["other-task", "random", "untrained", "bare-teacher", "head"]
 
 [[grid]]
 teacher = "big"
@@ -93,13 +93,14 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     kinds = [cell.kind for cell in cells.values()]
     # Of chains: the straight alignment, those of both steps, and one that they make; four grafts, one on the way.
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-        "teacher": 2, "bare-teacher": 1, "control": 4, "alignment": 3, "chain": 1, "graft": 5, "student": 10,
+        "teacher": 2, "bare-teacher": 1, "control": 5, "alignment": 3, "chain": 1, "graft": 5, "student": 11,
     }  # fmt: skip
     order = list(cells)
     assert all(order.index(need) < order.index(name) for name, cell in cells.items() for need in cell.needed)
     starts = {cell.names.start: cell for cell in cells.values() if isinstance(cell, StudentCell)}
     assert [start.removeprefix(CONTROL) for start in starts if start.startswith(CONTROL)] == [
-        "module of another task, polish 4", "random module, polish 4", "bare teacher, polish 4", "head alone",
+        "module of another task, polish 4", "random module, polish 4", "untrained module, head fitted, polish 4",
+        "bare teacher, polish 4", "head alone",
     ]  # fmt: skip
     made = {start: cells[cell.needs.graft] for start, cell in starts.items() if cell.needs.graft}
     other = made[f"{CONTROL}module of another task, polish 4"]
@@ -113,7 +114,7 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     assert {cell.kind for cell in published} == set(kinds) | {"polish"}
     longer = cells_of(read_study(file, ["grid.0.polish=[4, 8]"]))
     controls = [cell.names.start.removeprefix(CONTROL) for cell in longer.values() if cell.kind == "control"]
-    assert len(controls) == 7, "a head alone is one, however long others are polished"
+    assert len(controls) == 9, "a head alone is one, however long others are polished"
     assert "random module, polish 8" in controls
     plain = cells_of(read_study(file, ["grid.0.controls=[]", "grid.1.through=[]"]))
     assert set(plain) < set(cells)
@@ -124,7 +125,7 @@ def test_controls_and_chains_are_declared_and_change_no_other_cell(file: Path) -
     [
         (
             ["grid.0.controls=['luck']"],
-            "grid.0.controls.0: Input should be 'other-task', 'random', 'bare-teacher' or 'he",
+            "grid.0.controls.0: Input should be 'other-task', 'random', 'untrained', 'bare-teach",
         ),
         (["tasks.ends.languages=['de']"], "grid 0: the control other-task needs another task in the language of names"),
         (["grid.1.through=['huge']"], "grid 1: unknown model huge; named are big, small"),
@@ -163,7 +164,7 @@ def test_controls_and_chains_run_and_tables_show_the_best_control(file: Path, tm
     assert any(value.any() for name, value in trained.items() if "classifier" in name)
     by_control = {record["config"]["control"]: record for record in records if record["kind"] == "control"}
     assert by_control["head"]["result"]["polish"] is None
-    assert by_control["random"]["result"]["polish"]["settings"]["steps"] == 4
+    assert all(by_control[name]["result"]["polish"]["settings"]["steps"] == 4 for name in ("random", "untrained"))
     alone = load_file(folder.artifact(by_control["head"]["id"]) / "adapter_model.safetensors")
     assert not any(value.any() for name, value in alone.items() if "lora_B" in name)
     table = next(table for table in result_tables(records) if table.student == "small")

@@ -2,6 +2,7 @@
 
     other-task    the module of a teacher of another task, moved
     random        a random module with the norms of the teacher's, moved
+    untrained     the student's fresh module
     bare-teacher  the student's fresh module; the answers are those of the teacher's model with a head alone
     head          the student's fresh module, which learns nothing; the head alone is fitted
 
@@ -83,7 +84,7 @@ class ControlCell(FreshPolishCell):
     def _moved(self, folder: StudyFolder, text: Path) -> Path | None:
         """The control's module on the student; None where that is the student's fresh one."""
         config, needs, out = self.config, self.needs, folder.work(self.id) / "moved"
-        if config.control in ("bare-teacher", "head"):
+        if config.control in ("untrained", "bare-teacher", "head"):
             return None
         if out.exists():
             return out

@@ -26,11 +26,12 @@ FRESH = "fresh"
 DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
 Budget = int | Literal["all"]
 #: Controls of a grid (``study.controls``) -> what tables call them, behind ``CONTROL``.
-Control = Literal["other-task", "random", "bare-teacher", "head"]
+Control = Literal["other-task", "random", "untrained", "bare-teacher", "head"]
 CONTROL = "control: "
 CONTROL_NAMES: dict[Control, str] = {
     "other-task": "module of another task",
     "random": "random module",
+    "untrained": "untrained module, head fitted",
     "bare-teacher": "bare teacher",
     "head": "head alone",
 }
