@@ -458,7 +458,7 @@ def test_wrong_columns(move, tmp_path) -> None:
     (tmp_path / "d.jsonl").write_text('{"a": "one two", "b": 1}\n')
     with pytest.raises(TextError, match="no column with a usual name; expected text or .*found a, b.*--columns"):
         move(text=tmp_path / "d.jsonl")
-    with pytest.raises(TextError, match="no such columns; expected c, found a, b"):
+    with pytest.raises(TextError, match="no such columns; expected some of a, b, found c"):
         move(text=tmp_path / "d.jsonl", columns=["c"])
     with pytest.raises(TextError, match="column b: the column holds no text; expected strings.*found int"):
         move(text=tmp_path / "d.jsonl", columns=["b"])

@@ -159,7 +159,7 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(tagger, worl
         ({"text": rows, "metrics": ["rouge"]}, "no such metric of classes; expected entity-f1, accuracy, found rouge"),
         (
             {"text": rows, **config},
-            "--columns: these columns are not those of text and label; expected tokens,ner_tags",
+            "--columns: these columns are not those of a text and its label; expected tokens,ner_tags",
         ),
         ({"text": ["plain", "text"]}, "no labelled rows; expected dictionaries by column, found str"),
         ({"text": [{"tokens": [], "ner_tags": []}]}, "there are no labelled examples"),

@@ -40,8 +40,9 @@ def test_a_run_tells_its_plan_before_anything_is_loaded(world: Path) -> None:
     assert plan == peft_graft.inspect(world / "lora", world / "shallow", text=text, config=OPTIONS).student
     assert plan.text_tokens
     assert plan.weights_mib > 0
-    assert list(plan.stage_seconds) == ["asking the teacher", "aligning the models", "fitting"], "nothing is polished"
-    assert plan.stage_rounds == {"fitting": 2}
+    stages = ["asking the teacher", "aligning the models", "comparing methods"]
+    assert list(plan.stage_seconds) == stages, "nothing is polished"
+    assert plan.stage_rounds == {"comparing methods": 2}
     assert sum(plan.stage_seconds.values()) == pytest.approx(plan.least_seconds, abs=1e-3)
 
 

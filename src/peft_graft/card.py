@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peft_graft.card_data import Provenance, card_data
-from peft_graft.checkpoints.beside import TOKENIZER
+from peft_graft.checkpoints.beside import TOKENIZER, pipeline_options, tokenizer_of
 from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
@@ -20,7 +20,7 @@ from peft_graft.config import Library
 from peft_graft.models.loading import ModelHandle, ModelRecord
 from peft_graft.models.places import place_of
 from peft_graft.models.tasks import Task
-from peft_graft.report import GraftReport
+from peft_graft.report import KINDS, GraftReport
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&@]|:(?=//)|(?<=www)\.)")  # of Markdown, and what makes links of addresses
 
@@ -36,7 +36,8 @@ class Usage:
         brings_tokenizer: whether the student's tokenizer lies beside the module.
         num_labels: None where no head is written. problem_type: what its outputs are, None where nothing says so.
         vocabulary: what the embeddings are resized to, where they are.
-        reads_text, is_encoder_decoder: what the student does. prompt: an example of what it is asked.
+        reads_text, is_encoder_decoder: what the student does. asking: further arguments of a pipeline.
+        prompt: an example of what it is asked.
         chat, chat_args: the same as messages, where it is asked by its chat template, and arguments of that template.
         one_line: code that loads it and asks, None where no pipeline is for its task. auto_peft: the class of peft that
             loads it by itself, if there is one.
@@ -52,6 +53,7 @@ class Usage:
     problem_type: str | None
     vocabulary: int | None
     reads_text: bool
+    asking: dict[str, str]
     is_encoder_decoder: bool
     prompt: str
     chat: list[dict[str, str]] | None
@@ -94,6 +96,7 @@ class Usage:
             problem_type=raw.problem_type.value if raw.problem_type else None,
             vocabulary=raw.vocabulary_size if raw.vocabulary_size > size else None,
             reads_text=student.architecture.row.reads_text,
+            asking=pipeline_options(raw.task, tokenizer_of(student)),
             is_encoder_decoder=bool(config.is_encoder_decoder),
             prompt=prompt,
             chat=chat,
@@ -142,7 +145,8 @@ def write_model_card(
     usage = Usage.of(
         raw, student, report, labels, names=names, graft=graft, brings_tokenizer=(folder / TOKENIZER).is_file()
     )
-    values = {"report": report, "task": raw.task, "Task": Task, "usage": usage, "raw": raw}
+    kind = KINDS.get(report.module_kind, f"{report.module_kind} module")
+    values = {"report": report, "kind": kind, "task": raw.task, "Task": Task, "usage": usage, "raw": raw}
     content = (
         _environment()
         .get_template("model_card.md.jinja")

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.card import write_model_card
 from peft_graft.checkpoints.attach import attach
-from peft_graft.checkpoints.beside import processor_of, tokenizer_of, write_beside
+from peft_graft.checkpoints.beside import pipeline_options, processor_of, tokenizer_of, write_beside
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.read import locate, read_checkpoint
@@ -116,7 +116,8 @@ class Graft:
         """A pipeline of transformers that answers as the graft does, with its head and the names of its classes.
 
         Args:
-            options: of ``transformers.pipeline``, such as ``aggregation_strategy`` or ``batch_size``.
+            options: of ``transformers.pipeline``, such as ``batch_size``; ``aggregation_strategy`` is ``first`` or
+                ``simple`` where nothing is said, so that taggers give whole entities.
 
         Raises:
             ModelError: transformers has no pipeline for what the graft does; call ``model`` then.
@@ -134,7 +135,9 @@ class Graft:
         if (processor := processor_of(self.student)) is not None:
             sees = isinstance(processor, transformers.ImageProcessingMixin)
             options.setdefault("image_processor" if sees else "feature_extractor", processor)
-        return transformers.pipeline(task, model=self.model.eval(), tokenizer=self.tokenizer, **options)
+        tokenizer = self.tokenizer
+        options = {**pipeline_options(self.raw.task, tokenizer), **options}
+        return transformers.pipeline(task, model=self.model.eval(), tokenizer=tokenizer, **options)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False, results: Sequence[EvalResult] = ()) -> Graft:
         """Write the checkpoint, load it back with its library, and only then put it in place.

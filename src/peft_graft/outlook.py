@@ -363,6 +363,8 @@ def _methods(plan: Plan) -> str:
     if plan.speaks:
         what = "the teacher's answers are learned" if plan.has_prompts else "what the teacher says next is learned"
         return f"the best of {names} to begin with, then {what}"
+    if plan.has_text:
+        return f"the best of {names}, by agreement with the teacher on held-out text"
     without = "; else copy, if the student shares the teacher's word embeddings" if same_sizes(plan.sites) else ""
     return f"the best of {names} by agreement with the teacher, given text{without}"
 

@@ -19,6 +19,8 @@ from peft_graft.files import read_json
 from peft_graft.models.loading import ModelRecord
 from peft_graft.record import Record, html_table
 
+#: What people call kinds of modules, where that is another word.
+KINDS = {"lora": "LoRA", "ia3": "IA³", "bottleneck": "Adapter"}
 #: Its file, beside the checkpoint.
 REPORT = "graft.json"
 

@@ -39,7 +39,19 @@ def test_a_pipeline_has_the_head_and_its_names(graft: Graft) -> None:
     assert graft.folder is not None
     found = Graft.from_pretrained(graft.folder).pipeline(aggregation_strategy="none")(TEXT)
     assert {word["entity"] for word in found} <= set(tiny.LABELS)
-    assert found == graft.pipeline()(TEXT)
+    assert found == graft.pipeline(aggregation_strategy="none")(TEXT)
+
+
+def test_a_tagger_gives_whole_entities_by_the_first_token_of_each_word(graft: Graft) -> None:
+    tokenizer = graft.tokenizer
+    logits = graft.model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits[0]
+    words = tokenizer(TEXT).word_ids()
+    first = [words.index(number) for number in range(max(word for word in words if word is not None) + 1)]
+    tags = [tiny.LABELS[logits[place].argmax()] for place in first]
+    found = graft.pipeline()(TEXT)
+    begun = [tag for tag, before in zip(tags, ["O", *tags], strict=False) if tag[:2] == "B-" or tag[2:] != before[2:]]
+    assert [one["entity_group"] for one in found] == [tag[2:] for tag in begun if tag != "O"]
+    assert found
 
 
 def test_what_has_no_pipeline_says_so(world: Path, tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     rows = ({"tokens": line.split(), "ner_tags": ["B-PER"] + ["O"] * line.count(" ")} for line in lines)
     (root / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labelled = [f"{line},{('ham', 'spam')[number % 2]}" for number, line in enumerate(lines)]
+    (root / "messages.csv").write_text(
+        "\n".join(["id,message", *(f"{n},{line}" for n, line in enumerate(tiny.sentences(60)))])
+    )
     (root / "labelled.csv").write_text("\n".join(["message,label", *labelled]))
     known = speech.words(12, seed=4)
     speech.prompt_file(root / "labelled.jsonl", known, [speech.answer(word) for word in known])

@@ -78,13 +78,15 @@ def test_a_folder_or_file_that_is_no_model(world: Path, tmp_path: Path) -> None:
     assert "the student cannot be loaded: this is a file" in same_words(world / "lora", weights)
     gone = tmp_path / "gone"
     assert same_words(world / "lora", world / "narrow", teacher=gone) == (
-        f"{gone}: the teacher cannot be loaded: there is no folder of this name. Fix: give a model's folder, or a hub "
-        "id that can be reached from here with --teacher"
+        f"{gone}: the teacher cannot be loaded: there is no folder of this name. Fix: with --teacher, give a model's "
+        "folder, or a hub id that can be reached from here"
     )
 
 
 def test_a_base_on_the_hub_that_cannot_be_reached() -> None:
-    with pytest.raises(ModelError, match=r"reached from here with --teacher; there is no.*; the same model in 16 bit"):
+    with pytest.raises(
+        ModelError, match=r"there is no folder .*: with --teacher, give .*from here; the same model in 16"
+    ):
         load_config("unsloth/llama-3-8b-bnb-4bit", role="teacher")
 
 

@@ -78,7 +78,7 @@ def test_named_columns_are_prompt_and_answer() -> None:
     assert read(row, ["question"]) == [Prompt.of_text("Q")]
     assert read(row, ["question", "sql"]) == [Prompt.of_text("Q", "A")]
     with pytest.raises(
-        TextError, match=r"line 3: the text has no such columns; expected a, sql, found question.*--col"
+        TextError, match=r"line 3: the text has no such columns; expected some of question, sql, prompt, found a.*--col"
     ):
         read(row, ["a", "sql"])
     with pytest.raises(TextError, match="too many columns; expected one or two, found 3"):

@@ -348,8 +348,8 @@ def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str, fi
         raise TextError(
             "the text has no such columns" if missing else "too many columns",
             where=where,
-            expected=", ".join(columns) if missing else "one or two",
-            found=", ".join(row) if missing else len(columns),
+            expected=f"some of {', '.join(row)}" if missing else "one or two",
+            found=", ".join(missing) if missing else len(columns),
             fix=fix,
         )
 

@@ -16,6 +16,7 @@ from peft_graft.models.loading import ModelHandle
 from peft_graft.models.places import hub_id_of, is_folder
 from peft_graft.models.spaces import VOCABULARY, Space
 from peft_graft.models.task_models import is_remote, set_labels
+from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder
 
 if TYPE_CHECKING:
@@ -104,6 +105,18 @@ def tokenizer_of(student: ModelHandle) -> PreTrainedTokenizerBase | None:
             return found
     except GraftError:
         return None
+
+
+def pipeline_options(task: Task, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
+    """Arguments for a pipeline of transformers that make of what it says what was learned.
+
+    Taggers give whole entities; with tokenizers that mark the inside of words each word by its first token, which is
+    what has learned its tag. Of others transformers would only guess at words.
+    """
+    if task is not Task.TOKEN_CLASSIFICATION:
+        return {}
+    inner = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return {"aggregation_strategy": "first" if getattr(inner, "continuing_subword_prefix", None) else "simple"}
 
 
 def processor_of(student: ModelHandle) -> ImageProcessingMixin | FeatureExtractionMixin | None:

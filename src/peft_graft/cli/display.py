@@ -73,6 +73,8 @@ def _show_student(found: Inspection, student: StudentSummary, command: str | Non
     console.print(planned(student, [note for note in student.notes if note not in found.notes]))
     if command:
         console.print(f"[bold]next[/]         {escaped(command)}", soft_wrap=True)
+        if seconds := _first_look(student):
+            console.print(f"[bold]first look[/]   the same with --polish {FIRST_LOOK}: at least {duration(seconds)}")
 
 
 def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
@@ -83,13 +85,16 @@ def planned(student: StudentSummary, notes: Sequence[str] = ()) -> Table:
         ("method", str(student.method)),
     ]
     if student.products_per_token or not (student.prompts or student.documents):
-        rows.append((
-            "alignment",
+        text = (
             f"{student.spaces} maps between activations, {memory(student.statistics_mib)} of statistics "
-            f"in {student.passes} pass{'es' if student.passes > 1 else ''}, "
-            f"{student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
-            f"{student.forwards_per_token / 1e6:.1f} M",
-        ))  # fmt: skip
+            f"in {student.passes} pass{'es' if student.passes > 1 else ''}"
+        )
+        if look.verbose:
+            text += (
+                f", {student.products_per_token / 1e6:.1f} M multiply-adds a token beside the forward passes' "
+                f"{student.forwards_per_token / 1e6:.1f} M"
+            )
+        rows.append(("alignment", text))
     if student.prompts:
         rows += _outlook(student, student.prompts)
     elif student.documents:
@@ -144,20 +149,26 @@ def _cost_of_learning(student: StudentSummary) -> str:
 
 
 def _least(student: StudentSummary) -> str:
-    """The time, by stage where there are several, and that of a shorter polish."""
+    """The time, by stage where there are several."""
+    found = f"at least {duration(student.least_seconds)} on this processor"
+    if len(student.stage_seconds) > 1:
+        found += ": " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in student.stage_seconds.items())
+    polish = _of_polish(student)
+    return found + (f" ({polish / student.polish_steps:.2g} s a step)" if polish and student.polish_steps else "")
+
+
+def _first_look(student: StudentSummary) -> float:
+    """The least seconds with a short polish, where a long one is most of the work; else 0."""
+    steps, polish = student.polish_steps or 0, _of_polish(student)
+    if steps <= FIRST_LOOK or polish < student.least_seconds / 2:
+        return 0.0
+    return student.least_seconds - polish * (1 - FIRST_LOOK / steps)
+
+
+def _of_polish(student: StudentSummary) -> float:
     from peft_graft.distill.polish import STAGE  # needs torch, which other results do not wait for
 
-    stages, steps = student.stage_seconds, student.polish_steps
-    found = f"at least {duration(student.least_seconds)} on this processor"
-    if len(stages) > 1:
-        found += ": " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in stages.items())
-    polish = stages.get(STAGE, 0)
-    if polish and steps:
-        found += f" ({polish / steps:.2g} s a step)"
-        if steps > FIRST_LOOK and polish > student.least_seconds / 2:
-            shorter = student.least_seconds - polish * (1 - FIRST_LOOK / steps)
-            found += f"; {duration(shorter)} with --polish {FIRST_LOOK}, for a first look"
-    return found
+    return student.stage_seconds.get(STAGE, 0.0)
 
 
 def show_alignment(found: Alignment, out: Path) -> None:

@@ -50,6 +50,12 @@ def show_graft(report: GraftReport, out: Path, pushed: str | None = None) -> Non
     library = report.module_library
     console.print(f"        or with {library} alone, as {escaped(str(out / 'README.md'))} shows", soft_wrap=True)
     console.print(f"[bold]look at[/] {escaped(str(out / PAGE))}", soft_wrap=True)
+    from peft_graft.config import POLISH_STEPS  # needs pydantic, which the list of commands does not wait for
+
+    plain = report.polish and not report.prompts and not report.documents
+    if plain and report.settings.polish_steps < POLISH_STEPS:
+        better = f"without --polish {report.settings.polish} it learns for {POLISH_STEPS:,} steps"
+        console.print(f"[bold]better[/]  {better}")
     for command in _next(report, out):
         console.print(f"[bold]next[/]    {escaped(command)}", soft_wrap=True)
 
@@ -73,6 +79,9 @@ def _verdict(report: GraftReport) -> Panel:
             f"Agreement with the teacher {figure(measured.agreement, measured.agreement_interval)} over "
             f"{measured.answers:,} held-out answers"
         ))  # fmt: skip
+        if report.classes:
+            of_words = report.head and report.head.task == "token-classification"
+            lines += map(Text, report.classes.in_words("words" if of_words else "texts"))
     colour = _COLOURS.get(level, "yellow")
     return Panel(Group(*lines), title=f"[bold {colour}]verdict: {level}[/]", title_align="left", border_style=colour)
 
@@ -142,6 +151,8 @@ def _of_documents(found: DocumentRecord) -> str:
 def _next(report: GraftReport, out: Path) -> list[str]:
     if report.prompts:
         return [f"peft-graft evaluate {shlex.quote(str(out))} --text LABELLED.jsonl --metric exact,rouge"]
+    if report.classes:
+        return [f"peft-graft evaluate {shlex.quote(str(out))} --text LABELLED.jsonl"]
     if report.module_kind != "lora":  # of others not all can be merged
         return []
     return [f"peft-graft export {shlex.quote(str(out))} --to merged"]

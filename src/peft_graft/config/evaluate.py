@@ -33,7 +33,9 @@ class EvaluateConfig(GraftPlaceConfig):
         module: the teacher's module, if it is not where the graft's report says.
     """
 
-    columns: Annotated[tuple[str, ...] | None, Option(TEXT)] = Field(
+    columns: Annotated[
+        tuple[str, ...] | None, Option(TEXT, "Columns of prompt and answer, or of text and label: message,label.")
+    ] = Field(
         default=None,
         description="Columns of prompt and answer, or of text and label, if they have no usual names: question,answer.",
     )

@@ -48,7 +48,7 @@ class PairConfig(Config):
         description="skip (every k-th layer), avg (the mean of every window), or one teacher layer for each student "
         "layer: 0,2,4. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
     )
-    columns: Annotated[tuple[str, ...] | None, Option(HOW)] = Field(
+    columns: Annotated[tuple[str, ...] | None, Option(HOW, "Column of a table's text; of pairs two: a,b.")] = Field(
         default=None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
     )
     max_tokens: Annotated[int, Option(HOW)] = Field(

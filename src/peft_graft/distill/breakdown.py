@@ -34,6 +34,24 @@ class ClassCounts(Record):
     labels: list[str]
     counts: list[tuple[int, int, int]]
 
+    def in_words(self, what: str) -> list[str]:
+        """How much is decided alike, and how much the commonest class alone would be, in a sentence each.
+
+        Args:
+            what: is decided: words or texts.
+        """
+        total, alike = sum(count for *_, count in self.counts), 0
+        common = Counter[int]()
+        for wanted, given, count in self.counts:
+            common[wanted] += count
+            alike += count * (wanted == given)
+        label, most = common.most_common(1)[0]
+        return [
+            f"Of {total:,} held-out {what} it decides {alike:,} ({alike / total:.1%}) as the teacher does.",
+            f"Always saying “{self.labels[label]}” would come to {most / total:.1%}: agreement is what the graft does "
+            "beyond chance.",
+        ]
+
 
 class Decision(Record):
     """The class that each gives to a word; ``word`` is None where the whole text has one class.

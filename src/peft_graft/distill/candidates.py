@@ -31,7 +31,7 @@ from peft_graft.projection import project, resize_inner_layer
 from peft_graft.record import Record
 from peft_graft.run import Run
 
-FITTING = "fitting"  # the stage
+FITTING = "comparing methods"  # the stage
 
 
 class MapRecord(Record):

@@ -68,7 +68,7 @@ class LabelledText:
         *columns, label = config.columns or (None,)
         if len(columns) > (1 if kind == "words" else 2) or (label and not columns):
             raise PlanError(
-                "these columns are not those of text and label",
+                "these columns are not those of a text and its label",
                 where="--columns",
                 expected="tokens,ner_tags" if kind == "words" else "text,label or premise,hypothesis,label",
                 found=",".join(config.columns or ()),

@@ -43,7 +43,7 @@ def check_no_module(name: str, source: Mapping[str, Any], role: str) -> None:
         raise ModelError(
             f"the {role} cannot be loaded: {why}",
             where=name,
-            fix=f"give a model's folder, or a hub id that can be reached from here{_option(role)}",
+            fix=f"{_by(role)}give a model's folder, or a hub id that can be reached from here",
         )
     module, config = (_file(name, file, source, role) for file in (_MODULE, _CONFIG))
     if module:
@@ -177,10 +177,13 @@ def explained(name: str, role: str) -> Iterator[None]:
                 where=name,
                 fix="read that code; if you trust it, --trust-remote-code (trust_remote_code=True) runs it",
             ) from error
+        gone = "couldn't connect to" in str(error) and not os.path.exists(name)  # noqa: PTH110 - pathlib fails for long names
         raise ModelError(
-            f"the {role} cannot be loaded ({_said(error)})",
+            f"the {role} cannot be loaded: there is no folder of this name, and the hub cannot be reached"
+            if gone
+            else f"the {role} cannot be loaded ({_said(error)})",
             where=name,
-            fix=f"give a folder, or a hub id that can be reached from here{_option(role)}{_near(name)}",
+            fix=f"{_by(role)}give a folder, or a hub id that can be reached from here{_near(name, gone=gone)}",
         ) from error
 
 
@@ -189,11 +192,16 @@ def _option(role: str) -> str:
     return f" with --{role}" if role in ("teacher", "student") else ""
 
 
-def _near(name: str) -> str:
-    if not os.path.exists(name):  # noqa: PTH110 - pathlib fails for long names
-        plain = "; the same model in 16 bit does as well" if _QUANTISED.search(name) else ""
-        return f"; there is no folder {name}{plain}"
-    return ""
+def _by(role: str) -> str:
+    """The same at the beginning of what to do."""
+    return f"with --{role}, " if role in ("teacher", "student") else ""
+
+
+def _near(name: str, *, gone: bool) -> str:
+    if os.path.exists(name):  # noqa: PTH110 - pathlib fails for long names
+        return ""
+    plain = "; the same model in 16 bit does as well" if _QUANTISED.search(name) else ""
+    return plain if gone else f"; there is no folder {name}{plain}"
 
 
 def _text(method: Any) -> str:

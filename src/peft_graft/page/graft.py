@@ -13,14 +13,13 @@ from peft_graft.models.loading import ModelRecord
 from peft_graft.page import details, figures
 from peft_graft.page.differences import differences, shortened
 from peft_graft.page.render import render
-from peft_graft.report import AnswerSample, GraftReport
+from peft_graft.report import KINDS, AnswerSample, GraftReport
 
 #: Examples at the top of the page.
 _EXAMPLES = 3
 #: Its file, beside the checkpoint.
 PAGE = "report.html"
 #: Kinds of modules as people write them.
-_KINDS = {"lora": "LoRA", "ia3": "IA³", "bottleneck": "Adapter"}
 _OLD, _NEW, _UNTOUCHED = "teacher (old)", "graft (new)", "without the graft"
 
 
@@ -35,7 +34,7 @@ def graft_page(report: GraftReport, name: str) -> str:
         "title": f"{name} · graft report",
         "report": report,
         "name": name,
-        "kind": _KINDS.get(report.module_kind, report.module_kind),
+        "kind": KINDS.get(report.module_kind, report.module_kind),
         "teacher": _model(report, report.teacher, "teacher"),
         "student": _model(report, report.student, "student"),
         "moved": _moved(report),
@@ -77,7 +76,7 @@ def _model(report: GraftReport, record: ModelRecord, side: str) -> dict[str, str
 def _moved(report: GraftReport) -> str:
     sites = f"{len(report.sites)} module" + "s" * (len(report.sites) != 1)
     head = f", head {report.head.how or 'carried'}" if report.head else ""
-    return f"{_KINDS.get(report.module_kind, report.module_kind)}, {sites}{head}"
+    return f"{KINDS.get(report.module_kind, report.module_kind)}, {sites}{head}"
 
 
 def _gauge(report: GraftReport) -> dict[str, Any] | None:
@@ -120,19 +119,7 @@ def _practice(report: GraftReport) -> list[str]:
     if measured is None or measured.agreement is None:
         return ["Nothing was measured, so nothing is promised."]
     if report.classes is not None:
-        counts = report.classes.counts
-        total = sum(count for *_, count in counts)
-        alike = sum(count for wanted, given, count in counts if wanted == given)
-        common = Counter[int]()
-        for wanted, _, count in counts:
-            common[wanted] += count
-        label, most = common.most_common(1)[0]
-        what = "words" if _of_words(report) else "texts"
-        return [
-            f"Of {total:,} held-out {what} it decides {alike:,} ({alike / total:.1%}) as the teacher does.",
-            f"Always saying “{report.classes.labels[label]}” would come to {most / total:.1%}: agreement is what the "
-            "graft does beyond chance.",
-        ]
+        return report.classes.in_words("words" if _of_words(report) else "texts")
     if report.documents is not None:
         return report.documents.verdict(measured)
     return [f"It reproduces {measured.agreement:.0%} of what the module does to the last hidden state."]

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 def evaluate(
     graft: Annotated[str, typer.Argument(help="Folder or hub id of a graft, or of a module of peft.")],
     config: EvaluateConfig,
-    text: Annotated[str, typer.Option(help="Prompts with answers, or labelled text: a file or hub data set.")],
+    text: Annotated[
+        str,
+        typer.Option(help="Prompts with answers, texts with labels, or tokens with ner_tags: a file or hub data set."),
+    ],
     metric: Annotated[
         str | None,
         typer.Option(
@@ -31,8 +34,8 @@ def evaluate(
             "macro-f1, micro-f1 or exact. Several with commas; the usual ones by default."
         ),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="The teacher's model, if it is not where it was.")] = None,
-    student: Annotated[str | None, typer.Option(help="The student, if it is not where it was.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the teacher's model is now, if it has moved.")] = None,
+    student: Annotated[str | None, typer.Option(help="Where the student is now, if it has moved.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -44,6 +47,7 @@ def evaluate(
 
     Example:
         peft-graft evaluate out/graft --text labelled.jsonl --metric exact,rouge
+        peft-graft evaluate out/classifier --text labelled.csv --columns message,label
     """
     names = None if metric is None else [name.strip() for name in metric.split(",")]
     with watching() as callbacks, saying_how_to_go_on(out) if out else nullcontext():

@@ -21,7 +21,7 @@ def inspect(
     adapter: Annotated[str, typer.Argument(help="Folder or hub id of a module.")],
     config: GraftConfig,
     student: Annotated[str | None, typer.Option(help="Plan a transfer to this model, without its weights.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="The module's base, if its configuration is wrong.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the module's base is now, if it has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text that the transfer would be given.")] = None,
     seeds: Annotated[str | None, typer.Option(help="The examples that the transfer would make prompts from.")] = None,
     alignment: Annotated[str | None, typer.Option(help="The alignment that the transfer would be given.")] = None,

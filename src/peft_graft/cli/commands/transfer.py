@@ -31,7 +31,7 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         typer.Option(
             "--out",
             "-o",
-            help="Folder to write; it must not exist. Of several modules, the folder of their grafts.",
+            help="New folder to write; of several modules, for all.",
             rich_help_panel="Output",
         ),
     ],
@@ -43,7 +43,7 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
         Path | None,
         typer.Option("--list", help="More modules, one a line; or JSON: adapter, and name, teacher, text or seeds."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="The module's base, if its configuration is wrong.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the module's base is now, if it has moved.")] = None,
     text: Annotated[
         str | None, typer.Option(help="Unlabelled text of the task, or prompts: a file or hub data set.")
     ] = None,
