@@ -143,6 +143,8 @@ def test_labels_that_hold_or_not(world: Path, tmp_path: Path) -> None:
         wanted = f1_score(truth, holds, average=average, zero_division=0)
         assert scores[f"{average}-f1"].value == pytest.approx(wanted)
     assert scores["exact"].value == pytest.approx(23 / 24)
+    nothing = evaluate(tmp_path / "graft", text=[{"text": "none holds", "labels": []}], metrics=["micro-f1"])
+    assert nothing.rows[0].scores["micro-f1"].value == 0
 
 
 def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(tagger, world: Path, monkeypatch, tmp_path) -> None:

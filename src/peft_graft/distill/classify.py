@@ -125,9 +125,9 @@ class LabelledText:
 
     def commonest(self, seed: int) -> Row:
         """The row of what always gives the commonest label."""
-        (label, _), *_ = Counter(label for labels in self.known for label in labels).most_common(1)
+        first = [label for label, _ in Counter(label for labels in self.known for label in labels).most_common(1)]
         words = self.kind == "words"
-        predicted = [[label] * (len(labels) if words else 1) for labels in self.known]
+        predicted = [first * (len(labels) if words else 1) for labels in self.known]
         record = EvaluatedModel(name=COMMONEST, model=None, module=None, scores=self.scored(predicted, seed))
         return Row(record, ())
 
