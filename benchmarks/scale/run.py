@@ -172,8 +172,7 @@ def minutes_of(name: str, pair: Pair, ways: dict[str, tuple[Way, int]], rates: R
         work = [(costs.of_models(stage) + costs.of_products(stage)) / 1e15 for stage in stages]
         columns[f"PFLOP{again}"] = [0.0, *work, sum(work)]
         found = Way(way.name, way.count, full)
-        # Weights are read once as they are, and on the processor once more for an output layer of their own.
-        taken = [2 * pair.weights / rates.disk / GB]
+        taken = [pair.weights / rates.disk / GB]
         taken += [seconds_of(stage, costs, pair, text, found, rates) for stage in stages]
         columns[f"minutes, {said}{again}"] = [value / 60 for value in (*taken, sum(taken))]
     lines = ["reading weights", *(stage.name for stage in stages), "**all**"]

@@ -159,3 +159,28 @@ def test_weights_that_become_infinite_in_half_precision_are_named(world, tmp_pat
         f"teacher {tmp_path / 'hot'}: weights are too large for float16; found infinity or NaN in "
         "encoder.layer.1.output.dense.weight. Fix: give --dtype bfloat16 or float32"
     )
+
+
+@pytest.mark.parametrize("form", ["whole", "sharded", "bin"])
+def test_an_output_layer_is_read_without_the_rest(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for checkpoints that are no safetensors, of which all is loaded."""
+    shape = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.PhiConfig(**shape, num_attention_heads=4, num_key_value_heads=2)  # with a bias
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    options = {"whole": {}, "sharded": {"max_shard_size": "20KB"}, "bin": {"safe_serialization": False}}[form]
+    if form == "bin" and int(transformers.__version__.split(".")[0]) >= 5:
+        model.config.save_pretrained(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        model.save_pretrained(tmp_path, **options)
+    assert (form == "sharded") == (tmp_path / "model.safetensors.index.json").exists()
+    handle = load_model(str(tmp_path))
+    whole = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: whole.append(a) or load(*a, **k)
+    )
+    assert torch.equal(handle.base_tensors(output=True)["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(handle.output_bias, model.lm_head.bias)
+    assert len(whole) == (form == "bin")

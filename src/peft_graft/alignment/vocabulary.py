@@ -14,8 +14,9 @@ import torch
 
 from peft_graft.alignment.maps import Selection
 from peft_graft.errors import PairingError, PlanError
-from peft_graft.models.loading import ModelPair, embedding_similarity
+from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import VOCABULARY, Space
+from peft_graft.models.vocabulary import embedding_similarity
 from peft_graft.modules.base import Module
 
 if TYPE_CHECKING:

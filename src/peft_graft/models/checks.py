@@ -45,7 +45,7 @@ def check_no_module(name: str, source: Mapping[str, Any], role: str) -> None:
             where=name,
             fix=f"{_by(role)}give a model's folder, or a hub id that can be reached from here",
         )
-    module, config = (_file(name, file, source, role) for file in (_MODULE, _CONFIG))
+    module, config = (file_of(name, file, source, role) for file in (_MODULE, _CONFIG))
     if module:
         said = read_json(Path(module))
         base = said.get("base_model_name_or_path") or said.get("model_name") or "its base"
@@ -76,7 +76,7 @@ def check_no_module(name: str, source: Mapping[str, Any], role: str) -> None:
         )
 
 
-def _file(name: str, file: str, source: Mapping[str, Any], role: str) -> str | None:
+def file_of(name: str, file: str, source: Mapping[str, Any], role: str) -> str | None:
     """Where a file of a folder or of a repository is on this machine; None where there is none, or no way to it."""
     from transformers.utils import cached_file
 

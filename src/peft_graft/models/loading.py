@@ -35,8 +35,9 @@ from peft_graft.models.fingerprint import (
 )
 from peft_graft.models.places import hub_id_of, place_of
 from peft_graft.models.spec import LM_HEAD_ROLE
-from peft_graft.models.task_models import auto_class, blank_model, is_remote, prefix_of, take_parts
+from peft_graft.models.task_models import blank_model, is_remote, prefix_of, take_parts
 from peft_graft.models.tasks import Task
+from peft_graft.models.vocabulary import output_layer
 from peft_graft.record import Record
 
 if TYPE_CHECKING:
@@ -87,7 +88,6 @@ class Loading:
 
 
 DEFAULT_LOADING = Loading()
-_COMPARED = 4096  # rows of word embeddings, about
 
 
 class ModelRecord(Record):
@@ -176,7 +176,7 @@ class ModelHandle:
         path = self.architecture.vocabulary.get(LM_HEAD_ROLE)
         if output and path:
             if self.output is None:
-                self.output = self._output_weight()
+                self.output, self.output_bias = output_layer(self)
             return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
         return self._base_tensors
 
@@ -202,26 +202,6 @@ class ModelHandle:
     def is_blank(self) -> bool:
         """Whether it was made from a configuration alone: shapes without values (``blank_handle``)."""
         return is_blank(self.base)
-
-    def _output_weight(self) -> Tensor:
-        blank = blank_model(self.base.config, Task.CAUSAL_LM, trust_remote_code=is_remote(self.base))
-        own = blank.get_output_embeddings().weight
-        if own is blank.get_input_embeddings().weight:
-            weight = _word_embeddings(self.base)
-        elif self.is_blank:
-            weight = own
-        else:
-            options = {**self.loading.source(self.place), **self.loading.weights, "dtype": self.base.dtype}
-            with explained(self.name, "output layer"):
-                auto = auto_class(Task.CAUSAL_LM, self.base.config)
-                model, info = auto.from_pretrained(self.place, output_loading_info=True, **options)
-            if f"{self.architecture.row.lm_head}.weight" in info["missing_keys"]:
-                raise ModelError("the model's checkpoint has no output layer", where=self.name)
-            layer = model.get_output_embeddings()
-            weight = layer.weight
-            self.output_bias = layer.bias.detach() if getattr(layer, "bias", None) is not None else None
-        assert isinstance(weight, Tensor)
-        return weight.detach()
 
 
 @dataclass(frozen=True)
@@ -426,25 +406,3 @@ def wrap_model(
         found.output = output.weight.detach()
         found.output_bias = output.bias.detach() if getattr(output, "bias", None) is not None else None
     return found
-
-
-def embedding_similarity(teacher: nn.Module, student: nn.Module) -> float | None:
-    """Mean cosine between the two models' word embeddings, row by row; None where their shapes differ.
-
-    Near 1 for a model and one made from it (distilled, pruned, tuned further), near 0 for unrelated ones.
-    """
-    first, second = (_word_embeddings(model) for model in (teacher, student))
-    if first.shape != second.shape:
-        return None
-    step = max(1, len(first) // _COMPARED)
-    return float(
-        nn.functional.cosine_similarity(first[::step].cpu().float(), second[::step].cpu().float(), dim=1).mean()
-    )
-
-
-def _word_embeddings(model: nn.Module) -> Tensor:
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    if not weight.is_meta:
-        return weight.detach()
-    name = next(name for name, value in model.named_parameters() if value is weight)
-    return BaseTensors(model, frozenset(), {})[name]

@@ -42,7 +42,7 @@ def choose_methods(
 
     Args:
         given: an alignment that the user made before. has_text: whether candidates can be compared on text.
-        similarity: mean cosine of the two models' word embeddings, row by row (``loading.embedding_similarity``), None
+        similarity: mean cosine of the two models' word embeddings, row by row (``vocabulary``), None
             where they differ in shape, or where the choice does not depend on it.
         speaks: whether a polish learns what the teacher says next.
 

@@ -16,9 +16,10 @@ from peft_graft.checkpoints.library import in_library
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.config import AUTO, GraftConfig
-from peft_graft.models.loading import ModelHandle, ModelPair, embedding_similarity
+from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.models.spec import expert_of
+from peft_graft.models.vocabulary import embedding_similarity
 from peft_graft.planning.checks import (
     asks_teacher,
     check_head_fit,
