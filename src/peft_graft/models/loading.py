@@ -176,7 +176,9 @@ class ModelHandle:
         path = self.architecture.vocabulary.get(LM_HEAD_ROLE)
         if output and path:
             if self.output is None:
-                self.output, self.output_bias = output_layer(self)
+                options = {} if self.is_blank else {**self.loading.source(self.place), **self.loading.weights}
+                lm_head = str(self.architecture.row.lm_head)
+                self.output, self.output_bias = output_layer(self.base, self.place, lm_head, options)
             return BaseTensors(self.base, self.missing, {f"{path}.weight": self.output})
         return self._base_tensors
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
 from peft_graft.models.checks import explained, file_of
-from peft_graft.models.devices import BaseTensors, is_quantised
+from peft_graft.models.devices import BaseTensors, is_blank, is_quantised
 from peft_graft.models.task_models import auto_class, blank_model, is_remote
 from peft_graft.models.tasks import Task
-
-if TYPE_CHECKING:
-    from peft_graft.models.loading import ModelHandle
 
 _COMPARED = 4096  # rows of word embeddings, about
 
@@ -45,35 +42,37 @@ def embedding_similarity(teacher: nn.Module, student: nn.Module) -> float | None
     )
 
 
-def output_layer(model: ModelHandle) -> tuple[Tensor, Tensor | None]:
+def output_layer(base: Any, place: str, path: str, options: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Weight [V, d] and bias [V] of the output layer of a model that was loaded without it.
 
     The word embeddings where they are tied; else read from the checkpoint alone where it has them as they are, and
     with all of the model where it does not.
 
+    Args:
+        base: the bare model of transformers. place: its folder or hub id. path: the layer's, in a language model.
+        options: of ``from_pretrained``.
+
     Raises:
         ModelError: there is no language model of this name to take it from, or it has no output layer.
     """
-    base = model.base
     blank = blank_model(base.config, Task.CAUSAL_LM, trust_remote_code=is_remote(base))
     own = blank.get_output_embeddings()
     if own.weight is blank.get_input_embeddings().weight:
         return word_embeddings(base).detach(), None
-    if model.is_blank:
+    if is_blank(base):
         return own.weight.detach(), None
-    path, source = model.architecture.row.lm_head, model.loading.source(model.place)
     shapes = {f"{path}.{name}": value.shape for name, value in own.named_parameters()}
     if not is_quantised(base):
-        found = _stored(model.place, shapes, source)
+        found = _stored(place, shapes, options)
         if {name: value.shape for name, value in found.items()} == shapes:
             values = {name: value.to(base.dtype) for name, value in found.items()}
             return values[f"{path}.weight"], values.get(f"{path}.bias")
-    with explained(model.name, "output layer"):
+    with explained(place, "output layer"):
         whole, info = auto_class(Task.CAUSAL_LM, base.config).from_pretrained(
-            model.place, output_loading_info=True, **{**source, **model.loading.weights, "dtype": base.dtype}
+            place, output_loading_info=True, **{**options, "dtype": base.dtype}
         )
     if f"{path}.weight" in info["missing_keys"]:
-        raise ModelError("the model's checkpoint has no output layer", where=model.name)
+        raise ModelError("the model's checkpoint has no output layer", where=place)
     layer = whole.get_output_embeddings()
     return layer.weight.detach(), None if getattr(layer, "bias", None) is None else layer.bias.detach()
 
