@@ -1,6 +1,6 @@
 # make install   .venv with peft-graft and all that demo and tests need
 # make demo      the main job on real pretrained weights; after Ctrl-C it goes on
-# make demo-llm  the same on language models: downloads 330 MB, then some twelve minutes
+# make demo-llm  the same on language models: downloads 330 MB, then eight to twelve minutes
 # make lint      style, types and the direction of imports
 # make test      lint and tests
 # make docs      the documentation into out/site, which needs no network; a warning is an error

@@ -19,7 +19,7 @@ from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.study import packaged_llms
 
 FORMAT = "Request: {prompt}\nJSON:"
-#: So many steps, and tokens of an answer, take twelve minutes of two cores.
+#: So many steps, and tokens of an answer, take eight to twelve minutes of two cores.
 STEPS, TOKENS = 30, 64
 _CORPUS = "corpus"
 
