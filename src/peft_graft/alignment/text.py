@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -356,17 +356,29 @@ def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str, fi
 
 def _choose_columns(row: Mapping[str, Any], columns: Sequence[str] | None, source: str) -> tuple[str, ...]:
     if columns:
-        check_columns(row, columns, source, "name one column, or two for sentence pairs, with --columns")
+        check_columns(row, columns, source, _NAME_THEM)
         return tuple(columns)
+    return usual_columns(row, source, _NAME_THEM)
+
+
+_NAME_THEM = "name one column, or two for sentence pairs, with --columns"
+
+
+def usual_columns(names: Collection[str], source: str, fix: str) -> tuple[str, ...]:
+    """The columns of text among these, by their usual names (``KNOWN_COLUMNS``).
+
+    Raises:
+        TextError: there is none.
+    """
     for known in KNOWN_COLUMNS:
-        if all(column in row for column in known):
+        if all(column in names for column in known):
             return known
     raise TextError(
         "no column with a usual name",
         where=source,
         expected=" or ".join("+".join(known) for known in KNOWN_COLUMNS),
-        found=", ".join(row),
-        fix="name one column, or two for sentence pairs, with --columns",
+        found=", ".join(names),
+        fix=fix,
     )
 
 

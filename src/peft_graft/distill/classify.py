@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,9 +81,9 @@ class LabelledText:
             raise TextError("there are no labelled examples", where=where)
         _check_labels(found, names, where)
         random.Random(config.seed).shuffle(found)
-        asked = LabelledText(where, found[: config.limit], kind, names, chosen)
-        asked.scored(asked.known)  # what cannot be scored is said now
-        return asked
+        for name in chosen:  # a library that is missing is said now
+            CLASS_METRICS[name].counts([found[0].labels], [found[0].labels], names)
+        return LabelledText(where, found[: config.limit], kind, names, chosen)
 
     @property
     def known(self) -> list[Labels]:
@@ -169,7 +169,7 @@ class Classifying:
     def row(self, side: Side) -> Row:
         """A model with its module; its weights are let go of afterwards."""
         with self.run.stage(f"loading the {side.role}"):
-            handle = side.loaded(tokenizer=True)
+            handle = replace(side.loaded(), tokenizer=side.handle.tokenizer)
             attached = side.attached(handle, bf16=self.config.dtype == "bfloat16")
         stage, examples = f"asking the {side.whole}", self.asked.examples
         with self.run.stage(stage):

@@ -87,11 +87,9 @@ class Side:
         """What messages call the model."""
         return {TEACHER: "teacher", GRAFT: "student"}.get(self.whole, "model")
 
-    def loaded(self, *, tokenizer: bool = False) -> ModelHandle:
-        """The model with weights; whether with its tokenizer too."""
-        if not self.handle.is_blank:
-            return self.handle
-        return load_model(self.handle.name, self.loading, role=self.role, tokenizer=tokenizer)
+    def loaded(self) -> ModelHandle:
+        """The model with weights."""
+        return load_model(self.handle.name, self.loading, role=self.role) if self.handle.is_blank else self.handle
 
     def attached(self, handle: ModelHandle, *, bf16: bool) -> AttachedModel:
         """The loaded model with the module inside."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_graft.alignment.text import KNOWN_COLUMNS, load_rows
+from peft_graft.alignment.text import load_rows, usual_columns
 from peft_graft.errors import TextError
 from peft_graft.models.tasks import Task
 
 #: The usual column of words; those of their tags, of a text's class, and of all labels that hold.
 _WORDS, _TAGS, _CLASS = "tokens", ("ner_tags", "tags", "labels"), ("label", "labels")
+_NAME_THEM = "name those of the text and of the label with --columns text,label"
 #: How the hub marks what has no label.
 _UNLABELLED = -1
 
@@ -93,13 +94,12 @@ def read_examples(
     where = str(source) if isinstance(source, str | Path) else "given in memory"
     rows, names, features = _rows(source, where)
     words = kind == Task.TOKEN_CLASSIFICATION
-    found = tuple(columns) or _text_columns(names, where, words=words)
+    found = tuple(columns) or ((_WORDS,) if words else usual_columns(names, where, _NAME_THEM))
     usual = _TAGS if words else _CLASS
     label = label or next((name for name in usual if name in names), usual[0])
     if {*found, label} - set(names):
-        raise TextError("columns are missing", where=where, expected=", ".join([*found, label]),
-                        found=", ".join(names), fix="name those of the text and of the label with --columns "
-                        "text,label")  # fmt: skip
+        wanted = ", ".join([*found, label])
+        raise TextError("columns are missing", where=where, expected=wanted, found=", ".join(names), fix=_NAME_THEM)
     name = _namer(features.get(label), labels, where)
     read = _Rows(found, label, name, where)
     if words:
@@ -157,21 +157,6 @@ def _rows(source: LabelledLike, where: str) -> tuple[Iterable[Mapping[str, Any]]
         odd = next((type(row).__name__ for row in rows if not isinstance(row, Mapping)), "nothing")
         raise TextError("these are no labelled rows", where=where, expected="dictionaries by column", found=odd)
     return rows, list(rows[0]), getattr(source, "features", None) or {}
-
-
-def _text_columns(names: Sequence[str], where: str, *, words: bool) -> tuple[str, ...]:
-    if words:
-        return (_WORDS,)
-    for known in KNOWN_COLUMNS:
-        if set(known) <= set(names):
-            return known
-    raise TextError(
-        "no column of text with a usual name",
-        where=where,
-        expected=" or ".join("+".join(known) for known in KNOWN_COLUMNS),
-        found=", ".join(names),
-        fix="name those of the text and of the label with --columns text,label",
-    )
 
 
 def _namer(feature: Any, labels: Sequence[str], where: str) -> Callable[[Any], str]:
