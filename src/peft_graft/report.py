@@ -17,6 +17,7 @@ from peft_graft.distill.polish import PolishRecord
 from peft_graft.errors import CheckpointError
 from peft_graft.files import read_json
 from peft_graft.models.loading import ModelRecord
+from peft_graft.models.tasks import Task
 from peft_graft.record import Record, html_table
 
 #: What people call kinds of modules, where that is another word.
@@ -113,6 +114,16 @@ class GraftReport(Record):
         moved = "an untrained module" if self.method == "fresh" else "the moved module"
         begun = {"moved": moved, "gradient": "an untrained module that reads where the gradient points"}
         return begun.get(self.polish.start, self.polish.start)
+
+    @property
+    def tags_words(self) -> bool:
+        """Whether it gives every word a class, and not the whole text."""
+        return bool(self.head and self.head.task == Task.TOKEN_CLASSIFICATION)
+
+    @property
+    def decided_alike(self) -> list[str]:
+        """What the agreement of a classifier means in counts (``ClassCounts.in_words``); nothing of others."""
+        return self.classes.in_words("words" if self.tags_words else "texts") if self.classes else []
 
     def __repr__(self) -> str:
         return f"GraftReport({self.module_kind} of {self.teacher.name} on {self.student.name}: {self.verdict.level})"

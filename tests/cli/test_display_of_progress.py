@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
@@ -54,15 +56,22 @@ def test_one_bar_shows_stage_steps_loss_and_time_left(monkeypatch) -> None:
         assert task.fields["loss"] == ""
 
 
-def test_a_planned_bar_tells_the_time_left_of_the_whole_run() -> None:
+@contextmanager
+def planned_bar() -> Iterator[tuple[PlannedBar, Callable[[], str]]]:
+    """A bar of a run that began 100 s ago, and what it says of the whole run."""
     with Progress(TextColumn("{task.fields[whole]}"), console=Console(file=io.StringIO(), width=80)) as display:
         bar = PlannedBar(display)
+        bar.begun -= 100
 
         def whole() -> str:
             (task,) = display.tasks
-            return task.fields["whole"]
+            return str(task.fields["whole"])
 
-        bar.begun -= 100
+        yield bar, whole
+
+
+def test_a_planned_bar_tells_the_time_left_of_the_whole_run() -> None:
+    with planned_bar() as (bar, whole):
         seconds = {"making prompts": 9.0, "asking the teacher": 2.0, "polishing": 3.0}
         bar.on_plan(StudentSummary(name="s", stage_seconds=seconds))
         bar.on_stage_begin("loading models")
@@ -80,14 +89,7 @@ def test_a_planned_bar_tells_the_time_left_of_the_whole_run() -> None:
 
 
 def test_a_stage_that_comes_in_rounds_is_over_with_the_last() -> None:
-    with Progress(TextColumn("{task.fields[whole]}"), console=Console(file=io.StringIO(), width=80)) as display:
-        bar = PlannedBar(display)
-
-        def whole() -> str:
-            (task,) = display.tasks
-            return task.fields["whole"]
-
-        bar.begun -= 100
+    with planned_bar() as (bar, whole):
         seconds = {"aligning the models": 4.0, "fitting": 6.0, "polishing": 10.0}
         bar.on_plan(StudentSummary(name="s", stage_seconds=seconds, stage_rounds={"fitting": 3}))
         bar.on_stage_begin("fitting")

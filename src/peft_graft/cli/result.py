@@ -79,9 +79,7 @@ def _verdict(report: GraftReport) -> Panel:
             f"Agreement with the teacher {figure(measured.agreement, measured.agreement_interval)} over "
             f"{measured.answers:,} held-out answers"
         ))  # fmt: skip
-        if report.classes:
-            of_words = report.head and report.head.task == "token-classification"
-            lines += map(Text, report.classes.in_words("words" if of_words else "texts"))
+        lines += map(Text, report.decided_alike)
     colour = _COLOURS.get(level, "yellow")
     return Panel(Group(*lines), title=f"[bold {colour}]verdict: {level}[/]", title_align="left", border_style=colour)
 

@@ -119,7 +119,7 @@ def _practice(report: GraftReport) -> list[str]:
     if measured is None or measured.agreement is None:
         return ["Nothing was measured, so nothing is promised."]
     if report.classes is not None:
-        return report.classes.in_words("words" if _of_words(report) else "texts")
+        return report.decided_alike
     if report.documents is not None:
         return report.documents.verdict(measured)
     return [f"It reproduces {measured.agreement:.0%} of what the module does to the last hidden state."]
@@ -132,10 +132,6 @@ def _practice_of_answers(found: GenerationAgreement) -> list[str]:
         f"Its answers share {found.token_f1:.0%} of their words with the teacher's (F1); without it "
         f"{found.bare_token_f1:.0%}.",
     ]
-
-
-def _of_words(report: GraftReport) -> bool:
-    return bool(report.head and report.head.task == "token-classification")
 
 
 def _facts(report: GraftReport) -> list[dict[str, str]]:
@@ -199,7 +195,7 @@ def _examples(report: GraftReport, everyday: str | None) -> dict[str, Any]:
         ]
         found.append({"text": None if _is_tagged(text) else shortened(" / ".join(text.texts)), "sides": sides})
     what = "the first held-out prompts" if report.answers else "the first held-out texts"
-    if not report.answers and _of_words(report) and everyday is not None:
+    if not report.answers and report.tags_words and everyday is not None:
         what += f" in which the teacher finds more than “{everyday}”, which is not written"
     return {
         "examples": found,
@@ -218,7 +214,7 @@ def _visible(answer: str) -> str:
 
 def _everyday_class(report: GraftReport) -> str | None:
     """The class of most words, which need no tag; None where a text has one class."""
-    if report.classes is None or not _of_words(report):
+    if report.classes is None or not report.tags_words:
         return None
     counts = Counter[str]()
     for wanted, _, count in report.classes.counts:
