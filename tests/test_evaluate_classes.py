@@ -147,6 +147,37 @@ def test_labels_that_hold_or_not(world: Path, tmp_path: Path) -> None:
     assert nothing.rows[0].scores["micro-f1"].value == 0
 
 
+def test_a_class_that_the_module_lacks_counts_as_missed(tagger: tuple[Path, list[dict]]) -> None:
+    graft, rows = tagger
+    entity = next(number for number, row in enumerate(rows) if set(row["ner_tags"]) - {"O"})
+    place = next(number for number, tag in enumerate(rows[entity]["ner_tags"]) if tag != "O")
+    tags = [*rows[entity]["ner_tags"]]
+    tags[place] = "B-MISC"
+    known = [*rows[:entity], {**rows[entity], "ner_tags": tags}, *rows[entity + 1 :]]
+    found = evaluate(graft, text=known)
+    assert found.notes == ["given in memory: 1 labels that the module does not give count as missed: B-MISC"]
+    wanted = entity_f1([row["ner_tags"] for row in known], [row["ner_tags"] for row in rows])
+    assert found.rows[1].scores["entity-f1"].value == pytest.approx(wanted)
+    assert wanted < 1
+
+
+def test_texts_of_a_class_that_the_module_lacks_lower_every_average(world: Path, tmp_path: Path) -> None:
+    tiny.peft_lora(tmp_path / "lora", world / "teacher", task="sequence-classification", labels=CLASSES)
+    grafted(tmp_path, world / "teacher", CLASSES)
+    lines = tiny.sentences(20)
+    asked = evaluate(tmp_path / "graft", text=[{"text": line, "label": "no"} for line in lines])
+    given = {answer.prompt: answer.answers["graft"] for answer in asked.answers}
+    rows = [{"text": line, "label": "never" if number < 5 else given[line]} for number, line in enumerate(lines)]
+    found = evaluate(tmp_path / "graft", text=rows)
+    scores = found.rows[1].scores
+    truth, said = [row["label"] for row in rows], [given[line] for line in lines]
+    assert scores["accuracy"].value == 0.75
+    assert scores["macro-f1"].value == pytest.approx(
+        f1_score(truth, said, labels=[*CLASSES, "never"], average="macro", zero_division=0)
+    )
+    assert "5 labels that the module does not give count as missed: never" in found.notes[0]
+
+
 def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(tagger, world: Path, monkeypatch, tmp_path) -> None:
     graft, rows = tagger
     tiny.peft_lora(tmp_path / "number", world / "teacher", task="sequence-classification", labels=("score",))

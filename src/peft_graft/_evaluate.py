@@ -150,17 +150,18 @@ def evaluate(
     side, report = _subject(graft, student, config)
     others, notes = _teacher_if_there(report, teacher, config)
     run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
+    remarks: list[str] = []
     if isinstance(side, SpeakingSide):
         config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
         speaking = [one for one in (side, *others) if isinstance(one, SpeakingSide)]
         rows, asked = _spoken(given, speaking, names, config, run)
     else:
-        rows, asked = _classified(given, [side, *others], names, config, run)
+        rows, asked, remarks = _classified(given, [side, *others], names, config, run)
     found = Evaluation(
         graft=str(graft) if isinstance(graft, str | Path) else str(graft.folder or "a graft in memory"),
         task=side.raw.task,
         rows=[row.record for row in rows],
-        notes=notes,
+        notes=[*notes, *remarks],
         settings=config,
         seconds=run.seconds,
         versions=versions(),
@@ -229,8 +230,8 @@ def _spoken(
 
 def _classified(
     text: LabelledLike, sides: Sequence[Side], metrics: Sequence[str], config: EvaluateConfig, run: Run
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of classifiers, and what was asked.
+) -> tuple[list[Row], dict[str, Any], list[str]]:
+    """Rows of classifiers, what was asked, and remarks.
 
     Raises:
         GraftError: see ``LabelledText.of``.
@@ -241,7 +242,7 @@ def _classified(
     classifying = Classifying(asked, config, run)
     rows = _in_order([asked.commonest(config.seed), *map(classifying.row, sides)])
     found = {"text": asked.name, "prompts": len(asked.examples), "too_long": 0, "duplicates": 0}
-    return rows, found | {"answers": asked.said(rows)}
+    return rows, found | {"answers": asked.said(rows)}, [*asked.remarks]
 
 
 def _in_order(rows: Iterable[Row]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +34,8 @@ class LabelledText:
     """Labelled examples that classifiers are compared on.
 
     Attributes:
-        name: of their source. examples: in random order. kind: what a label is of. names: of all classes.
-        metrics: that score them.
+        name: of their source. examples: in random order. kind: what a label is of. names: of all classes, those that
+        only the examples have after the module's own. metrics: that score them. remarks: for the user.
     """
 
     name: str
@@ -43,6 +43,7 @@ class LabelledText:
     kind: LabelKind
     names: Sequence[str]
     metrics: Sequence[str]
+    remarks: Sequence[str] = ()
 
     @staticmethod
     def of(
@@ -53,13 +54,13 @@ class LabelledText:
         metrics: Sequence[str],
         config: EvaluateConfig,
     ) -> LabelledText:
-        """The examples, with labels that the classifiers give.
+        """The examples. A label that the classifiers do not give counts as missed.
 
         Args:
             names: of all classes, in the order of the module's outputs. metrics: those wanted, none for the usual ones.
 
         Raises:
-            TextError: see ``read_examples``; or there are none, or they have labels that no classifier gives.
+            TextError: see ``read_examples``; or there are none, or the classifiers give less than half of their labels.
             PlanError: no such metric of these classes, or too many columns.
             DependencyError: the library that a metric needs is not installed.
         """
@@ -79,11 +80,13 @@ class LabelledText:
         )  # fmt: skip
         if not found:
             raise TextError("there are no labelled examples", where=where)
-        _check_labels(found, names, where)
         random.Random(config.seed).shuffle(found)
+        found = found[: config.limit]
+        foreign = _foreign_labels(found, names, where)
+        names = [*names, *foreign]
         for name in chosen:  # a library that is missing is said now
             CLASS_METRICS[name].counts([found[0].labels], [found[0].labels], names)
-        return LabelledText(where, found[: config.limit], kind, names, chosen)
+        return LabelledText(where, found, kind, names, chosen, _remarks(foreign, where))
 
     @property
     def known(self) -> list[Labels]:
@@ -137,17 +140,31 @@ def kind_of_labels(task: Task, *, several: bool) -> LabelKind:
     return "words" if task is Task.TOKEN_CLASSIFICATION else "labels" if several else "samples"
 
 
-def _check_labels(examples: Sequence[LabelledExample], names: Sequence[str], where: str) -> None:
-    unknown = Counter(label for example in examples for label in example.labels if label not in names)
-    if unknown:
+def _foreign_labels(examples: Sequence[LabelledExample], names: Sequence[str], where: str) -> dict[str, int]:
+    """How often the examples have which labels that the module does not give, the commonest first.
+
+    Raises:
+        TextError: these are more than half of all but O: names that are meant otherwise.
+    """
+    counts = Counter(label for example in examples for label in example.labels if label != _OUTSIDE)
+    foreign = {label: count for label, count in counts.most_common() if label not in names}
+    if 2 * sum(foreign.values()) > counts.total():
         raise TextError(
             "the text has labels that the module does not give",
             where=where,
             expected=", ".join(names),
-            found=", ".join(label for label, _ in unknown.most_common(5)),
+            found=", ".join([*foreign][:5]),
             fix="write them as the module names them, or as numbers in that order; or name the classes with --labels, "
             "in the order of the module's outputs, and the column of labels last with --columns text,label",
         )
+    return foreign
+
+
+def _remarks(foreign: Mapping[str, int], where: str) -> list[str]:
+    if not foreign:
+        return []
+    named = ", ".join([*foreign][:5]) + (", ..." if len(foreign) > 5 else "")
+    return [f"{where}: {sum(foreign.values()):,} labels that the module does not give count as missed: {named}"]
 
 
 def _chosen(metrics: Sequence[str], kind: LabelKind, names: Sequence[str]) -> list[str]:
