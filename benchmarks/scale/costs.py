@@ -16,7 +16,7 @@ from peft_graft.distill.completions import BATCH, CompletionDistillation
 from peft_graft.distill.cost import _TIMES
 from peft_graft.distill.distillation import READ
 from peft_graft.distill.fit_layers import SAMPLES
-from peft_graft.distill.generate import batch_size_of
+from peft_graft.distill.generate import prompts_within
 from peft_graft.distill.gradient_start import _BATCHES
 from peft_graft.distill.polish import PROMPT_RATES, STARTS, PolishSettings
 from peft_graft.distill.teacher import FIT, POOL
@@ -214,6 +214,16 @@ class Pair:
         """Bytes of both models in bfloat16."""
         return sum(2 * sum(parameters_of(shape)) for shape in self.both)
 
+    def free(self, way: Way, rates) -> float:
+        """Bytes that each GPU has beside the weights."""
+        return rates.gpu_memory * GB - self.weights / way.holds
+
+    def sums(self, way: Way, rates) -> tuple[float, int]:
+        """Bytes of whole gradients that each GPU holds at a time for a start, and how often that is done."""
+        whole = 4 * self.step("student", COUNTED, Text(COUNTED, 2)).adapted / way.holds
+        most = self.free(way, rates) / 2
+        return min(whole, most), math.ceil(whole / most)
+
     @property
     def alike(self) -> bool:
         """Whether all spaces that the LoRA touches are of one size."""
@@ -292,11 +302,12 @@ class Way:
         return self.count if self.name in ("spread", "cut") else 1
 
 
-def keys_and_values(shape: Shape, tokens: int) -> tuple[int, int]:
+def keys_and_values(pair: Pair, shape: Shape, tokens: int, way: Way, rates) -> tuple[int, int]:
     """Prompts that are answered at a time, as the package chooses, and bytes of keys and values of one token of all."""
     sizes = dict(shape.sizes)
     head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
-    batch = batch_size_of(described(shape).base, tokens)
+    free = way.holds * pair.free(way, rates)
+    batch = prompts_within(described(shape).base.config, tokens, 2, free)
     return batch, batch * 4 * shape.layers * sizes["num_key_value_heads"] * head
 
 
@@ -305,11 +316,12 @@ def seconds_of(stage: Stage, costs: Costs, pair: Pair, text: Text, way: Way, rat
     parts = {"cut": way.count, "processes": min(way.count, stage.shared)}.get(way.name, 1)
     found = costs.of_models(stage) / rates.products("bfloat16") / parts
     if stage.tokens:
-        free = rates.gpu_memory * GB - pair.weights / way.holds
         # A pass goes no deeper than its layers ask for.
-        found *= (costs.statistics.passes(free) + 1) / 2
+        found *= (costs.statistics.passes(pair.free(way, rates)) + 1) / 2
         products = rates.products("float64" if costs.statistics.precise else "float32")
         found += costs.of_products(stage) / products / parts + costs.statistics.assigning
+    if stage.started:
+        found *= pair.sums(way, rates)[1]
     if stage.written:
         found = max(found, writing(stage, pair, text, way, rates))
     if way.name == "cut":
@@ -322,7 +334,7 @@ def seconds_of(stage: Stage, costs: Costs, pair: Pair, text: Text, way: Way, rat
 def writing(stage: Stage, pair: Pair, text: Text, way: Way, rates) -> float:
     """Seconds in which weights, keys and values are read for every token of a batch, or layers are started at all."""
     shape = pair.teacher if stage.by_teacher else pair.student
-    batch, each = keys_and_values(shape, text.length - text.answer + rates.longest)
+    batch, each = keys_and_values(pair, shape, text.length - text.answer + rates.longest, way, rates)
     batches = math.ceil(stage.written / batch)
     if way.name == "processes":
         batches = math.ceil(batches / way.count)
@@ -364,14 +376,14 @@ def memory_of(pair: Pair, text: Text, rows: int, way: Way, rates) -> dict[str, f
     parts = way.holds
     plain, anew = (pair.step("student", rows, text, checkpointing=each) for each in (False, True))
     longest = text.length - text.answer + rates.longest
-    keys = keys_and_values(pair.teacher, longest)[1] * longest / parts
+    keys = keys_and_values(pair, pair.teacher, longest, way, rates)[1] * longest / parts
     sizes = [[2 * values for values in parameters_of(shape)] for shape in pair.both]
     module = (4 * pair.step("teacher", rows, text).lora + 8 * plain.lora + plain.state) / parts
     # What is left off here lies on every GPU in its part; output layers and logits are on the first.
     weights = sum(base for base, _ in sizes) / parts
     output = sum(own for _, own in sizes)
     trials = TRIALS * 16 * plain.lora / parts
-    sums = 4 * plain.adapted / parts
+    sums = pair.sums(way, rates)[0]
     first, second = (of.activations / parts + of.working for of in (plain, anew))
     # Processes do not share a start, and activations are computed anew in training only: then it takes a row at a time.
     whole = pair.step("student", ROWS, text)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import tiny
-from peft_graft.alignment import layout
 from peft_graft.alignment.activations import Capture, pad, tokenize
 from peft_graft.alignment.alignment import Pair
 from peft_graft.alignment.collect import (
@@ -241,7 +240,7 @@ def test_activations_that_are_not_finite_are_left_out(models) -> None:
 
 def test_statistics_that_do_not_fit_are_refused_before_the_pass(models, monkeypatch) -> None:
     little = namedtuple("Memory", "available")(4000)
-    monkeypatch.setattr(layout.psutil, "virtual_memory", lambda: little)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: little)
     pairs = pairs_of(models, ["attn.in"])
     with pytest.raises(AlignmentError, match="do not fit in memory") as caught:
         collect(models, samples(), dict.fromkeys(pairs, ALL), SETTINGS)

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ import speech
 from peft_graft import Callback, Graft, GraftConfig
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve
-from peft_graft.distill import prompt_targets
+from peft_graft.distill import generate, prompt_targets
 from peft_graft.distill.ask_prompts import Asking
 from peft_graft.distill.completions import Templates
 from peft_graft.distill.finite import NotFiniteError
@@ -289,6 +290,24 @@ def test_a_line_that_a_kill_cut_off_is_asked_for_again(tmp_path):
     store.add({1: Answer("two", ended=False)})
     assert store.load() == {0: Answer("one\n", ended=True), 1: Answer("two", ended=False)}
     assert AnswerStore(tmp_path, "answers", "another").load() == {}
+
+
+def test_a_gpu_answers_as_many_prompts_at_a_time_as_its_memory_holds(monkeypatch) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672
+    )
+    of_a_token = 2 * (80 * 8 * 128 * 2 + 3 * 28672 + 6 * 8192)
+    found = generate.prompts_within(config, 512, 2, 40 << 30)
+    assert found == (20 << 30) // (512 * of_a_token + 8 * config.vocab_size) == 70
+    assert generate.prompts_within(config, 512, 2, 400 << 30) == generate.GPU_BATCH
+    assert generate.prompts_within(config, 1 << 20, 2, 1 << 30) == 1
+    # Where layers are spread, the GPU that has the least left for its share of them counts.
+    free = {torch.device("cuda:0"): 4 << 30, torch.device("cuda:1"): 30 << 30}
+    monkeypatch.setattr(generate, "free_bytes", free.__getitem__)
+    weights = [SimpleNamespace(device=device, nbytes=100, is_meta=False, element_size=lambda: 2) for device in free]
+    model = SimpleNamespace(config=config, parameters=lambda: iter(weights))
+    assert generate.batch_size_of(model, 512) == generate.prompts_within(config, 512, 2, 8 << 30)
+    assert generate.batch_size_of(torch.nn.Linear(1, 1), 512) == generate.BATCH
 
 
 def test_answers_to_other_prompts_in_memory_are_not_taken_up(speakers, tmp_path):

@@ -244,7 +244,9 @@ def test_an_interrupted_polish_goes_on_to_the_same_result(world, module, text, t
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("pfeiffer", marks=needs_adapters)])
-def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(world, module, text, kind: str) -> None:
+def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(
+    world, module, text, kind: str, monkeypatch
+) -> None:
     """Its directions are those of the exact gradient with respect to the weight that the module stands beside."""
     source = module if kind == "lora" else world / "pfeiffer"
     graft = transfer(world, source, method="copy", student=world / "shallow", text=text, head="carry")
@@ -262,6 +264,13 @@ def test_a_gradient_start_changes_nothing_and_reads_where_the_gradient_points(wo
         groups=range(40),
     )  # fmt: skip
     found = gradient_start(attached, asked)
+    # Without the memory for more than one module's gradient at a time it is found module by module.
+    monkeypatch.setattr("peft_graft.distill.gradient_start.free_bytes", lambda device: 0)
+    one_by_one = gradient_start(attached, asked)
+    assert len(one_by_one.parts) > 1
+    for path, part in found.parts.items():
+        for name, tensor in part.tensors.items():
+            torch.testing.assert_close(one_by_one.parts[path].tensors[name], tensor)
     inactive = attach(found, student, labels)
     batch = pad(student, inputs[:8], torch.device("cpu"))
     torch.testing.assert_close(inactive.forward(batch)[1], inactive.forward(batch, module=False)[1], atol=1e-5, rtol=0)

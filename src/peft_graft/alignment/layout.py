@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -13,9 +12,9 @@ from peft_graft.alignment.alignment import Pair
 from peft_graft.alignment.moments import Moment
 from peft_graft.alignment.text import Sample
 from peft_graft.errors import AlignmentError
+from peft_graft.models.devices import free_bytes
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT, Space
-from peft_graft.processes import local_count
 
 #: Spaces of which a sample has one vector, and not one for every token.
 SAMPLE_SPACES = {FIRST_OUT, LAST_OUT, POOLED_OUT}
@@ -97,16 +96,9 @@ def is_precise(wanted: Wanted) -> bool:
     return any(set(moments) - {"cross"} for moments in wanted.values())
 
 
-def free_values(device: torch.device) -> int:
-    """How many float64 values the device has free memory for; processes that run side by side share a host's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 8
-    return int(psutil.virtual_memory().available) // 8 // local_count()
-
-
 def memory_of_a_pass(device: torch.device, sharers: int = 1) -> int:
     """How many float64 values the totals of one pass should have at most, where ``sharers`` run side by side."""
-    return int(free_values(device) * _SHARE) // sharers
+    return int(free_bytes(device) // 8 * _SHARE) // sharers
 
 
 def check_memory(values: int, device: torch.device) -> None:
@@ -115,12 +107,12 @@ def check_memory(values: int, device: torch.device) -> None:
     Raises:
         AlignmentError: so many values in float64 are more than the device has free.
     """
-    free = free_values(device)
-    if values > free:
+    free = free_bytes(device)
+    if 8 * values > free:
         raise AlignmentError(
             "the statistics of one pair of spaces do not fit in memory",
             where=str(device),
-            expected=f"at most {8 * free / 2**30:,.1f} GiB",
+            expected=f"at most {free / 2**30:,.1f} GiB",
             found=f"{8 * values / 2**30:,.1f} GiB",
             fix="free some, or name one --method: prune-align needs the least",
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peft_graft.distill.training import length_batches
-from peft_graft.models.devices import seed_generators
+from peft_graft.models.devices import bytes_by_device, free_bytes, seed_generators
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.outputs import writing
 from peft_graft.processes import ALONE, Processes
@@ -21,9 +21,9 @@ from peft_graft.prompts.conversation import Prompt
 from peft_graft.prompts.template import Template
 from peft_graft.record import Record
 
-#: Prompts that are answered at a time: on processors, and on GPUs, which hardly take longer for many, as long as the
-#: keys and values of all their tokens stay within so many bytes.
-BATCH, GPU_BATCH, GPU_CACHE_BYTES = 48, 256, 4 << 30
+#: Prompts that are answered at a time: on processors, and at most on GPUs, which hardly take longer for many; and the
+#: share of a GPU's free memory that these may take.
+BATCH, GPU_BATCH, _SHARE = 48, 256, 0.5
 #: Prompts are padded to multiples of this, so that processors do not keep a kernel for every length.
 _MULTIPLE = 16
 
@@ -146,12 +146,31 @@ def batch_size_of(model: Any, tokens: int) -> int:
     value = next(model.parameters())
     if value.device.type == "cpu":
         return BATCH
-    config = getattr(model.config, "text_config", model.config)
+    sizes = bytes_by_device(model)
+    whole = sum(sizes.values())
+    # Layers are taken to be spread as weights are.
+    room = min(free_bytes(device) * whole // own for device, own in sizes.items() if device.type == "cuda")
+    return prompts_within(model.config, tokens, value.element_size(), room)
+
+
+def prompts_within(config: Any, tokens: int, element: int, free: int) -> int:
+    """How many prompts a GPU answers at a time: ``GPU_BATCH`` at most, and 1 at least.
+
+    Counted are keys and values of all layers, what one layer makes of the tokens, and the logits of one position.
+
+    Args:
+        config: of the model. tokens: of the longest prompt and its answer. element: bytes of a value.
+        free: bytes that GPUs have left which each have their part of the layers.
+    """
+    config = getattr(config, "text_config", config)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    one: int = 2 * config.num_hidden_layers * shared * head_size * value.element_size() * max(1, tokens)
-    return max(1, min(GPU_BATCH, GPU_CACHE_BYTES // one))
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    held = 2 * config.num_hidden_layers * shared * head_size
+    layer = 6 * config.hidden_size + 3 * inner
+    one: int = element * max(1, tokens) * (held + layer) + 2 * 4 * config.vocab_size
+    return max(1, min(GPU_BATCH, int(free * _SHARE) // one))
 
 
 def _generate(

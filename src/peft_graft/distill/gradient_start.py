@@ -7,7 +7,7 @@ update B A are the best ones for the first step (LoRA-GA, Wang et al. 2024, arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -19,6 +19,7 @@ from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.training import length_batches
+from peft_graft.models.devices import free_bytes
 from peft_graft.modules.base import Part
 
 _BATCHES = 16
@@ -35,10 +36,21 @@ def gradient_start(attached: AttachedModel, distillation: Distillation) -> RawCh
         attached: with trainable modules that change nothing yet; their gradient is taken without dropout.
         distillation: gives the loss.
     """
-    raw = attached.checkpoint
-    sums: dict[str, Tensor] = {}
-    hooks = [attached.module_at(path).register_forward_hook(_gather(sums, path)) for path in raw.parts]
+    raw, parts = attached.checkpoint, dict(attached.checkpoint.parts)
     attached.model.eval()
+    left = {path for path, part in parts.items() if part.reading_matrix}
+    while left:
+        sums = _Sums(left)
+        _run(attached, distillation, sums)
+        # Nothing is known of an expert that no token was sent to.
+        parts |= {path: _reading(parts[path], found) for path, found in sums.found.items()}
+        left = sums.left
+    return replace(raw, parts=parts)
+
+
+def _run(attached: AttachedModel, distillation: Distillation, sums: _Sums) -> None:
+    """Sum up gradients over the batches."""
+    hooks = [attached.module_at(path).register_forward_hook(sums.hook(path)) for path in sorted(sums.paths)]
     try:
         batches = length_batches(distillation.lengths, distillation.batch_size, seed=0)
         for rows in islice(batches, _BATCHES):
@@ -48,9 +60,6 @@ def gradient_start(attached: AttachedModel, distillation: Distillation) -> RawCh
         for hook in hooks:
             hook.remove()
         attached.model.zero_grad()
-    # Nothing is known of an expert that no token was sent to.
-    parts = {path: _reading(part, sums[path]) if path in sums else part for path, part in raw.parts.items()}
-    return replace(raw, parts=parts)
 
 
 def _parts(rows: list[int], distillation: Distillation) -> list[tuple[list[int], float]]:
@@ -69,24 +78,47 @@ def reads_the_gradient(raw: RawCheckpoint) -> bool:
     return not raw.trains_tokens and any(part.reading_matrix for part in raw.parts.values())
 
 
-def _gather(sums: dict[str, Tensor], path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    """A forward hook that adds up g x^T, [d_out, d_in], over the tokens, g the loss's gradient at the output."""
+class _Sums:
+    """Sums of gradients over the tokens, whole matrices in float32: for all linear layers as much as the weights.
 
-    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        read = inputs[0].detach().flatten(0, -2).float()
+    Attributes:
+        paths: of the modules that are wanted. found: path -> [d_out, d_in], of those that half of a device's free
+            memory holds, and one at least. left: the others, for another run over the same batches.
+    """
 
-        def add(gradient: Tensor) -> None:
-            found = gradient.flatten(0, -2).float().T @ read
-            sums[path] = sums[path] + found if path in sums else found
+    def __init__(self, paths: Collection[str]) -> None:
+        self.paths, self.found, self.left = paths, dict[str, Tensor](), set[str]()
+        self._room: dict[torch.device, int] = {}
 
-        (output[0] if isinstance(output, tuple) else output).register_hook(add)
+    def hook(self, path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        """A forward hook that adds up g x^T, g the loss's gradient at the output."""
 
-    return hook
+        def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            read = inputs[0].detach()
+            given: Tensor = output[0] if isinstance(output, tuple) else output
+            if path in self.left or (path not in self.found and not self._fits(path, given, read)):
+                return
+            given.register_hook(lambda gradient: self._add(path, gradient, read))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _add(self, path: str, gradient: Tensor, read: Tensor) -> None:
+        self.found[path] += gradient.flatten(0, -2).float().T @ read.flatten(0, -2).float()
+
+    def _fits(self, path: str, given: Tensor, read: Tensor) -> bool:
+        device, size = given.device, 4 * given.shape[-1] * read.shape[-1]
+        first = device not in self._room
+        room = self._room.setdefault(device, free_bytes(device) // 2)
+        if not first and size > room:
+            self.left.add(path)
+            return False
+        self._room[device] = room - size
+        self.found[path] = torch.zeros(given.shape[-1], read.shape[-1], device=device)
+        return True
 
 
 def _reading(part: Part, gradient: Tensor) -> Part:
-    if part.reading_matrix is None:
-        return part
+    assert part.reading_matrix is not None  # of others no gradient was asked for
     matrix = part.tensors[part.reading_matrix]
     width = len(matrix)
     with torch.random.fork_rng(devices=[]):

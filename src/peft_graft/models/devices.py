@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peft_graft.config import AUTO, EvaluateConfig, ExportConfig, PairConfig
 from peft_graft.errors import DeviceError, ModelError
-from peft_graft.processes import local_index
+from peft_graft.processes import local_count, local_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +64,26 @@ def device_of(model: PreTrainedModel) -> torch.device:
         if place is not None:
             return torch.device(place)
     return torch.device(model.device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """How much memory a device has left; processes that run side by side share a host's.
+
+    What torch holds on a GPU and does not use counts as free.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return int(psutil.virtual_memory().available) // local_count()
+
+
+def bytes_by_device(model: nn.Module) -> Counter[torch.device]:
+    """Where a model's parameters are, and how much of them; not those that wait on a disk."""
+    found = Counter[torch.device]()
+    for value in model.parameters():
+        if not value.is_meta:
+            found[value.device] += value.nbytes
+    return found
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
