@@ -7,7 +7,8 @@ two marks such as ``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` 
 of the study that it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone),
 ``tables`` (as the study itself writes them, with the gain over the best control), ``lift`` (of language models,
 ``study.lift``), ``lifts`` (the same, a row for each pair and task), ``prices`` (scores beside seconds), ``ablation``
-(agreement before and after the head is fitted) or ``times`` (of moves by the default). ``--curves`` draws how a polish
+(agreement before and after the head is fitted), ``times`` (of moves by the default) or ``starts`` (distances from the
+teacher on the way, by where a polish began). ``--curves`` draws how a polish
 approaches the teacher.
 """
 
@@ -28,6 +29,7 @@ from peft_graft.models.tasks import Task
 from peft_graft.study.lift import lift, lifts, prices, times
 from peft_graft.study.results import Record, about, read_results
 from peft_graft.study.spec import CONTROL, DEFAULT, FRESH, POLISHED_FRESH, Budget
+from peft_graft.study.starts import starts
 from peft_graft.study.tables import markdown, mean_spread, rank_correlation, result_tables, share_of_gain
 from peft_graft.study.tasks import METRICS
 
@@ -360,6 +362,7 @@ PARTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "ablation": ablation,
     "tables": lambda records: markdown(result_tables(records)).splitlines(),
     "times": times,
+    "starts": starts,
 }
 
 
