@@ -9,10 +9,11 @@ from pathlib import Path
 
 import peft
 import pytest
+import scipy
 import torch
 import transformers
 from seqeval.metrics import f1_score as entity_f1
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 
 import peft_graft
 import tiny
@@ -178,9 +179,38 @@ def test_texts_of_a_class_that_the_module_lacks_lower_every_average(world: Path,
     assert "5 labels that the module does not give count as missed: never" in found.notes[0]
 
 
+def test_numbers_are_scored_as_scipy_scores_them(world: Path, tmp_path: Path, command) -> None:
+    tiny.peft_lora(tmp_path / "lora", world / "teacher", task="sequence-classification", labels=("score",))
+    grafted(tmp_path, world / "teacher", ("score",))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(world / "teacher", num_labels=1)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "teacher")
+    lines = tiny.sentences(20)
+    said = [float(logits(model, tokenizer, line)) for line in lines]
+    rows = [{"text": line, "score": value} for line, value in zip(lines, said, strict=True)]
+    found = evaluate(tmp_path / "graft", text=rows)
+    assert [row.name for row in found.rows] == ["graft", "teacher"]
+    assert found.rows[0].scores["pearson"].value == pytest.approx(1)
+    assert found.rows[0].scores["rmse"].value == pytest.approx(0, abs=1e-5)
+    truth = [value + number % 3 for number, value in enumerate(said)]
+    known = [{**row, "score": value} for row, value in zip(rows, truth, strict=True)]
+    scores = evaluate(tmp_path / "graft", text=known, metrics=["rmse", "pearson"]).rows[0].scores
+    assert scores["pearson"].value == pytest.approx(scipy.stats.pearsonr(said, truth).statistic, abs=1e-4)
+    assert scores["rmse"].value == pytest.approx(mean_squared_error(truth, said) ** 0.5, abs=1e-4)
+    assert scores["rmse"].low < scores["rmse"].value < scores["rmse"].high
+    same = evaluate(tmp_path / "graft", text=[{**row, "score": 3} for row in rows], metrics=["pearson"])
+    assert same.rows[0].scores["pearson"].value == 0
+    with pytest.raises(GraftError, match="row 2: this is no number; expected a number in score.*found 'high'"):
+        evaluate(tmp_path / "graft", text=[rows[0], {**rows[1], "score": "high"}])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command("evaluate", tmp_path / "graft", "--text", tmp_path / "rows.jsonl")
+    assert "pearson" in done.out
+    assert "commonest class" not in done.out
+
+
 def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(tagger, world: Path, monkeypatch, tmp_path) -> None:
     graft, rows = tagger
-    tiny.peft_lora(tmp_path / "number", world / "teacher", task="sequence-classification", labels=("score",))
+    tiny.peft_lora(tmp_path / "numbers", world / "teacher", task="sequence-classification", labels=("a", "b"))
     monkeypatch.setattr("peft_graft.distill.sides.load_model", lambda *_, **__: pytest.fail("loaded"))
     other, short = {**rows[0], "ner_tags": ["B-ORG"] * len(rows[0]["tokens"])}, {**rows[0], "ner_tags": ["O"]}
     config = {"config": EvaluateConfig(columns=("tokens", "other", "ner_tags"))}
@@ -201,8 +231,9 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(tagger, worl
             evaluate(graft, **given)
     with pytest.raises(GraftError, match="--labels: there are not as many names as classes; expected 5, found 1"):
         evaluate(graft, text=rows, config=EvaluateConfig(labels=("O",)))
-    with pytest.raises(GraftError, match="is a sequence-classification module that gives numbers"):
-        evaluate(tmp_path / "number", text=[{"text": "a", "label": 1}])
+    with pytest.raises(GraftError, match="is a sequence-classification module that gives several numbers"):
+        config = EvaluateConfig(problem_type="regression")
+        evaluate(tmp_path / "numbers", text=[{"text": "a", "label": 1}], config=config)
 
 
 def test_the_command(command, tagger, tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ from peft_graft.errors import ArchitectureError, CheckpointError, DependencyErro
 from peft_graft.files import json_text
 from peft_graft.graft import Graft, graft_or_module
 from peft_graft.labelled.examples import LabelledLike
-from peft_graft.labels import ProblemType
 from peft_graft.metrics import METRICS
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_tokenizer
@@ -124,7 +123,7 @@ def evaluate(
     config: EvaluateConfig | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] | None = None,
 ) -> Evaluation:
-    """Score a graft on labelled text, beside the teacher: what a language model answers, or a classifier's classes.
+    """Score a graft on labelled text, beside the teacher: what a language model answers, classes or numbers.
 
     Args:
         graft: folder or hub id of a graft, or one in memory; or a plain module, which is scored on its base.
@@ -132,7 +131,8 @@ def evaluate(
             the hub, or rows in memory.
         metrics: of language models names of ``metrics.METRICS`` and ``nll``, ``exact`` by default; of classifiers names
             of ``labelled.scores.CLASS_METRICS``, by default entity F1 of tags that mark entities and accuracy of
-            others, accuracy and macro F1 of classes, micro and macro F1 of labels that hold or not.
+            others, accuracy and macro F1 of classes, micro and macro F1 of labels that hold or not; Pearson's
+            correlation and the root mean square error of numbers.
         teacher: the teacher's model, if it is not where the graft's report says. A teacher that cannot be reached is
             left out, unless it, or its ``module``, is given here.
         student: the model that the graft or module is on, if it is not where its files say.
@@ -236,11 +236,11 @@ def _classified(
     Raises:
         GraftError: see ``LabelledText.of``.
     """
-    raw, names = sides[0].raw, sides[0].labels
-    kind = kind_of_labels(raw.task, several=raw.problem_type is ProblemType.MULTI_LABEL)
-    asked = LabelledText.of(text, raw.task, kind, names, metrics, config)
+    raw = sides[0].raw
+    asked = LabelledText.of(text, raw.task, kind_of_labels(raw), sides[0].labels, metrics, config)
     classifying = Classifying(asked, config, run)
-    rows = _in_order([asked.commonest(config.seed), *map(classifying.row, sides)])
+    common = [] if asked.kind == "numbers" else [asked.commonest(config.seed)]
+    rows = _in_order([*common, *map(classifying.row, sides)])
     found = {"text": asked.name, "prompts": len(asked.examples), "too_long": 0, "duplicates": 0}
     return rows, found | {"answers": asked.said(rows)}, [*asked.remarks]
 
@@ -357,19 +357,20 @@ def _loading(config: EvaluateConfig, revision: str | None = None) -> Loading:
 
 
 def _check_scored(raw: RawCheckpoint, name: str) -> None:
-    """Refuse what neither generates text nor gives classes.
+    """Refuse what neither generates text nor gives classes, or one number.
 
     Raises:
         CheckpointError: it does not.
     """
     classifies = raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
-    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not raw.gives_numbers):
+    several = raw.gives_numbers and raw.num_labels != 1
+    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not several):
         return
-    without = "without a head" if classifies and not raw.head else "that gives numbers" if classifies else ""
+    without = "without a head" if classifies and not raw.head else "that gives several numbers" if classifies else ""
     raise CheckpointError(
-        f"evaluate scores generated text and classes, and this is a {raw.task} module {without}".rstrip(),
+        f"evaluate scores generated text, classes and numbers, and this is a {raw.task} module {without}".rstrip(),
         where=name,
-        expected="a language model, or a classifier with its head",
+        expected="a language model, or a classifier or a regressor with its head",
         fix="load it with its library and score it there, or compare it with `peft-graft study` (docs/studies.md)",
     )
 

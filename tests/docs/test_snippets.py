@@ -12,6 +12,7 @@ import shutil
 import tomllib
 from collections.abc import Callable
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ MADE = {
     "out/tags": "peft-graft transfer my-tagger --student small-encoder --text sentences.txt --out out/tags",
     "out/filter": "peft-graft transfer my-filter --student old-encoder --text sentences.txt --labels ham,spam "
     "--out out/filter",
+    "out/likeness": "peft-graft transfer my-regressor --student old-encoder --out out/likeness",
     "out/as-peft": "peft-graft transfer my-adapters-lora --student small-encoder --text sentences.txt --library peft "
     "--out out/as-peft",
 }
@@ -86,6 +88,7 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     changed(root / "my-lora" / "adapter_config.json", base_model_name_or_path=str(root / "old-base"))
     tiny.peft_lora(root / "my-classifier", world / "teacher", seed=2)
     tiny.peft_lora(root / "my-filter", world / "teacher", task="sequence-classification", labels=("ham", "spam"))
+    tiny.peft_lora(root / "my-regressor", world / "teacher", task="sequence-classification", labels=("likeness",))
     _loha(root / "my-loha", world / "teacher")
     if tiny.HAS_ADAPTERS:
         shutil.copytree(world / "pfeiffer", root / "my-adapter")
@@ -100,6 +103,8 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     (root / "messages.csv").write_text(
         "\n".join(["id,message", *(f"{n},{line}" for n, line in enumerate(tiny.sentences(60)))])
     )
+    pairs = [f"{line},{other},{number / 4}" for number, (line, other) in enumerate(pairwise(lines))]
+    (root / "pairs.csv").write_text("\n".join(["first,second,score", *pairs]))
     (root / "labelled.csv").write_text("\n".join(["message,label", *labelled]))
     known = speech.words(12, seed=4)
     speech.prompt_file(root / "labelled.jsonl", known, [speech.answer(word) for word in known])

@@ -1,4 +1,4 @@
-"""Classifiers side by side: the same labelled text put to each, and their classes scored against the known ones."""
+"""Classifiers and regressors side by side: the same labelled text put to each, and what they say of it scored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from peft_graft.alignment.activations import tokenize
 from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span
+from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import EvaluateConfig
 from peft_graft.distill.ask_prompts import longest_text
 from peft_graft.distill.generate import Answer
@@ -21,6 +22,7 @@ from peft_graft.distill.targets import Targets, answers_to
 from peft_graft.errors import PlanError, TextError
 from peft_graft.labelled.examples import LabelledExample, LabelledLike, TaggedSentence, read_examples
 from peft_graft.labelled.scores import CLASS_METRICS, LabelKind, Labels, default_metrics
+from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.tasks import Task
 from peft_graft.run import Run
@@ -75,14 +77,13 @@ class LabelledText:
                 found=",".join(config.columns or ()),
             )
         found = read_examples(
-            text, task, columns=[column for column in columns if column], label=label, labels=names,
-            several=kind == "labels",
+            text, task, columns=[column for column in columns if column], label=label, labels=names, of=kind
         )  # fmt: skip
         if not found:
             raise TextError("there are no labelled examples", where=where)
         random.Random(config.seed).shuffle(found)
         found = found[: config.limit]
-        foreign = _foreign_labels(found, names, where)
+        foreign = {} if kind == "numbers" else _foreign_labels(found, names, where)
         names = [*names, *foreign]
         for name in chosen:  # a library that is missing is said now
             CLASS_METRICS[name].counts([found[0].labels], [found[0].labels], names)
@@ -109,7 +110,7 @@ class LabelledText:
     def shown(self, example: LabelledExample, labels: Labels) -> str:
         """Labels of an example as people read them: the words that have a tag, or the classes."""
         if not isinstance(example, TaggedSentence):
-            return ", ".join(labels)
+            return ", ".join(f"{label:.4g}" if isinstance(label, float) else str(label) for label in labels)
         return (
             " ".join(f"{word}/{tag}" for word, tag in zip(example.tokens, labels, strict=True) if tag != _OUTSIDE)
             or _OUTSIDE
@@ -135,9 +136,13 @@ class LabelledText:
         return Row(record, ())
 
 
-def kind_of_labels(task: Task, *, several: bool) -> LabelKind:
-    """What a label is of."""
-    return "words" if task is Task.TOKEN_CLASSIFICATION else "labels" if several else "samples"
+def kind_of_labels(raw: RawCheckpoint) -> LabelKind:
+    """What the module gives to a word or a text."""
+    if raw.task is Task.TOKEN_CLASSIFICATION:
+        return "words"
+    if raw.gives_numbers:
+        return "numbers"
+    return "labels" if raw.problem_type is ProblemType.MULTI_LABEL else "samples"
 
 
 def _foreign_labels(examples: Sequence[LabelledExample], names: Sequence[str], where: str) -> dict[str, int]:
@@ -146,7 +151,7 @@ def _foreign_labels(examples: Sequence[LabelledExample], names: Sequence[str], w
     Raises:
         TextError: these are more than half of all but O: names that are meant otherwise.
     """
-    counts = Counter(label for example in examples for label in example.labels if label != _OUTSIDE)
+    counts = Counter(str(label) for example in examples for label in example.labels if label != _OUTSIDE)
     foreign = {label: count for label, count in counts.most_common() if label not in names}
     if 2 * sum(foreign.values()) > counts.total():
         raise TextError(
@@ -214,11 +219,14 @@ class Classifying:
         asked = [[(token, token + 1) for token in own if token is not None] for own in places]
         nothing = [torch.empty(len(own), 0) for own in asked]
         cut = [_goes_on(sample.texts, own) for sample, own in zip(samples, spans, strict=True)]
-        return Targets(self.asked.kind, inputs, asked if words else [[]] * len(asked), nothing), places, cut
+        kind = "samples" if self.asked.kind == "numbers" else self.asked.kind  # the whole text either way
+        return Targets(kind, inputs, asked if words else [[]] * len(asked), nothing), places, cut
 
     def _labels(self, logits: torch.Tensor, places: Sequence[int | None]) -> Labels:
         """The labels of an example by its logits [answers, classes]."""
         names = self.asked.names
+        if self.asked.kind == "numbers":
+            return [float(logits[0, 0])]
         if self.asked.kind == "labels":
             return [names[number] for number in (logits[0] > 0).nonzero()[:, 0].tolist()]
         found = iter(logits.argmax(-1).tolist())

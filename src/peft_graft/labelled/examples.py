@@ -1,7 +1,8 @@
-"""Labelled examples of classifiers, from files, data sets of the hub and rows in memory."""
+"""Labelled examples of classifiers and regressors, from files, data sets of the hub and rows in memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from peft_graft.alignment.text import load_rows, usual_columns
 from peft_graft.errors import TextError
+from peft_graft.labelled.scores import LabelKind
 from peft_graft.models.tasks import Task
 
-#: The usual column of words; those of their tags, of a text's class, and of all labels that hold.
+#: The usual column of words; those of their tags, of a text's class or all labels that hold, and of its number.
 _WORDS, _TAGS, _CLASS = "tokens", ("ner_tags", "tags", "labels"), ("label", "labels")
+_NUMBER = (*_CLASS, "score")
 _NAME_THEM = "name those of the text and of the label with --columns text,label"
 #: How the hub marks what has no label.
 _UNLABELLED = -1
@@ -63,7 +66,20 @@ class MultiLabelled:
     labels: tuple[str, ...]
 
 
-LabelledExample = TaggedSentence | LabelledPair | MultiLabelled
+@dataclass(frozen=True)
+class LabelledNumber:
+    """One or two texts, and the number that is theirs."""
+
+    texts: tuple[str, ...]
+    number: float
+
+    @property
+    def labels(self) -> tuple[float]:
+        """The number alone."""
+        return (self.number,)
+
+
+LabelledExample = TaggedSentence | LabelledPair | MultiLabelled | LabelledNumber
 #: A file, a data set of the hub, or rows in memory.
 LabelledLike = str | Path | Iterable[Mapping[str, Any]]
 
@@ -75,27 +91,27 @@ def read_examples(
     columns: Sequence[str] = (),
     label: str | None = None,
     labels: Sequence[str] = (),
-    several: bool = False,
+    of: LabelKind = "samples",
 ) -> list[LabelledExample]:
     """The labelled rows of a source (names as for ``read_text``), in their order.
 
     Args:
         kind: ``token-classification``: a column of word lists (``tokens``) and one of tags (``ner_tags``, ``tags`` or
             ``labels``); ``sequence-classification``: one column of text or two, found by their usual names, and
-            ``label`` or ``labels``.
+            ``label`` or ``labels``, of numbers also ``score``.
         columns, label: names of the columns, where they are not the usual ones.
         labels: names of numbered labels, where the source has none.
-        several: whether a text has any number of labels, in a list.
+        of: what a text has: one class, any number of ``labels`` in a list, or ``numbers``, one to each.
 
     Raises:
-        TextError: the source cannot be read, lacks columns, has a number that no name stands for, or has as many tags
-            as words nowhere.
+        TextError: the source cannot be read, lacks columns, has a number that no name stands for, something else in
+            place of a number, or has as many tags as words nowhere.
     """
     where = str(source) if isinstance(source, str | Path) else "given in memory"
     rows, names, features = _rows(source, where)
     words = kind == Task.TOKEN_CLASSIFICATION
     found = tuple(columns) or ((_WORDS,) if words else usual_columns(names, where, _NAME_THEM))
-    usual = _TAGS if words else _CLASS
+    usual = _TAGS if words else _NUMBER if of == "numbers" else _CLASS
     label = label or next((name for name in usual if name in names), usual[0])
     if {*found, label} - set(names):
         wanted = ", ".join([*found, label])
@@ -104,8 +120,10 @@ def read_examples(
     read = _Rows(found, label, name, where)
     if words:
         return [read.tagged(row, number) for number, row in enumerate(rows, start=1) if row[found[0]]]
+    if of == "numbers":
+        return [read.number(row, number) for number, row in enumerate(rows, start=1) if row[label] is not None]
     labelled = [row for row in rows if row[label] is not None and row[label] != _UNLABELLED]
-    return [read.multi_labelled(row) if several else read.pair(row) for row in labelled]
+    return [read.multi_labelled(row) if of == "labels" else read.pair(row) for row in labelled]
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,21 @@ class _Rows:
         first, second = [*self._texts(row), None][:2]
         assert first is not None
         return LabelledPair(first, second, self.name(row[self.label]))
+
+    def number(self, row: Mapping[str, Any], number: int) -> LabelledNumber:
+        try:
+            found = float(row[self.label])
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise TextError(
+                "this is no number",
+                where=f"{self.where} row {number}",
+                expected=f"a number in {self.label}, as the module gives",
+                found=repr(row[self.label]),
+                fix="name the column of numbers last with --columns text,score",
+            )
+        return LabelledNumber(self._texts(row), found)
 
     def multi_labelled(self, row: Mapping[str, Any]) -> MultiLabelled:
         given = row[self.label]

@@ -1,7 +1,8 @@
-"""How well predicted classes agree with those that are known: scores whose sums over examples give intervals."""
+"""How well predicted classes, or numbers, agree with the known ones: scores whose sums over examples give intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,19 +10,22 @@ from typing import Any, Literal
 from peft_graft.errors import not_installed
 from peft_graft.metrics import OfSums, f1
 
-#: ``words``: a tag for every word; ``samples``: one class of a text; ``labels``: all labels that hold of it.
-LabelKind = Literal["words", "samples", "labels"]
-#: What one example has: its tags, its class alone, or its labels.
-Labels = Sequence[str]
+#: ``words``: a tag for every word; ``samples``: one class of a text; ``labels``: all labels that hold of it;
+#: ``numbers``: a number of it.
+LabelKind = Literal["words", "samples", "labels", "numbers"]
+#: What one example has: its tags, its class alone, its labels, or its number alone.
+Labels = Sequence[Any]
 #: Predicted and known labels of every example, and the names of all -> numbers of each example, as many of every one.
 Counts = Callable[[Sequence[Labels], Sequence[Labels], Sequence[str]], list[tuple[float, ...]]]
+#: A variance that is less of a mean square is none.
+_ROUNDING = 1e-12
 #: Tags of words that are parts of entities begin like this (IOB, IOBES, BILOU).
 _INSIDE = ("B-", "I-", "E-", "S-", "L-", "U-")
 
 
 @dataclass(frozen=True)
 class ClassMetric:
-    """A way of scoring classes, from 0 to 1.
+    """A way of scoring classes, from 0 to 1, or numbers.
 
     Attributes:
         name: as users say it. kinds: what it scores.
@@ -45,6 +49,8 @@ class ClassMetric:
 
 def default_metrics(kind: LabelKind, names: Sequence[str]) -> tuple[str, ...]:
     """What is scored where nothing is said: entities where the names of the tags show some."""
+    if kind == "numbers":
+        return ("pearson", "rmse")
     if kind == "words":
         return ("entity-f1",) if any(name.startswith(_INSIDE) for name in names) else ("accuracy",)
     return ("micro-f1", "macro-f1") if kind == "labels" else ("accuracy", "macro-f1")
@@ -88,6 +94,15 @@ def _entities(predicted: Sequence[Labels], known: Sequence[Labels], names: Seque
     ]
 
 
+def _products(predicted: Sequence[Labels], known: Sequence[Labels], names: Sequence[str]) -> list[tuple[float, ...]]:
+    """Of each pair of numbers x, y: x, y, x^2, y^2 and x y."""
+    return [(x, y, x * x, y * y, x * y) for (x,), (y,) in zip(predicted, known, strict=True)]
+
+
+def _squares(predicted: Sequence[Labels], known: Sequence[Labels], names: Sequence[str]) -> list[tuple[float, ...]]:
+    return [((x - y) ** 2,) for (x,), (y,) in zip(predicted, known, strict=True)]
+
+
 def _common(given: set[Any], wanted: set[Any]) -> tuple[float, ...]:
     return (len(given & wanted), len(given), len(wanted))
 
@@ -106,6 +121,17 @@ def _mean_f1(sums: Sequence[float], count: int) -> float:
     return sum(each) / len(each)
 
 
+def _pearson(sums: Sequence[float], count: int) -> float:
+    """0 where all numbers of one side are the same."""
+    x, y, xx, yy, xy = (each / count for each in sums)
+    spread = (xx - x * x) * (yy - y * y)
+    return (xy - x * y) / math.sqrt(spread) if spread > _ROUNDING * xx * yy else 0.0
+
+
+def _root_mean(sums: Sequence[float], count: int) -> float:
+    return math.sqrt(sums[0] / count)
+
+
 CLASS_METRICS: dict[str, ClassMetric] = {
     metric.name: metric
     for metric in (
@@ -114,5 +140,7 @@ CLASS_METRICS: dict[str, ClassMetric] = {
         ClassMetric("macro-f1", ("samples", "labels"), _macro, _mean_f1),
         ClassMetric("micro-f1", ("labels",), _micro, _f1),
         ClassMetric("exact", ("labels",), _exact, _share),
+        ClassMetric("pearson", ("numbers",), _products, _pearson),
+        ClassMetric("rmse", ("numbers",), _squares, _root_mean),
     )
 }

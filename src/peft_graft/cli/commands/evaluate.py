@@ -31,7 +31,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Of prompts exact, accuracy, json-f1, token-f1, rouge, bleu or nll; of classes accuracy, entity-f1, "
-            "macro-f1, micro-f1 or exact. Several with commas; the usual ones by default."
+            "macro-f1, micro-f1 or exact; of numbers pearson or rmse. Several with commas; the usual ones by default."
         ),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Where the teacher's model is now, if it has moved.")] = None,
@@ -43,7 +43,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Score a graft on labelled text, beside the teacher: what a language model answers, or a classifier's classes.
+    """Score a graft on labelled text, beside the teacher: what a language model answers, classes or numbers.
 
     Example:
         peft-graft evaluate out/graft --text labelled.jsonl --metric exact,rouge
