@@ -150,11 +150,10 @@ def evaluate(
     side, report = _subject(graft, student, config)
     others, notes = _teacher_if_there(report, teacher, config)
     run = Run(watchers(callbacks), work=Path(f"{out}{UNFINISHED}") if out is not None else None)
-    remarks: list[str] = []
     if isinstance(side, SpeakingSide):
         config = config.model_copy(update={name: getattr(side.settings, name) for name in _RECORDED})
         speaking = [one for one in (side, *others) if isinstance(one, SpeakingSide)]
-        rows, asked = _spoken(given, speaking, names, config, run)
+        rows, asked, remarks = _spoken(given, speaking, names, config, run)
     else:
         rows, asked, remarks = _classified(given, [side, *others], names, config, run)
     found = Evaluation(
@@ -206,8 +205,8 @@ def _each_once(metrics: Sequence[str] | None) -> list[str]:
 
 def _spoken(
     text: PromptLike, sides: Sequence[SpeakingSide], metrics: Sequence[str], config: EvaluateConfig, run: Run
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of language models, and what was asked.
+) -> tuple[list[Row], dict[str, Any], list[str]]:
+    """Rows of language models, what was asked, and remarks.
 
     Raises:
         PlanError: no such metric. GraftError: see ``Asked.of``.
@@ -219,13 +218,8 @@ def _spoken(
     asked = Asked.of(text, sides, names, config)
     measuring = Measuring(asked, names, config, run)
     rows = _in_order(row for one in sides for row in measuring.rows(one))
-    return rows, {
-        "text": asked.source.name,
-        "prompts": len(asked.prompts),
-        "too_long": asked.too_long,
-        "duplicates": asked.source.dropped_duplicates,
-        "answers": asked.said(rows),
-    }
+    found = {"text": asked.source.name, "prompts": len(asked.prompts), "too_long": asked.too_long}
+    return rows, found | {"duplicates": asked.source.dropped_duplicates, "answers": asked.said(rows)}, []
 
 
 def _classified(

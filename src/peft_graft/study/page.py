@@ -7,9 +7,9 @@ two marks such as ``<!-- comparison: quality -->`` and ``<!-- /comparison -->`` 
 of the study that it names: ``comparison`` (every start beside a fresh module, in full), ``scores`` (the scores alone),
 ``tables`` (as the study itself writes them, with the gain over the best control), ``lift`` (of language models,
 ``study.lift``), ``lifts`` (the same, a row for each pair and task), ``prices`` (scores beside seconds), ``ablation``
-(agreement before and after the head is fitted), ``times`` (of moves by the default) or ``starts`` (distances from the
-teacher on the way, by where a polish began). ``--curves`` draws how a polish
-approaches the teacher.
+(agreement before and after the head is fitted), ``times`` (of moves by the default), ``starts`` (distances from the
+teacher on the way, by where a polish began) or ``pooled`` (the default less each control, over all tasks of a pair).
+``--curves`` draws how a polish approaches the teacher.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from peft_graft.errors import GraftError, StudyError
 from peft_graft.models.tasks import Task
 from peft_graft.study.lift import lift, lifts, prices, times
+from peft_graft.study.pooled import pooled
 from peft_graft.study.results import Record, about, read_results
 from peft_graft.study.spec import CONTROL, DEFAULT, FRESH, POLISHED_FRESH, Budget
 from peft_graft.study.starts import starts
@@ -363,6 +364,7 @@ PARTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "tables": lambda records: markdown(result_tables(records)).splitlines(),
     "times": times,
     "starts": starts,
+    "pooled": pooled,
 }
 
 
