@@ -88,6 +88,7 @@ class _Sums:
 
     def __init__(self, paths: Collection[str]) -> None:
         self.paths, self.found, self.left = paths, dict[str, Tensor](), set[str]()
+        self._taken: set[str] = set()
         self._room: dict[torch.device, int] = {}
 
     def hook(self, path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
@@ -96,16 +97,19 @@ class _Sums:
         def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
             read = inputs[0].detach()
             given: Tensor = output[0] if isinstance(output, tuple) else output
-            if path in self.left or (path not in self.found and not self._fits(path, given, read)):
-                return
-            given.register_hook(lambda gradient: self._add(path, gradient, read))  # type: ignore[no-untyped-call]
+            if path in self._taken or self._takes(path, given, read):
+                given.register_hook(lambda gradient: self._add(path, gradient, read))  # type: ignore[no-untyped-call]
 
         return hook
 
     def _add(self, path: str, gradient: Tensor, read: Tensor) -> None:
-        self.found[path] += gradient.flatten(0, -2).float().T @ read.flatten(0, -2).float()
+        share = gradient.flatten(0, -2).float().T @ read.flatten(0, -2).float()
+        self.found[path] = self.found[path].add_(share) if path in self.found else share
 
-    def _fits(self, path: str, given: Tensor, read: Tensor) -> bool:
+    def _takes(self, path: str, given: Tensor, read: Tensor) -> bool:
+        """Whether a module that comes for the first time has a place; one that has none is left for good."""
+        if path in self.left:
+            return False
         device, size = given.device, 4 * given.shape[-1] * read.shape[-1]
         first = device not in self._room
         room = self._room.setdefault(device, free_bytes(device) // 2)
@@ -113,7 +117,7 @@ class _Sums:
             self.left.add(path)
             return False
         self._room[device] = room - size
-        self.found[path] = torch.zeros(given.shape[-1], read.shape[-1], device=device)
+        self._taken.add(path)
         return True
 
 
