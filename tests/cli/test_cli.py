@@ -222,7 +222,9 @@ def test_sigterm_ends_a_run_as_an_interrupt_does(command, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("verb", [["study", "file.toml"], ["demo"]])
-def test_what_goes_on_later_says_so(command, monkeypatch, verb) -> None:
+def test_what_goes_on_later_says_so(command, monkeypatch, tmp_path, verb) -> None:
+    monkeypatch.chdir(tmp_path)  # where no other demo is under way
+
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
