@@ -30,6 +30,7 @@ from peft_graft.distill.sides import (
     Row,
     Side,
     SpeakingSide,
+    role_of,
 )
 from peft_graft.environment import hardware, version_of, versions
 from peft_graft.errors import ArchitectureError, CheckpointError, DependencyError, ModelError, PlanError, not_installed
@@ -302,8 +303,7 @@ def _on_its_base(  # the module, its model and how they are read; the rest names
 ) -> Side:
     if version_of(raw.library) is None:
         raise not_installed(raw.library, "adapters", name, so="so the module cannot be asked")
-    role = "teacher" if whole == TEACHER else "model"
-    handle = blank_handle(load_config(model, loading, role=role), model, loading)
+    handle = blank_handle(load_config(model, loading, role=role_of(whole)), model, loading)
     raw = with_problem_type(with_task(raw, handle.architecture), settings.problem_type, handle.base.config)
     names = labels or with_teacher_labels(raw, handle.base.config).labels or ()
     return _side(raw, handle, loading, settings, name, names, bare, whole)
@@ -325,7 +325,7 @@ def _side(  # what belongs to a side, and the names of its rows
         CheckpointError: it does neither. ModelError: its tokenizer cannot be had.
     """
     _check_scored(raw, name)
-    role = "teacher" if whole == TEACHER else "student" if whole == GRAFT else "model"
+    role = role_of(whole)
     tokenizer = handle.tokenizer or load_tokenizer(handle.name, loading, role=role)
     handle = replace(handle, tokenizer=tokenizer)
     if raw.task is Task.CAUSAL_LM:

@@ -85,7 +85,7 @@ class Side:
     @property
     def role(self) -> str:
         """What messages call the model."""
-        return {TEACHER: "teacher", GRAFT: "student"}.get(self.whole, "model")
+        return role_of(self.whole)
 
     def loaded(self) -> ModelHandle:
         """The model with weights."""
@@ -113,6 +113,11 @@ class SpeakingSide(Side):
     """A language model; ``template``: how it reads prompts."""
 
     template: Template
+
+
+def role_of(row: str) -> str:
+    """What messages call the model of a row."""
+    return {TEACHER: "teacher", GRAFT: "student"}.get(row, "model")
 
 
 def score_of(counts: Sequence[Sequence[float]], of_sums: OfSums, seed: int) -> Score:
