@@ -234,6 +234,9 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(tagger, worl
     with pytest.raises(GraftError, match="is a sequence-classification module that gives several numbers"):
         config = EvaluateConfig(problem_type="regression")
         evaluate(tmp_path / "numbers", text=[{"text": "a", "label": 1}], config=config)
+    tiny.peft_lora(tmp_path / "number", world / "teacher", task="token-classification", labels=("score",))
+    with pytest.raises(GraftError, match="is a token-classification module that gives numbers"):
+        evaluate(tmp_path / "number", text=rows)
 
 
 def test_the_command(command, tagger, tmp_path: Path) -> None:

@@ -357,10 +357,11 @@ def _check_scored(raw: RawCheckpoint, name: str) -> None:
         CheckpointError: it does not.
     """
     classifies = raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
-    several = raw.gives_numbers and raw.num_labels != 1
-    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not several):
+    numbers = raw.gives_numbers and (raw.num_labels != 1 or raw.task is Task.TOKEN_CLASSIFICATION)
+    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not numbers):
         return
-    without = "without a head" if classifies and not raw.head else "that gives several numbers" if classifies else ""
+    several = "several " if raw.num_labels != 1 else ""
+    without = "without a head" if classifies and not raw.head else f"that gives {several}numbers" if classifies else ""
     raise CheckpointError(
         f"evaluate scores generated text, classes and numbers, and this is a {raw.task} module {without}".rstrip(),
         where=name,

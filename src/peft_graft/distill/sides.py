@@ -34,8 +34,8 @@ class EvaluatedModel(Record):
     """One row: a model, its module if it has one, and their scores by metric.
 
     ``nll`` is in nats a token of the reference, its end among them, ``nll/byte`` in nats a byte, which compares between
-    tokenizers; less of them is better, and more of all else. ``cut``: answers that came to no end, or texts that are
-    classified and are longer than the model reads. ``empty``: answers without text.
+    tokenizers; less of them and of ``rmse`` is better, and more of all else. ``cut``: answers that came to no end, or
+    texts that are classified and are longer than the model reads. ``empty``: answers without text.
     """
 
     name: str
