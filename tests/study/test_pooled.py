@@ -14,9 +14,12 @@ GAINS = {"ner": (0.01, 0.02, 0.03), "sick": (0.04, 0.05, -0.06)}
 
 def students(start: str, gains: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
     names = {"teacher": "A", "student": "B", "module": "lora", "language": "en", "budget": 0, "start": start}
-    return [
-        {"kind": "student", "names": {**names, "task": task, "seed": seed}, "needs": {},
-         "result": {"metric": "f1", "score": 0.5 + gain}}
+    length = start.partition(", polish ")[2]
+    graft = {"id": start, "kind": "graft", "names": names, "needs": {}, "result": {},
+             "config": {"transfer": {"polish": int(length)} if length else {}}}  # fmt: skip
+    return [graft] + [
+        {"id": f"{start} {task} {seed}", "kind": "student", "names": {**names, "task": task, "seed": seed},
+         "needs": {"graft": start}, "result": {"metric": "f1", "score": 0.5 + gain}}
         for task, own in gains.items()
         for seed, gain in enumerate(own)
     ]  # fmt: skip

@@ -83,13 +83,18 @@ class _Sums:
 
     Attributes:
         paths: of the modules that are wanted. found: path -> [d_out, d_in], of those that half of a device's free
-            memory holds, and one at least. left: the others, for another run over the same batches.
+            memory holds, and one at least.
     """
 
     def __init__(self, paths: Collection[str]) -> None:
-        self.paths, self.found, self.left = paths, dict[str, Tensor](), set[str]()
-        self._taken: set[str] = set()
+        self.paths, self.found = paths, dict[str, Tensor]()
+        self._has_room: dict[str, bool] = {}
         self._room: dict[torch.device, int] = {}
+
+    @property
+    def left(self) -> set[str]:
+        """The modules that there was no room for: they need another run over the same batches."""
+        return {path for path, has_room in self._has_room.items() if not has_room}
 
     def hook(self, path: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
         """A forward hook that adds up g x^T, g the loss's gradient at the output."""
@@ -97,7 +102,9 @@ class _Sums:
         def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
             read = inputs[0].detach()
             given: Tensor = output[0] if isinstance(output, tuple) else output
-            if path in self._taken or self._takes(path, given, read):
+            if path not in self._has_room:
+                self._has_room[path] = self._take(given.device, 4 * given.shape[-1] * read.shape[-1])
+            if self._has_room[path]:
                 given.register_hook(lambda gradient: self._add(path, gradient, read))  # type: ignore[no-untyped-call]
 
         return hook
@@ -106,18 +113,13 @@ class _Sums:
         share = gradient.flatten(0, -2).float().T @ read.flatten(0, -2).float()
         self.found[path] = self.found[path].add_(share) if path in self.found else share
 
-    def _takes(self, path: str, given: Tensor, read: Tensor) -> bool:
-        """Whether a module that comes for the first time has a place; one that has none is left for good."""
-        if path in self.left:
-            return False
-        device, size = given.device, 4 * given.shape[-1] * read.shape[-1]
+    def _take(self, device: torch.device, size: int) -> bool:
+        """Whether so many bytes fit on a device, where they are counted then; the first always do."""
         first = device not in self._room
         room = self._room.setdefault(device, free_bytes(device) // 2)
         if not first and size > room:
-            self.left.add(path)
             return False
         self._room[device] = room - size
-        self._taken.add(path)
         return True
 
 

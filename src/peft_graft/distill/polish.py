@@ -44,9 +44,13 @@ class PolishSettings(Record):
     evaluations: int = 6
     seed: int = 0
 
+    @property
+    def parts(self) -> list[int]:
+        """The steps after which equal parts of the course are done, one for each of the evaluations."""
+        return [max(1, round(self.steps * n / self.evaluations)) for n in range(1, self.evaluations + 1)]
+
     def schedule(self) -> Schedule:
         """The same for the training loop."""
-        due = {max(1, round(self.steps * n / self.evaluations)) for n in range(1, self.evaluations + 1)}
         return Schedule(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -54,7 +58,7 @@ class PolishSettings(Record):
             head_rate=self.head_rate,
             weight_decay=_WEIGHT_DECAY,
             seed=self.seed,
-            evaluations=tuple(sorted(due)),
+            evaluations=tuple(sorted(set(self.parts))),
         )
 
 

@@ -31,7 +31,14 @@ from peft_graft.study.pooled import pooled
 from peft_graft.study.results import Record, about, read_results
 from peft_graft.study.spec import CONTROL, DEFAULT, FRESH, POLISHED_FRESH, Budget
 from peft_graft.study.starts import starts
-from peft_graft.study.tables import markdown, mean_spread, rank_correlation, result_tables, share_of_gain
+from peft_graft.study.tables import (
+    markdown,
+    mean_spread,
+    pair_title,
+    rank_correlation,
+    result_tables,
+    share_of_gain,
+)
 from peft_graft.study.tasks import METRICS
 
 #: Columns of the tables, and those of them whose labels are few.
@@ -56,9 +63,8 @@ class Place:
 
     @property
     def title(self) -> str:
-        """As headings have it; a LoRA and English go without saying."""
-        parts = [f"{self.teacher} → {self.student}", self.module, self.task, self.language]
-        return ", ".join(part for part in parts if part not in ("lora", "en"))
+        """As headings have it."""
+        return pair_title(self.teacher, self.student, self.module, self.task, self.language)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from peft_graft.config import AUTO
 from peft_graft.study.results import Record
-from peft_graft.study.spec import CONTROL, DEFAULT, POLISHED_FRESH
-from peft_graft.study.tables import holm, paired_p, scores_of
+from peft_graft.study.spec import CONTROL, DEFAULT
+from peft_graft.study.tables import UNPOLISHED, controls_of, holm, paired_p, polish_of, scores_of, without_length
 
 
 def pooled(records: Sequence[Record]) -> list[str]:
@@ -17,18 +18,16 @@ def pooled(records: Sequence[Record]) -> list[str]:
 
     *p* is ``tables.paired_p``, and corrected for all rows.
     """
-    scores = scores_of(records)
+    scores, polish = scores_of(records), polish_of(records)
     scores = scores[scores["budget"] == 0]
     rows: list[tuple[str, str, float | None]] = []
     for (teacher, student), of_pair in scores.groupby(["teacher", "student"], sort=False):
         wide = of_pair.pivot_table(index="start", columns=["task", "module", "language", "seed"], values="score")
-        for start in wide.index:
-            name, _, length = start.partition(", polish ")
-            if name != DEFAULT:
-                continue
-            others = [other for other in wide.index if _is_beside(other, f", polish {length}" if length else "")]
-            rows += [(f"{teacher} → {student}{f', {length} steps' if length else ''}", *_row(wide, start, other))
-                     for other in others]  # fmt: skip
+        for start in [name for name in wide.index if without_length(name) == DEFAULT]:
+            length = "" if polish.get(start, AUTO) == AUTO else f", {polish[start]} steps"
+            for other in controls_of(start, wide.index, polish):
+                if other != UNPOLISHED:
+                    rows.append((f"{teacher} → {student}{length}", *_row(wide, start, other)))
     corrected = iter(holm([p for *_, p in rows if p is not None]))
     lines = ["| pair | the default less | seeds ahead | points | p | p (Holm) |", "|---|---|---|---|---|---|"]
     for pair, values, p in rows:
@@ -37,17 +36,10 @@ def pooled(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _is_beside(start: str, length: str) -> bool:
-    """Whether a start is a control, or a fresh module, that was polished for as long."""
-    if not start.startswith((CONTROL, POLISHED_FRESH)) or "head alone" in start:
-        return False
-    return start.endswith(length) if length else ", polish " not in start
-
-
 def _row(wide: pd.DataFrame, start: str, other: str) -> tuple[str, float | None]:
     """What the control is called, how many pairs are ahead and by how much; and p."""
     differences = 100 * (wide.loc[start] - wide.loc[other]).dropna()
-    name = other.removeprefix(CONTROL).partition(", polish ")[0]
+    name = without_length(other).removeprefix(CONTROL)
     ahead = f"{int((differences > 0).sum())} of {len(differences)}"
     spread = f" ± {differences.std():.1f}" if len(differences) > 1 else ""
     return f"{name} | {ahead} | {differences.mean():+.1f}{spread}", paired_p(wide, start, other)

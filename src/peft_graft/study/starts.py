@@ -6,7 +6,6 @@ Steps in trials count as steps: those of a start that tried more arms are fewer 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +14,12 @@ from functools import cached_property
 from peft_graft.distill.polish import PolishRecord, PolishSettings
 from peft_graft.study.results import Record, about
 from peft_graft.study.spec import CONTROL, CONTROL_NAMES, DEFAULT, FRESH, POLISHED_FRESH
-from peft_graft.study.tables import mean_spread
+from peft_graft.study.tables import mean_spread, pair_title, without_length
 
 #: Points of a held-out curve after its start.
 _POINTS = PolishSettings(steps=1).evaluations
 #: Starts from an untrained module, with a head that nothing was fitted to.
 _PLAIN = (POLISHED_FRESH, f"{FRESH}/skip")
-#: What a start's name says of its length, which the heading says.
-_LENGTH = re.compile(r", polish \d+")
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,9 @@ class Course:
 
     @property
     def watched(self) -> list[float]:
-        """The start, and what follows equal parts of the course."""
-        own = self.record.settings.steps
-        due = [max(1, round(own * part / _POINTS)) for part in range(1, _POINTS + 1)]
-        by_step = {point.step: value for point, (_, value) in zip(self.record.curve, self.points, strict=True)}
-        return [self.points[0][1], *(by_step.get(step, math.inf) for step in due)]
+        """Nats from the teacher at the start, and after equal parts of the course."""
+        known = dict(self.points)
+        return [known[0], *(known.get(step + self.record.trial_steps, math.inf) for step in self.record.settings.parts)]
 
     def reaches(self, wanted: float) -> float:
         """The steps after which it is as near to the teacher, infinity if it never is."""
@@ -73,7 +68,7 @@ def starts(records: Sequence[Record]) -> list[str]:
         course = Course.of(record)
         if course is None:
             continue
-        name = _LENGTH.sub("", record["names"]["start"])
+        name = without_length(record["names"]["start"])
         place = (about(record, "teacher"), record["names"]["student"], course.steps)
         found.setdefault(place, {}).setdefault(name, []).append(course)
     lines: list[str] = []
@@ -82,9 +77,8 @@ def starts(records: Sequence[Record]) -> list[str]:
         plain = next((name for name in _PLAIN if name in courses), None)
         if plain is None or len(courses) < 2:
             continue
-        title = ", ".join([f"{teacher} → {student}", *(part for part in what if part not in ("lora", "en"))])
         end = statistics.fmean(course.watched[-1] for course in courses[plain])
-        lines += ["", f"### {title}, {steps:,} steps", "", *_table(courses, plain, end)]
+        lines += ["", f"### {pair_title(teacher, student, *what)}, {steps:,} steps", "", *_table(courses, plain, end)]
         if DEFAULT in courses:
             halves.append(_reached(courses[DEFAULT], end) <= steps / 2)
     if not halves:

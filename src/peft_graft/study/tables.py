@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from peft_graft.config import AUTO
 from peft_graft.study.spec import CONTROL, CONTROL_NAMES, FRESH, POLISHED_FRESH
 
 TEACHER = "teacher"
+#: The control that is compared with starts of all lengths.
+UNPOLISHED = CONTROL + CONTROL_NAMES["head"]
 MEAN = "mean"
 #: A teacher that is ahead of a fresh module by less, a point of a hundred, has no gain of which there could be a share.
 SMALLEST_GAIN = 0.01
@@ -99,6 +102,17 @@ def mean_spread(values: Sequence[float], *, count: bool = True, digits: int = 3)
     return f"{statistics.fmean(values):.{digits}f}{spread}" + (f" ({len(values)})" if count else "")
 
 
+def pair_title(teacher: str, student: str, *what: str) -> str:
+    """Two models, a kind of module, a task and a language, as headings have them; a LoRA and English go without
+    saying."""
+    return ", ".join([f"{teacher} → {student}", *(part for part in what if part not in ("lora", "en"))])
+
+
+def without_length(start: str) -> str:
+    """A start's name without how long it was polished."""
+    return re.sub(r", polish \d+", "", start)
+
+
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> str:
     """Spearman's, as pages say it: ``0.97 (p = 2e-05, 9 grafts)``."""
     from scipy.stats import spearmanr
@@ -139,7 +153,7 @@ def scores_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def result_tables(records: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
     """All tables of the records: one without labels and one for each budget, by pair, module and task."""
-    groups, polish = dict(iter(scores_of(records).groupby(_TABLE, sort=False))), _polish_of(records)
+    groups, polish = dict(iter(scores_of(records).groupby(_TABLE, sort=False))), polish_of(records)
     order = {0: -1.0, "all": math.inf}
     keys = sorted(groups, key=lambda key: (*map(str, key[:4]), order.get(key[4], key[4])))
     return _corrected(
@@ -165,7 +179,7 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
-def _polish_of(records: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
+def polish_of(records: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
     """The length of the polish of every start that has one, as the cells say that it is made by."""
     options = {one["id"]: one["config"]["transfer"] for one in records if "transfer" in one.get("config", {})}
     return {
@@ -187,7 +201,7 @@ def _table(key: tuple[Any, ...], group: pd.DataFrame, polish: Mapping[str, int |
     rows = []
     for start in starts:
         tested = start not in (TEACHER, FRESH)
-        controls = _controls_of(start, starts, polish) if tested else []
+        controls = controls_of(start, starts, polish) if tested else []
         entries = {
             language: _entry(scores, means, start, [language], controls)
             for language in languages
@@ -228,14 +242,13 @@ def _entry(
     return Entry(score, spread, len(own), difference=score - fresh, share=share, over_controls=best)
 
 
-def _controls_of(start: str, names: Iterable[str], polish: Mapping[str, int | str]) -> list[str]:
+def controls_of(start: str, names: Iterable[str], polish: Mapping[str, int | str]) -> list[str]:
     """The controls that had as many steps of polish, or none, and with them the fresh module that had as many."""
     controls = [name for name in names if name.startswith(CONTROL)]
     if not controls or start.startswith((CONTROL, POLISHED_FRESH)):
         return []
     polished = [name for name in names if name.startswith((CONTROL, POLISHED_FRESH))]
-    unpolished = CONTROL + CONTROL_NAMES["head"]
-    return [name for name in polished if name == unpolished or polish.get(name) == polish.get(start)]
+    return [name for name in polished if name == UNPOLISHED or polish.get(name) == polish.get(start)]
 
 
 def paired_p(scores: pd.DataFrame, start: str, other: str = FRESH) -> float | None:
