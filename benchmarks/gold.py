@@ -31,8 +31,9 @@ from peft_graft.study.data import read_unlabelled
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import cells_of
 from peft_graft.study.modules import load_module, new_module
+from peft_graft.study.read_study import read_study
 from peft_graft.study.results import export
-from peft_graft.study.spec import Study, read_study
+from peft_graft.study.spec import Study
 from peft_graft.study.training import score
 
 

@@ -52,7 +52,7 @@ from peft_graft.models.spaces import Space
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.planning.plan import Plan
 from peft_graft.prompts.read import PromptSource
-from peft_graft.study.spec import read_study
+from peft_graft.study.read_study import read_study
 
 SLOW = 10.0
 MODELS, ALIGNMENTS = ("bert", "llama"), ("prune-align", "ridge")

@@ -23,7 +23,7 @@ from peft_graft.files import read_json, read_tensors
 from peft_graft.labels import declared_names
 from peft_graft.models.loading import load_config
 from peft_graft.models.spaces import Space
-from peft_graft.study.spec import read_study
+from peft_graft.study.read_study import read_study
 
 ESCAPES = "\x1b]0;owned\x07\x1b[31m[bold red]\n| `x` | <script>\u202e"
 

@@ -24,7 +24,7 @@ import speech
 import tiny
 from conftest import needs_adapters
 from peft_graft.cli import late
-from peft_graft.study.spec import read_study
+from peft_graft.study.read_study import read_study
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -17,8 +17,9 @@ from peft_graft.study.cells import StudentCell
 from peft_graft.study.controls import write_random
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import cells_of
+from peft_graft.study.read_study import read_study
 from peft_graft.study.runner import Here, run_study
-from peft_graft.study.spec import CONTROL, read_study
+from peft_graft.study.spec import CONTROL
 from peft_graft.study.tables import grid_of, holm, result_tables
 
 pytestmark = pytest.mark.skipif(

@@ -26,8 +26,9 @@ from peft_graft.study.generation import answers_of, collate_completions, complet
 from peft_graft.study.grids import cells_of
 from peft_graft.study.modules import new_module
 from peft_graft.study.ner import IGNORED
+from peft_graft.study.read_study import paper_study, read_study
 from peft_graft.study.runner import Here, run_study
-from peft_graft.study.spec import FRESH, GenerationSpec, paper_study, read_study
+from peft_graft.study.spec import FRESH, GenerationSpec
 from peft_graft.study.tables import result_tables
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score
 

@@ -29,9 +29,10 @@ from peft_graft.study.cells import StudentCell
 from peft_graft.study.command import PAPER, StudyPlan, StudyRun, show_tables
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import Start, cells_of
+from peft_graft.study.read_study import paper_study, read_study
 from peft_graft.study.results import read_results
 from peft_graft.study.runner import Here, OnRay, Outcome, estimate, run_study
-from peft_graft.study.spec import FRESH, Study, paper_study, read_study
+from peft_graft.study.spec import FRESH, Study
 from peft_graft.study.tables import MEAN, grid_of, latex, markdown, result_tables, write_tables
 
 pytestmark = pytest.mark.skipif(
@@ -452,7 +453,7 @@ def test_a_plan_counts_cells_and_lists_them_only_when_asked(command, kept: Path,
     assert "student" in shown
     assert "student-" not in shown
     assert f"results {out}" in shown
-    listed = command("study", kept, "--out", out, "--dry-run", "--list").out
+    listed = command("study", kept, "--out", out, "--list").out
     assert listed.count("done    student-") == 6
     plan = StudyPlan.model_validate_json(command("study", kept, "--out", out, "--dry-run", "--json").out)
     assert {kind.kind: (kind.cells, kind.done) for kind in plan.kinds} == {

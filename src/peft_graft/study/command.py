@@ -16,9 +16,10 @@ from peft_graft.record import Record
 from peft_graft.run import Callback
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.grids import cells_of
+from peft_graft.study.read_study import paper_study, read_study
 from peft_graft.study.results import export
 from peft_graft.study.runner import Here, OnRay, estimate, run_study
-from peft_graft.study.spec import Study, paper_study, read_study
+from peft_graft.study.spec import Study
 from peft_graft.study.tables import ResultTable, grid_of, write_tables
 
 PAPER = ("matching", "incompatible")

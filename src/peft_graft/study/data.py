@@ -55,20 +55,25 @@ def read_unlabelled(spec: SomeTask, language: str) -> list[Example]:
         TextError: see ``read_task``; or there are none beyond the training examples.
     """
     train, _ = _read_labelled(spec, language)
-    if not isinstance(spec, GenerationSpec) or spec.unlabelled_examples is None:
+    if spec.unlabelled_examples is None:
         return train[: spec.train_examples]
     start = spec.train_examples or 0
-    seen = {example.text for example in train[:start] if isinstance(example, Prompt)}
-    found = [example for example in train[start:] if isinstance(example, Prompt) and example.text not in seen]
+    seen = {_text_of(example) for example in train[:start]}
+    found = [example for example in train[start:] if _text_of(example) not in seen]
     if not found:
         raise TextError(
-            "there are no prompts beyond the training examples",
+            "there are no texts beyond the training examples",
             where=spec.train.format(language=language),
             expected=f"more than train_examples = {start}",
             found=len(train),
             fix="lower train_examples, or leave unlabelled_examples out",
         )
     return list(found[: spec.unlabelled_examples])
+
+
+def _text_of(example: Example) -> str | tuple[str, ...]:
+    """What two examples have in common that a model cannot tell apart."""
+    return example.text if isinstance(example, Prompt) else example.texts
 
 
 @lru_cache(maxsize=4)

@@ -53,7 +53,7 @@ def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
     """All cells by id, each after those that it needs.
 
     Args:
-        only: a pattern (``fnmatch``) that the ids of students and teachers must match; what they need comes along.
+        only: a pattern (``fnmatch``) of the ids that are wanted; the cells that these need come along.
 
     Raises:
         StudyError: nothing matches.
@@ -67,13 +67,9 @@ def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
                         found.setdefault(cell.id, cell)
     if only is None:
         return found
-    wanted = [
-        name for name, cell in found.items() if cell.kind in ("student", "teacher") and fnmatch.fnmatch(name, only)
-    ]
+    wanted = fnmatch.filter(found, only)
     if not wanted:
-        raise StudyError(
-            "no cell matches", where=f"--only {only}", expected="a pattern of the ids that --dry-run lists"
-        )
+        raise StudyError("no cell matches", where=f"--only {only}", expected="a pattern of the ids that --list names")
     kept: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -86,13 +82,15 @@ def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
 class Start:
     """What a student starts from: a graft, or its own fresh module after a polish, and how it goes on.
 
-    ``control``: the start stands for one of these. ``way``: by which a graft comes, where not straight.
+    ``control``: the start stands for one of these. ``texts``: unlabelled ones that it is made on, where not those of
+    the task. ``way``: by which a graft comes, where not straight.
     """
 
     transfer: GraftConfig
     from_fresh: bool = False
     distil: bool = False
     control: Control | None = None
+    texts: int | None = None
     way: str = ""
 
     @property
@@ -104,8 +102,6 @@ class Start:
     def graft_name(self) -> str:
         """The same of the graft alone."""
         option = self.transfer
-        if self.control == "head":  # which no polish follows
-            return CONTROL + CONTROL_NAMES[self.control]
         if self.control:
             parts = [CONTROL + CONTROL_NAMES[self.control]]
         elif self.from_fresh:
@@ -114,12 +110,13 @@ class Start:
             parts = [DEFAULT if option.method == AUTO else f"{option.method}/{option.layers}"]
         if option.head != AUTO and not self.control:
             parts.append(f"head {option.head}")
-        if option.polish != AUTO:
+        if option.polish != AUTO and self.control != "head":  # which no polish follows
             parts.append(f"polish {option.polish}")
         if option.learn != GraftConfig.model_fields["learn"].default:
             parts.append(f"learn {option.learn}")
         if option.on_policy:
             parts.append(f"on-policy {option.on_policy:g}")
+        parts += [f"{self.texts} texts"] if self.texts else []
         parts += [self.way] if self.way else []
         return ", ".join(parts)
 
@@ -160,15 +157,16 @@ class _Comparison:
             yield from self._grafted(start, self._control(start, seed, (teacher, needed)), teacher, seed)
 
     def _controls(self, starts: Sequence[Start]) -> Iterator[Start]:
-        """Each control beside the first graft of each length of polish; once, where it has none."""
+        """Each control beside the first graft of each length of polish and number of texts; once, where it has no
+        polish."""
         straight = [replace(start, distil=False) for start in starts if not start.from_fresh]
-        by_length = {start.transfer.polish: start for start in reversed(straight)}
+        alike = {(start.transfer.polish, start.texts): start for start in reversed(straight)}
         for control in self.grid.controls:
-            first, *others = reversed(by_length.values())
+            beside = [replace(start, control=control) for start in reversed(alike.values())]
             if control == "head":  # which no polish follows
-                first, others = replace(first, transfer=first.transfer.model_copy(update={"polish": 0})), []
-            for start in (first, *others):
-                yield replace(start, control=control)
+                bare = [replace(one, transfer=one.transfer.model_copy(update={"polish": 0})) for one in beside]
+                beside = list({one.texts: one for one in reversed(bare)}.values())[::-1]
+            yield from beside
 
     def _grafted(self, start: Start, graft: Cell, teacher: Cell, seed: int) -> Iterator[Cell]:
         yield graft
@@ -192,7 +190,7 @@ class _Comparison:
         if alignment and parts[0] and parts[1]:
             way = replace(start, way=f"composed through {between}")
             config = ChainConfig(
-                examples=self._examples,
+                examples=self._examples_of(start),
                 device=self.study.device,
                 teacher=self._models[0],
                 through=self.study.models[between],
@@ -221,7 +219,7 @@ class _Comparison:
         if control == "bare-teacher" and other:
             needs = Needs(teacher=other.id)
         config = ControlConfig(
-            examples=self._examples,
+            examples=self._examples_of(start),
             device=start.transfer.device,
             teacher=self._models[0],
             student=self._models[1],
@@ -247,7 +245,7 @@ class _Comparison:
         options = GRAFT_OPTIONS | PROMPT_OPTIONS
         lists = [getattr(grid, name) for name in options]
         found: dict[str, Start] = {}
-        for from_fresh, *values, distil in product(grid.from_fresh, *lists, grid.distil):
+        for from_fresh, *values, distil, texts in product(grid.from_fresh, *lists, grid.distil, grid.texts or (None,)):
             chosen = dict(zip(options.values(), values, strict=True))
             if chosen["method"] == METHOD_FRESH:  # nothing but its polish
                 chosen["polish"] = POLISH_STEPS if chosen["polish"] == AUTO else chosen["polish"]
@@ -260,7 +258,7 @@ class _Comparison:
                 option = GraftConfig(polish=option.polish, **shared)
                 if not option.polish_steps:
                     continue
-            start = Start(option, from_fresh, distil)
+            start = Start(option, from_fresh, distil, texts=texts)
             found.setdefault(start.name, start)
         yield from found.values()
 
@@ -275,6 +273,13 @@ class _Comparison:
     @property
     def _examples(self) -> Examples:
         return Examples(task=self.task, language=self.language, spec=self.study.tasks[self.task])
+
+    def _examples_of(self, start: Start) -> Examples:
+        """With the unlabelled ones that the start is made on."""
+        found = self._examples
+        if start.texts is None:
+            return found
+        return found.model_copy(update={"spec": found.spec.model_copy(update={"unlabelled_examples": start.texts})})
 
     @property
     def _models(self) -> tuple[str, str]:
@@ -310,7 +315,7 @@ class _Comparison:
             roles="+".join(roles or ["all"]),
         )
         config = AlignmentConfig(
-            examples=self._examples,
+            examples=self._examples_of(start),
             device=option.device,
             teacher=self._models[0],
             student=self._models[1],
@@ -332,7 +337,7 @@ class _Comparison:
         names = self._names(teacher=self.grid.teacher, start=start.graft_name, seed=seed if start.is_polished else None)
         needs = Needs(teacher=teacher.id, alignment=alignment.id if alignment else None)
         config = TransferConfig(
-            examples=self._examples,
+            examples=self._examples_of(start),
             device=option.device,
             teacher=self._models[0],
             student=self._models[1],

@@ -8,7 +8,8 @@ of the study that it names: ``comparison`` (every start beside a fresh module, i
 ``tables`` (as the study itself writes them, with the gain over the best control), ``lift`` (of language models,
 ``study.lift``), ``lifts`` (the same, a row for each pair and task), ``prices`` (scores beside seconds), ``ablation``
 (agreement before and after the head is fitted), ``times`` (of moves by the default), ``starts`` (distances from the
-teacher on the way, by where a polish began) or ``pooled`` (the default less each control, over all tasks of a pair).
+teacher on the way, by where a polish began), ``pooled`` (the default less each control, over all tasks of a pair) or
+``texts`` (by how many unlabelled texts a graft was made on).
 ``--curves`` draws how a polish approaches the teacher.
 """
 
@@ -40,6 +41,7 @@ from peft_graft.study.tables import (
     share_of_gain,
 )
 from peft_graft.study.tasks import METRICS
+from peft_graft.study.texts import texts
 
 #: Columns of the tables, and those of them whose labels are few.
 BUDGETS: tuple[Budget, ...] = (0, 100, 1000, "all")
@@ -371,6 +373,7 @@ PARTS: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "times": times,
     "starts": starts,
     "pooled": pooled,
+    "texts": texts,
 }
 
 

@@ -9,7 +9,16 @@ import pandas as pd
 from peft_graft.config import AUTO
 from peft_graft.study.results import Record
 from peft_graft.study.spec import CONTROL, DEFAULT
-from peft_graft.study.tables import UNPOLISHED, controls_of, holm, paired_p, polish_of, scores_of, without_length
+from peft_graft.study.tables import (
+    UNPOLISHED,
+    controls_of,
+    holm,
+    paired_p,
+    polish_of,
+    scores_of,
+    without_length,
+    without_texts,
+)
 
 
 def pooled(records: Sequence[Record]) -> list[str]:
@@ -26,7 +35,7 @@ def pooled(records: Sequence[Record]) -> list[str]:
         for start in [name for name in wide.index if without_length(name) == DEFAULT]:
             length = "" if polish.get(start, AUTO) == AUTO else f", {polish[start]} steps"
             for other in controls_of(start, wide.index, polish):
-                if other != UNPOLISHED:
+                if without_texts(other) != UNPOLISHED:
                     rows.append((f"{teacher} → {student}{length}", *_row(wide, start, other)))
     corrected = iter(holm([p for *_, p in rows if p is not None]))
     lines = ["| pair | the default less | seeds ahead | points | p | p (Holm) |", "|---|---|---|---|---|---|"]

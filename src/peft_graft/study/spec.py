@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from peft_graft.config import AUTO, POLISH_STEPS, Dtype, GraftConfig, HeadChoice, Library
-from peft_graft.errors import PlanError, StudyError, reason
+from peft_graft.errors import PlanError
 from peft_graft.metrics import METRICS as TEXT_METRICS
 from peft_graft.models.tasks import Task
 from peft_graft.record import Record
-from peft_graft.study.plugins import Plugin, load_plugin
+from peft_graft.study.plugins import Plugin
 from peft_graft.study.tasks import METRICS, Metric
 from peft_graft.study.training import FITTED_RATE, TrainingSettings
 
@@ -56,6 +59,8 @@ class TaskSpec(Record):
         languages: where the task is to be had.
         train_examples, validation_examples, test_examples: how many to use at most; the first after shuffling, and of
             the test set the first as they come.
+        unlabelled_examples: texts for grafts, which come after the ``train_examples``, so that no teacher has seen
+            them; those of the training examples where it is left out.
         metric: entity F1 of tokens; of sequences accuracy, unless ``macro F1`` is asked for.
     """
 
@@ -69,6 +74,7 @@ class TaskSpec(Record):
     languages: tuple[str, ...] = ("en",)
     train_examples: int | None = None
     validation_examples: int = 500
+    unlabelled_examples: int | None = Field(None, ge=1)
     test_examples: int | None = None
     metric: Metric
 
@@ -79,8 +85,14 @@ class TaskSpec(Record):
             value = {"metric": METRICS[Task(kind)][0], **value}
         return value
 
+    @model_serializer(mode="wrap")
+    def _as_it_always_was(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is left out, so that cells keep the ids which they had before there was such a thing."""
+        return {key: value for key, value in plainly(self).items() if value is not None or key != "unlabelled_examples"}
+
     @model_validator(mode="after")
     def _known_metric(self) -> TaskSpec:
+        _check_unlabelled(self)
         if self.metric not in METRICS[self.kind]:
             raise ValueError(f"{self.kind} is not scored by {self.metric}, but by {' or '.join(METRICS[self.kind])}")
         return self
@@ -91,10 +103,9 @@ class GenerationSpec(Record):
 
     Attributes:
         kind: ``generation``: columns ``prompt`` and ``completion``, or ``references``, a list of accepted answers.
-        train, validation, test, languages, train_examples, validation_examples, test_examples: see ``TaskSpec``.
+        train, validation, test, languages, train_examples, validation_examples, unlabelled_examples, test_examples: see
+            ``TaskSpec``.
         columns: names of the columns of prompt and answer, where they are not the usual ones.
-        unlabelled_examples: prompts for grafts, which come after the ``train_examples``, so that no teacher has seen
-            them; those of the training examples where it is left out.
         metric: one of ``peft_graft.metrics``.
         format: how a prompt is written, such as ``"Question: {prompt}\\nAnswer:"``; the tokenizer's chat template
             where it is left out. system: a message for prompts that have none.
@@ -123,8 +134,7 @@ class GenerationSpec(Record):
 
     @model_validator(mode="after")
     def _can_be_scored(self) -> GenerationSpec:
-        if self.unlabelled_examples and not self.train_examples:
-            raise ValueError("unlabelled_examples come after the train_examples, so give these too")
+        _check_unlabelled(self)
         known = [name for name, metric in TEXT_METRICS.items() if metric.more_is_better]
         if self.metric not in known:
             raise ValueError(f"generation is not scored by {self.metric}, but by {' or '.join(known)}")
@@ -143,6 +153,11 @@ class GenerationSpec(Record):
     def transfer_options(self) -> dict[str, Any]:
         """The same for ``transfer``."""
         return {name: getattr(self, name) or None for name in self.ASKING}
+
+
+def _check_unlabelled(task: TaskSpec | GenerationSpec) -> None:
+    if task.unlabelled_examples and not task.train_examples:
+        raise ValueError("unlabelled_examples come after the train_examples, so give these too")
 
 
 SomeTask = Annotated[TaskSpec | GenerationSpec, Field(discriminator="kind")]
@@ -203,6 +218,8 @@ class Grid(Record):
         from_fresh: whether the student's own untrained module is polished on the teacher's answers, in place of the
             teacher's module. It takes ``polish`` and ``distil`` alone, with the method ``auto``.
         controls: what its starts are compared with, for each length of polish (``study.controls``).
+        texts: how many unlabelled texts grafts are made on, of those after the ``train_examples`` of the task
+            (``unlabelled_examples``); what the task says where it is empty.
         through: models between teacher and student: the module moves to each and from there on, and by the alignment
             that is put together of two where the method has one.
         budgets: labelled training examples, or ``all``; students are scored before and after they learn from them.
@@ -224,6 +241,7 @@ class Grid(Record):
     distil: tuple[bool, ...] = (False,)
     from_fresh: tuple[bool, ...] = (False,)
     controls: tuple[Control, ...] = ()
+    texts: tuple[Annotated[int, Field(ge=1)], ...] = ()
     through: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = ("all",)
     fresh_budgets: tuple[Budget, ...] = ()
@@ -291,6 +309,8 @@ class Study(Record):
                         f"grid {number}: unknown {what} {', '.join(unknown)}; named are {', '.join(known)}"
                     )
             for task in grid.tasks:
+                if grid.texts and not self.tasks[task].train_examples:
+                    raise ValueError(f"grid {number}: texts come after the train_examples of {task}, so give these too")
                 missing = set(grid.languages) - set(self.tasks[task].languages)
                 if missing == set(grid.languages) and missing:
                     raise ValueError(f"grid {number}: {task} has none of the languages {', '.join(grid.languages)}")
@@ -327,118 +347,3 @@ class Study(Record):
             ),
             None,
         )
-
-
-def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
-    """A study file, its local paths made absolute.
-
-    Args:
-        changes: ``key=value`` with a dotted key, such as ``models.E5=~/models/e5`` or ``training.student.epochs=3``;
-            the value as TOML, or a plain string. So a study of hub models runs where there are only local copies.
-
-    Raises:
-        StudyError: the file cannot be read, or says something that a study cannot.
-    """
-    try:
-        if path.is_char_device():  # which has no end
-            raise ValueError("it is no file")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StudyError(f"the study file cannot be read ({reason(error)})", where=str(path)) from error
-    known = {name: set(table) for name, table in content.items() if isinstance(table, dict)}
-    for change in changes:
-        _change(content, change)
-    folder = path.resolve().parent
-    if isinstance(content.get("plugins"), list):  # first, so that grids can name the methods that they register
-        content["plugins"] = [
-            load_plugin(str((folder / Path(str(file)).expanduser()).resolve())) for file in content["plugins"]
-        ]
-    try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        # A task's kind stands after its name.
-        parts = [str(part) for index, part in enumerate(first["loc"]) if (first["loc"][0], index) != ("tasks", 2)]
-        place = ".".join(parts) or "the file"
-        message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
-        raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
-    for change in changes:
-        _check_named(study, change, known)
-    tasks = {
-        name: task.model_copy(
-            update={
-                key: _located(value, folder) for key in ("train", "validation", "test") if (value := getattr(task, key))
-            }
-        )
-        for name, task in study.tasks.items()
-    }
-    models = {name: _located(value, folder) for name, value in study.models.items()}
-    return study.model_copy(update={"models": models, "tasks": tasks})
-
-
-def _change(content: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    *tables, last = key.strip().split(".")
-    if not equals or not last:
-        raise StudyError("cannot be understood", where=f"--set {change}", expected="KEY=VALUE")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    table: Any = content
-    for name in tables:
-        if isinstance(table, list):
-            index = _number(name, table)
-            table = None if index is None else table[index]
-        else:
-            table = table.setdefault(name, {})
-        if not isinstance(table, dict | list):
-            raise StudyError("names no table of the study", where=f"--set {change}", found=name)
-    place = _number(last, table) if isinstance(table, list) else last
-    if place is None:
-        raise StudyError("names nothing in this list of the study", where=f"--set {change}", found=last)
-    table[place] = value
-
-
-def _check_named(study: Study, change: str, known: Mapping[str, set[str]]) -> None:
-    """Refuse a new model, module or task that no grid names: one that is misspelt would change nothing.
-
-    Args:
-        known: the names in the file's tables.
-    """
-    table, _, rest = change.partition("=")[0].strip().partition(".")
-    name = rest.partition(".")[0]
-    used = {
-        "models": {model for grid in study.grid for model in (grid.teacher, grid.student)},
-        "modules": {module for grid in study.grid for module in grid.modules},
-        "tasks": {task for grid in study.grid for task in grid.tasks},
-    }.get(table)
-    if used is None or name in used | known.get(table, set()):
-        return
-    near = get_close_matches(name.lower(), {one.lower(): one for one in used}, n=1)
-    likely = next((one for one in used if near and one.lower() == near[0]), None)
-    raise StudyError(
-        f"no grid of the study names such a {table.removesuffix('s')}",
-        where=f"--set {change}",
-        expected=", ".join(sorted(used)),
-        found=name,
-        fix=f"did you mean {table}.{likely}?" if likely else None,
-    )
-
-
-def _number(name: str, of: list[Any]) -> int | None:
-    """A place in a list, None where it has none of this number."""
-    number = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else len(of)
-    return number if number < len(of) else None
-
-
-def paper_study(name: str) -> Path:
-    """The file of one of the paper's two grids, ``matching`` or ``incompatible``."""
-    return Path(str(files("peft_graft.study") / "paper" / f"{name}.toml"))
-
-
-def _located(value: str, folder: Path) -> str:
-    """A local path made absolute; the name of a model or data set of the hub stays."""
-    if value.startswith((".", "/", "~")):
-        return str((folder / Path(value).expanduser()).resolve())
-    return value

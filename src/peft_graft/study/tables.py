@@ -21,6 +21,8 @@ UNPOLISHED = CONTROL + CONTROL_NAMES["head"]
 MEAN = "mean"
 #: A teacher that is ahead of a fresh module by less, a point of a hundred, has no gain of which there could be a share.
 SMALLEST_GAIN = 0.01
+#: How a start's name says on how many texts it is made.
+_TEXTS = re.compile(r", (\d+) texts")
 #: What a table is about.
 _TABLE = ["teacher", "student", "module", "task", "budget"]
 
@@ -111,6 +113,17 @@ def pair_title(teacher: str, student: str, *what: str) -> str:
 def without_length(start: str) -> str:
     """A start's name without how long it was polished."""
     return re.sub(r", polish \d+", "", start)
+
+
+def texts_of(start: str) -> int | None:
+    """The unlabelled texts that a start is said to be made on; None where nothing is said."""
+    found = _TEXTS.search(start)
+    return int(found.group(1)) if found else None
+
+
+def without_texts(start: str) -> str:
+    """A start's name without them."""
+    return _TEXTS.sub("", start)
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> str:
@@ -243,12 +256,14 @@ def _entry(
 
 
 def controls_of(start: str, names: Iterable[str], polish: Mapping[str, int | str]) -> list[str]:
-    """The controls that had as many steps of polish, or none, and with them the fresh module that had as many."""
+    """The controls that had as many texts and steps of polish, or none, and with them the fresh module that had as
+    many."""
     controls = [name for name in names if name.startswith(CONTROL)]
     if not controls or start.startswith((CONTROL, POLISHED_FRESH)):
         return []
     polished = [name for name in names if name.startswith((CONTROL, POLISHED_FRESH))]
-    return [name for name in polished if name == UNPOLISHED or polish.get(name) == polish.get(start)]
+    alike = [name for name in polished if texts_of(name) == texts_of(start)]
+    return [name for name in alike if without_texts(name) == UNPOLISHED or polish.get(name) == polish.get(start)]
 
 
 def paired_p(scores: pd.DataFrame, start: str, other: str = FRESH) -> float | None:

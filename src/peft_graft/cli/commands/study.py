@@ -37,7 +37,7 @@ def study(
         list[str] | None, typer.Option("--set", help="Change the study: KEY=VALUE, as models.E5=~/models/e5.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to do, and about how long.")] = False,
-    ids: Annotated[bool, typer.Option("--list", help="With --dry-run: every cell by its id.")] = False,
+    ids: Annotated[bool, typer.Option("--list", help="As --dry-run, and every cell by its id.")] = False,
 ) -> None:
     """Train teachers, move their modules, and compare: many models, tasks and languages, declared in one file.
 
@@ -47,7 +47,7 @@ def study(
     from peft_graft.study.command import plan_study
     from peft_graft.study.command import study as run
 
-    if dry_run:
+    if dry_run or ids:
         plan = plan_study(file, paper=paper, out=out, changes=changes or [], config=config)
         give(plan, lambda: show_plan(plan, ids=ids))
         return

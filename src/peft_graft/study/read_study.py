@@ -1,0 +1,131 @@
+"""Reading a study file: its text, what ``--set`` changes in it, and the places that it names."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peft_graft.errors import StudyError, reason
+from peft_graft.study.plugins import load_plugin
+from peft_graft.study.spec import Study
+
+
+def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
+    """A study file, its local paths made absolute.
+
+    Args:
+        changes: ``key=value`` with a dotted key, such as ``models.E5=~/models/e5`` or ``training.student.epochs=3``;
+            the value as TOML, or a plain string. So a study of hub models runs where there are only local copies.
+
+    Raises:
+        StudyError: the file cannot be read, or says something that a study cannot.
+    """
+    try:
+        if path.is_char_device():  # which has no end
+            raise ValueError("it is no file")
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StudyError(f"the study file cannot be read ({reason(error)})", where=str(path)) from error
+    known = {name: set(table) for name, table in content.items() if isinstance(table, dict)}
+    for change in changes:
+        _change(content, change)
+    folder = path.resolve().parent
+    if isinstance(content.get("plugins"), list):  # first, so that grids can name the methods that they register
+        content["plugins"] = [
+            load_plugin(str((folder / Path(str(file)).expanduser()).resolve())) for file in content["plugins"]
+        ]
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # A task's kind stands after its name.
+        parts = [str(part) for index, part in enumerate(first["loc"]) if (first["loc"][0], index) != ("tasks", 2)]
+        place = ".".join(parts) or "the file"
+        message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
+    for change in changes:
+        _check_named(study, change, known)
+    tasks = {
+        name: task.model_copy(
+            update={
+                key: _located(value, folder) for key in ("train", "validation", "test") if (value := getattr(task, key))
+            }
+        )
+        for name, task in study.tasks.items()
+    }
+    models = {name: _located(value, folder) for name, value in study.models.items()}
+    return study.model_copy(update={"models": models, "tasks": tasks})
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    *tables, last = key.strip().split(".")
+    if not equals or not last:
+        raise StudyError("cannot be understood", where=f"--set {change}", expected="KEY=VALUE")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table: Any = content
+    for name in tables:
+        if isinstance(table, list):
+            index = _number(name, table)
+            table = None if index is None else table[index]
+        else:
+            table = table.setdefault(name, {})
+        if not isinstance(table, dict | list):
+            raise StudyError("names no table of the study", where=f"--set {change}", found=name)
+    place = _number(last, table) if isinstance(table, list) else last
+    if place is None:
+        raise StudyError("names nothing in this list of the study", where=f"--set {change}", found=last)
+    table[place] = value
+
+
+def _check_named(study: Study, change: str, known: Mapping[str, set[str]]) -> None:
+    """Refuse a new model, module or task that no grid names: one that is misspelt would change nothing.
+
+    Args:
+        known: the names in the file's tables.
+    """
+    table, _, rest = change.partition("=")[0].strip().partition(".")
+    name = rest.partition(".")[0]
+    used = {
+        "models": {model for grid in study.grid for model in (grid.teacher, grid.student)},
+        "modules": {module for grid in study.grid for module in grid.modules},
+        "tasks": {task for grid in study.grid for task in grid.tasks},
+    }.get(table)
+    if used is None or name in used | known.get(table, set()):
+        return
+    near = get_close_matches(name.lower(), {one.lower(): one for one in used}, n=1)
+    likely = next((one for one in used if near and one.lower() == near[0]), None)
+    raise StudyError(
+        f"no grid of the study names such a {table.removesuffix('s')}",
+        where=f"--set {change}",
+        expected=", ".join(sorted(used)),
+        found=name,
+        fix=f"did you mean {table}.{likely}?" if likely else None,
+    )
+
+
+def _number(name: str, of: list[Any]) -> int | None:
+    """A place in a list, None where it has none of this number."""
+    number = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else len(of)
+    return number if number < len(of) else None
+
+
+def paper_study(name: str) -> Path:
+    """The file of one of the paper's two grids, ``matching`` or ``incompatible``."""
+    return Path(str(files("peft_graft.study") / "paper" / f"{name}.toml"))
+
+
+def _located(value: str, folder: Path) -> str:
+    """A local path made absolute; the name of a model or data set of the hub stays."""
+    if value.startswith((".", "/", "~")):
+        return str((folder / Path(value).expanduser()).resolve())
+    return value
