@@ -21,6 +21,7 @@ import processes
 import speech
 import tiny
 from peft_graft import Callback, GraftConfig, ShelfReport, _transfer_all
+from peft_graft.cluster import Tasks
 from peft_graft.distill import answers_on_ray
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import on_worker
@@ -62,6 +63,20 @@ def shelf(root: Path, world: Path, **more: object) -> ShelfReport:
     )  # fmt: skip
 
 
+def fail(number: int) -> None:
+    raise PlanError("no task can do this", where=str(number))
+
+
+def refusals() -> list[str]:
+    """What is said where there is no cluster, no room in it, or an error in a task."""
+    found = []
+    for address, gpus in (("nowhere", 0), ("local", 64), ("local", 0)):
+        with pytest.raises(PlanError) as caught:
+            list(Tasks(address, fail, of="shard", gpus=gpus).results([[1]]))
+        found.append(str(caught.value))
+    return found
+
+
 def on_ray(speakers: Path, world: Path, root: Path) -> None:
     """All of it in one cluster: workers take long to start."""
     from ray import cloudpickle
@@ -84,6 +99,7 @@ def on_ray(speakers: Path, world: Path, root: Path) -> None:
             lose(root / "lost-module")
         return move(*given)
 
+    (root / "refused").write_text(json.dumps(refusals()))
     answers_on_ray.answer_share, _transfer_all.move_module = share, module
     with pytest.raises(KeyboardInterrupt):
         spoken(speakers, root / "spoken", Impatient(), ray="local", shards=3)
@@ -183,6 +199,14 @@ def test_finished_grafts_of_a_shelf_on_ray_are_kept(driven) -> None:
     assert [one.state for one in again.modules] == ["kept", "failed", "failed", "kept"]
     assert ShelfReport.model_validate_json((driven / "shelf" / SHELF).read_text()) == again
     assert (driven / "shelf" / "report.html").exists()
+
+
+@needs_ray
+def test_an_error_names_what_ray_lacks_or_what_a_task_says(driven) -> None:
+    nowhere, no_room, of_task = json.loads((driven / "refused").read_text())
+    assert nowhere.startswith("--ray nowhere: no cluster of Ray can be reached; expected local for this machine")
+    assert no_room.startswith("--ray local: no node has the resources of a shard; expected 1 CPUs and 64 GPUs, found ")
+    assert of_task == "1: no task can do this"
 
 
 def test_what_ray_cannot_take_is_refused(speakers, world, tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method
 from peft_graft.alignment.sharding import RayPass, check_models_on_ray, check_text_on_ray
 from peft_graft.alignment.text import TextLike, TextSource, rows_given
-from peft_graft.cluster import check_alone
+from peft_graft.cluster import check_alone, start_ray
 from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
@@ -60,6 +60,7 @@ def align(
     if config.ray:
         check_models_on_ray(teacher=teacher, student=student)
         check_text_on_ray(text)
+        start_ray(config.ray)
     if out is not None:
         check_output(Path(out), force=config.force)
     sources = ModelSources(teacher, student, config)

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from peft_graft.errors import GraftError, PlanError, not_installed
+from peft_graft.errors import GraftError, PlanError, not_installed, reason
 from peft_graft.processes import Processes
 
 
@@ -25,7 +25,7 @@ class Tasks:
         slots: tasks that can run at a time.
 
     Raises:
-        DependencyError: Ray is not installed. PlanError: no task has room.
+        DependencyError: Ray is not installed. PlanError: there is no such cluster, or no room for a task in it.
     """
 
     def __init__(
@@ -109,19 +109,27 @@ def start_ray(address: str) -> Any:
     """Ray, connected to a cluster or started on this machine (``local``).
 
     Raises:
-        DependencyError: it is not installed.
+        DependencyError: it is not installed. PlanError: there is no such cluster.
     """
     try:
         import ray
     except ImportError as error:
         raise not_installed("ray", "study") from error
     if not ray.is_initialized():
-        ray.init(
-            address=None if address == "local" else address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address=None if address == "local" else address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PlanError(
+                "no cluster of Ray can be reached",
+                where=f"--ray {address}",
+                expected="local for this machine, auto for the cluster that it belongs to, or the address of one",
+                found=reason(error),
+            ) from error
     return ray
 
 

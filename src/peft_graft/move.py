@@ -17,7 +17,7 @@ from peft_graft.alignment.methods import map_methods
 from peft_graft.alignment.sharding import check_models_on_ray, check_text_on_ray
 from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.alignment.vocabulary import Vocabularies
-from peft_graft.cluster import check_alone
+from peft_graft.cluster import check_alone, start_ray
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import CandidateBuilder
@@ -121,10 +121,10 @@ class Move:
             self.material.check_length(tokenizer, max(sizes, default=0))
 
     def check_ray(self) -> None:
-        """Refuse Ray where it has nothing to do, or its workers do not find what they need.
+        """Start Ray; refuse it where it has nothing to do, or its workers do not find what they need.
 
         Raises:
-            PlanError: see above.
+            PlanError: see above. DependencyError: it is not installed.
         """
         check_alone(self.plan.config.ray)
         if self.plan.config.ray is None:
@@ -142,6 +142,7 @@ class Move:
         else:
             check_models_on_ray(teacher=teacher, student=student)
             check_text_on_ray(self.material.source.text)
+        start_ray(self.plan.config.ray)
 
     @property
     def reads_text(self) -> bool:
