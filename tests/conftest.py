@@ -49,7 +49,15 @@ LONG = (
     *("test_studies", "test_transfer", "test_matrix", "test_families", "test_completions", "test_encoder_decoders"),
     *("test_kinds", "test_distillation", "test_snippets", "test_sharding", "test_mutants", "test_make_prompts"),
     *("test_laws", "test_generation", "test_mixtures", "test_real", "test_release", "test_house", "test_causal"),
-    *("test_demo", "test_embeddings", "test_controls", "test_servers", "test_default_polish", "test_hub"),
+    *(
+        "test_demo",
+        "test_cluster",
+        "test_embeddings",
+        "test_controls",
+        "test_servers",
+        "test_default_polish",
+        "test_hub",
+    ),
 )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from peft_graft.alignment.aligner import Aligner, AlignmentText, WantedMaps
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method
-from peft_graft.alignment.sharding import RayPass
+from peft_graft.alignment.sharding import RayPass, check_models_on_ray, check_text_on_ray
 from peft_graft.alignment.text import TextLike, TextSource, rows_given
+from peft_graft.cluster import check_alone, start_ray
 from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
@@ -54,7 +55,12 @@ def align(
     """
     text = rows_given(text)
     config = placed(AlignConfig.of(config))
-    method = _checked_method(config, text)
+    method = _checked_method(config)
+    check_alone(config.ray)
+    if config.ray:
+        check_models_on_ray(teacher=teacher, student=student)
+        check_text_on_ray(text)
+        start_ray(config.ray)
     if out is not None:
         check_output(Path(out), force=config.force)
     sources = ModelSources(teacher, student, config)
@@ -65,9 +71,9 @@ def align(
     samples = source.samples()
     processes = Processes.started()
     run = Run(watchers(callbacks), Path(f"{out}{UNFINISHED}") if out is not None else None, processes)
-    on_ray = RayPass(str(teacher), str(student), str(text), config) if config.ray else None
     with run.stage("loading models"):
         models = sources.loaded(tokenizers=True)
+    on_ray = RayPass.of(models, source.samples, config) if config.ray else None
     if expert_pairs(*architectures, config.layers):
         start = list(islice(samples, SAMPLES))
         experts = match_experts(models, start, config.layers)
@@ -83,26 +89,15 @@ def align(
     return found
 
 
-def _checked_method(config: AlignConfig, text: TextLike) -> Method:
-    """The method, which must have maps of its own; and parts of a pass only on Ray.
+def _checked_method(config: AlignConfig) -> Method:
+    """The method, which must have maps of its own.
 
     Raises:
-        PlanError: it has none, or ``shards`` without ``ray``.
+        PlanError: it has none.
     """
     method = METHODS[config.method]
     if not method.needs_text:
         raise PlanError(f"{method.name} needs no alignment", where="--method", fix="call transfer without one")
     if method.fits_layers:
         raise PlanError(f"{method.name} has no maps of its own", where="--method", fix="align with prune-align")
-    if config.ray is not None and not isinstance(text, str | Path):
-        raise PlanError(
-            "processes on Ray read the text for themselves",
-            where="text",
-            expected="a file or a hub data set",
-            found=type(text).__name__,
-            fix="write it to a file",
-        )
-    if config.shards is not None and (config.shards < 1 or config.ray is None):
-        raise PlanError("shards are parts of a pass on Ray, one at least", where="--shards", found=config.shards,
-                        fix="say --ray local, or start several processes with torchrun")  # fmt: skip
     return method

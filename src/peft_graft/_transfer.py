@@ -82,6 +82,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         config=config,
         tokenizers=tokenizers,
     )
+    move.check_ray()
     processes = Processes.started()
     work = Path(f"{out}{UNFINISHED}") if out is not None and processes.first else None
     run = Run(watchers(callbacks) if processes.first else (), work, processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from torch import nn
 from peft_graft._transfer import written
 from peft_graft.alignment.aligner import SharedAlignments
 from peft_graft.alignment.alignment import Alignment
+from peft_graft.alignment.sharding import check_models_on_ray
 from peft_graft.alignment.text import TextLike, rows_given
+from peft_graft.cluster import Tasks
 from peft_graft.config import GraftConfig, known_arguments
 from peft_graft.errors import GraftError, OutputError, PlanError, reason
 from peft_graft.files import json_text, read_json
-from peft_graft.models.devices import placed
+from peft_graft.models.devices import gpus_of, on_worker, placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.move import Move
@@ -34,6 +37,8 @@ from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names, read_shelf
 
 logger = logging.getLogger("peft_graft")
+#: The stage in which modules move side by side.
+MOVING = "moving modules"
 
 
 @known_arguments(GraftConfig)
@@ -54,7 +59,8 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
 
     Modules of one teacher follow one another. Each graft is what ``transfer`` makes of the module alone, and is written
     to ``out``/NAME as soon as it is done; one that is there already and depends on the same is kept. A module that
-    cannot be moved is listed, and the rest go on.
+    cannot be moved is listed, and the rest go on. On Ray each module is a task of its own, which loads and aligns
+    for itself; that of a worker that dies starts again.
 
     Args:
         adapters: folders or hub ids of modules; ``ShelfModule`` says more of one.
@@ -63,7 +69,8 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         callbacks: watch the run; stages carry the name of their module.
 
     Raises:
-        PlanError: there is no module, two would be written to the same folder, or this is one of several processes.
+        PlanError: there is no module, two would be written to the same folder, or this is one of several processes; on
+            Ray, a model is live, or no node is large enough for a module.
         OutputError: ``out`` cannot be written.
         AlignmentError: there is no alignment of that name.
     """
@@ -76,6 +83,7 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
     config = config_of_live(placed(GraftConfig.of(config)), student)
     modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
     check_names(modules)
+    _check_ray(config, student, teacher)
     given = given_alignment(alignment, config.token)
     shelf = _Shelf(
         student,
@@ -88,6 +96,24 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         watchers(callbacks),
     )
     return shelf.moved(modules)
+
+
+def _check_ray(config: GraftConfig, student: ModelLike, teacher: ModelLike | None) -> None:
+    """Refuse Ray where its workers do not find what they need.
+
+    Raises:
+        PlanError: a model is live, or parts are asked for.
+    """
+    if config.ray is None:
+        return
+    check_models_on_ray(teacher=teacher, student=student)
+    if config.shards is not None:
+        raise PlanError(
+            "each module of a shelf goes to a worker as a whole",
+            where="--shards",
+            found=config.shards,
+            fix="leave it out, or move one module by itself",
+        )
 
 
 def _kept(text: Any, where: str) -> Any:
@@ -173,11 +199,33 @@ class _Shelf:
                 self.shared[teacher] = SharedAlignments(known.wanted.widened(wanted) if known else wanted)
         self.out.mkdir(parents=True, exist_ok=True)
         report = self._report(order)
+        if self.config.ray:
+            return self._moved_on_ray([module for group in groups.values() for module in group], earlier, order)
         for teacher, group in groups.items():
             for module in group:
-                self.entries[module.folder] = self._entry(module, self.shared.get(teacher), earlier)
+                self.entries[module.folder] = self.entry(module, self.shared.get(teacher), earlier)
                 report = self._report(order)
             self.shared.pop(teacher, None)
+        return report
+
+    def _moved_on_ray(
+        self, modules: Sequence[ShelfModule], earlier: dict[str, ShelfEntry], order: Sequence[str]
+    ) -> ShelfReport:
+        """The same with a task of Ray for each module, which shares nothing with the others."""
+        config, run, report = self.config, Run(self.callbacks), self._report(order)
+        of_worker = replace(self, config=on_worker(config.model_copy(update={"ray": None})), callbacks=())
+        tasks = Tasks(
+            str(config.ray),
+            move_module,
+            of="module",
+            gpus=len(gpus_of(config.device, config.student_device)),
+            shared=(of_worker, earlier),
+        )
+        with run.stage(MOVING), closing(tasks.results([module] for module in modules)) as found:
+            for number, entry in found:
+                self.entries[modules[number].folder] = entry
+                report = self._report(order)
+                run.progress(MOVING, len(self.entries), len(order))
         return report
 
     def _report(self, order: Sequence[str]) -> ShelfReport:
@@ -211,9 +259,7 @@ class _Shelf:
         )
         return replace(move, alignment=name)
 
-    def _entry(
-        self, module: ShelfModule, shared: SharedAlignments | None, earlier: dict[str, ShelfEntry]
-    ) -> ShelfEntry:
+    def entry(self, module: ShelfModule, shared: SharedAlignments | None, earlier: dict[str, ShelfEntry]) -> ShelfEntry:
         """What becomes of a module: moved, kept or failed."""
         start = time.perf_counter()
         out = self.out / module.folder
@@ -266,6 +312,11 @@ class _Shelf:
                 fix="choose another --out, or replace it with --force",
             )
         return report
+
+
+def move_module(shelf: _Shelf, earlier: dict[str, ShelfEntry], module: ShelfModule) -> ShelfEntry:
+    """What becomes of one module, on a worker."""
+    return shelf.entry(module, None, earlier)
 
 
 def _failure(module: ShelfModule, error: Exception) -> ShelfEntry:

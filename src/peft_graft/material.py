@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
 from peft_graft.alignment.distinct import Parts, form_of
 from peft_graft.alignment.methods import Method
+from peft_graft.alignment.sharding import RayPass
 from peft_graft.alignment.text import Sample, TextLike, TextSource
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import GraftConfig
@@ -71,9 +73,8 @@ class TextMaterial:
         Raises:
             PlanError: see ``check_documents``.
         """
-        samples = source.samples() if source else iter(())
-        documents = raw.task is Task.CAUSAL_LM and not raw.head
-        parts = sample_parts(samples, *([MOST_DOCUMENTS] if documents else []))
+        documents = _are_documents(raw)
+        parts, samples = _read(source, documents=documents)
         asked, remarks = can_ask(config, raw, parts)
         found = TextMaterial(source, parts, samples, asked, remarks)
         if not (documents and asked):
@@ -131,6 +132,14 @@ class TextMaterial:
         rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
         count = len(first) if self.parts.given < POOL else None  # else there may be more than was read
         return AlignmentText(chain(first, rest), self.source.name, key, count)
+
+    def on_ray(self, plan: Plan) -> RayPass | None:
+        """The pass over it to align the models on, where it is run on Ray."""
+        if plan.config.ray is None or self.source is None:
+            return None
+        documents = _are_documents(plan.module.raw)
+        samples = partial(_to_align_anew, self.source, documents=documents, asked=self.asked)
+        return RayPass.of(plan.models, samples, plan.config)
 
     def check_length(self, tokenizer: PreTrainedTokenizerBase, needed: int) -> None:
         """Refuse text that ends before it has as many tokens as have to pair.
@@ -191,6 +200,22 @@ class TextMaterial:
         with run.stage("judging"):
             classes, texts = decided(outcome.candidate, head.labels)
         return verdict, {"classes": classes, "decisions": texts}
+
+
+def _are_documents(raw: RawCheckpoint) -> bool:
+    return raw.task is Task.CAUSAL_LM and not raw.head
+
+
+def _read(source: TextSource | None, *, documents: bool) -> tuple[Parts[Sample], Iterator[Sample]]:
+    """The first samples in parts, and those that follow."""
+    samples = source.samples() if source else iter(())
+    return sample_parts(samples, *([MOST_DOCUMENTS] if documents else [])), samples
+
+
+def _to_align_anew(source: TextSource, *, documents: bool, asked: bool) -> Iterator[Sample]:
+    """What ``TextMaterial.to_align`` gives, for a process that reads the text for itself."""
+    text = TextMaterial(source, *_read(source, documents=documents), asked, ()).to_align()
+    return text.samples if text else iter(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +336,10 @@ class PromptMaterial:
 
         count = min(len(self.fitting.learning), self.asking.train) if self.fitting else None
         return AlignmentText(samples(), self.source.name, None, count)
+
+    def on_ray(self, plan: Plan) -> RayPass | None:
+        """None: prompts and answers are in memory here, and few."""
+        return None
 
     def polishing(self, config: GraftConfig) -> PolishSettings:
         """How the polish trains."""

@@ -14,8 +14,10 @@ from peft_graft.alignment.aligner import Aligner, SharedAlignments, WantedMaps
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.layout import SAMPLE_SPACES
 from peft_graft.alignment.methods import map_methods
+from peft_graft.alignment.sharding import check_models_on_ray, check_text_on_ray
 from peft_graft.alignment.text import TextLike, rows_given
 from peft_graft.alignment.vocabulary import Vocabularies
+from peft_graft.cluster import check_alone, start_ray
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import judge
 from peft_graft.distill.candidates import CandidateBuilder
@@ -23,6 +25,7 @@ from peft_graft.distill.choose import Outcome, choose
 from peft_graft.distill.cost import cost_of
 from peft_graft.distill.polish import PolishRecord, polish
 from peft_graft.environment import hardware, versions
+from peft_graft.errors import PlanError
 from peft_graft.graft import Graft
 from peft_graft.material import Material, PromptMaterial, TextMaterial, material_of, module_key
 from peft_graft.models.loading import ModelPair, ModelRecord
@@ -117,6 +120,30 @@ class Move:
             sizes = [max(sizes) for pair, sizes in wanted.pairs.items() if pair[0].name not in SAMPLE_SPACES]
             self.material.check_length(tokenizer, max(sizes, default=0))
 
+    def check_ray(self) -> None:
+        """Start Ray; refuse it where it has nothing to do, or its workers do not find what they need.
+
+        Raises:
+            PlanError: see above. DependencyError: it is not installed.
+        """
+        check_alone(self.plan.config.ray)
+        if self.plan.config.ray is None:
+            return
+        teacher, student = self.sources.teacher, self.sources.student
+        if isinstance(self.material, PromptMaterial):
+            check_models_on_ray(teacher=teacher)
+        elif self.wanted is None or self.material.source is None:
+            raise PlanError(
+                "there is nothing to share out on Ray",
+                where=f"--ray {self.plan.config.ray}",
+                expected="prompts for a language model, or text to align the models on",
+                fix="leave --ray out",
+            )
+        else:
+            check_models_on_ray(teacher=teacher, student=student)
+            check_text_on_ray(self.material.source.text)
+        start_ray(self.plan.config.ray)
+
     @property
     def reads_text(self) -> bool:
         """Whether the models' tokenizers are needed."""
@@ -194,6 +221,7 @@ class Move:
             run,
             given=plan.given,
             shared=shared if isinstance(text, TextMaterial) else None,
+            on_ray=text.on_ray(plan),
         )
         if vocabularies:
             notes += [note for module in plan.moved.modules.values() if (note := vocabularies.left_out(module))]

@@ -202,7 +202,7 @@ class Aligner:
         """What the methods need, in as many parts as memory asks for; the same in every process."""
         wanted = self._gathered.moments(self.methods)
         limit = self.processes.least(
-            memory_of_a_pass(self.models.teacher.device, self.on_ray.shards if self.on_ray else 1)
+            memory_of_a_pass(self.models.teacher.device, self.config.parts if self.on_ray else 1)
         )
         return Layout.of(self.models, wanted).parts(wanted, limit, hold_out=self._holds_out)
 

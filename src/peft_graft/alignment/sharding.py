@@ -5,12 +5,12 @@ Every process goes over the same batches and runs its share of them; the merged 
 
 from __future__ import annotations
 
-import logging
-import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_graft.alignment.collect import (
     PAIRING,
@@ -22,10 +22,12 @@ from peft_graft.alignment.collect import (
     empty_totals,
 )
 from peft_graft.alignment.layout import Wanted
-from peft_graft.alignment.text import read_text
+from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import PairingCounts
-from peft_graft.config import AlignConfig
-from peft_graft.errors import GraftError, PlanError, not_installed
+from peft_graft.cluster import Tasks
+from peft_graft.config import PairConfig
+from peft_graft.errors import PlanError
+from peft_graft.models.devices import gpus_of, on_worker
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.pair import load_pair
 from peft_graft.run import Run
@@ -33,42 +35,55 @@ from peft_graft.run import Run
 
 @dataclass(frozen=True)
 class RayPass:
-    """A pass over text in parts on Ray; every node loads the models by name.
+    """A pass over text in parts on Ray; every node loads the models by name and reads the text for itself.
 
     Attributes:
-        teacher, student: folders or hub ids. text: file or hub data set.
+        teacher, student: folders or hub ids. samples: reads the text; workers import it.
         config: where Ray is, the number of parts, and how models are loaded.
     """
 
     teacher: str
     student: str
-    text: str
-    config: AlignConfig
+    samples: Callable[[], Iterator[Sample]]
+    config: PairConfig
 
-    @property
-    def shards(self) -> int:
-        """Number of parts."""
-        return self.config.shards or os.cpu_count() or 1
+    @classmethod
+    def of(cls, models: ModelPair, samples: Callable[[], Iterator[Sample]], config: PairConfig) -> RayPass:
+        """The pass of models that were loaded by name."""
+        return cls(models.teacher.name, models.student.name, samples, config)
 
 
-def start_ray(address: str) -> Any:
-    """Ray, connected to a cluster or started on this machine (``local``).
+def check_text_on_ray(text: object) -> None:
+    """Refuse text that workers on Ray cannot read.
 
     Raises:
-        DependencyError: it is not installed.
+        PlanError: it is in memory here.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise not_installed("ray", "study") from error
-    if not ray.is_initialized():
-        ray.init(
-            address=None if address == "local" else address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+    if not isinstance(text, str | Path):
+        raise PlanError(
+            "processes on Ray read the text for themselves",
+            where="text",
+            expected="a file or a hub data set",
+            found=type(text).__name__,
+            fix="write it to a file",
         )
-    return ray
+
+
+def check_models_on_ray(**models: object) -> None:
+    """Refuse models, by their role, that workers on Ray cannot load.
+
+    Raises:
+        PlanError: one is live.
+    """
+    for role, model in models.items():
+        if isinstance(model, nn.Module):
+            raise PlanError(
+                "processes on Ray load the models for themselves",
+                where=role,
+                expected="a folder or a hub id",
+                found=f"a live {type(model).__name__}",
+                fix="save it and name the folder, or leave --ray out",
+            )
 
 
 def collect_on_ray(
@@ -90,32 +105,21 @@ def collect_on_ray(
     Raises:
         PlanError: no node is large enough for a part.
     """
-    config = plan.config
-    ray = start_ray(str(config.ray))
-    gpus = len({place for place in (config.device, config.student_device) if place and place.startswith("cuda")})
-    offered = ray.cluster_resources()
-    if offered.get("CPU", 0) < 1 or offered.get("GPU", 0) < gpus:
-        raise PlanError(
-            "no node has the resources of a shard",
-            where=f"--ray {config.ray}",
-            expected=f"1 CPU and {gpus} GPUs",
-            found=f"{offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs in all",
-        )
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(run_part)
-    running = {
-        task.remote(plan, dict(wanted), settings, hold_out, Shard(index, plan.shards), unfinished): index
-        for index in range(plan.shards)
-    }
+    config, count = plan.config, plan.config.parts
+    tasks = Tasks(
+        str(config.ray),
+        run_part,
+        of="shard",
+        gpus=len(gpus_of(config.device, config.student_device)),
+        shared=(plan, dict(wanted), settings, hold_out, unfinished),
+    )
     parts: dict[int, tuple[dict[str, Tensor], PairingCounts]] = {}
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=1)
-        try:
-            parts[running.pop(ready[0])] = ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, GraftError) else error) from None
-        run.progress(PAIRING, len(parts), plan.shards)
+    with closing(tasks.results([Shard(index, count)] for index in range(count))) as found:
+        for index, part in found:
+            parts[index] = part
+            run.progress(PAIRING, len(parts), count)
     totals, one = (empty_totals(models, wanted, hold_out=hold_out) for _ in range(2))
-    for index in range(plan.shards):  # in order, whichever came first
+    for index in range(count):  # in order, whichever came first
         one.load(parts[index][0])
         totals.merge(one)
     counts = parts[0][1]
@@ -128,13 +132,12 @@ def run_part(
     wanted: Wanted,
     settings: CollectionSettings,
     hold_out: bool,
-    shard: Shard,
     unfinished: Unfinished | None,
+    shard: Shard,
 ) -> tuple[dict[str, Tensor], PairingCounts]:
     """One part on a worker."""
-    models = load_pair(plan.teacher, plan.student, plan.config, tokenizers=True)
-    samples = read_text(plan.text, plan.config.columns, plan.config.seed)
+    models = load_pair(plan.teacher, plan.student, on_worker(plan.config), tokenizers=True)
     totals, counts = collect_totals(
-        models, samples, wanted, settings, hold_out=hold_out, shard=shard, unfinished=unfinished
+        models, plan.samples(), wanted, settings, hold_out=hold_out, shard=shard, unfinished=unfinished
     )
     return {key: value.cpu() for key, value in totals.tensors().items()}, counts

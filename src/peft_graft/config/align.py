@@ -12,7 +12,6 @@ from pydantic import (
 from peft_graft.config.base import (
     HOW,
     WHAT,
-    WHERE,
     Option,
     check_method,
 )
@@ -25,7 +24,6 @@ class AlignConfig(PairConfig):
     Attributes:
         sites: roles to cover, such as ``("attn.query", "attn.value")``, ``adapter`` for bottleneck adapters; all when
             None.
-        ray: run the pass on Ray, by a cluster's address or ``local``, in ``shards`` parts, one for each CPU by default.
     """
 
     method: Annotated[str, Option(HOW, "prune-align unless told otherwise; procrustes or ridge.")] = Field(
@@ -34,12 +32,6 @@ class AlignConfig(PairConfig):
     sites: Annotated[
         tuple[str, ...] | None, Option(WHAT, "Roles to cover, such as attn.query,attn.value; all by default.")
     ] = Field(default=None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default.")
-    ray: Annotated[str | None, Option(WHERE, decides=False)] = Field(
-        default=None, description="Run on Ray: local for this machine, or a cluster's address."
-    )
-    shards: Annotated[int | None, Option(WHERE, decides=False)] = Field(
-        default=None, description="Parts of the text on Ray; one for each CPU by default."
-    )
 
     @model_validator(mode="after")
     def _choices_exist(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -41,7 +42,11 @@ from peft_graft.labels import Labels, ProblemType
 
 
 class PairConfig(Config):
-    """What every verb that runs a teacher and a student asks for."""
+    """What every verb that runs a teacher and a student asks for.
+
+    Attributes:
+        ray: run what can be shared out on Ray, by a cluster's address or ``local``, in ``shards`` parts.
+    """
 
     layers: Annotated[str, Option(WHAT, "skip, avg, or a teacher layer for each: 0,2,4.")] = Field(
         default="skip",
@@ -75,6 +80,12 @@ class PairConfig(Config):
         description="Load both models quantised: transformers' quantization_config as JSON, such as "
         '{"load_in_4bit": true}.',
     )
+    ray: Annotated[str | None, Option(WHERE, decides=False)] = Field(
+        default=None, description="Run on Ray: local for this machine, or a cluster's address."
+    )
+    shards: Annotated[int | None, Option(WHERE, decides=False)] = Field(
+        default=None, description="Parts of the text, or of the prompts, on Ray; one for each CPU by default."
+    )
     teacher_revision: Annotated[str | None, Option(LOADING)] = Field(
         default=None, description="Hub revision of the teacher."
     )
@@ -89,6 +100,22 @@ class PairConfig(Config):
         "huggingface_hub or where PEFT_GRAFT_CACHE says; on by default where that is set.",
     )
     force: Force = False
+
+    @model_validator(mode="after")
+    def _shards_are_on_ray(self) -> Self:
+        if self.shards is not None and (self.shards < 1 or self.ray is None):
+            raise PlanError(
+                "shards are parts of what is done on Ray, one at least",
+                where="--shards",
+                found=self.shards,
+                fix="say --ray local, or start several processes with torchrun",
+            )
+        return self
+
+    @property
+    def parts(self) -> int:
+        """Parts of what is shared out on Ray."""
+        return self.shards or os.cpu_count() or 1
 
 
 class GraftConfig(PairConfig):

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
+from peft_graft.distill.answers_on_ray import RayTeacher
 from peft_graft.distill.completions import PromptDistillation, PromptRecord, Templates
 from peft_graft.distill.distillation import ASKING
 from peft_graft.distill.excess import excess_of
@@ -80,6 +82,7 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
         config.on_policy,
         config.gradient_checkpointing,
         config.learn == "text",
+        RayTeacher(str(sources.teacher), config) if config.ray else None,
     )
 
 
@@ -95,6 +98,7 @@ class Asking:
         text_only: whether the text of the answers is all that is learned (sequence-level distillation, Kim and Rush
             2016, arXiv 1606.07947).
         on_policy: see ``PromptDistillation``. gradient_checkpointing: see ``Distillation``.
+        on_ray: the teacher to be asked there.
     """
 
     templates: Templates
@@ -106,6 +110,7 @@ class Asking:
     on_policy: float = 0.0
     gradient_checkpointing: bool = False
     text_only: bool = False
+    on_ray: RayTeacher | None = None
 
     def ask(  # what is asked of whom; the rest tells records and stores apart
         self,
@@ -258,6 +263,7 @@ class Asking:
         }
         asked = [number for number in range(len(prompts)) if number not in given]
         store = AnswerStore(run.work, "teacher-answers", key) if run.work and key else None
+        on_ray = self.on_ray
         found = generate_answers(
             teacher.model,
             self.templates.teacher,
@@ -267,6 +273,7 @@ class Asking:
             store=store,
             progress=lambda done, total: run.progress(ASKING, done, total),
             processes=run.processes,
+            elsewhere=partial(on_ray.answers, teacher.checkpoint, bf16=self.bf16) if on_ray else None,
         )
         answers = given | dict(zip(asked, found, strict=True))
         return [answers[number] for number in range(len(prompts))]

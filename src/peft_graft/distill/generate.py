@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from peft_graft.record import Record
 #: Prompts that are answered at a time: on processors, and at most on GPUs, which hardly take longer for many; and the
 #: share of a GPU's free memory that these may take.
 BATCH, GPU_BATCH, _SHARE = 48, 256, 0.5
+#: Answers batches of encoded prompts, by the number of the prompt, and gives what it has when it has it.
+Elsewhere = Callable[[Sequence[Mapping[int, Sequence[int]]], "Reading"], Iterator[Mapping[int, Sequence[int]]]]
 #: Prompts are padded to multiples of this, so that processors do not keep a kernel for every length.
 _MULTIPLE = 16
 
@@ -53,6 +55,19 @@ class Answer:
 
     text: str
     ended: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What generation has to know beside the prompts' tokens.
+
+    Attributes:
+        sampling: how answers are drawn. stops: tokens at which they end. pad: what fills rows up.
+    """
+
+    sampling: Sampling
+    stops: tuple[int, ...]
+    pad: int
 
 
 class AnswerStore:
@@ -107,6 +122,7 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
     progress: Callable[[int, int], None] | None = None,
     bf16: bool = False,
     processes: Processes = ALONE,
+    elsewhere: Elsewhere | None = None,
 ) -> list[Answer]:
     """What a language model answers to prompts.
 
@@ -117,6 +133,7 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
         store: answers that are in it are not generated again. progress: told of (answers so far, prompts).
         bf16: forward passes in mixed precision.
         processes: each answers a batch at a time, and has the answers of all; the first one's store is used.
+        elsewhere: answers the batches in place of ``model`` here.
 
     Returns:
         An answer to every prompt, in their order.
@@ -128,14 +145,20 @@ def generate_answers(  # the model, what it is asked and how; the rest says wher
     lengths = [len(inputs[number]) for number in left]
     if batch_size is None:
         batch_size = batch_size_of(model, max(lengths, default=0) + sampling.max_new_tokens)
-    batches = [[left[index] for index in batch] for batch in length_batches(lengths, batch_size)]
-    for at in range(0, len(batches), processes.count):
-        rows = batches[at + processes.index] if at + processes.index < len(batches) else []
-        texts = _generate(model, template, [inputs[row] for row in rows], sampling, bf16=bf16) if rows else []
-        for answers in processes.of_all(dict(zip(rows, texts, strict=True))):
-            found |= answers
-            if store and processes.first:
-                store.add(answers)
+    batches = [{left[index]: inputs[left[index]] for index in batch} for batch in length_batches(lengths, batch_size)]
+    reading = Reading(sampling, template.stops, template.pad)
+
+    def here() -> Iterator[Mapping[int, Sequence[int]]]:
+        for at in range(0, len(batches), processes.count):
+            rows = batches[at + processes.index] if at + processes.index < len(batches) else {}
+            said = generate_batch(model, list(rows.values()), reading, bf16=bf16) if rows else []
+            yield from processes.of_all(dict(zip(rows, said, strict=True)))
+
+    for part in elsewhere(batches, reading) if elsewhere and batches else here():
+        answers = {number: _answer(template, ids) for number, ids in part.items()}
+        found |= answers
+        if store and processes.first:
+            store.add(answers)
         if progress:
             progress(len(found), len(prompts))
     return [found[number] for number in range(len(prompts))]
@@ -173,13 +196,18 @@ def prompts_within(config: Any, tokens: int, element: int, free: int) -> int:
     return max(1, min(GPU_BATCH, int(free * _SHARE) // one))
 
 
-def _generate(
-    model: Any, template: Template, rows: Sequence[Sequence[int]], sampling: Sampling, *, bf16: bool
-) -> list[Answer]:
-    """Answers to one batch of encoded prompts, which are padded on the left."""
+def generate_batch(model: Any, rows: Sequence[Sequence[int]], reading: Reading, *, bf16: bool) -> list[list[int]]:
+    """The tokens that a model goes on with after each of some encoded prompts, which are padded on the left.
+
+    Args:
+        model: see ``generate_answers``. rows: the tokens of each prompt. bf16: forward passes in mixed precision.
+
+    Returns:
+        The tokens of each answer with the one that ends it, and what the row is filled up with after that.
+    """
     from transformers import GenerationConfig
 
-    stops, pad = list(template.stops), template.pad
+    sampling, pad = reading.sampling, reading.pad
     width = max(map(len, rows))
     width += -width % _MULTIPLE
     device = next(model.parameters()).device
@@ -189,7 +217,11 @@ def _generate(
     if sampling.temperature:
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=pad, use_cache=True, **drawn
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(reading.stops),
+        pad_token_id=pad,
+        use_cache=True,
+        **drawn,
     )
     mixed = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     fork = [device] if device.type == "cuda" else []
@@ -197,7 +229,7 @@ def _generate(
         seed = hashlib.sha256(repr((sampling.seed, rows)).encode()).digest()
         seed_generators(int.from_bytes(seed[:7]), device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [_answer(template, row.tolist()) for row in output[:, width:]]
+    return [row.tolist() for row in output[:, width:]]
 
 
 def _answer(template: Template, ids: Sequence[int]) -> Answer:

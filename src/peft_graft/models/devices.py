@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _Config = TypeVar("_Config", bound=PairConfig | EvaluateConfig | ExportConfig)
+_PairConfig = TypeVar("_PairConfig", bound=PairConfig)
 
 
 def placed(config: _Config) -> _Config:
@@ -34,6 +35,23 @@ def placed(config: _Config) -> _Config:
     own = local_index()
     found = ("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu"
     return cast(_Config, config.model_copy(update={"device": found}))
+
+
+def gpus_of(*devices: str | None) -> list[int]:
+    """The numbers of the GPUs of CUDA (or ROCm) among some devices."""
+    return sorted({int(name.partition(":")[2] or 0) for name in devices if name and name.startswith("cuda")})
+
+
+def on_worker(config: _PairConfig) -> _PairConfig:
+    """The config on a worker of Ray, which sees no GPUs but those that are its task's, counted from 0."""
+    names = {name: getattr(config, name) for name in ("device", "student_device")}
+    given = gpus_of(*names.values())
+    moved = {
+        name: f"cuda:{given.index(own[0])}"
+        for name, device in names.items()
+        if (own := gpus_of(device)) and given.index(own[0]) != own[0]
+    }
+    return config.model_copy(update=moved)
 
 
 def check_device(device: str) -> torch.device:

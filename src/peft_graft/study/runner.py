@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from peft_graft.alignment.sharding import start_ray
+from peft_graft.cluster import Tasks
 from peft_graft.environment import hardware, versions
-from peft_graft.errors import GraftError, StudyError
+from peft_graft.errors import GraftError
 from peft_graft.run import Callback, Run
 from peft_graft.study.cell import Cell
 from peft_graft.study.folder import StudyFolder
@@ -81,36 +81,23 @@ class OnRay:
     """
 
     def __init__(self, out: Path, address: str, cpus: float, gpus: float) -> None:
-        ray = self._ray = start_ray(address)
-        total: dict[str, float] = ray.cluster_resources()
-        fitting = [total.get("CPU", 0) // cpus if cpus else None, total.get("GPU", 0) // gpus if gpus else None]
-        self._slots = int(min(value for value in fitting if value is not None))
-        if not self._slots:
-            raise StudyError(
-                "no node can take a cell", where=f"--ray {address}", expected=f"{cpus:g} CPUs and {gpus:g} GPUs",
-                found=f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all",
-            )  # fmt: skip
-        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_on_worker)
-        self._out, self._threads = str(out), max(1, int(cpus))
-        self._running: dict[Any, Cell] = {}
+        self._tasks = Tasks(address, _on_worker, of="cell", cpus=cpus, gpus=gpus, shared=(str(out), max(1, int(cpus))))
 
     @property
     def free(self) -> int:
         """Cells that fit beside those that run."""
-        return self._slots - len(self._running)
+        return self._tasks.slots - self._tasks.running
 
     def submit(self, cell: Cell) -> None:
         """Hand a cell to the cluster."""
-        self._running[self._remote.remote(cell, self._out, self._threads)] = cell
+        self._tasks.start(cell, cell)
 
     def wait(self) -> tuple[Cell, State]:
         """The next cell that a worker has ended."""
-        ready, _ = self._ray.wait(list(self._running), num_returns=1)
-        cell = self._running.pop(ready[0])
-        return cell, self._ray.get(ready[0])
+        return self._tasks.next()
 
 
-def _on_worker(cell: Cell, out: str, threads: int) -> State:
+def _on_worker(out: str, threads: int, cell: Cell) -> State:
     torch.set_num_threads(threads)
     return execute(cell, StudyFolder(Path(out)))
 

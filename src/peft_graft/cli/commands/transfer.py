@@ -63,8 +63,8 @@ def transfer(  # what moves, from where, to where, on which text: all else is co
 ) -> None:
     """Move a trained module to another model and write an ordinary checkpoint for it.
 
-    Several modules move one after another, each into its own folder below --out, between models that are loaded once.
-    Finished grafts are kept when the same command is run again.
+    Each of several modules moves into its own folder below --out; models are loaded once, or by each with --ray.
+    Finished grafts are kept when it is run again.
 
     Example:
         peft-graft transfer my-lora --student Qwen/Qwen3-4B --text prompts.jsonl -o out/graft
