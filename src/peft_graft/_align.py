@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from peft_graft.alignment.aligner import Aligner, AlignmentText, WantedMaps
 from peft_graft.alignment.alignment import Alignment
 from peft_graft.alignment.methods import METHODS, Method
 from peft_graft.alignment.sharding import RayPass, check_models_on_ray, check_text_on_ray
-from peft_graft.alignment.text import TextLike, TextSource, rows_given
+from peft_graft.alignment.text import Sample, TextLike, TextSource, rows_given
 from peft_graft.cluster import check_alone, start_ray
 from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
+from peft_graft.models.loading import ModelPair
 from peft_graft.outputs import check_output, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
+from peft_graft.planning.kept_layers import with_kept_layers
 from peft_graft.planning.sources import ModelSources
 from peft_graft.planning.spaces import directions_of_roles, expert_pairs, spaces_of_roles
 from peft_graft.processes import Processes
@@ -66,7 +68,9 @@ def align(
     sources = ModelSources(teacher, student, config)
     shapes = sources.described()
     architectures = shapes.teacher.architecture, shapes.student.architecture
-    pairs = spaces_of_roles(*architectures, layers=config.layers, roles=config.sites)
+    spaces_of_roles(
+        *architectures, layers=config.layers, roles=config.sites
+    )  # what it refuses, before weights are loaded
     source = TextSource(text, config.columns, config.seed)
     samples = source.samples()
     processes = Processes.started()
@@ -74,12 +78,7 @@ def align(
     with run.stage("loading models"):
         models = sources.loaded(tokenizers=True)
     on_ray = RayPass.of(models, source.samples, config) if config.ray else None
-    if expert_pairs(*architectures, config.layers):
-        start = list(islice(samples, SAMPLES))
-        experts = match_experts(models, start, config.layers)
-        pairs = spaces_of_roles(*architectures, layers=config.layers, roles=config.sites, experts=experts)
-        samples = chain(start, samples)
-    wanted = WantedMaps(pairs, directions_of_roles(architectures[0], config.sites), lenient=True)
+    wanted, samples = _wanted(models, config, samples)
     read = AlignmentText(samples, source.name, source.key)
     found = Aligner(models, wanted, [method], read, config, run, on_ray=on_ray).alignment(method)
     if out is not None and processes.first:
@@ -87,6 +86,18 @@ def align(
         shutil.rmtree(f"{out}{UNFINISHED}", ignore_errors=True)
     processes.wait()
     return found
+
+
+def _wanted(models: ModelPair, config: AlignConfig, samples: Iterator[Sample]) -> tuple[WantedMaps, Iterator[Sample]]:
+    """The maps of every module at the sites, and the samples, some of which were read to match experts."""
+    architectures = models.teacher.architecture, models.student.architecture
+    layers, _ = with_kept_layers(config.layers, models)
+    experts = None
+    if expert_pairs(*architectures, layers):
+        start = list(islice(samples, SAMPLES))
+        experts, samples = match_experts(models, start, layers), chain(start, samples)
+    pairs = spaces_of_roles(*architectures, layers=layers, roles=config.sites, experts=experts)
+    return WantedMaps(pairs, directions_of_roles(architectures[0], config.sites), lenient=True), samples
 
 
 def _checked_method(config: AlignConfig) -> Method:

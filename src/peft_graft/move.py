@@ -156,7 +156,7 @@ class Move:
             return None
         if not any(method.needs_text for method in map_methods(self.plan.methods).values()):
             return None
-        return self.plan.wanted_maps(shifts=_shifts(self.plan, self.material))
+        return self.plan.wanted_maps(shifts=_shifts(self.plan, self.material), asked=bool(self.material.asked))
 
     def identity(self, models: ModelPair) -> str:
         """A hash of all that the graft depends on: both models, the module, the choices, the text, an alignment."""
@@ -184,6 +184,8 @@ class Move:
         plan = replace(self.plan, speaks=_learns_to_speak(material, config)).bind(raw, models, material.plain)
         vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
         work = replace(self, plan=plan, material=material)
+        # What modules share was planned before the weights could tell which layers the student has kept.
+        shared = shared if plan.sites.layers == self.plan.sites.layers else None
         outcome, polished, aligner, notes = work._moved(vocabularies, run, shared)
         verdict, told = material.judged(outcome, config, run)
         remark = plan.given.remark(material.judging) if plan.given else None
@@ -214,7 +216,7 @@ class Move:
         maps_of = map_methods(methods)
         aligner = Aligner(
             models,
-            plan.wanted_maps(shifts=_shifts(plan, text)),
+            plan.wanted_maps(shifts=_shifts(plan, text), asked=bool(text.asked)),
             list(dict.fromkeys(maps_of.values())),
             text.to_align(),
             config,

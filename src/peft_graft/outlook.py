@@ -299,7 +299,7 @@ def _cost_of_fits(plan: Plan, material: TextMaterial, length: float, polished: i
     (teacher, _), (student, _) = _costs(plan.models.teacher), _costs(plan.models.student)
     parts, head = material.parts, plan.moved.head
     by_layers = sum(method.fits_layers for method in plan.methods)
-    fitted = head is not None and head.can_be_fitted and plan.config.head in ("auto", "fit")
+    fitted = plan.may_fit_head
     learned = min(len(parts.learning), max(FIT * fitted, SAMPLES * bool(by_layers), polished))
     asked = (len(parts.held_out) + learned) * length * teacher
     read = len(parts.judging) + len(parts.choosing) * (1 + fitted)

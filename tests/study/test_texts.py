@@ -21,7 +21,7 @@ BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "texts.toml"
 
 
 def test_each_number_of_texts_is_a_start_with_controls_of_its_own() -> None:
-    cells = cells_of(read_study(BENCHMARK, ["grid.0.texts=[50, 100]", "grid.0.tasks=['sick']", "grid.0.seeds=[0]"]))
+    cells = cells_of(read_study(BENCHMARK, ["grid.0.texts=[50, 100]", "grid.1.texts=[50, 100]", "defaults.seeds=[0]"]))
     made = {cell.names.start: cell for cell in cells.values() if isinstance(cell, GraftCell | ControlCell)}
     untrained = "control: untrained module, head fitted, polish 200"
     assert list(made) == [
@@ -60,7 +60,7 @@ def test_texts_come_after_what_the_teacher_learned_from(tmp_path: Path) -> None:
 def test_texts_without_training_examples_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     file.write_text(BENCHMARK.read_text().replace("train_examples = 2500\n", ""))
-    with pytest.raises(StudyError, match="grid 0: texts come after the train_examples of sick, so give these too"):
+    with pytest.raises(StudyError, match="grid 1: texts come after the train_examples of sick, so give these too"):
         read_study(file)
 
 

@@ -21,7 +21,7 @@ from peft_graft.alignment.collect import (
     collect_totals,
 )
 from peft_graft.alignment.distinct import key_of
-from peft_graft.alignment.layout import Layout, Wanted, memory_of_a_pass
+from peft_graft.alignment.layout import SAMPLE_SPACES, Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
 from peft_graft.alignment.sharding import RayPass, collect_on_ray
@@ -48,11 +48,14 @@ class WantedMaps:
         pairs: pairs of spaces, with their (teacher, student) sizes.
         directions: which maps of a space are needed, by its name.
         lenient: leave out spaces with one vector a sample if too few samples were seen for them.
+        fits_heads: the head is fitted to the teacher's answers too, and the better one taken: its space may have fewer
+            samples than units.
     """
 
     pairs: Mapping[Pair, tuple[int, int]]
     directions: Directions = field(default_factory=dict)
     lenient: bool = False
+    fits_heads: bool = False
 
     def moments(self, methods: Iterable[Method]) -> dict[Pair, list[Moment]]:
         """What the methods need of every pair of spaces beside the cross moment."""
@@ -237,7 +240,13 @@ class Aligner:
             and fit.count + held_out.count < max(sizes[pair])
         ]
         statistics = {pair: moments for pair, moments in statistics.items() if pair not in few}
-        check_pairs(statistics)
+        check_pairs(
+            {
+                pair: moments
+                for pair, moments in statistics.items()
+                if not (self.wanted.fits_heads and pair[0].name in SAMPLE_SPACES)
+            }
+        )
         with self.run.stage("solving alignments"):
             found = [
                 solve_alignment(method, statistics, *self.models.fingerprints, self._details(counts))

@@ -48,10 +48,11 @@ class PairConfig(Config):
         ray: run what can be shared out on Ray, by a cluster's address or ``local``, in ``shards`` parts.
     """
 
-    layers: Annotated[str, Option(WHAT, "skip, avg, or a teacher layer for each: 0,2,4.")] = Field(
-        default="skip",
+    layers: Annotated[str, Option(WHAT, "auto, skip, avg, or a teacher layer for each: 0,2,4.")] = Field(
+        default="auto",
         description="skip (every k-th layer), avg (the mean of every window), or one teacher layer for each student "
-        "layer: 0,2,4. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
+        "layer: 0,2,4. auto: those whose weights the student's layers have, where it was cut out of the teacher, else "
+        "skip. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
     )
     columns: Annotated[tuple[str, ...] | None, Option(HOW, "Column of a table's text; of pairs two: a,b.")] = Field(
         default=None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
@@ -122,7 +123,8 @@ class GraftConfig(PairConfig):
     """How ``transfer`` moves a module, and what ``inspect`` plans.
 
     Attributes:
-        layers: ``skip``, ``avg`` or one teacher layer for each student layer (``planning.layers``).
+        layers: ``auto``, ``skip``, ``avg`` or one teacher layer for each student layer (``planning.layers``,
+            ``planning.kept_layers``).
         method: a registered method; ``auto`` takes the one whose graft agrees best with the teacher on held-out text,
             and without text ``copy`` where the models share their spaces.
         polish: steps of label-free training; ``auto`` is ``POLISH_STEPS`` where the method is ``auto`` too and there

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from peft_graft.errors import PlanError
 from peft_graft.models.spec import Stack
 
+#: The layer map that the models' weights tell (``planning.kept_layers``), and ``skip`` where they tell nothing.
+BY_WEIGHTS = "auto"
 #: For every student layer the teacher layers whose modules make up its module.
 LayerMap = tuple[tuple[int, ...], ...]
 
@@ -20,23 +22,24 @@ def layer_map(spec: str, teacher_layers: int, student_layers: int) -> LayerMap:
     floor(l n / m), so teacher layers repeat in order.
 
     Args:
-        spec: ``skip``, ``avg``, or one teacher layer for each student layer: ``0,2,4``.
+        spec: ``skip``, ``avg``, or one teacher layer for each student layer: ``0,2,4``; ``auto`` is ``skip`` as long as
+            nobody has looked at the weights.
 
     Raises:
         PlanError: an unknown word, a wrong number of layers, or a layer that the teacher lacks.
     """
     n, m = teacher_layers, student_layers
-    if spec in ("skip", "avg"):
+    if spec in (BY_WEIGHTS, "skip", "avg"):
         starts = [layer * n // m for layer in range(m)]
         ends = [max((layer + 1) * n // m, start + 1) for layer, start in enumerate(starts)]
         return tuple(
-            (start,) if spec == "skip" else tuple(range(start, end)) for start, end in zip(starts, ends, strict=True)
+            tuple(range(start, end)) if spec == "avg" else (start,) for start, end in zip(starts, ends, strict=True)
         )
     try:
         chosen = [int(part) for part in spec.split(",")]
     except ValueError:
         raise PlanError(
-            "not a layer map", where=f"--layers {spec}", expected="skip, avg, or numbers such as 0,2,4"
+            "not a layer map", where=f"--layers {spec}", expected="auto, skip, avg, or numbers such as 0,2,4"
         ) from None
     if len(chosen) != m:
         raise PlanError(

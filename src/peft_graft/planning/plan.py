@@ -37,6 +37,7 @@ from peft_graft.planning.checks import (
 )
 from peft_graft.planning.correspondence import ExpertMap
 from peft_graft.planning.experts import SAMPLES, match_experts, matched_experts
+from peft_graft.planning.kept_layers import with_kept_layers
 from peft_graft.planning.method_choice import choose_methods, expected_methods, method_of_spaces, same_sizes
 from peft_graft.planning.selection import at_sites
 from peft_graft.planning.sites import SitePlans, plan_sites
@@ -125,7 +126,9 @@ class Plan:
             HeadError: the head reads a pooler that the student's checkpoint lacks.
             GraftError: as for ``make``.
         """
-        config, given = self.config, self.given
+        given = self.given
+        layers, told = with_kept_layers(self.config.layers, models)
+        config = self.config.model_copy(update={"layers": layers})
         module, moved = _resolved(raw, models, config)
         sites = _sites(moved, models, config, method_of_spaces(config, given))
         open_choice = given is None and config.method == AUTO
@@ -133,10 +136,11 @@ class Plan:
         choice = choose_methods(
             config, sites, given, has_text=bool(self.has_text), similarity=similarity, speaks=self.speaks
         )
-        experts = self._experts(moved, models, choice.methods, samples)
+        experts = self._experts(moved, models, choice.methods, samples, layers)
         if experts is not None:
             sites = _sites(moved, models, config, choice.methods[0], experts)
         check_pooler(sites, models.student)
+        sites = replace(sites, notes=(*told, *sites.notes))
         if config.for_ is not None:
             sites = replace(sites, notes=(*sites.notes, *servable_note(module, moved, models.teacher)))
         return replace(
@@ -144,7 +148,12 @@ class Plan:
         )
 
     def _experts(
-        self, moved: PeftCheckpoint, models: ModelPair, methods: Sequence[Method], samples: Sequence[Sample]
+        self,
+        moved: PeftCheckpoint,
+        models: ModelPair,
+        methods: Sequence[Method],
+        samples: Sequence[Sample],
+        layers: str,
     ) -> ExpertMap | None:
         """Which experts correspond, where the module acts in some: by the alignment or the text; None for copy."""
         if not any(expert_of(role) is not None for role in moved.roles):
@@ -152,14 +161,21 @@ class Plan:
         if self.given is not None:
             return matched_experts(self.given.maps, models.student.architecture)
         if samples and any(method.needs_text for method in methods):
-            return match_experts(models, samples[:SAMPLES], self.config.layers)
+            return match_experts(models, samples[:SAMPLES], layers)
         return None
 
-    def wanted_maps(self, *, shifts: bool = False) -> WantedMaps:
+    @property
+    def may_fit_head(self) -> bool:
+        """Whether the head is fitted to the teacher's answers, where it is asked, and the better one taken."""
+        head = self.moved.head
+        return head is not None and head.can_be_fitted and self.config.head in ("auto", "fit")
+
+    def wanted_maps(self, *, shifts: bool = False, asked: bool = False) -> WantedMaps:
         """The maps that carrying the plan out needs.
 
         Args:
             shifts: whether shifts of the last hidden state are moved too, to judge a module without a head.
+            asked: whether the teacher is asked about the text.
         """
         pairs = dict(self.sites.pairs)
         if shifts:
@@ -170,6 +186,7 @@ class Plan:
         return WantedMaps(
             pairs,
             directions_of_modules(modules, self.methods[0], head=head.reads if head else None, shifts=head is None),
+            fits_heads=asked and self.may_fit_head,
         )
 
 

@@ -255,7 +255,7 @@ class _Comparison:
             if option.method in (AUTO, METHOD_FRESH) and option.layers != grid.layers[0]:
                 continue  # each of them is one start, not one for each way of choosing layers
             if from_fresh:
-                option = GraftConfig(polish=option.polish, **shared)
+                option = GraftConfig(polish=option.polish, layers=grid.layers[0], **shared)
                 if not option.polish_steps:
                     continue
             start = Start(option, from_fresh, distil, texts=texts)
