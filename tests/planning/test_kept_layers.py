@@ -85,6 +85,23 @@ def test_a_stack_that_kept_others_is_named(tmp_path: Path) -> None:
     assert notes == ["the student's encoder layers have the weights of the teacher's layers 2,3"]
 
 
+def test_layers_that_are_not_all_alike_are_told_by_what_they_have_in_common(tmp_path: Path) -> None:
+    """Only the first layer of a T5 has a table of positions."""
+    config = transformers.T5Config(
+        vocab_size=200, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=2, num_heads=4, pad_token_id=0
+    )
+    teacher = tiny.saved(tmp_path / "teacher", config)
+    shutil.copytree(teacher, tmp_path / "student")
+    model = transformers.AutoModel.from_pretrained(teacher)
+    positions = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    model.encoder.block = nn.ModuleList([model.encoder.block[layer] for layer in (1, 3)])
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    attention.relative_attention_bias, attention.has_relative_attention_bias = positions, True
+    model.config.num_layers = 2
+    model.save_pretrained(tmp_path / "student")
+    assert found(teacher, tmp_path / "student")[0] == "encoder=1,3;decoder=auto"
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_modules_move_from_the_layers_that_were_kept(teacher: Path, tmp_path: Path, *, aligned: bool) -> None:
     """And so are models aligned, without a word of it in the command."""

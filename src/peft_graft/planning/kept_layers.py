@@ -7,6 +7,8 @@ has one near 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -50,32 +52,50 @@ def with_kept_layers(layers: str, models: ModelPair) -> tuple[str, list[str]]:
 
 def kept_layers(teacher: tuple[ModelHandle, Stack], student: tuple[ModelHandle, Stack]) -> list[int] | None:
     """For each layer of the student's stack the teacher's that it was; None where one of them was none of these."""
-    weights = [handle.base_tensors() for handle, _ in (teacher, student)]
-    depths = [handle.architecture.depths[stack.name] for handle, stack in (teacher, student)]
-    paths = _compared(weights, [f"{stack.layers}.0." for _, stack in (teacher, student)])
-    if not paths:
+    sides = [_Layers.of(*side) for side in (teacher, student)]
+    matrices = list(islice(_common(*sides), _MATRICES))
+    if not matrices:
         return None
     first, second = (
-        torch.stack(list(_values(values, stack, depth, paths)))
-        for values, (_, stack), depth in zip(weights, (teacher, student), depths, strict=True)
+        torch.nn.functional.normalize(torch.cat(parts, dim=1), dim=1) for parts in zip(*matrices, strict=True)
     )
-    cosines = torch.nn.functional.normalize(second, dim=1) @ torch.nn.functional.normalize(first, dim=1).T
-    best, layers = cosines.max(dim=1)
+    best, layers = (second @ first.T).max(dim=1)
     return layers.tolist() if bool((best >= SAME_LAYER).all()) else None
 
 
-def _compared(weights: Sequence[Mapping[str, Tensor]], starts: Sequence[str]) -> list[str]:
-    """Paths inside a layer of matrices that both models have in the same shape."""
-    shapes: list[dict[str, torch.Size]] = [
-        {name.removeprefix(start): values[name].shape for name in values if name.startswith(start)}
-        for values, start in zip(weights, starts, strict=True)
-    ]
-    common = [path for path, shape in shapes[0].items() if len(shape) == 2 and shapes[1].get(path) == shape]
-    return common[:_MATRICES]
+@dataclass(frozen=True)
+class _Layers:
+    """The weights of a model, and how the names of those in each layer begin."""
+
+    values: Mapping[str, Tensor]
+    starts: Sequence[str]
+
+    @classmethod
+    def of(cls, model: ModelHandle, stack: Stack) -> _Layers:
+        depth = model.architecture.depths[stack.name]
+        return cls(model.base_tensors(), [f"{stack.layers}.{layer}." for layer in range(depth)])
+
+    def has(self, path: str) -> bool:
+        """Whether every layer has it; layers may differ, as those of T5 and of some mixtures of experts."""
+        return all(f"{start}{path}" in self.values for start in self.starts)
+
+    def sampled(self, path: str, shape: torch.Size) -> Tensor | None:
+        """Some of the values in every layer, [layers, n] float32; None where they are of another shape."""
+        found = []
+        for start in self.starts:
+            value = self.values[f"{start}{path}"]
+            if value.shape != shape:
+                return None
+            flat = value.flatten()
+            found.append(flat[:: max(1, len(flat) // _VALUES)][:_VALUES].float().cpu())
+        return torch.stack(found)
 
 
-def _values(values: Mapping[str, Tensor], stack: Stack, depth: int, paths: Sequence[str]) -> Iterator[Tensor]:
-    """Some of the values of every layer, [n] float32."""
-    for layer in range(depth):
-        found = [values[f"{stack.layers}.{layer}.{path}"].flatten() for path in paths]
-        yield torch.cat([one[:: max(1, len(one) // _VALUES)][:_VALUES].float().cpu() for one in found])
+def _common(teacher: _Layers, student: _Layers) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples of the matrices that all layers of both models have in the same shape."""
+    first = student.starts[0]
+    for path in [name.removeprefix(first) for name in student.values if name.startswith(first)]:
+        if teacher.has(path) and student.has(path) and len(shape := student.values[f"{first}{path}"].shape) == 2:
+            of_teacher, of_student = teacher.sampled(path, shape), student.sampled(path, shape)
+            if of_teacher is not None and of_student is not None:
+                yield of_teacher, of_student
