@@ -49,7 +49,7 @@ def test_a_merged_classifier_is_a_model_of_its_own(world, graft, tmp_path) -> No
     said = json.loads((tmp_path / "merged" / "export.json").read_text())
     assert peft_graft.Export.model_validate(said) == found
     pipeline = transformers.pipeline("token-classification", model=str(tmp_path / "merged"))
-    assert pipeline("Maria river Lisbon")
+    assert any(pipeline(tiny.sentences(20)))
 
 
 def speaker(folder: Path, dtype: torch.dtype = torch.float32, **shape) -> Path:

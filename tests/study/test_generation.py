@@ -435,7 +435,7 @@ def test_grafts_may_learn_from_prompts_that_no_teacher_has_seen(file: Path, tmp_
     assert len(taught) == 6
     assert len(others) == 4
     assert not set(taught) & set(others)
-    with pytest.raises(TextError, match=r"no prompts beyond the training examples; expected more than .* = 18"):
+    with pytest.raises(TextError, match=r"no texts beyond the training examples; expected more than .* = 18"):
         read_unlabelled(spec("train_examples=18", "unlabelled_examples=4"), "en")
 
 

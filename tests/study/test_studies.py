@@ -340,7 +340,8 @@ def test_the_benchmarks_are_studies() -> None:
 
 
 def test_starts_are_named_by_what_is_not_as_usual() -> None:
-    assert Start(GraftConfig()).name == "default"
+    assert Start(GraftConfig(layers="skip")).name == "default"
+    assert Start(GraftConfig()).name == "default, layers auto", "which grids do not have unless they say so"
     copied = GraftConfig(layers="avg", method="copy", head="drop", polish=0)
     assert Start(copied, distil=True).name == "copy/avg, head drop, polish 0, distilling"
     assert Start(GraftConfig(polish=500), from_fresh=True).name == "polish from fresh, polish 500"
