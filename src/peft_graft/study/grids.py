@@ -108,7 +108,8 @@ class Start:
             parts = [POLISHED_FRESH]
         else:
             parts = [DEFAULT if option.method == AUTO else f"{option.method}/{option.layers}"]
-        if option.method == AUTO and option.layers != Grid.model_fields["layers"].default[0] and not self.control:
+        named = not (self.control or self.from_fresh) and option.method == AUTO
+        if named and option.layers != Grid.model_fields["layers"].default[0]:
             parts.append(f"layers {option.layers}")
         if option.head != AUTO and not self.control:
             parts.append(f"head {option.head}")
