@@ -8,27 +8,18 @@ says after the same layers. Embeddings stay as they are, and so does the tokeniz
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 import transformers
 from torch import nn
 
-from peft_graft.alignment.text import load_rows
-from peft_graft.outputs import written_aside
+import brief
 
 
 def main() -> None:
     """Cut, train, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--text", required=True, help="a file with a column of text, or of lists of words")
-    parser.add_argument("--column", default="tokens")
+    parser = brief.parser(__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row at most")
     args = parser.parse_args()
 
@@ -42,8 +33,7 @@ def main() -> None:
     layers.extend(kept)
     half.config.num_hidden_layers = len(kept)
 
-    values = [row[args.column] for row in load_rows(args.text)]
-    text = [value if isinstance(value, str) else " ".join(value) for value in values]
+    text = brief.texts(args)
     optimizer = torch.optim.AdamW(kept.parameters(), lr=args.learning_rate, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     for step in range(args.steps):
@@ -60,10 +50,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 50 == 0 or step == args.steps - 1:
             print(f"step {step}: {losses[-1].item():.3f} of the last layer's variance is unexplained", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(args.out, force=True) as staging:
-        half.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    brief.keep(half, tokenizer, args.out)
 
 
 def _load(name: str) -> nn.Module:

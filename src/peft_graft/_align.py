@@ -68,9 +68,8 @@ def align(
     sources = ModelSources(teacher, student, config)
     shapes = sources.described()
     architectures = shapes.teacher.architecture, shapes.student.architecture
-    spaces_of_roles(
-        *architectures, layers=config.layers, roles=config.sites
-    )  # what it refuses, before weights are loaded
+    # Here for what it refuses, before weights are loaded; they may tell other layers.
+    spaces_of_roles(*architectures, layers=config.layers, roles=config.sites)
     source = TextSource(text, config.columns, config.seed)
     samples = source.samples()
     processes = Processes.started()

@@ -13,10 +13,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from peft_graft.config import AUTO
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spec import Stack
 from peft_graft.planning.correspondence import corresponding_stacks
-from peft_graft.planning.layers import BY_WEIGHTS, layer_map, layer_maps
+from peft_graft.planning.layers import layer_map, layer_maps
 
 #: Cosine from which on a layer is taken to be the other one.
 SAME_LAYER = 0.5
@@ -30,16 +31,16 @@ def with_kept_layers(layers: str, models: ModelPair) -> tuple[str, list[str]]:
     Args:
         layers: as in ``PairConfig``. models: loaded.
     """
-    if layers != BY_WEIGHTS:
+    if layers != AUTO:
         return layers, []
     teacher, student = models.teacher, models.student
     stacks = corresponding_stacks(teacher.architecture, student.architecture)
-    usual = layer_maps(BY_WEIGHTS, stacks)
+    usual = layer_maps(AUTO, stacks)
     specs, notes = dict(usual), []
     for first, second in stacks:
         kept = kept_layers((teacher, first), (student, second))
         depths = teacher.architecture.depths[first.name], student.architecture.depths[second.name]
-        if kept is None or tuple((layer,) for layer in kept) == layer_map(BY_WEIGHTS, *depths):
+        if kept is None or tuple((layer,) for layer in kept) == layer_map(AUTO, *depths):
             continue
         specs[second.name] = ",".join(map(str, kept))
         of_stack = f"{second.name} " if second.name else ""
@@ -96,6 +97,8 @@ def _common(teacher: _Layers, student: _Layers) -> Iterator[tuple[Tensor, Tensor
     first = student.starts[0]
     for path in [name.removeprefix(first) for name in student.values if name.startswith(first)]:
         if teacher.has(path) and student.has(path) and len(shape := student.values[f"{first}{path}"].shape) == 2:
-            of_teacher, of_student = teacher.sampled(path, shape), student.sampled(path, shape)
-            if of_teacher is not None and of_student is not None:
+            # Most paths of unlike models end at the teacher's first layer, before the student's weights are read.
+            if (of_teacher := teacher.sampled(path, shape)) is None:
+                continue
+            if (of_student := student.sampled(path, shape)) is not None:
                 yield of_teacher, of_student

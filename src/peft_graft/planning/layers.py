@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peft_graft.config import AUTO
 from peft_graft.errors import PlanError
 from peft_graft.models.spec import Stack
 
-#: The layer map that the models' weights tell (``planning.kept_layers``), and ``skip`` where they tell nothing.
-BY_WEIGHTS = "auto"
 #: For every student layer the teacher layers whose modules make up its module.
 LayerMap = tuple[tuple[int, ...], ...]
 
@@ -29,7 +28,7 @@ def layer_map(spec: str, teacher_layers: int, student_layers: int) -> LayerMap:
         PlanError: an unknown word, a wrong number of layers, or a layer that the teacher lacks.
     """
     n, m = teacher_layers, student_layers
-    if spec in (BY_WEIGHTS, "skip", "avg"):
+    if spec in (AUTO, "skip", "avg"):
         starts = [layer * n // m for layer in range(m)]
         ends = [max((layer + 1) * n // m, start + 1) for layer, start in enumerate(starts)]
         return tuple(
