@@ -50,6 +50,7 @@ class Move:
     Attributes:
         module, sources: what moves, between which models. material: what is learned from. plan: from shapes alone.
         alignment: the one that was given, as the user named it; None for a live one, or none.
+        weights: another module, at the same sites, whose weights are moved while ``module`` answers (``moving``).
     """
 
     module: ModuleSource
@@ -57,6 +58,7 @@ class Move:
     material: Material
     plan: Plan
     alignment: str | None
+    weights: ModuleSource | None = None
 
     @classmethod
     def planned(  # what ``transfer`` takes, and nothing else
@@ -106,6 +108,11 @@ class Move:
         move = cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
         move.check_length()
         return move
+
+    def moving(self, weights: ModuleSource) -> Move:
+        """The same with the weights of another module, so that what they are worth is seen: all else, what the teacher
+        answers above all, stays."""
+        return replace(self, weights=weights)
 
     def check_length(self) -> None:
         """Refuse text that is too short to align the models on, as far as tokenizers tell.
@@ -163,8 +170,23 @@ class Move:
         return self._identity(models, self.material.of_models(models))
 
     def _identity(self, models: ModelPair, material: Material) -> str:
-        parts = [str(self.module.raw.task), _identity(replace(self.plan, models=models), self.module, material)]
+        parts = [str(self.module.raw.task), self._work(replace(self.plan, models=models), material)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _work(self, plan: Plan, material: Material) -> str:
+        """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
+        head = plan.moved.head
+        parts = [
+            *(plan.models.speaking_keys if material.speaks else plan.models.keys),
+            module_key(self.module.raw),
+            plan.config.record(),
+            material.source.key if material.source else None,
+            material.content,
+            plan.given.digest if plan.given else None,
+            *([head.problem_type] if head and head.problem_type else []),
+            *([module_key(self.weights.raw)] if self.weights else []),
+        ]
+        return json.dumps(parts, default=str)
 
     def carried_out(self, models: ModelPair, run: Run, shared: SharedAlignments | None = None) -> Graft:
         """The graft, in memory.
@@ -181,7 +203,8 @@ class Move:
             raw = module.values(models.teacher)
         if isinstance(material, PromptMaterial):
             material.make(models, config, run)
-        plan = replace(self.plan, speaks=_learns_to_speak(material, config)).bind(raw, models, material.plain)
+        weights = self.weights.values(models.teacher) if self.weights else None
+        plan = replace(self.plan, speaks=_learns_to_speak(material, config)).bind(raw, models, material.plain, weights)
         vocabularies = Vocabularies.of(models, module.tokenizer()) if raw.trains_tokens else None
         work = replace(self, plan=plan, material=material)
         # What modules share was planned before the weights could tell which layers the student has kept.
@@ -238,7 +261,7 @@ class Move:
         )
         outcome = choose(builder, methods, config.head)
         polishing = text.polishing(config)
-        outcome, polished = polish(outcome, polishing, run, identity=_identity(plan, self.module, text))
+        outcome, polished = polish(outcome, polishing, run, identity=self._work(plan, text))
         if polishing.steps and polished is None and outcome.is_exact:
             notes.append("not polished: the graft computes what the teacher does")
         return outcome, polished, aligner, [*notes, *outcome.notes]
@@ -290,18 +313,3 @@ def _shifts(plan: Plan, material: Material) -> bool:
 def _learns_to_speak(material: Material, config: GraftConfig) -> bool:
     """Whether a polish by the teacher's distributions follows, beside which moved weights count for little."""
     return material.speaks and (isinstance(material, PromptMaterial) or config.polish_steps > 0)
-
-
-def _identity(plan: Plan, module: ModuleSource, material: Material) -> str:
-    """What a polish depends on beside its settings: of a saved state, whether it is of the same work."""
-    head = plan.moved.head
-    parts = [
-        *(plan.models.speaking_keys if material.speaks else plan.models.keys),
-        module_key(module.raw),
-        plan.config.record(),
-        material.source.key if material.source else None,
-        material.content,
-        plan.given.digest if plan.given else None,
-        *([head.problem_type] if head and head.problem_type else []),
-    ]
-    return json.dumps(parts, default=str)

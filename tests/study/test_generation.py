@@ -28,7 +28,7 @@ from peft_graft.study.modules import new_module
 from peft_graft.study.ner import IGNORED
 from peft_graft.study.read_study import paper_study, read_study
 from peft_graft.study.runner import Here, run_study
-from peft_graft.study.spec import FRESH, GenerationSpec
+from peft_graft.study.spec import CONTROL, FRESH, GenerationSpec
 from peft_graft.study.tables import result_tables
 from peft_graft.study.training import TrainingSettings, Validation, fine_tune, score
 
@@ -358,6 +358,12 @@ def test_a_study_of_generation_is_declared_and_read(file: Path) -> None:
         ("tasks.next.unlabelled_examples=9", "tasks.next: unlabelled_examples come after the train_examples, so give"),
         ("grid.0.learn=['answers']", "grid.0.learn.0: Input should be 'distributions' or 'text'"),
         ("grid.0.on_policy=[2]", "grid.0.on_policy: must not be more than 1; found 2"),
+        (
+            "grid.0.controls=['random', 'head']",
+            "takes the controls other-task and random, not head: there is no head, an",
+        ),
+        ("grid.0.controls=['other-task']", "grid 0: the control other-task needs another task in the language of next"),
+        ("grid.0.through=['big']", "grid 0: next is a task of generation, which takes no through"),
         ("grid.0.distil=[true]", "grid 0: next is a task of generation, which takes neither distil nor from_fresh"),
     ],
 )
@@ -460,6 +466,45 @@ def test_a_study_of_generation_moves_what_the_teacher_learned(speakers: Path, tm
     assert min(scores[0], scores[2]) > 0.5 > 0.2 > scores[1]
     (table,) = result_tables(list(records.values()))
     assert (table.metric, [row.start for row in table.rows]) == ("exact", ["teacher", FRESH, start])
+
+
+def test_controls_move_other_weights_while_the_same_teacher_answers(speakers: Path, tmp_path: Path) -> None:
+    """Between copies of one model the task's own weights are all of it; another task's and random ones are nothing."""
+    words = speech.words(180)
+    for task, says in (("letters", speech.answer), ("firsts", lambda word: f"{word[0]} {word[0]}")):
+        for name, chosen in (("train", words[:140]), ("test", words[140:])):
+            (tmp_path / task).mkdir(exist_ok=True)
+            speech.prompt_file(tmp_path / task / f"{name}.jsonl", chosen, [says(word) for word in chosen])
+    path, (head, grid) = tmp_path / "study.toml", MOVING.split("\n\n[modules.lora]")
+    table = head[head.index("[tasks.letters]") :]
+    both = [table.replace('"./', f'"./{task}/').replace("letters", task) for task in ("letters", "firsts")]
+    controls = 'controls = ["other-task", "random"]\n'
+    path.write_text("\n\n".join([head.replace(table, ""), *both, f"[modules.lora]{grid}{controls}"]))
+    changes = [f"models.{name}={speakers / 'teacher'}" for name in ("big", "small")]
+    with pytest.raises(StudyError, match="controls beside methods that move weights, which fresh does not"):
+        read_study(path, changes)
+    out, study = tmp_path / "out", read_study(path, [*changes, "grid.0.methods=['fresh', 'copy']", "grid.0.polish=[0]"])
+    cells = cells_of(study)
+    assert not run_study(study, out, Here(out)).failed
+    records = StudyFolder(out).records(cells)
+    made = {one["names"]["start"]: one for one in records if one["kind"] in ("graft", "control")}
+    own, other, random = (
+        f"{name}, polish 0" for name in ("copy/skip", f"{CONTROL}module of another task", f"{CONTROL}random module")
+    )
+    assert list(made) == [own, other, random]
+    assert {one["result"]["method"] for one in made.values()} == {"copy"}
+    reports = {
+        start: json.loads((StudyFolder(out).artifact(one["id"]) / "graft.json").read_text())
+        for start, one in made.items()
+    }
+    answers = {start: [answer["teacher"] for answer in report["answers"]] for start, report in reports.items()}
+    assert answers[own] == answers[other] == answers[random]
+    scores = {one["names"]["start"]: one["result"]["score"] for one in records if one["kind"] == "student"}
+    assert scores[own] > 0.5 > 0.1 > max(scores[other], scores[random])
+    levels = {start: report["verdict"]["level"] for start, report in reports.items()}
+    assert levels[own] == "strong"
+    assert {levels[other], levels[random]} == {"no better"}
+    assert len({report["identity"] for report in reports.values()}) == 3
 
 
 def test_tasks_of_labels_keep_the_ids_of_their_cells() -> None:

@@ -115,12 +115,19 @@ class Plan:
             raise no_text("prune-align" if config.method == AUTO else config.method)
         return cls(config, has_text, has_prompts, speaks, given, models, module, moved, sites, tuple(methods), "")
 
-    def bind(self, raw: RawCheckpoint, models: ModelPair, samples: Sequence[Sample] = ()) -> Plan:
+    def bind(
+        self,
+        raw: RawCheckpoint,
+        models: ModelPair,
+        samples: Sequence[Sample] = (),
+        weights: RawCheckpoint | None = None,
+    ) -> Plan:
         """The same plan on loaded models: the module's values, the methods to try, the experts that correspond.
 
         Args:
             raw: with values; a LoRA where the module was of a kind that is converted first.
             samples: unlabelled text by which experts are matched.
+            weights: a module at the same sites that moves in place of this one.
 
         Raises:
             HeadError: the head reads a pooler that the student's checkpoint lacks.
@@ -130,6 +137,8 @@ class Plan:
         layers, told = with_kept_layers(self.config.layers, models)
         config = self.config.model_copy(update={"layers": layers})
         module, moved = _resolved(raw, models, config)
+        if weights is not None:
+            moved = _resolved(weights, models, config)[1]
         sites = _sites(moved, models, config, method_of_spaces(config, given))
         open_choice = given is None and config.method == AUTO
         similarity = embedding_similarity(models.teacher.base, models.student.base) if open_choice else None

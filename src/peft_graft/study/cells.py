@@ -161,22 +161,11 @@ class GraftCell(Cell):
 
     def run(self, folder: StudyFolder, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Transfer and write; an interrupted polish goes on."""
-        config, needs = self.config, self.needs
-        load_plugins(config.plugins)
-        assert needs.teacher is not None
+        load_plugins(self.config.plugins)
         kept, artifact = folder.work(self.id) / "graft", folder.artifact(self.id)
-        with unlabelled_text(config.examples, folder.work(self.id)) as text:
+        with unlabelled_text(self.config.examples, folder.work(self.id)) as text:
             if not (kept / "graft.json").exists():  # else an interruption came between writing it and its result
-                transfer(
-                    folder.artifact(needs.teacher),
-                    teacher=config.teacher,
-                    student=config.student,
-                    text=text,
-                    alignment=folder.artifact(needs.alignment) if needs.alignment else None,
-                    out=kept,
-                    config=self.options(folder).model_copy(update={"force": True}),
-                    callbacks=callbacks,
-                )
+                self.transferred(folder, text, kept, callbacks)
         report = read_json(kept / "graft.json")
         if not artifact.exists():
             artifact.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +174,21 @@ class GraftCell(Cell):
             key: report[key]
             for key in ("method", "method_reason", "verdict", "tried", "polish", "layers", "notes", "seconds")
         } | {"head": report["head"]["how"] if report["head"] else None}
+
+    def transferred(self, folder: StudyFolder, text: Path, out: Path, callbacks: Sequence[Callback]) -> None:
+        """Transfer, into a folder of its own."""
+        config, needs = self.config, self.needs
+        assert needs.teacher is not None
+        transfer(
+            folder.artifact(needs.teacher),
+            teacher=config.teacher,
+            student=config.student,
+            text=text,
+            alignment=folder.artifact(needs.alignment) if needs.alignment else None,
+            out=out,
+            config=self.options(folder).model_copy(update={"force": True}),
+            callbacks=callbacks,
+        )
 
     def options(self, folder: StudyFolder) -> GraftConfig:
         """Those of the transfer, some of which may be known only now."""

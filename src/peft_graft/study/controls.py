@@ -8,6 +8,9 @@
 
 Each then has its head fitted and is polished as a graft is, ``head`` without the polish. A gain that they share with a
 graft is not its module's.
+
+In tasks of generation, which have no head, the teacher's module of the task answers in the first two as well: what is
+not its own are the weights that are moved. The others are refused there (``spec.PROMPT_CONTROLS``).
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peft_graft._transfer import transfer
+from peft_graft._transfer import transfer, written
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.models.loading import blank_handle, load_config
+from peft_graft.move import Move
 from peft_graft.outputs import written_aside
-from peft_graft.run import Callback, Run
+from peft_graft.planning.sources import ModuleSource
+from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.study.cell import load_plugins, unlabelled_text
-from peft_graft.study.cells import FreshPolishCell, FreshPolishConfig, TeacherCell
+from peft_graft.study.cells import FreshPolishCell, FreshPolishConfig, GraftCell, TeacherCell, TransferConfig
 from peft_graft.study.folder import StudyFolder
 from peft_graft.study.fresh_polish import polish_fresh_module
 from peft_graft.study.spec import Control
@@ -83,21 +88,13 @@ class ControlCell(FreshPolishCell):
 
     def _moved(self, folder: StudyFolder, text: Path) -> Path | None:
         """The control's module on the student; None where that is the student's fresh one."""
-        config, needs, out = self.config, self.needs, folder.work(self.id) / "moved"
+        config, out = self.config, folder.work(self.id) / "moved"
         if config.control in ("untrained", "bare-teacher", "head"):
             return None
         if out.exists():
             return out
-        assert needs.teacher is not None
-        if config.control == "random":
-            module = folder.work(self.id) / "random"
-            if not module.exists():
-                write_random(folder.artifact(needs.teacher), module, config.teacher, config.transfer.seed)
-        else:
-            assert needs.other is not None
-            module = folder.artifact(needs.other)
         transfer(
-            module,
+            _weights(self, folder),
             teacher=config.teacher,
             student=config.student,
             text=text,
@@ -105,6 +102,49 @@ class ControlCell(FreshPolishCell):
             config=config.transfer.model_copy(update={"polish": 0, "head": "drop", "force": True}),
         )
         return out
+
+
+class PromptControlConfig(TransferConfig):
+    """``control``: which of them."""
+
+    control: Control
+
+
+class PromptControlCell(GraftCell):
+    """A control in a task of generation: a transfer of other weights; it leaves a checkpoint with its report."""
+
+    kind = "control"
+    version = 1
+    config: PromptControlConfig
+
+    def transferred(self, folder: StudyFolder, text: Path, out: Path, callbacks: Sequence[Callback]) -> None:
+        """Move the control's weights; the teacher's module answers."""
+        config, option = self.config, self.options(folder).model_copy(update={"force": True})
+        assert self.needs.teacher is not None
+        move = Move.planned(
+            folder.artifact(self.needs.teacher),
+            config.student,
+            teacher=config.teacher,
+            text=text,
+            seeds=None,
+            alignment=None,
+            config=option,
+        ).moving(ModuleSource.of(_weights(self, folder), option))
+        run = Run(callbacks, Path(f"{out}{UNFINISHED}"))
+        written(move.carried_out(move.sources.loaded(tokenizers=True), run), out, run)
+
+
+def _weights(cell: ControlCell | PromptControlCell, folder: StudyFolder) -> Path:
+    """The module that a control moves."""
+    config, needs = cell.config, cell.needs
+    assert needs.teacher is not None
+    if config.control != "random":
+        assert needs.other is not None
+        return folder.artifact(needs.other)
+    module = folder.work(cell.id) / "random"
+    if not module.exists():
+        write_random(folder.artifact(needs.teacher), module, config.teacher, config.transfer.seed)
+    return module
 
 
 def write_random(module: Path, out: Path, model: str, seed: int) -> None:

@@ -28,7 +28,13 @@ from peft_graft.study.cells import (
     TransferConfig,
 )
 from peft_graft.study.chains import ChainCell, ChainConfig, ChainGraftCell
-from peft_graft.study.controls import BareTeacherCell, ControlCell, ControlConfig
+from peft_graft.study.controls import (
+    BareTeacherCell,
+    ControlCell,
+    ControlConfig,
+    PromptControlCell,
+    PromptControlConfig,
+)
 from peft_graft.study.plugins import Plugin
 from peft_graft.study.spec import (
     CONTROL,
@@ -162,7 +168,11 @@ class _Comparison:
     def _controls(self, starts: Sequence[Start]) -> Iterator[Start]:
         """Each control beside the first graft of each length of polish and number of texts; once, where it has no
         polish."""
-        straight = [replace(start, distil=False) for start in starts if not start.from_fresh]
+        straight = [
+            replace(start, distil=False)
+            for start in starts
+            if not start.from_fresh and start.transfer.method != METHOD_FRESH
+        ]
         alike = {(start.transfer.polish, start.texts): start for start in reversed(straight)}
         for control in self.grid.controls:
             beside = [replace(start, control=control) for start in reversed(alike.values())]
@@ -216,24 +226,24 @@ class _Comparison:
         assert other is not None
         return replace(self, task=other)._teacher()
 
-    def _control(self, start: Start, seed: int, teachers: tuple[TeacherCell, TeacherCell | None]) -> ControlCell:
+    def _control(self, start: Start, seed: int, teachers: tuple[TeacherCell, TeacherCell | None]) -> Cell:
         (asked, other), control = teachers, start.control
         needs = Needs(teacher=asked.id, other=other.id if other else None)
         if control == "bare-teacher" and other:
             needs = Needs(teacher=other.id)
-        config = ControlConfig(
-            examples=self._examples_of(start),
-            device=start.transfer.device,
-            teacher=self._models[0],
-            student=self._models[1],
-            transfer=start.transfer.model_copy(update={"seed": seed}),
-            plugins=self._plugins(start.transfer),
-            module=self._spec,
-            control=control,
-        )
-        return ControlCell(
-            names=self._names(teacher=self.grid.teacher, start=start.graft_name, seed=seed), config=config, needs=needs
-        )
+        shared: dict[str, Any] = {
+            "examples": self._examples_of(start),
+            "device": start.transfer.device,
+            "teacher": self._models[0],
+            "student": self._models[1],
+            "transfer": start.transfer.model_copy(update={"seed": seed}),
+            "plugins": self._plugins(start.transfer),
+            "control": control,
+        }
+        names = self._names(teacher=self.grid.teacher, start=start.graft_name, seed=seed)
+        if isinstance(self.study.tasks[self.task], GenerationSpec):
+            return PromptControlCell(names=names, config=PromptControlConfig(**shared), needs=needs)
+        return ControlCell(names=names, config=ControlConfig(**shared, module=self._spec), needs=needs)
 
     def _starts(self) -> Iterator[Start]:
         grid = self.grid

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from peft_graft.config import AUTO, POLISH_STEPS, Dtype, GraftConfig, HeadChoice, Library
+from peft_graft.config import FRESH as METHOD_FRESH
 from peft_graft.errors import PlanError
 from peft_graft.metrics import METRICS as TEXT_METRICS
 from peft_graft.models.tasks import Task
@@ -38,6 +39,8 @@ CONTROL_NAMES: dict[Control, str] = {
     "bare-teacher": "bare teacher",
     "head": "head alone",
 }
+#: Those that tasks of generation take.
+PROMPT_CONTROLS: tuple[Control, ...] = ("other-task", "random")
 #: Lists of a grid -> the options of ``transfer`` that their values are for.
 GRAFT_OPTIONS = {"layers": "layers", "methods": "method", "heads": "head", "polish": "polish"}
 #: The same for tasks of generated text alone.
@@ -330,20 +333,27 @@ class Study(Record):
             raise ValueError(f"{what} takes modules of peft")
         if any(grid.distil) or any(grid.from_fresh):
             raise ValueError(f"{what} takes neither distil nor from_fresh, but the method fresh")
-        if grid.controls or grid.through:
-            raise ValueError(f"{what} takes neither controls nor through")
+        if grid.through:
+            raise ValueError(f"{what} takes no through")
+        if others := [name for name in grid.controls if name not in PROMPT_CONTROLS]:
+            raise ValueError(
+                f"{what} takes the controls {' and '.join(PROMPT_CONTROLS)}, not {', '.join(others)}: there is no "
+                "head, an untrained module is the method fresh, and a teacher without its module has nothing to teach"
+            )
+        if grid.controls and set(grid.methods) == {METHOD_FRESH}:
+            raise ValueError(f"{what} takes controls beside methods that move weights, which fresh does not")
 
     def other_task(self, task: str, languages: Sequence[str] = ()) -> str | None:
-        """The first task after this one, in the order of the file and from its start again, with labels and in all of
-        the same languages; None where there is none."""
-        names = list(self.tasks)
+        """The first task after this one, in the order of the file and from its start again, as this with labels or of
+        generation, and in all of the same languages; None where there is none."""
+        names, spoken = list(self.tasks), isinstance(self.tasks[task], GenerationSpec)
         after = names[names.index(task) + 1 :] + names[: names.index(task)]
         wanted = set(languages or self.tasks[task].languages) & set(self.tasks[task].languages)
         return next(
             (
                 name
                 for name in after
-                if not isinstance(self.tasks[name], GenerationSpec) and wanted <= set(self.tasks[name].languages)
+                if isinstance(self.tasks[name], GenerationSpec) == spoken and wanted <= set(self.tasks[name].languages)
             ),
             None,
         )
