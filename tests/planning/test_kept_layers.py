@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
+import peft_graft
 import tiny
 from peft_graft.config import GraftConfig
 from peft_graft.errors import PlanError
+from peft_graft.models.loading import ModelPair, blank_handle, load_config
 from peft_graft.models.pair import load_pair
 from peft_graft.planning.kept_layers import with_kept_layers
 
@@ -36,6 +39,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.base_model(tmp_path_factory.mktemp("kept") / "teacher", layers=4)
 
 
+def planned(teacher: Path, student: Path) -> tuple[str, list[str]]:
+    """The same before any weights are loaded."""
+    handles = (blank_handle(load_config(str(model)), str(model)) for model in (teacher, student))
+    return with_kept_layers("auto", ModelPair(*handles))
+
+
 def found(teacher: Path, student: Path, layers: str = "auto") -> tuple[str, list[str]]:
     return with_kept_layers(layers, load_pair(str(teacher), str(student), GraftConfig(), tokenizers=False))
 
@@ -45,6 +54,37 @@ def test_kept_layers_are_found_though_they_were_trained_on(teacher: Path, tmp_pa
     spec = ",".join(map(str, layers))
     expected = (spec, [f"the student's layers have the weights of the teacher's layers {spec}"])
     assert found(teacher, cut(tmp_path / "student", teacher, layers, noise=0.5)) == expected
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "a task model's", "no safetensors", "broken"])
+def test_a_plan_tells_them_by_files_alone(teacher: Path, tmp_path: Path, form: str) -> None:
+    student = cut(tmp_path / "student", teacher, [1, 3])
+    file = student / "model.safetensors"
+    if form == "shards":
+        model = transformers.AutoModel.from_pretrained(student)
+        file.unlink()
+        model.save_pretrained(student, max_shard_size="20KB")
+        assert len(list(student.glob("*.safetensors"))) > 2
+    elif form == "a task model's":
+        transformers.AutoModelForTokenClassification.from_pretrained(student).save_pretrained(student)
+        assert "bert.encoder.layer.0.output.dense.weight" in load_file(file)
+    elif form == "no safetensors":
+        torch.save(load_file(file), student / "pytorch_model.bin")
+        file.unlink()
+    elif form == "broken":
+        file.write_bytes(file.read_bytes()[:100])
+    told = form not in ("no safetensors", "broken")
+    assert planned(teacher, student) == (found(teacher, student) if told else ("auto", []))
+    assert planned(teacher, student)[0] == ("1,3" if told else "auto")
+
+
+def test_inspect_shows_the_layers_that_transfer_takes(teacher: Path, tmp_path: Path) -> None:
+    student = cut(tmp_path / "student", teacher, [1, 3])
+    tiny.peft_lora(tmp_path / "lora", teacher)
+    summary = peft_graft.inspect(tmp_path / "lora", student).student
+    assert summary.layers == [[1], [3]]
+    assert summary.notes[0] == "the student's layers have the weights of the teacher's layers 1,3"
+    assert peft_graft.inspect(tmp_path / "lora", student, config={"layers": "skip"}).student.layers == [[0], [2]]
 
 
 def test_what_skip_takes_anyway_needs_no_remark(teacher: Path, tmp_path: Path) -> None:

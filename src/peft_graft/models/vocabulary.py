@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from peft_graft.errors import ModelError
-from peft_graft.models.checks import explained, file_of
+from peft_graft.models.checks import explained
 from peft_graft.models.devices import BaseTensors, is_blank, is_quantised
+from peft_graft.models.stored import StoredTensors
 from peft_graft.models.task_models import auto_class, blank_model, is_remote
 from peft_graft.models.tasks import Task
 
@@ -63,7 +61,8 @@ def output_layer(base: Any, place: str, path: str, options: Mapping[str, Any]) -
         return own.weight.detach(), None
     shapes = {f"{path}.{name}": value.shape for name, value in own.named_parameters()}
     if not is_quantised(base):
-        found = _stored(place, shapes, options)
+        stored = StoredTensors(place, options)
+        found = {name: value for name in shapes if (value := stored.get(name)) is not None}
         if {name: value.shape for name, value in found.items()} == shapes:
             values = {name: value.to(base.dtype) for name, value in found.items()}
             return values[f"{path}.weight"], values.get(f"{path}.bias")
@@ -75,20 +74,3 @@ def output_layer(base: Any, place: str, path: str, options: Mapping[str, Any]) -
         raise ModelError("the model's checkpoint has no output layer", where=place)
     layer = whole.get_output_embeddings()
     return layer.weight.detach(), None if getattr(layer, "bias", None) is None else layer.bias.detach()
-
-
-def _stored(place: str, names: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those tensors of a model's safetensors that have these very names; none where it has no such files."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-    files: dict[str, str] = dict.fromkeys(names, SAFE_WEIGHTS_NAME)
-    if index := file_of(place, SAFE_WEIGHTS_INDEX_NAME, source, "model"):
-        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    found = {}
-    for name in names:
-        file = file_of(place, files[name], source, "model") if name in files else None
-        if file:
-            with safe_open(file, "pt") as stored:
-                if name in stored.keys():  # noqa: SIM118 - it is no mapping
-                    found[name] = stored.get_tensor(name)
-    return found

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peft_graft.config import AUTO
+from peft_graft.errors import ModelError
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spec import Stack
+from peft_graft.models.stored import StoredTensors
 from peft_graft.planning.correspondence import corresponding_stacks
 from peft_graft.planning.layers import layer_map, layer_maps
 
@@ -29,7 +32,8 @@ def with_kept_layers(layers: str, models: ModelPair) -> tuple[str, list[str]]:
     """The layer map, where it is left to the weights the one that they tell, and remarks on it.
 
     Args:
-        layers: as in ``PairConfig``. models: loaded.
+        layers: as in ``PairConfig``. models: loaded, or described: of these the weights on this machine are looked at,
+            as far as they are in safetensors under the names that the model has for them.
     """
     if layers != AUTO:
         return layers, []
@@ -66,30 +70,55 @@ def kept_layers(teacher: tuple[ModelHandle, Stack], student: tuple[ModelHandle, 
 
 @dataclass(frozen=True)
 class _Layers:
-    """The weights of a model, and how the names of those in each layer begin."""
+    """The weights of a model, and how the names of those in each layer begin.
+
+    ``values``: on the meta device where the model is described only; then ``stored`` has them.
+    """
 
     values: Mapping[str, Tensor]
     starts: Sequence[str]
+    stored: StoredTensors | None
+    prefix: str
 
     @classmethod
     def of(cls, model: ModelHandle, stack: Stack) -> _Layers:
         depth = model.architecture.depths[stack.name]
-        return cls(model.base_tensors(), [f"{stack.layers}.{layer}." for layer in range(depth)])
+        starts = [f"{stack.layers}.{layer}." for layer in range(depth)]
+        stored = None
+        if model.is_blank:
+            stored = StoredTensors(model.place, {**model.loading.source(model.name), "local_files_only": True})
+        return cls(model.base_tensors(), starts, stored, f"{model.base.base_model_prefix}.")
 
     def has(self, path: str) -> bool:
         """Whether every layer has it; layers may differ, as those of T5 and of some mixtures of experts."""
         return all(f"{start}{path}" in self.values for start in self.starts)
 
     def sampled(self, path: str, shape: torch.Size) -> Tensor | None:
-        """Some of the values in every layer, [layers, n] float32; None where they are of another shape."""
-        found = []
+        """The first values in every layer, [layers, n] float32; None where they are of another shape, or not there."""
+        found, rows = [], -(-_VALUES // max(1, shape[1]))
         for start in self.starts:
-            value = self.values[f"{start}{path}"]
-            if value.shape != shape:
+            if self.values[name := f"{start}{path}"].shape != shape:
                 return None
-            flat = value.flatten()
-            found.append(flat[:: max(1, len(flat) // _VALUES)][:_VALUES].float().cpu())
+            value = self._rows(name, rows)
+            if value is None or value.shape != (min(rows, shape[0]), shape[1]):
+                return None
+            found.append(value.flatten()[:_VALUES].float().cpu())
         return torch.stack(found)
+
+    def _rows(self, name: str, count: int) -> Tensor | None:
+        if self.stored is None:
+            return self.values[name][:count]
+        try:  # task models store what they have inside under its own prefix
+            found = self.stored.rows(name, count)
+            return self.stored.rows(self.prefix + name, count) if found is None else found
+        except (
+            ModelError,
+            OSError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+        ):  # what is amiss with files is said when the model is loaded
+            return None
 
 
 def _common(teacher: _Layers, student: _Layers) -> Iterator[tuple[Tensor, Tensor]]:

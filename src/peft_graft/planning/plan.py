@@ -98,6 +98,7 @@ class Plan:
             GraftError: what ``transfer`` refuses: CheckpointError, ModelError, PlanError, HeadError, AlignmentError or
                 TextError, with the place, what was expected, what came, and the fix.
         """
+        layers, told = with_kept_layers(config.layers, models)
         module, moved = _resolved(raw, models, config)
         check_head_fit(moved, config)
         check_problem_type(moved, config)
@@ -105,7 +106,8 @@ class Plan:
         if asks_teacher(config) and has_text is False:
             raise no_predictions(config)
         check_method(raw, config, has_prompts=has_prompts)
-        sites = _sites(moved, models, config, method_of_spaces(config, given))
+        sites = _sites(moved, models, config.model_copy(update={"layers": layers}), method_of_spaces(config, given))
+        sites = replace(sites, notes=(*told, *sites.notes))
         check_servable([site.student for site in sites.sites], models.student, config.for_)
         check_task_models(module.raw, moved.raw, models, has_text=bool(has_text))
         methods = expected_methods(config, sites, given, speaks=speaks)
