@@ -427,7 +427,7 @@ def test_grids_list_what_is_learned_and_more_budgets_of_the_fresh_module(file: P
     assert budgets == {FRESH: [0, 2, "all"]} | {start: [0, 2] for start in options}
 
 
-def test_grafts_may_learn_from_prompts_that_no_teacher_has_seen(file: Path, tmp_path: Path) -> None:
+def test_grafts_may_learn_from_prompts_that_no_teacher_has_seen(file: Path, tmp_path: Path, caplog) -> None:
     rows = [{"prompt": str(number % 12), "completion": "x"} for number in range(20)]
     write(tmp_path / "words.jsonl", *rows)
 
@@ -441,6 +441,10 @@ def test_grafts_may_learn_from_prompts_that_no_teacher_has_seen(file: Path, tmp_
     assert len(taught) == 6
     assert len(others) == 4
     assert not set(taught) & set(others)
+    assert not caplog.messages
+    left = len(read_unlabelled(spec("train_examples=6", "unlabelled_examples=99"), "en"))
+    (message,) = caplog.messages
+    assert f"{left} texts come after the 6 training examples, fewer than the 99 that grafts" in message
     with pytest.raises(TextError, match=r"no texts beyond the training examples; expected more than .* = 18"):
         read_unlabelled(spec("train_examples=18", "unlabelled_examples=4"), "en")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from peft_graft.study.ner import tag_names
 from peft_graft.study.spec import GenerationSpec, SomeTask
 from peft_graft.study.tasks import Example, StudyTask
 
+logger = logging.getLogger("peft_graft")
 #: Seed of the order in which training examples are taken.
 _ORDER = 0
 
@@ -67,6 +69,14 @@ def read_unlabelled(spec: SomeTask, language: str) -> list[Example]:
             expected=f"more than train_examples = {start}",
             found=len(train),
             fix="lower train_examples, or leave unlabelled_examples out",
+        )
+    if len(found) < spec.unlabelled_examples:
+        logger.warning(
+            "%s: %d texts come after the %d training examples, fewer than the %d that grafts are to be made on",
+            spec.train.format(language=language),
+            len(found),
+            start,
+            spec.unlabelled_examples,
         )
     return list(found[: spec.unlabelled_examples])
 
