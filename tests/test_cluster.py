@@ -23,7 +23,7 @@ import tiny
 from peft_graft import Callback, GraftConfig, ShelfReport, _transfer_all
 from peft_graft.cluster import Tasks
 from peft_graft.distill import answers_on_ray
-from peft_graft.errors import PlanError
+from peft_graft.errors import DeviceError, PlanError
 from peft_graft.models.devices import on_worker
 from peft_graft.processes import Processes
 from peft_graft.shelf import SHELF
@@ -67,14 +67,23 @@ def fail(number: int) -> None:
     raise PlanError("no task can do this", where=str(number))
 
 
+def die(number: int) -> None:
+    if number:
+        os._exit(1)
+
+
 def refusals() -> list[str]:
-    """What is said where there is no cluster, no room in it, or an error in a task."""
+    """What is said where there is no cluster, no room in it, or an error in a task, and where workers die over it."""
     found = []
     for address, gpus in (("nowhere", 0), ("local", 64), ("local", 0)):
         with pytest.raises(PlanError) as caught:
             list(Tasks(address, fail, of="shard", gpus=gpus).results([[1]]))
         found.append(str(caught.value))
-    return found
+    with pytest.raises(DeviceError) as died:
+        list(Tasks("local", die, of="shard").results([[1]]))
+    found.append(str(died.value))
+    ended = Tasks("local", die, of="shard", lost=lambda number, error: f"{number} {error}").results([[1], [0]])
+    return [*found, [result and result[:20] for _, result in sorted(ended)]]
 
 
 def on_ray(speakers: Path, world: Path, root: Path) -> None:
@@ -203,10 +212,13 @@ def test_finished_grafts_of_a_shelf_on_ray_are_kept(driven) -> None:
 
 @needs_ray
 def test_an_error_names_what_ray_lacks_or_what_a_task_says(driven) -> None:
-    nowhere, no_room, of_task = json.loads((driven / "refused").read_text())
+    nowhere, no_room, of_task, died, ended = json.loads((driven / "refused").read_text())
     assert nowhere.startswith("--ray nowhere: no cluster of Ray can be reached; expected local for this machine")
     assert no_room.startswith("--ray local: no node has the resources of a shard; expected 1 CPUs and 64 GPUs, found ")
     assert of_task == "1: no task can do this"
+    assert died.startswith("--ray local: 5 workers have died over the same shard, of too little memory most likely; ")
+    assert "Fix: give tasks more memory" in died
+    assert ended == ["0 --ray local: 5 wor", None], "the other call has its result"
 
 
 def test_what_ray_cannot_take_is_refused(speakers, world, tmp_path, monkeypatch) -> None:

@@ -220,6 +220,7 @@ class _Shelf:
             of="module",
             gpus=len(gpus_of(config.device, config.student_device)),
             shared=(of_worker, earlier),
+            lost=lambda number, error: _failure(modules[number], error),
         )
         with run.stage(MOVING), closing(tasks.results([module] for module in modules)) as found:
             for number, entry in found:

@@ -6,20 +6,26 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_graft.errors import GraftError, PlanError, not_installed, reason
+from peft_graft.errors import DeviceError, GraftError, PlanError, not_installed, reason
 from peft_graft.processes import Processes
+
+#: Workers that may die over one task.
+_LIVES = 5
 
 
 class Tasks:
-    """Calls of a function on Ray, a task each; that of a worker that dies is made again elsewhere.
+    """Calls of a function on Ray, a task each; that of a worker that dies is made again elsewhere, a few times.
 
     Args:
         address: of the cluster, or ``local`` to use this machine. function: that is called; workers import it.
         cpus, gpus: that one task takes. of: what a task is for, in messages.
         shared: the first arguments of every call, which are sent to each node once.
+        lost: gives the result of a call over which worker after worker has died, from its key and the error, which is
+            raised where this is left out.
 
     Attributes:
         slots: tasks that can run at a time.
@@ -37,6 +43,7 @@ class Tasks:
         cpus: float = 1,
         gpus: float = 0,
         shared: Sequence[Any] = (),
+        lost: Callable[[Any, DeviceError], Any] | None = None,
     ) -> None:
         ray = self._ray = start_ray(address)
         offered: dict[str, float] = ray.cluster_resources()
@@ -57,13 +64,18 @@ class Tasks:
                 os.chdir(here)
             return function(*arguments)
 
-        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(task)
+        # Ray itself would try for ever where memory runs out.
+        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(task)
         self._shared = [ray.put(one) for one in shared]
-        self._running: dict[Any, Any] = {}
+        self._running: dict[Any, _Call] = {}
+        self._what, self._lost = (of, f"--ray {address}"), lost
 
     def start(self, key: Any, *arguments: Any) -> None:
         """Call the function as soon as there is room; ``key`` is what its result comes back with."""
-        self._running[self._remote.remote(*self._shared, *arguments)] = key
+        self._start(_Call(key, arguments))
+
+    def _start(self, call: _Call) -> None:
+        self._running[self._remote.remote(*self._shared, *call.arguments)] = call
 
     @property
     def running(self) -> int:
@@ -74,14 +86,34 @@ class Tasks:
         """The key and the result of the next call that ends.
 
         Raises:
-            GraftError: the function raised it; other errors as Ray gives them.
+            GraftError: the function raised it; other errors as Ray gives them. DeviceError: workers die over it.
         """
-        ready, _ = self._ray.wait(list(self._running), num_returns=1)
-        key = self._running.pop(ready[0])
-        try:
-            return key, self._ray.get(ready[0])
-        except self._ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, GraftError) else error) from None
+        errors = self._ray.exceptions
+        deaths = (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError, errors.ObjectLostError)
+        while True:
+            ready, _ = self._ray.wait(list(self._running), num_returns=1)
+            call = self._running.pop(ready[0])
+            try:
+                return call.key, self._ray.get(ready[0])
+            except errors.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, GraftError) else error) from None
+            except deaths as error:
+                if call.died + 1 < _LIVES:
+                    self._start(replace(call, died=call.died + 1))
+                    continue
+                found = self._killed(error)
+                if self._lost is None:
+                    raise found from None
+                return call.key, self._lost(call.key, found)
+
+    def _killed(self, error: Exception) -> DeviceError:
+        what, where = self._what
+        return DeviceError(
+            f"{_LIVES} workers have died over the same {what}, of too little memory most likely",
+            where=where,
+            found=reason(error),
+            fix="give tasks more memory: fewer at a time, on larger nodes, or with less to do in each",
+        )
 
     def results(self, calls: Iterable[Sequence[Any]]) -> Generator[tuple[int, Any], None, None]:
         """The number and the result of each call, as they end; what still runs is cancelled where no more are taken.
@@ -103,6 +135,15 @@ class Tasks:
         for task in self._running:
             self._ray.cancel(task)
         self._running.clear()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """``died``: workers over it."""
+
+    key: Any
+    arguments: Sequence[Any]
+    died: int = 0
 
 
 def start_ray(address: str) -> Any:

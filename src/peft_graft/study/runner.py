@@ -81,7 +81,16 @@ class OnRay:
     """
 
     def __init__(self, out: Path, address: str, cpus: float, gpus: float) -> None:
-        self._tasks = Tasks(address, _on_worker, of="cell", cpus=cpus, gpus=gpus, shared=(str(out), max(1, int(cpus))))
+        self._folder = StudyFolder(out)
+        self._tasks = Tasks(
+            address,
+            _on_worker,
+            of="cell",
+            cpus=cpus,
+            gpus=gpus,
+            shared=(str(out), max(1, int(cpus))),
+            lost=self._failed,
+        )
 
     @property
     def free(self) -> int:
@@ -95,6 +104,11 @@ class OnRay:
     def wait(self) -> tuple[Cell, State]:
         """The next cell that a worker has ended."""
         return self._tasks.next()
+
+    def _failed(self, cell: Cell, error: GraftError) -> State:
+        """Of a cell over which workers died."""
+        self._folder.keep_failure(_described(cell, _failure(error), time.perf_counter()))
+        return "failed"
 
 
 def _on_worker(out: str, threads: int, cell: Cell) -> State:
@@ -163,8 +177,7 @@ def execute(cell: Cell, folder: StudyFolder, callbacks: Sequence[Callback] = ())
         try:
             found = cell.run(folder, callbacks)
         except Exception as error:  # whatever it is, the other cells go on, and this one says why
-            record = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            folder.keep_failure(_described(cell, record, start))
+            folder.keep_failure(_described(cell, _failure(error), start))
             return "failed"
         folder.keep(_described(cell, {"result": found}, start))
         shutil.rmtree(folder.work(cell.id), ignore_errors=True)
@@ -186,6 +199,13 @@ def estimate(cells: Mapping[str, Cell], folder: StudyFolder) -> tuple[dict[str, 
     if not set(left) <= set(known):
         return left, None
     return left, sum(count * statistics.fmean(known[kind]) for kind, count in left.items())
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    return {
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def _described(cell: Cell, found: Mapping[str, Any], start: float) -> dict[str, Any]:
