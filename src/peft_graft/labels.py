@@ -27,6 +27,13 @@ class ProblemType(StrEnum):
         return cls(value) if isinstance(value, str) and value in list(cls) else None
 
 
+def are_numbers(problem_type: ProblemType | None, outputs: int | None) -> bool:
+    """Whether a head of so many outputs gives numbers and decides nothing: where that is said, and where there is one,
+    unless it is a label that holds or not."""
+    single = outputs == 1 and problem_type is not ProblemType.MULTI_LABEL
+    return problem_type is ProblemType.REGRESSION or single
+
+
 #: What ``--labels`` says of the answers that come with the prompts of a language model.
 ANSWERS = ("ignore", "use")
 #: What transformers calls classes that nobody has named.

@@ -18,9 +18,10 @@ from peft_graft.alignment.text import Sample, read_text
 from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import checkpoint_of_student, resolve
-from peft_graft.distill.agreement import LEVELS, Agreement, compare, judge
+from peft_graft.distill.agreement import LEVELS, Agreement, judge
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.gradient_start import gradient_start
+from peft_graft.distill.predictions import compare
 from peft_graft.distill.targets import Targets, distillation_loss, student_answers
 from peft_graft.distill.teacher import TextDistillation, ask_teacher, sample_parts
 from peft_graft.distill.training import Schedule, length_batches

@@ -11,15 +11,13 @@ import transformers
 from safetensors.torch import load_file
 
 import tiny
-from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.live import read_live
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.task import with_problem_type
-from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import Draws, Verdict, compare, judge
+from peft_graft.distill.agreement import Draws, Verdict, judge
 from peft_graft.distill.fit_head import fit_head
+from peft_graft.distill.predictions import compare
 from peft_graft.distill.targets import kind_of, log_probabilities
-from peft_graft.distill.teacher import can_ask, sample_parts
 from peft_graft.errors import HeadError
 from peft_graft.labels import ProblemType
 from peft_graft.models.tasks import Task
@@ -124,27 +122,23 @@ def test_a_live_model_says_it(world, tmp_path) -> None:
     assert read_live(live)[0].problem_type is ProblemType.MULTI_LABEL
 
 
-def test_numbers_are_not_judged_by_classes(topics, world) -> None:
-    raw, parts = read_checkpoint(topics), sample_parts(Sample(line) for line in tiny.sentences(60))
-    plain = transformers.AutoConfig.from_pretrained(world / "teacher")
-    numbers = with_problem_type(raw, ProblemType.REGRESSION, plain)
-    asked, remarks = can_ask(GraftConfig(), numbers, parts)
-    assert not asked
-    assert remarks == [
-        "neither fitted nor judged: the head gives numbers, and agreement is of classes; score the graft on labelled "
-        "text, or say --problem-type multi_label_classification if its outputs are labels that hold or not"
-    ]
-    with pytest.raises(HeadError, match="--polish: the head gives numbers"):
-        can_ask(GraftConfig(polish=10), numbers, parts)
-    assert can_ask(GraftConfig(), with_problem_type(raw, ProblemType.MULTI_LABEL, plain), parts) == (True, [])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_what_the_outputs_are_decides_how_they_are_judged(topics, world, tmp_path, outputs) -> None:
+    folder = topics
+    if outputs == 1:
+        folder = tmp_path / "one"
+        tiny.peft_lora(folder, world / "teacher", task="sequence-classification", labels=("relevant",))
+    texts = world / "text.txt"
 
+    def judged(problem_type: str | None) -> Verdict:
+        graft = tiny.transfer(folder, world / "teacher", text=texts, method="copy", polish=0, problem_type=problem_type)
+        assert graft.report.head.problem_type == problem_type
+        return graft.report.verdict
 
-def test_one_label_that_holds_or_not_is_judged(world, tmp_path) -> None:
-    tiny.peft_lora(tmp_path / "one", world / "teacher", task="sequence-classification", labels=("relevant",))
-    raw, parts = read_checkpoint(tmp_path / "one"), sample_parts(Sample(line) for line in tiny.sentences(60))
-    plain = transformers.AutoConfig.from_pretrained(world / "teacher")
-    assert not can_ask(GraftConfig(), raw, parts)[0]
-    assert can_ask(GraftConfig(), with_problem_type(raw, ProblemType.MULTI_LABEL, plain), parts)[0]
+    unsaid = (None,) if outputs == 1 else ()  # of three it stands for classes
+    for problem_type in ("regression", "multi_label_classification", *unsaid):
+        found = judged(problem_type)
+        assert (found.level, found.measured.agreement) == ("exact", pytest.approx(1, abs=1e-5)), problem_type
 
 
 def test_only_classifiers_of_whole_texts_are_described(world) -> None:

@@ -16,24 +16,16 @@ from peft_graft.alignment.text import Sample
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, resolve
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import (
-    Agreement,
-    Draws,
-    Verdict,
-    compare,
-    compare_answers,
-    compare_divergences,
-    judge,
-    measure,
-)
+from peft_graft.distill.agreement import Agreement, Draws, Verdict, compare_answers, compare_divergences, judge
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.choose import Outcome, choose, judged
 from peft_graft.distill.finite import NotFiniteError
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.polish import PolishRecord, PolishSettings, polish
+from peft_graft.distill.predictions import compare, measure
 from peft_graft.distill.teacher import TextDistillation, ask_teacher, can_ask, sample_parts
 from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoop
-from peft_graft.errors import HeadError, OutputError, PairingError, TextError
+from peft_graft.errors import OutputError, PairingError, TextError
 from peft_graft.files import json_text, write_json
 from peft_graft.models.loading import ModelPair, load_model
 from peft_graft.run import Run
@@ -418,18 +410,6 @@ def test_models_that_read_no_word_alike_are_refused(world, models) -> None:
                               for name in ("judging", "choosing", "learning")})  # fmt: skip
     with pytest.raises(PairingError, match="no word of the text is read alike by both models"):
         ask_teacher(checkpoint_of(world / "lora", models.teacher), models, blank, Run(), train=50)
-
-
-def test_a_head_that_gives_a_number_is_not_judged_by_classes(world, tmp_path) -> None:
-    """Of one output the distribution is always the same, so every student would be exact."""
-    tiny.peft_lora(tmp_path / "number", world / "teacher", task="sequence-classification", labels=("score",))
-    raw, parts = read_checkpoint(tmp_path / "number"), sample_parts(Sample(line) for line in LINES)
-    asked, remarks = can_ask(GraftConfig(), raw, parts)
-    assert not asked
-    assert remarks[0].startswith("neither fitted nor judged: the head gives one number")
-    with pytest.raises(HeadError, match="--polish: the head gives one number"):
-        can_ask(GraftConfig(polish=10), raw, parts)
-    assert can_ask(GraftConfig(head="drop"), raw, parts) == (True, [])
 
 
 def test_text_that_repeats_itself_is_named(world) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_graft.labels import ProblemType
+from peft_graft.labels import ProblemType, are_numbers
 from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
@@ -115,11 +115,8 @@ class RawCheckpoint:
 
     @property
     def gives_numbers(self) -> bool:
-        """Whether the head gives numbers and decides nothing: one, unless it is a label that holds or not."""
-        decides = self.problem_type is ProblemType.MULTI_LABEL
-        return bool(self.head) and (
-            self.problem_type is ProblemType.REGRESSION or (self.num_labels == 1 and not decides)
-        )
+        """Whether the head gives numbers and decides nothing (``labels.are_numbers``)."""
+        return bool(self.head) and are_numbers(self.problem_type, self.num_labels)
 
     @property
     def num_labels(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,21 +12,14 @@ import torch
 from pydantic import ConfigDict, field_validator
 from torch import Tensor
 
-from peft_graft.checkpoints.attached import AttachedModel
-from peft_graft.distill.finite import check_finite
 from peft_graft.distill.generate import Answer
-from peft_graft.distill.targets import Kind, Targets, answers_to, log_probabilities
 from peft_graft.metrics import OfSums, interval
-from peft_graft.models.loading import ModelHandle
 from peft_graft.record import Record
 
 #: A graft this close to its teacher, in nats, is exact: it is left alone.
 EXACT = 1e-6
-#: Divergences below, in nats, leave no room for decisions that differ on other text.
-_SAME = 1e-4
-#: A teacher's module that moves the last hidden state by less than this share of it, squared, does nothing there; a
-#: bare student this close to the teacher, in nats, has nothing to be taught.
-_IDLE, _TAUGHT = 1e-9, 1e-3
+#: A bare student this close to the teacher, in nats, has nothing to be taught.
+TAUGHT = 1e-3
 #: Words, and the marks between them.
 WORD = re.compile(r"\w+|[^\w\s]")
 NOT_MEASURED = "not measured"
@@ -52,12 +44,13 @@ class Agreement(Record):
 
     Attributes:
         agreement: for classes Cohen's kappa of the student's and the teacher's decisions (1: always the same; 0: no
-            better than chance), for labels that hold or not of all their decisions. For modules without a head the
-            share of the teacher's mapped shift of the last hidden state that the student's shift reproduces,
-            1 - squared error / squared shift.
+            better than chance), for labels that hold or not of all their decisions. For numbers 1 - squared error /
+            variance of the teacher's (R squared; 0: no better than their mean), the mean over outputs that vary. For
+            modules without a head the share of the teacher's mapped shift of the last hidden state that the student's
+            shift reproduces, 1 - squared error / squared shift.
             None where it is not defined; then ``undefined`` says why, and what to give.
         divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
-            distribution, nats, of labels summed over them. Without a head 1 - agreement.
+            distribution, nats, of labels summed over them. For numbers, and without a head, 1 - agreement.
             For language models the mean divergence at strict positions, over tokens that both models know, and as
             agreement 1 - divergence / the bare student's.
         answers: words, samples, tokens or positions compared.
@@ -193,6 +186,23 @@ class Draws:
     seed: int = 0
 
 
+def by_group(rows: Tensor, groups: Sequence[int]) -> Tensor:
+    """[groups, n]: the sums of the rows [answers, n] of each group."""
+    known = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([known[group] for group in groups])
+    return rows.new_zeros(len(known), rows.shape[1]).index_add_(0, index, rows)
+
+
+def drawn(counts: Tensor, of_sums: OfSums, seed: int) -> Interval:
+    """95 % of what comes of sums of groups [groups, n] that are drawn at random."""
+    return interval(counts.tolist(), of_sums, seed=seed)
+
+
+def less(spread: Interval, texts: int, chance: float) -> Interval:
+    """An interval for texts that all agree, from which draws see no other: the rule of three (Hanley 1983)."""
+    return min(spread[0], max(0.0, 1 - min(1.0, 3 / texts) / (1 - chance))), spread[1]
+
+
 # ---- of generated answers --------------------------------------------------------------------------------------------
 
 _NOTHING_TO_TEACH = (
@@ -223,12 +233,12 @@ def compare_answers(
         ]
         for own, wanted, other in zip(given, teacher, bare, strict=True)
     ]
-    counts = _by_group(torch.tensor(figures, dtype=torch.float64), groups or range(len(figures)))
+    counts = by_group(torch.tensor(figures, dtype=torch.float64), groups or range(len(figures)))
     exact, f1, bare_f1, constant_f1, bare_exact = (counts.sum(0)[1:] / len(figures)).tolist()
     base, spread = max(bare_f1, constant_f1), None
     if base < 1:
-        spread = _drawn(counts, _corrected_f1, seed)
-        spread = _less(spread, len(counts), base) if f1 == 1 else spread
+        spread = drawn(counts, _corrected_f1, seed)
+        spread = less(spread, len(counts), base) if f1 == 1 else spread
     return GenerationAgreement(
         agreement=(f1 - base) / (1 - base) if base < 1 else None,
         exact=exact,
@@ -237,8 +247,8 @@ def compare_answers(
         bare_token_f1=bare_f1,
         answers=len(given),
         agreement_interval=spread,
-        exact_interval=_drawn(counts, lambda sums, _: sums[1] / sums[0], seed),
-        token_f1_interval=_drawn(counts, lambda sums, _: sums[2] / sums[0], seed),
+        exact_interval=drawn(counts, lambda sums, _: sums[1] / sums[0], seed),
+        token_f1_interval=drawn(counts, lambda sums, _: sums[2] / sums[0], seed),
         constant_token_f1=constant_f1,
     )
 
@@ -271,7 +281,7 @@ def compare_divergences(
     """
     rows = torch.tensor([sizes, divergences, bare], dtype=torch.float64).T
     size, own, before = rows.sum(0).tolist()
-    taught = size > 0 and before / size > _TAUGHT
+    taught = size > 0 and before / size > TAUGHT
     found = Agreement(
         agreement=1 - own / before if taught else None,
         divergence=max(0.0, own / max(1.0, size)),
@@ -280,170 +290,11 @@ def compare_divergences(
     )
     if draws is None or not size:
         return found
-    counts = _by_group(rows, draws.groups)
-    spread = _drawn(counts, lambda sums, _: max(0.0, sums[1] / max(1.0, sums[0])), draws.seed)
+    counts = by_group(rows, draws.groups)
+    spread = drawn(counts, lambda sums, _: max(0.0, sums[1] / max(1.0, sums[0])), draws.seed)
     update: dict[str, object] = {"divergence_interval": spread}
     if taught:
-        update["agreement_interval"] = _drawn(
+        update["agreement_interval"] = drawn(
             counts, lambda sums, _: 1 - sums[1] / sums[2] if sums[2] > 0 else 0.0, draws.seed
         )
     return found.model_copy(update=update)
-
-
-# ---- of predictions --------------------------------------------------------------------------------------------------
-
-
-def compare(
-    given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None, draws: Draws | None = None
-) -> Agreement:
-    """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``labels``:
-    [n, labels, 2]; ``hidden``: [n, d_s]).
-
-    Args:
-        shift: ``hidden`` only, [n, d_s]: by how much the targets differ from the bare student's states.
-        draws: how to draw intervals; there are none without.
-
-    Raises:
-        NotFiniteError: an answer or a target is not finite.
-    """
-    for values, whose in ((given, "student"), (targets, "teacher")):
-        check_finite(values, whose, (f"number {row + 1}" for row in range(len(values))))
-    if not len(targets):
-        nothing = "the two models read no word of the text alike; give text in a language that both read"
-        return Agreement(agreement=None, divergence=0.0, answers=0, undefined=nothing)
-    if kind == "hidden":
-        assert shift is not None
-        return _of_shifts(given, targets, shift, draws)
-    return _of_classes(given, targets, kind, draws)
-
-
-def _of_shifts(given: Tensor, targets: Tensor, shift: Tensor, draws: Draws | None) -> Agreement:
-    errors, shifts, states = (value.double().square().sum(1) for value in (given - targets, shift, targets - shift))
-    whole = float(shifts.sum())
-    if whole <= _IDLE * float(states.sum()):
-        idle = "the teacher's module moves nothing on this text; give text of the task that it was trained for"
-        return Agreement(agreement=None, divergence=float(errors.sum()), answers=len(targets), undefined=idle)
-    error = float(errors.sum()) / whole
-    found = Agreement(agreement=1 - error, divergence=error, answers=len(targets))
-    if draws is None:
-        return found
-    constant = len(shift) * float(shift.double().mean(0).square().sum()) / whole
-    if 1 - constant <= _IDLE:
-        same = "the teacher's module does the same everywhere on this text; give text on which it differs"
-        return found.model_copy(update={"agreement": None, "undefined": same})
-    counts = _by_group(torch.stack([errors, shifts], 1), draws.groups)
-    low, high = _drawn(counts, lambda sums, _: sums[0] / sums[1] if sums[1] else 1.0, draws.seed)
-    return found.model_copy(
-        update={
-            "agreement_interval": (1 - high, 1 - low),
-            "divergence_interval": (low, high),
-            "constant": constant,
-        }
-    )
-
-
-def _of_classes(given: Tensor, targets: Tensor, kind: Kind, draws: Draws | None) -> Agreement:
-    student, teacher = log_probabilities(given.double(), kind), targets.double()
-    divergences = (teacher.exp() * (teacher - student)).flatten(1).sum(-1)
-    chosen, wanted = student.argmax(-1), teacher.argmax(-1)  # of labels, whether each holds
-    one_hot = [torch.nn.functional.one_hot(side, targets.shape[-1]).double().flatten(1) for side in (wanted, chosen)]
-    alike = (chosen == wanted).double().reshape(len(targets), -1).mean(1)
-    rows = torch.cat([alike[:, None], divergences[:, None], *one_hot], 1)
-    counts = torch.cat([torch.ones(len(rows), 1, dtype=rows.dtype), rows], 1)
-    sums = counts.sum(0).tolist()
-    divergence = max(0.0, float(divergences.mean()))
-    # Distributions that differ from text to text and are met as they are: no chance, whatever they decide.
-    common = teacher.exp().mean(0).clamp_min(1e-300).log()
-    varied = (teacher.exp() * (teacher - common)).flatten(1).sum(-1).mean()
-    exact = sums[1] == sums[0] and divergence <= EXACT and float(varied) > _TAUGHT
-    kappa = 1.0 if exact else _kappa(sums)
-    unchanging = ("labels", "they") if kind == "labels" else ("class", "its classes")
-    found = Agreement(
-        agreement=kappa,
-        divergence=divergence,
-        answers=len(targets),
-        undefined=None if kappa is not None else _UNCHANGING.format(*unchanging),
-    )
-    if draws is None:
-        return found
-    drawn = _by_group(counts, draws.groups)
-    spread: Interval | None = (1.0, 1.0) if exact else None
-    if kappa is not None and not exact:
-        # Draws with one class in them say nothing, and are counted as no agreement.
-        spread = _drawn(drawn, lambda sums, _: _kappa(sums) or 0.0, draws.seed)
-        if sums[1] == sums[0] and divergence > _SAME:
-            spread = _less(spread, len(drawn), _chance(sums))
-    return found.model_copy(
-        update={
-            "agreement_interval": spread,
-            "divergence_interval": _drawn(drawn, lambda sums, _: max(0.0, sums[2] / sums[0]), draws.seed),
-        }
-    )
-
-
-_UNCHANGING = (
-    "the teacher gives the same {} to all of the held-out text, so agreement cannot be told from chance; give text on "
-    "which {} differ"
-)
-
-
-def _kappa(sums: Sequence[float]) -> float | None:
-    """Cohen's kappa of counts: all, alike, divergence, and how often the teacher and the student gave each class; of
-    labels, how often each held and not. Agreement and its chance are means over the labels.
-
-    None where the teacher gave one class: it is 0 then, or not defined, whatever the student says.
-    """
-    if all(count in (0, sums[0]) for count in _counts(sums)[0]):
-        return None
-    chance = _chance(sums)
-    return (sums[1] / sums[0] - chance) / (1 - chance)
-
-
-def _chance(sums: Sequence[float]) -> float:
-    teacher, student = _counts(sums)
-    decisions = sum(teacher) / sums[0]  # one, or as many as labels
-    return sum(map(math.prod, zip(teacher, student, strict=True))) / sums[0] ** 2 / decisions
-
-
-def _counts(sums: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    classes = (len(sums) - 3) // 2
-    return sums[3 : 3 + classes], sums[3 + classes :]
-
-
-def _by_group(rows: Tensor, groups: Sequence[int]) -> Tensor:
-    """[groups, n]: the sums of the rows [answers, n] of each group."""
-    known = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    index = torch.tensor([known[group] for group in groups])
-    return rows.new_zeros(len(known), rows.shape[1]).index_add_(0, index, rows)
-
-
-def _drawn(counts: Tensor, of_sums: OfSums, seed: int) -> Interval:
-    return interval(counts.tolist(), of_sums, seed=seed)
-
-
-def _less(spread: Interval, texts: int, chance: float) -> Interval:
-    """An interval for texts that all agree, from which draws see no other: the rule of three (Hanley 1983)."""
-    return min(spread[0], max(0.0, 1 - min(1.0, 3 / texts) / (1 - chance))), spread[1]
-
-
-def measure(
-    attached: AttachedModel, student: ModelHandle, held_out: Targets, groups: Sequence[int] | None = None, seed: int = 0
-) -> Agreement:
-    """Agreement of a student with a module inside with the teacher on held-out text.
-
-    Args:
-        student: for its tokenizer. groups: of the samples, to draw intervals by; without it there are none.
-
-    Raises:
-        NotFiniteError: an answer of the student is not finite.
-    """
-    given, order = [], []
-    for rows, answers in answers_to(attached, student, held_out, range(len(held_out))):
-        given.append(answers)
-        order.extend(rows)
-    values = torch.cat([held_out.values[row] for row in order])
-    shift = torch.cat([held_out.shift[row] for row in order]) if held_out.shift else None
-    draws = None
-    if groups is not None:
-        draws = Draws([groups[row] for row in order for _ in range(len(held_out.values[row]))], seed)
-    return compare(torch.cat(given), values, held_out.kind, shift, draws)

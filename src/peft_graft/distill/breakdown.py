@@ -96,7 +96,7 @@ def decided(candidate: Candidate, labels: Sequence[str]) -> tuple[ClassCounts | 
         labels: names of the classes.
     """
     distillation, attached = candidate.learning
-    if not isinstance(distillation, TextDistillation) or distillation.judging.kind == "hidden":
+    if not isinstance(distillation, TextDistillation) or distillation.judging.kind in ("numbers", "hidden"):
         return None, []
     student, judging = distillation.models.student, distillation.judging
     given = _by_row(answers_to(attached, student, judging, range(len(judging))), judging)

@@ -2,10 +2,13 @@
 
 A head mapped weight by weight inherits every error of the map and of the moved modules. Fitting it to what the teacher
 says about a text, through the student's own features, is a small convex problem (logistic regression on soft
-targets; with an inner layer it is convex no more, and starts from the mapped layer), and uses no label.
+targets, least squares where it gives numbers; with an inner layer it is convex no more, and starts from the mapped
+layer), and uses no label.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +18,15 @@ from torch import Tensor
 from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Targets, cross_entropy, kind_of, log_probabilities, pooled
+from peft_graft.distill.targets import (
+    Kind,
+    Targets,
+    cross_entropy,
+    kind_of,
+    log_probabilities,
+    pooled,
+    variance_of,
+)
 from peft_graft.distill.training import length_batches
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
@@ -28,7 +39,7 @@ Values = dict[str, Tensor]
 
 
 def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
-    """What the head reads at every answer, [n, d] float32, and the answers' targets [n, classes], or [n, labels, 2].
+    """What the head reads at every answer, [n, d] float32, and the answers' targets, as ``Targets`` has them.
 
     Raises:
         NotFiniteError: some of it is not finite.
@@ -71,32 +82,36 @@ def _pooler(attached: AttachedModel) -> torch.nn.Module:
 
 
 def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str, float]]:
-    """The head that gives the targets best from what it reads, by mean cross entropy.
+    """The head that gives the targets best from what it reads: by mean cross entropy, numbers by squared error.
 
     The weight penalty is the one that suits the last fifth of the rows best when fitted to the others; the head is then
     fitted to all. An inner layer is held near where it starts.
 
     Args:
-        head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities, or
-            [n, labels, 2] (``targets.Targets``).
+        head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities,
+            [n, labels, 2], or numbers [n, outputs] (``targets.Targets``).
 
     Returns:
-        The head, and what to report: ``penalty``, and ``divergence`` (nats) on the last fifth.
+        The head, and what to report: ``penalty``, and on the last fifth ``divergence`` (nats; of numbers the squared
+        error over their variance).
     """
     mean, deviation = read.mean(0), read.std(0).clamp_min(1e-6)
     known = (read - mean) / deviation
     cut = max(1, len(read) * 4 // 5)
-    probabilities = targets.exp()
-    entropy = float(cross_entropy(targets[cut:], probabilities[cut:]))
-    start = _start(head, probabilities[:cut], mean, deviation)
+    goal = _Goal.of(head, targets)
+    entropy = goal.of_rows(cut).least
+    start = _start(head, goal.of_rows(0, cut).common, mean, deviation)
     best, least, nearest = PENALTIES[0], float("inf"), start
     for penalty in PENALTIES:
-        at = _solve(head, known[:cut], probabilities[:cut], penalty, start, nearest)
-        found = float(_cross_entropy(_logits(at, known[cut:], head), probabilities[cut:], head)) - entropy
+        at = _solve(head, known[:cut], goal.of_rows(0, cut), penalty, start, nearest)
+        found = float(goal.of_rows(cut).loss(_logits(at, known[cut:], head))) - entropy
         if not found < least:  # lighter ones fit the other rows closer still, and these worse
             break
         best, least, nearest = penalty, found, at
-    fitted = {k: v.double() for k, v in _solve(head, known, probabilities, best, start, nearest).items()}
+    fitted = {k: v.double() for k, v in _solve(head, known, goal, best, start, nearest).items()}
+    if goal.scale is not None:
+        fitted["out.weight"] = fitted["out.weight"] * goal.scale.double()[:, None]
+        fitted["out.bias"] = fitted["out.bias"] * goal.scale.double()
     # Back from standardised features: w (x - mean) / deviation + b.
     first = "dense" if head.has_inner_layer else "out"
     weight = fitted[f"{first}.weight"] / deviation.double()
@@ -106,21 +121,67 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     return head.with_values(values), {"penalty": best, "divergence": least}
 
 
-def _start(head: Head, probabilities: Tensor, mean: Tensor, deviation: Tensor) -> Values:
-    """The inner layer as it is, for standardised features, and an output layer that gives the mean answer."""
+@dataclass(frozen=True)
+class _Goal:
+    """What the head shall give: probabilities, or numbers, in standard deviations (``scale``)."""
+
+    kind: Kind
+    values: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, head: Head, targets: Tensor) -> _Goal:
+        kind = kind_of(head)
+        if kind != "numbers":
+            return cls(kind, targets.exp())
+        scale = variance_of(targets).sqrt()
+        return cls(kind, targets / scale, scale)
+
+    def of_rows(self, start: int, end: int | None = None) -> _Goal:
+        """Of the rows [start, end)."""
+        return replace(self, values=self.values[start:end])
+
+    @property
+    def least(self) -> float:
+        """The loss of a head that gives just this."""
+        return 0.0 if self.kind == "numbers" else float(torch.special.entr(self.values).flatten(1).sum(-1).mean())
+
+    @property
+    def common(self) -> Tensor:
+        """The logits that are best where all texts are given the same."""
+        mean = self.values.mean(0)
+        if self.kind == "numbers":
+            return mean
+        common = mean.log()
+        return common[:, 1] - common[:, 0] if common.ndim == 2 else common
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Of logits [n, outputs]."""
+        if self.kind == "numbers":
+            return (logits - self.values).square().mean()
+        return cross_entropy(log_probabilities(logits, self.kind), self.values)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """The loss's derivative with respect to the logits."""
+        if self.kind == "numbers":
+            return 2 * (logits - self.values) / logits.numel()
+        error = (log_probabilities(logits, self.kind).exp() - self.values) / len(logits)
+        return error[..., 1] if error.ndim == 3 else error
+
+
+def _start(head: Head, common: Tensor, mean: Tensor, deviation: Tensor) -> Values:
+    """The inner layer as it is, for standardised features, and an output layer that gives the same to all texts."""
     start = {name: tensor.values.detach().float().cpu() for name, tensor in head.tensors.items()}
     for layer in ("dense", "out") if head.has_inner_layer else ("out",):
         start.setdefault(f"{layer}.bias", torch.zeros(len(start[f"{layer}.weight"])))
     if head.has_inner_layer:
         start["dense.bias"] = start["dense.bias"] + start["dense.weight"] @ mean
         start["dense.weight"] = start["dense.weight"] * deviation
-    common = probabilities.mean(0).log()
-    common = common[:, 1] - common[:, 0] if common.ndim == 2 else common
     start["out.weight"], start["out.bias"] = torch.zeros_like(start["out.weight"]), common
     return start
 
 
-def _solve(head: Head, known: Tensor, probabilities: Tensor, penalty: float, start: Values, at: Values) -> Values:
+def _solve(head: Head, known: Tensor, goal: _Goal, penalty: float, start: Values, at: Values) -> Values:
     """What has the least loss, sought from ``at`` on by L-BFGS."""
     sizes = [value.numel() for value in start.values()]
 
@@ -132,11 +193,8 @@ def _solve(head: Head, known: Tensor, probabilities: Tensor, penalty: float, sta
         values = {name: value.requires_grad_() for name, value in values_of(flat).items()}
         logits = _logits(values, known, head)
         with torch.no_grad():
-            given = log_probabilities(logits, kind_of(head))
-            total = cross_entropy(given, probabilities)
-            error = (given.exp() - probabilities) / len(known)
-            error = error[..., 1] if error.ndim == 3 else error
-        slopes = dict(zip(values, torch.autograd.grad(logits, list(values.values()), error), strict=True))
+            total, slope = goal.loss(logits), goal.slope(logits)
+        slopes = dict(zip(values, torch.autograd.grad(logits, list(values.values()), slope), strict=True))
         with torch.no_grad():
             for name in [name for name in values if name.endswith(".weight")]:
                 away = values[name] - start[name]  # an output layer starts at nought
@@ -154,7 +212,3 @@ def _logits(values: Values, known: Tensor, head: Head) -> Tensor:
         assert head.activation is not None
         known = ACTIVATIONS[head.activation](known @ values["dense.weight"].T + values["dense.bias"])
     return known @ values["out.weight"].T + values["out.bias"]
-
-
-def _cross_entropy(logits: Tensor, probabilities: Tensor, head: Head) -> Tensor:
-    return cross_entropy(log_probabilities(logits, kind_of(head)), probabilities)

@@ -16,18 +16,20 @@ from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.training import length_batches
-from peft_graft.labels import ProblemType
+from peft_graft.labels import ProblemType, are_numbers
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.tasks import Task
 from peft_graft.modules.head import Head
 
 #: ``words``: class logits at the first token of every word; ``samples``: class logits of a whole sample; ``labels``: of
-#: a whole sample the logits of labels, each of which holds or not; ``hidden``: the last hidden state, for modules
-#: without a head of their own.
-Kind = Literal["words", "samples", "labels", "hidden"]
+#: a whole sample the logits of labels, each of which holds or not; ``numbers``: what a regressor or reward model gives
+#: a whole sample; ``hidden``: the last hidden state, for modules without a head of their own.
+Kind = Literal["words", "samples", "labels", "numbers", "hidden"]
 #: Kinds of one answer to a sample.
-WHOLE: tuple[Kind, ...] = ("samples", "labels")
+WHOLE: tuple[Kind, ...] = ("samples", "labels", "numbers")
 Encoded = dict[str, list[int]]
+#: Numbers whose variance is a smaller share of their mean square are one number.
+_CONSTANT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Targets:
     Attributes:
         kind: what was asked.
         inputs: each sample as the student reads it. spans: its token ranges [start, end) that answers belong to, one
-            for each answer; unused for ``samples`` and ``labels``.
+            for each answer; unused for ``WHOLE`` kinds.
         values: for each sample [answers, classes], log-probabilities, float32; for ``labels`` [1, labels, 2], that each
-            does not hold and that it does; for ``hidden`` [answers, d_s], what the student's last hidden state should
-            be.
+            does not hold and that it does; for ``numbers`` [1, outputs], as they are; for ``hidden`` [answers, d_s],
+            what the student's last hidden state should be.
         shift: ``hidden`` only: for each sample [answers, d_s], by how much that differs from the bare student's.
+        variance: ``numbers`` only: [outputs], of the teacher's numbers.
     """
 
     kind: Kind
@@ -49,6 +52,7 @@ class Targets:
     spans: Sequence[Sequence[tuple[int, int]]]
     values: Sequence[Tensor]
     shift: Sequence[Tensor] = ()
+    variance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -66,7 +70,7 @@ class Targets:
     def part(self, start: int, end: int | None = None) -> Targets:
         """The samples [start, end)."""
         of = slice(start, end)
-        return Targets(self.kind, self.inputs[of], self.spans[of], self.values[of], self.shift[of])
+        return Targets(self.kind, self.inputs[of], self.spans[of], self.values[of], self.shift[of], self.variance)
 
 
 def kind_of(head: Head | None) -> Kind:
@@ -75,6 +79,8 @@ def kind_of(head: Head | None) -> Kind:
         return "hidden"
     if head.task == Task.TOKEN_CLASSIFICATION:
         return "words"
+    if are_numbers(head.problem_type, head.num_labels):
+        return "numbers"
     return "labels" if head.problem_type is ProblemType.MULTI_LABEL else "samples"
 
 
@@ -88,6 +94,18 @@ def log_probabilities(logits: Tensor, kind: Kind) -> Tensor:
 def cross_entropy(given: Tensor, wanted: Tensor) -> Tensor:
     """The mean cross entropy of log-probabilities with probabilities, nats; that of an answer's labels is their sum."""
     return -(wanted * given).flatten(1).sum(-1).mean()
+
+
+def variance_of(numbers: Tensor) -> Tensor:
+    """[outputs] of numbers [n, outputs], 1 of an output that is always the same: what squared errors are divided by."""
+    found = numbers.double().var(0, correction=0)
+    varies = found > _CONSTANT * numbers.double().square().mean(0)
+    return torch.where(varies, found, torch.ones_like(found)).float()
+
+
+def squared_error(given: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
+    """The mean squared error of numbers [n, outputs] over their variance: 1 for what always gives their mean."""
+    return ((given - wanted).square() / variance).mean()
 
 
 def pooled(values: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
@@ -142,13 +160,17 @@ def answers_to(
 def distillation_loss(given: Tensor, targets: Targets, rows: Sequence[int]) -> Tensor:
     """How far the student's answers to some of the samples are from the teacher's, differentiable.
 
-    For classes the cross entropy with the teacher's distribution (Hinton et al. 2015, arXiv 1503.02531), for modules
-    without a head the squared error of the last hidden state against the teacher's mapped one, over the shift's.
+    For classes the cross entropy with the teacher's distribution (Hinton et al. 2015, arXiv 1503.02531), for numbers
+    the squared error over their variance, for modules without a head the squared error of the last hidden state against
+    the teacher's mapped one, over the shift's.
     """
     wanted = torch.cat([targets.values[row] for row in rows]).to(given.device)
     if targets.kind == "hidden":
         shift = torch.cat([targets.shift[row] for row in rows]).to(given.device)
         return (given - wanted).square().sum() / shift.square().sum().clamp_min(1e-12)
+    if targets.kind == "numbers":
+        assert targets.variance is not None
+        return squared_error(given, wanted, targets.variance.to(given.device))
     return cross_entropy(log_probabilities(given, targets.kind), wanted.exp())
 
 

@@ -19,9 +19,10 @@ from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
-from peft_graft.distill.agreement import WORD, Agreement, measure
+from peft_graft.distill.agreement import WORD, Agreement
 from peft_graft.distill.distillation import ASKING, READ, Distillation
 from peft_graft.distill.finite import check_finite
+from peft_graft.distill.predictions import measure
 from peft_graft.distill.targets import (
     WHOLE,
     Encoded,
@@ -33,11 +34,11 @@ from peft_graft.distill.targets import (
     loss_weight,
     pooled,
     student_answers,
+    variance_of,
 )
 from peft_graft.distill.training import length_batches
 from peft_graft.environment import version_of
 from peft_graft.errors import HeadError, PairingError, TextError, not_installed
-from peft_graft.labels import ProblemType
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.models.tasks import Task
@@ -182,27 +183,27 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
 
     Raises:
         DependencyError: what the config says needs the teacher's answers, and its module's library is not installed.
-        HeadError: it needs them, and the module's head gives numbers and no classes.
+        HeadError: it needs them, and the module's head marks answers in a text, or gives numbers for words.
         TextError: it needs them, and there is too little text.
     """
     needed, library = asks_teacher(config), raw.library
     if not parts.given:
         return False, []
-    marks = bool(raw.head) and raw.task is Task.QUESTION_ANSWERING
-    if (marks or raw.gives_numbers) and config.head != "drop":
-        what = "the ends of an answer" if marks else "one number" if raw.num_labels == 1 else "numbers"
-        otherwise = "" if marks else f", or {_LABELS}"
+    marks = raw.task is Task.QUESTION_ANSWERING
+    of_words = raw.task is Task.TOKEN_CLASSIFICATION and raw.gives_numbers
+    if raw.head and (marks or of_words) and config.head != "drop":
+        what = "the ends of an answer" if marks else "a number for each word"
         if needed:
             raise HeadError(
-                f"the head gives {what}, and learning from the teacher's predictions takes classes",
+                f"the head gives {what}, which is not learned from the teacher's predictions",
                 where=asking_option(config),
-                expected="a head of two outputs or more, of classes or labels",
-                found=raw.task if marks else raw.num_labels,
-                fix=f"leave the option out, leave the head behind with --head drop{otherwise}",
+                expected="a head that gives classes, or numbers for whole texts",
+                found=raw.task,
+                fix="leave the option out, or leave the head behind with --head drop",
             )
         return False, [
-            f"neither fitted nor judged: the head gives {what}, and agreement is of classes; score the graft on "
-            f"labelled text{otherwise}"
+            f"neither fitted nor judged: the head gives {what}, for which agreement is not known; score the graft on "
+            "labelled text"
         ]
     if version_of(library) is None:
         if needed:
@@ -222,9 +223,6 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
         ]
     repeated = parts.given - len(parts.held_out) - len(parts.learning)
     return True, [f"{repeated} of {parts.given} samples of text repeat others, and count once"] * bool(repeated)
-
-
-_LABELS = f"say --problem-type {ProblemType.MULTI_LABEL} if its outputs are labels that hold or not"
 
 
 def _counted(parts: Parts[Sample]) -> str:
@@ -275,10 +273,12 @@ class _Asked:
                 values = [own + by for own, by in zip(own_states, shift, strict=True)]
                 carried = _carried(torch.cat(bare[:judging]), torch.cat(own_states[:judging]), self.shift_map)
             else:
-                values = [log_probabilities(answer, self.kind) for answer in answers]
+                numbers = self.kind == "numbers"
+                values = answers if numbers else [log_probabilities(answer, self.kind) for answer in answers]
         # Tensors made in inference mode cannot take part in training.
         values, shift = ([value.clone() for value in part] for part in (values, shift))
-        return Targets(self.kind, student.inputs, student.places, values, shift), carried
+        variance = variance_of(torch.cat(values)) if self.kind == "numbers" else None
+        return Targets(self.kind, student.inputs, student.places, values, shift, variance), carried
 
 
 def _line(sample: Sample) -> str:

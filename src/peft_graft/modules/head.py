@@ -45,7 +45,7 @@ class Head:
 
     @property
     def can_be_fitted(self) -> bool:
-        """Whether it can be fitted to predictions: it gives classes, and its activation function is a known one."""
+        """Whether it can be fitted to predictions: it gives classes or numbers, and its activation is a known one."""
         classes = self.task is not Task.QUESTION_ANSWERING
         return classes and (not self.has_inner_layer or self.activation in ACTIVATIONS)
 
