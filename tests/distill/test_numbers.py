@@ -144,8 +144,10 @@ def test_a_regressor_moves_exactly_to_the_same_model(world: Path, regression: Pa
 
 
 def test_a_regressor_is_fitted_polished_and_judged(world: Path, regression: Path, tmp_path: Path) -> None:
+    other = tiny.base_model(tmp_path / "other", seed=5, layers=2, hidden=24)
+
     def moved(**more: object) -> peft_graft.Graft:
-        return tiny.transfer(regression, world / "shallow", text=world / "text.txt", **more)
+        return tiny.transfer(regression, other, text=world / "text.txt", **more)
 
     carried = moved(method="prune-align", head="carry", polish=0, out=tmp_path / "carried").report
     fitted = moved(method="prune-align", head="fit", polish=0, out=tmp_path / "fitted").report

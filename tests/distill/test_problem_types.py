@@ -86,6 +86,22 @@ def test_a_head_is_fitted_to_labels_one_by_one() -> None:
     assert float(((own > 0) == (logits > 0)).float().mean()) > 0.98
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0, 3.0])
+def test_a_head_without_a_bias_is_fitted_as_one_without(offset: float) -> None:
+    """What features have in common cannot be taken off where nothing can put it back."""
+    generator = torch.Generator().manual_seed(0)
+    read, weight = torch.randn(800, 6, generator=generator) + offset, torch.randn(3, 6, generator=generator)
+    wanted = (read @ weight.T).log_softmax(-1)
+    head = Head(
+        Task.SEQUENCE_CLASSIFICATION, head_tensors({"out.weight": torch.zeros(3, 6)}, "last.out"), "last.out", TOPICS
+    )
+    fitted, report = fit_head(head, read, wanted)
+    assert fitted.tensors.keys() == {"out.weight"}
+    found = compare(read @ fitted.tensors["out.weight"].values.T, wanted, "samples")
+    assert found.divergence < 0.02
+    assert report["divergence"] == pytest.approx(found.divergence, abs=0.02), "what is reported is of what is written"
+
+
 # ---- who says what the outputs are -----------------------------------------------------------------------------------
 
 

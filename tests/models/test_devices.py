@@ -144,7 +144,7 @@ def test_accelerate_may_choose_the_devices(shelf) -> None:
 
 def test_half_precision_is_shared_and_what_is_trained_is_not_in_it(shelf, tmp_path) -> None:
     student = load_model(str(shelf / "student"), Loading(dtype="bfloat16"), tokenizer=True)
-    model = with_task_head(student.base, Task.CAUSAL_LM)
+    model = with_task_head(student.base, Task.CAUSAL_LM, padding=student.padding)
     own = {value.data_ptr() for value in student.base.parameters() if value.ndim > 1}
     assert own <= {value.data_ptr() for value in model.parameters()}
     graft = tiny.transfer(

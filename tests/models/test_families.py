@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -15,6 +17,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from families import DECODERS, ENCODERS, same_module
 from peft_graft.alignment.activations import Capture
+from peft_graft.alignment.activations import pad as pad_rows
+from peft_graft.checkpoints.attach import attach
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.resolve import resolve, to_raw
 from peft_graft.errors import ModelError
@@ -188,6 +192,37 @@ def test_query_and_value_of_llama_become_one_projection_of_gpt2(tmp_path: Path, 
     assert raw.config["r"] == 8
 
 
+@pytest.mark.parametrize("kind", ["dora", "bias"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_projections_without_a_module_stay_as_they_are_in_a_fused_layer(
+    family: str, kind: str, tmp_path: Path, text: Path
+) -> None:
+    """What replaces values of the layer, DoRA's magnitudes and trained biases, is of the whole layer in a file."""
+    if (family, kind) == ("phi3", "bias"):
+        pytest.skip("it has no biases")
+    teacher, student = saved(tmp_path / "teacher", "opt"), saved(tmp_path / "student", family, 3)
+    options = {"use_dora": True} if kind == "dora" else {"bias": "lora_only"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(model, config)
+    tiny.randomise(adapted, 1, ("lora_", ".bias"))
+    adapted.save_pretrained(tmp_path / "module")
+    tiny.transfer(
+        tmp_path / "module", student, text=text, method="prune-align", out=tmp_path / "graft", max_tokens=1000, polish=0
+    )
+    bare = transformers.AutoModelForCausalLM.from_pretrained(student)
+    grafted = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "graft").merge_and_unload()
+    name = {"gpt2": "transformer.h.0.attn.c_attn", "phi3": "model.layers.0.self_attn.qkv_proj"}[family]
+    before, after = (model.get_submodule(name) for model in (bare, grafted))
+    rows = [layer.weight.T if family == "gpt2" else layer.weight for layer in (before, after)]
+    units = load_model(str(student)).architecture.units
+    keys, queries = units["attn.key"], units["attn.query"]
+    torch.testing.assert_close(rows[1][keys], rows[0][keys], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(rows[1][queries], rows[0][queries], atol=1e-3)
+    if before.bias is not None:
+        torch.testing.assert_close(after.bias[keys], before.bias[keys])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
 def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Path) -> None:
     """A decoder's classification head moves, is fitted and polished; on its own model it is exact."""
@@ -209,6 +244,28 @@ def test_a_classifier_reads_the_last_token(family: str, tmp_path: Path, text: Pa
     # How much better depends on what a random model's last token shows; that it was learned at all does not.
     assert graft.report.verdict.measured.divergence < 1.5 * graft.report.verdict.moved.divergence
     assert {"penalty", "divergence"} == graft.report.head.fit.keys()
+
+
+@pytest.mark.parametrize("pad", [0, 4, None])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_a_classifier_reads_the_last_token_whatever_fills_rows(family: str, pad: int | None, tmp_path: Path) -> None:
+    """The configuration names no token of padding, as those of Qwen do not: the tokenizer does, or nothing."""
+    base = saved(tmp_path / "base", family, pad_token_id=None)
+    trained(tmp_path / "module", base, family, "SEQ_CLS")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad) if pad is not None else None
+    handle = replace(load_model(str(base)), tokenizer=tokenizer)
+    attached = attach(read_checkpoint(tmp_path / "module"), handle, ("a", "b", "c"))
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ([7, 9, 11, 13, 15], [8, 10], [12, 0, 14])]
+    rows += [{"input_ids": [6, 5, 0], "attention_mask": [1, 1, 1]}] if pad != 0 else []  # a word like others
+    weight = attached.model.base_model.model.score.modules_to_save["default"].weight
+    with torch.inference_mode():
+        together, states = attached.forward(pad_rows(handle, rows, handle.device))
+        for row, ids in enumerate(rows):
+            (alone,), _ = attached.forward(pad_rows(handle, [ids], handle.device))
+            last = states[row, len(ids["input_ids"]) - 1]
+            torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(together[row], weight @ last, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -180,11 +180,8 @@ def tokenize(
 
 def pad(model: ModelHandle, rows: Sequence[Mapping[str, list[int]]], device: torch.device) -> dict[str, Tensor]:
     """One padded batch, [rows, longest row], int64, with the decoder's inputs too where there is an encoder."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None  # tokenize has refused a model without one
-    embeddings, padding = model.architecture.num_embeddings, tokenizer.pad_token_id or 0
-    known = embeddings is None or padding < embeddings  # not where one was added to the tokenizer alone
-    fill = {"input_ids": padding if known else 0, "token_type_ids": tokenizer.pad_token_type_id}
+    assert model.tokenizer is not None  # tokenize has refused a model without one
+    fill = {"input_ids": model.padding, "token_type_ids": model.tokenizer.pad_token_type_id}
     width = max(len(row["input_ids"]) for row in rows)
     batch = {
         key: torch.tensor([row[key] + [fill.get(key, 0)] * (width - len(row[key])) for row in rows], device=device)

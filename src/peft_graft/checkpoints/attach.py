@@ -22,7 +22,7 @@ from peft_graft.files import read_json
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.output import fill_output
-from peft_graft.models.task_models import blank_model, prefix_of, with_task_head
+from peft_graft.models.task_models import blank_model, padded_by, prefix_of, with_task_head
 from peft_graft.models.tasks import Task
 from peft_graft.outputs import temporary_folder
 
@@ -141,7 +141,7 @@ def give_tokens(model: Any, raw: RawCheckpoint) -> None:
 
 
 def _with_head(raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...], *, speaks: bool) -> Any:
-    model = with_task_head(handle.base, raw.task, labels, raw.num_labels)
+    model = with_task_head(handle.base, raw.task, labels, raw.num_labels, padding=handle.padding)
     model.config.problem_type = raw.problem_type and raw.problem_type.value  # which pipelines and losses go by
     if speaks:
         fill_output(model, handle)
@@ -228,7 +228,8 @@ def _load_adapters(
     check_library(raw.library, raw.task, handle)
     if raw.task is Task.PREDICTION_HEADS:
         with no_init_weights():  # all of them are replaced
-            model: Any = adapters.AutoAdapterModel.from_config(handle.base.config, trust_remote_code=False)
+            config = padded_by(handle.base.config, handle.padding)
+            model: Any = adapters.AutoAdapterModel.from_config(config, trust_remote_code=False)
         base = getattr(model, prefix_of(model))
         own = base.state_dict()
         given = {key: value.float().cpu() for key, value in handle.base_tensors().items() if key in own}

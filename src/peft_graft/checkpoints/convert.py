@@ -50,7 +50,8 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     """
     heads, kind = _heads(raw), raw.config["peft_type"]
     rows = list(heads.values())[-1].shape[0] if heads else None
-    model = with_task_head(teacher.base, raw.task, tuple(raw.labels or ()), len(raw.labels) if raw.labels else rows)
+    labels = tuple(raw.labels or ())
+    model = with_task_head(teacher.base, raw.task, labels, len(labels) or rows, padding=teacher.padding)
     if not is_quantised(teacher.base):
         model = model.float()
     where = raw.base_model or raw.name

@@ -134,7 +134,9 @@ class Candidate:
         assert isinstance(distillation, TextDistillation)  # nothing else has a head
         assert checkpoint.head is not None
         student = distillation.models.student
-        read, wanted = features(attached, student, distillation.train.part(0, FIT), checkpoint.head.reads)
+        # Without pairs the other way round: a penalty chosen on them would be chosen on what it was fitted to.
+        known = distillation.train.part(0, min(FIT, distillation.own))
+        read, wanted = features(attached, student, known, checkpoint.head.reads)
         head, report = fit_head(checkpoint.head, read, wanted)
         return replace(checkpoint, head=head), report
 

@@ -32,47 +32,44 @@ from peft_graft.models.loading import ModelHandle
 from peft_graft.models.spaces import FIRST_OUT, LAST_OUT, POOLED_OUT
 from peft_graft.modules.head import ACTIVATIONS, Head
 
-#: Weight penalties to choose from, on standardised features, the heaviest first.
+#: Weight penalties to choose from, on standardised features, the heaviest first; and heavier ones for numbers, which
+#: tell more of what is not so.
 PENALTIES = (1e-2, 1e-3, 1e-4)
+_OF_NUMBERS = (1.0, 1e-1)
 STEPS = 60
 Values = dict[str, Tensor]
 
 
 def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
-    """What the head reads at every answer, [n, d] float32, and the answers' targets, as ``Targets`` has them.
+    """What the head reads at every answer, [n, d] float32, and the answers' targets, as ``Targets`` has them and in
+    their order.
 
     Raises:
         NotFiniteError: some of it is not finite.
     """
-    read: list[Tensor] = []
-    wanted: list[Tensor] = []
+    read: dict[int, Tensor] = {}
     attached.model.eval()
     held: list[Tensor] = []
     hook = _pooler(attached).register_forward_hook(lambda *call: held.append(call[2])) if reads == POOLED_OUT else None
     with torch.inference_mode():
         for rows in length_batches(targets.lengths):
             batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
-            state, first = attached.forward(batch)[1], len(read)
+            state = attached.forward(batch)[1]
             if reads == POOLED_OUT:
-                read.append(held.pop().float().cpu())
+                found = held.pop()
             elif reads == FIRST_OUT:
-                read.append(state[:, 0].float().cpu())
+                found = state[:, 0]
             elif reads == LAST_OUT:
                 last = batch["attention_mask"].sum(1) - 1
-                read.append(state[torch.arange(len(state), device=state.device), last].float().cpu())
+                found = state[torch.arange(len(state), device=state.device), last]
             else:
-                read.append(pooled(state, [targets.spans[row] for row in rows]).float().cpu())
-            wanted.extend(targets.values[row] for row in rows)
-            counts = [len(targets.values[row]) for row in rows]
-            check_finite(
-                torch.cat(read[first:]),
-                f"student {student.name}",
-                (targets.text(row, student) for row in rows),
-                counts,
-            )
+                found = pooled(state, [targets.spans[row] for row in rows])
+            found, counts = found.float().cpu(), [len(targets.values[row]) for row in rows]
+            check_finite(found, f"student {student.name}", (targets.text(row, student) for row in rows), counts)
+            read |= dict(zip(rows, torch.split(found, counts), strict=True))
     if hook:
         hook.remove()
-    return torch.cat(read).clone(), torch.cat(wanted)
+    return torch.cat([read[row] for row in sorted(read)]).clone(), torch.cat(list(targets.values))
 
 
 def _pooler(attached: AttachedModel) -> torch.nn.Module:
@@ -85,7 +82,7 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     """The head that gives the targets best from what it reads: by mean cross entropy, numbers by squared error.
 
     The weight penalty is the one that suits the last fifth of the rows best when fitted to the others; the head is then
-    fitted to all. An inner layer is held near where it starts.
+    fitted to all. An inner layer is held near where it starts. A layer without a bias, as decoders have it, stays so.
 
     Args:
         head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities,
@@ -95,14 +92,17 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
         The head, and what to report: ``penalty``, and on the last fifth ``divergence`` (nats; of numbers the squared
         error over their variance).
     """
-    mean, deviation = read.mean(0), read.std(0).clamp_min(1e-6)
+    first = "dense" if head.has_inner_layer else "out"
+    # Only a bias can take up what features have in common.
+    mean = read.mean(0) if f"{first}.bias" in head.tensors else torch.zeros_like(read[0])
+    deviation = (read - mean).square().mean(0).sqrt().clamp_min(1e-6)
     known = (read - mean) / deviation
     cut = max(1, len(read) * 4 // 5)
     goal = _Goal.of(head, targets)
     entropy = goal.of_rows(cut).least
     start = _start(head, goal.of_rows(0, cut).common, mean, deviation)
     best, least, nearest = PENALTIES[0], float("inf"), start
-    for penalty in PENALTIES:
+    for penalty in (*_OF_NUMBERS, *PENALTIES) if goal.kind == "numbers" else PENALTIES:
         at = _solve(head, known[:cut], goal.of_rows(0, cut), penalty, start, nearest)
         found = float(goal.of_rows(cut).loss(_logits(at, known[cut:], head))) - entropy
         if not found < least:  # lighter ones fit the other rows closer still, and these worse
@@ -110,12 +110,12 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
         best, least, nearest = penalty, found, at
     fitted = {k: v.double() for k, v in _solve(head, known, goal, best, start, nearest).items()}
     if goal.scale is not None:
-        fitted["out.weight"] = fitted["out.weight"] * goal.scale.double()[:, None]
-        fitted["out.bias"] = fitted["out.bias"] * goal.scale.double()
+        for name, value in [(name, value) for name, value in fitted.items() if name.startswith("out.")]:
+            fitted[name] = torch.einsum("o...,o->o...", value, goal.scale.double())
     # Back from standardised features: w (x - mean) / deviation + b.
-    first = "dense" if head.has_inner_layer else "out"
     weight = fitted[f"{first}.weight"] / deviation.double()
-    fitted[f"{first}.bias"] = fitted[f"{first}.bias"] - weight @ mean.double()
+    if f"{first}.bias" in fitted:
+        fitted[f"{first}.bias"] = fitted[f"{first}.bias"] - weight @ mean.double()
     fitted[f"{first}.weight"] = weight
     values = {name: fitted[name].to(tensor.values.dtype) for name, tensor in head.tensors.items()}
     return head.with_values(values), {"penalty": best, "divergence": least}
@@ -172,12 +172,13 @@ class _Goal:
 def _start(head: Head, common: Tensor, mean: Tensor, deviation: Tensor) -> Values:
     """The inner layer as it is, for standardised features, and an output layer that gives the same to all texts."""
     start = {name: tensor.values.detach().float().cpu() for name, tensor in head.tensors.items()}
-    for layer in ("dense", "out") if head.has_inner_layer else ("out",):
-        start.setdefault(f"{layer}.bias", torch.zeros(len(start[f"{layer}.weight"])))
     if head.has_inner_layer:
-        start["dense.bias"] = start["dense.bias"] + start["dense.weight"] @ mean
+        if "dense.bias" in start:
+            start["dense.bias"] = start["dense.bias"] + start["dense.weight"] @ mean
         start["dense.weight"] = start["dense.weight"] * deviation
-    start["out.weight"], start["out.bias"] = torch.zeros_like(start["out.weight"]), common
+    start["out.weight"] = torch.zeros_like(start["out.weight"])
+    if "out.bias" in start:
+        start["out.bias"] = common
     return start
 
 
@@ -210,5 +211,10 @@ def _solve(head: Head, known: Tensor, goal: _Goal, penalty: float, start: Values
 def _logits(values: Values, known: Tensor, head: Head) -> Tensor:
     if head.has_inner_layer:
         assert head.activation is not None
-        known = ACTIVATIONS[head.activation](known @ values["dense.weight"].T + values["dense.bias"])
-    return known @ values["out.weight"].T + values["out.bias"]
+        known = ACTIVATIONS[head.activation](torch.nn.functional.linear(known, *_layer(values, "dense")))
+    return torch.nn.functional.linear(known, *_layer(values, "out"))
+
+
+def _layer(values: Values, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias."""
+    return values[f"{name}.weight"], values.get(f"{name}.bias")

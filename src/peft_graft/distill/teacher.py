@@ -68,6 +68,7 @@ class TextDistillation(Distillation):
         train: to be learned from. held_out: to choose by; nothing is ever fitted or trained on it.
         judging: to be judged by, which nothing is chosen by either. groups: of its samples, the same for those that are
             alike. judging_samples: its text. carried: see ``agreement.Agreement``. seed: of the intervals.
+        own: how many of the samples to learn from are of the text; pairs the other way round follow.
     """
 
     train: Targets
@@ -77,6 +78,7 @@ class TextDistillation(Distillation):
     carried: float | None = None
     seed: int = 0
     judging_samples: Sequence[Sample] = ()
+    own: int = FIT
 
     @property
     def lengths(self) -> list[int]:
@@ -144,7 +146,7 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
     bf16 = config.dtype == "bfloat16"
     held = len(parts.held_out)
     chosen = parts.held_out + parts.learning[:train]
-    lacking = held + train - len(chosen)
+    lacking, own = held + train - len(chosen), len(chosen) - held
     chosen += [Sample(pair.second, pair.first) for pair in chosen[held:] if pair.second is not None][:lacking]
     labels = checkpoint.head.labels if checkpoint.head else ()
     judging = len(parts.judging)
@@ -171,6 +173,7 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
         carried,
         config.seed,
         judging_samples=chosen[:judging],
+        own=own,
         gradient_checkpointing=config.gradient_checkpointing,
     )
 

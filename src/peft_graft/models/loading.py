@@ -160,6 +160,16 @@ class ModelHandle:
         return f"{self.key} {hash_tensors((name, value) for name, value in output.items() if value is not None)}"
 
     @cached_property
+    def padding(self) -> int:
+        """The token that rows of a batch are filled up with: the configuration's, else the tokenizer's, else the last
+        of all, which no text ends in. Decoders classify by the last token that is another one."""
+        size = self.architecture.num_embeddings
+        whose = (self.text_config, self.base.config, self.tokenizer)
+        own = (getattr(one, "pad_token_id", None) for one in whose)
+        known = (token for token in own if isinstance(token, int) and 0 <= token < (size or token + 1))
+        return next(known, (size or 1) - 1)
+
+    @cached_property
     def device(self) -> torch.device:
         """Where its inputs belong."""
         return device_of(self.base)

@@ -71,7 +71,7 @@ def language_model(handle: ModelHandle, *, bf16: bool = False) -> LanguageModel:
     Raises:
         ModelError: it has no output layer.
     """
-    model = with_task_head(handle.base, Task.CAUSAL_LM)
+    model = with_task_head(handle.base, Task.CAUSAL_LM, padding=handle.padding)
     fill_output(model, handle)
     mixed = bf16 or is_quantised(handle.base) or handle.base.dtype == torch.bfloat16
     return LanguageModel(model.eval(), mixed)

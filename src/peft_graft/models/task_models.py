@@ -83,18 +83,23 @@ def is_remote(thing: object) -> bool:
 
 
 def with_task_head(
-    base: PreTrainedModel, task: Task, labels: tuple[str, ...] = (), num_labels: int | None = None
+    base: PreTrainedModel,
+    task: Task,
+    labels: tuple[str, ...] = (),
+    num_labels: int | None = None,
+    *,
+    padding: int,
 ) -> PreTrainedModel:
     """A task model around a copy of this base model, where that is, its head filled with zeros in float32.
 
     It is what a checkpoint is loaded into to see whether it loads, or to be trained; the model itself is not touched.
     The copy shares the values of the model's matrices, but for a float16 one, which becomes float32.
+
+    Args:
+        padding: the token that rows will be filled up with (``ModelHandle.padding``).
     """
-    config = copy.deepcopy(base.config)
+    config = padded_by(base.config, padding)
     set_labels(config, labels, num_labels)
-    for part in (config, getattr(config, "text_config", None)):
-        if isinstance(part, transformers.PretrainedConfig) and getattr(part, "pad_token_id", None) is None:
-            part.pad_token_id = 0  # decoders classify by the last token that is not this one; ``pad`` fills with it too
     device = device_of(base)
     base = shared_copy(base)
     if base.dtype == torch.float16 and not is_quantised(base) and not is_spread(base):
@@ -120,6 +125,15 @@ def with_task_head(
                 name.rpartition(".")[2], torch.zeros(buffer.shape, device=device)
             )
     return model.eval()
+
+
+def padded_by(config: PretrainedConfig, padding: int) -> PretrainedConfig:
+    """A copy of a configuration that names the token of padding, by which decoders find the last one of a text."""
+    config = copy.deepcopy(config)
+    for part in (config, getattr(config, "text_config", None)):
+        if isinstance(part, transformers.PretrainedConfig):
+            part.pad_token_id = padding
+    return config
 
 
 def take_parts(target: PreTrainedModel, source: PreTrainedModel, names: Iterable[str]) -> None:

@@ -205,7 +205,8 @@ class LoraModule(Module):
     @classmethod
     def joined(cls, path: str, modules: Sequence[Self], base: Base) -> LoraPart:
         """One LoRA of all projections."""
-        return _joined({module.site.role: module.to_part(base) for module in modules}, base)
+        parts = {module.site.role: module.to_part(base) for module in modules}
+        return _joined(parts, base, _unchanged(next(iter(parts.values())), modules[0].site, base))
 
 
 def lora_tensors(values: Mapping[str, Tensor], reads: str, writes: str) -> dict[str, LabelledTensor]:
@@ -251,10 +252,25 @@ def _base_values(values: Mapping[str, Tensor], site: Site, base: Base, scaling: 
     return found
 
 
-def _joined(parts: Mapping[str, LoraPart], base: Base) -> LoraPart:
+def _unchanged(part: LoraPart, site: Site, base: Base) -> dict[str, Tensor]:
+    """What a part of a whole fused layer holds in place of what the layer has, where that stays as it is."""
+    found: dict[str, Tensor] = {}
+    weight, bias = base.tensor(site, "weight"), base.tensor(site, "bias")
+    if part.magnitude is not None and weight is not None and not weight.is_meta:
+        rows = weight.T if base.architecture.transposed else weight
+        found["magnitude"] = rows.double().norm(dim=1).to(part.magnitude).cpu()
+    if part.base_bias is not None and bias is not None and not bias.is_meta:
+        found["base_bias"] = bias.detach().to(part.base_bias).clone()
+    return found
+
+
+def _joined(parts: Mapping[str, LoraPart], base: Base, unchanged: Mapping[str, Tensor]) -> LoraPart:
     """One LoRA for a fused linear layer from those of its projections, by role.
 
     Projections that read through one A share it; otherwise the ranks add up: [A_q; A_v] and B in blocks.
+
+    Args:
+        unchanged: what replaces values of the layer, [units], as it stays in projections that no module acts on.
     """
     first = next(iter(parts.values()))
     dtype, size = first.B.dtype, base.architecture.fused_size(next(iter(parts)))
@@ -265,6 +281,7 @@ def _joined(parts: Mapping[str, LoraPart], base: Base) -> LoraPart:
     starts = [sum(len(a) for a in shared[:index]) for index in range(len(shared))]
     whole = {"B": torch.zeros(size, sum(map(len, shared)), dtype=dtype)}
     whole |= {name: torch.zeros(size, dtype=dtype) for name in first.tensors.keys() - {"A", "B"}}
+    whole |= unchanged
     for role, part in parts.items():
         units, ratio = base.architecture.units[role], part.scaling / first.scaling
         start = starts[next(index for index, other in enumerate(shared) if torch.equal(part.A, other))]
