@@ -398,7 +398,7 @@ def material_of(
         # Rows that are no prompts, in memory, are what a text source refuses.
         source = TextSource(cast(TextLike, text), config.columns, config.seed) if text is not None else None
         return TextMaterial.of(source, module.raw, sources, shapes, config)
-    asking = asking_of(config, sources, shapes, module.raw.library)
+    asking = asking_of(config, sources, shapes, module.raw)
     if isinstance(prompts, Seeds):
         listing_of(prompts, asking, shapes, config)
         found, fitting = [], None

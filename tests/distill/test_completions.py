@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken
 
 import peft_graft
 import speech
@@ -174,6 +175,48 @@ def test_answers_that_were_given_are_learned_where_they_are_asked_for(speakers):
         assert tokenizer.decode(row[start:], skip_special_tokens=True) == prompt.answer
     lengths = [len(row) - start for row, start in zip(asked.train.inputs, asked.train.starts, strict=True)]
     assert [len(text) for text in asked.train.text] == lengths  # every token of it, and not only those that pair
+
+
+def test_given_answers_that_are_longer_than_the_models_read_are_left_out(speakers, tmp_path, monkeypatch):
+    """A prompt leaves room for the teacher's longest answer; one that was given may be longer than that."""
+    words = speech.words(120)
+    given = [speech.answer(word) + " a" * 200 * (number % 3 == 0) for number, word in enumerate(words)]
+    speech.prompt_file(tmp_path / "given.jsonl", words, given)
+    longest, real = [], prompt_targets.last_states
+
+    def seen(model, template, rows, **more):
+        longest.append(max(map(len, rows)))
+        return real(model, template, rows, **more)
+
+    monkeypatch.setattr(prompt_targets, "last_states", seen)
+    config = CONFIG.model_copy(update={"labels": "use", "max_length": 32, "polish": 5})
+    module, student, text = speakers / "module", speakers / "stranger", tmp_path / "given.jsonl"
+    found = peft_graft.transfer(module, student, text=text, config=config).report.prompts
+    assert max(longest) <= 32
+    assert found.too_long > 20
+    assert found.prompts + found.held_out + found.too_long == 120
+    ignored = peft_graft.transfer(module, student, text=text, config=config.model_copy(update={"labels": "ignore"}))
+    assert ignored.report.prompts.too_long == 0, "answers that are not learned are not read"
+
+
+@pytest.mark.parametrize("side", ["teacher", "stranger"])
+def test_tokenizers_may_have_more_tokens_than_their_models(speakers, tmp_path, side):
+    """As Gemma 3's have one for images beside models that read text alone."""
+    for name in ("teacher", "stranger"):
+        shutil.copytree(speakers / name, tmp_path / name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / side)
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])
+    tokenizer.save_pretrained(tmp_path / side)
+    config = CONFIG.model_copy(update={"polish": 20, "max_prompts": 100})
+    for student in ("stranger", "teacher"):
+        graft = peft_graft.transfer(
+            speakers / "module",
+            tmp_path / student,
+            teacher=speakers / "teacher",
+            text=speakers / "prompts.jsonl",
+            config=config,
+        )
+        assert graft.report.prompts.shared_tokens > 200
 
 
 def test_on_its_own_answers_a_student_comes_nearer_to_the_teacher(asked):

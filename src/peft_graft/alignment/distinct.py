@@ -10,8 +10,8 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Generic, TypeVar
 
@@ -118,6 +118,14 @@ class Parts(Generic[T]):
     def held_out(self) -> list[T]:
         """What is not learned from."""
         return [*self.judging, *self.choosing]
+
+    def without(self, dropped: Collection[T]) -> Parts[T]:
+        """The same without some of them; what stays is in the part where it was."""
+        judging, choosing, learning = (
+            [item for item in part if item not in dropped] for part in (self.judging, self.choosing, self.learning)
+        )
+        groups = [group for item, group in zip(self.judging, self.groups, strict=True) if item not in dropped]
+        return replace(self, judging=judging, choosing=choosing, learning=learning, groups=groups)
 
     def digest(self, texts: Callable[[T], Sequence[str]]) -> str:
         """A hash of what is in which part, in order."""

@@ -56,18 +56,18 @@ def prompts_of(text: TextLike | PromptLike | None, raw: RawCheckpoint, config: G
     return PromptSource.of(text, config.columns, config.seed)
 
 
-def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, library: str) -> Asking:
+def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, raw: RawCheckpoint) -> Asking:
     """How prompts are put to the models; tokenizers are loaded, and no weights.
 
     Args:
-        library: of the module. shapes: of the models that ``sources`` name.
+        raw: the module. shapes: of the models that ``sources`` name.
 
     Raises:
         DependencyError: the module's library is not installed. ModelError: a tokenizer cannot be loaded, or reads no
             prompts. PlanError: a format has no place for the prompt.
     """
-    if version_of(library) is None:
-        raise not_installed(library, "adapters", "--text", so="so the teacher cannot be asked")
+    if version_of(raw.library) is None:
+        raise not_installed(raw.library, "adapters", "--text", so="so the teacher cannot be asked")
     teacher, student = sources.tokenizer_pair()
     templates = Templates(
         template_for(teacher, shapes.teacher, config, "teacher"), template_for(student, shapes.student, config)
@@ -83,6 +83,7 @@ def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, lib
         config.gradient_checkpointing,
         config.learn == "text",
         RayTeacher(str(sources.teacher), config) if config.ray else None,
+        raw.virtual_tokens,
     )
 
 
@@ -99,6 +100,7 @@ class Asking:
             2016, arXiv 1606.07947).
         on_policy: see ``PromptDistillation``. gradient_checkpointing: see ``Distillation``.
         on_ray: the teacher to be asked there.
+        virtual: tokens that the module puts before every text.
     """
 
     templates: Templates
@@ -111,6 +113,7 @@ class Asking:
     gradient_checkpointing: bool = False
     text_only: bool = False
     on_ray: RayTeacher | None = None
+    virtual: int = 0
 
     def ask(  # what is asked of whom; the rest tells records and stores apart
         self,
@@ -147,11 +150,13 @@ class Asking:
             check_speaks(language_model(models.teacher), self.templates.teacher.ids(chosen[0]))
             check_speaks(student, self.templates.student.ids(chosen[0]))
             teacher = attach(checkpoint.raw, models.teacher, bf16=self.bf16, speaks=True)
-            answers = self._answers(teacher, chosen, len(parts.held_out), run, key)
-            _check_answers(answers, self.sampling.max_new_tokens)
+            said = self._answers(teacher, chosen, len(parts.held_out), run, key)
+            _check_answers(said, self.sampling.max_new_tokens)
+            parts, by_prompt = self._read_by_both(parts, dict(zip(chosen, said, strict=True)), models, where)
+            too_long += len(chosen) - len(by_prompt)
+            chosen, answers = list(by_prompt), list(by_prompt.values())
             asked = len(chosen)
             if excess:
-                by_prompt = dict(zip(chosen, answers, strict=True))
                 parts = self._with_excess(teacher, by_prompt, run)
                 chosen = parts.held_out + parts.learning
                 answers = [by_prompt[prompt] for prompt in chosen]
@@ -245,12 +250,34 @@ class Asking:
         longest = self.sampling.max_new_tokens
         return all(len(template.ids(prompt)) + longest <= self.limit(model) for template, model in self._sides(models))
 
+    def _read_by_both(
+        self, parts: Parts[Prompt], answers: Mapping[Prompt, Answer], models: ModelPair, where: str
+    ) -> tuple[Parts[Prompt], dict[Prompt, Answer]]:
+        """The prompts that both models read with their answers, in their parts; and these answers.
+
+        Raises:
+            TextError: they are too few.
+        """
+        long = {prompt for prompt, answer in answers.items() if not self._holds(prompt, answer, models)}
+        kept = parts.without(long)
+        if long:
+            check_enough(kept, len(long), where)
+        return kept, {prompt: answer for prompt, answer in answers.items() if prompt not in long}
+
+    def _holds(self, prompt: Prompt, answer: Answer, models: ModelPair) -> bool:
+        """Whether both models can read a prompt with this answer: one that was given has any length, and one that the
+        teacher wrote may take the student more tokens."""
+        return all(
+            len(template.encode(prompt, answer.text, ended=answer.ended).ids) <= self.limit(model)
+            for template, model in self._sides(models)
+        )
+
     def _sides(self, models: ModelPair) -> list[tuple[Template, ModelHandle]]:
         return [(self.templates.teacher, models.teacher), (self.templates.student, models.student)]
 
     def limit(self, model: ModelHandle) -> int:
         """Tokens that a model reads at most."""
-        return longest_text(model, self.max_length)
+        return longest_text(model, self.max_length) - self.virtual
 
     def _answers(
         self, teacher: AttachedModel, prompts: Sequence[Prompt], held_out: int, run: Run, key: str

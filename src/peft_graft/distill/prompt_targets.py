@@ -133,10 +133,15 @@ class PromptTargets:
 
         Of one vocabulary all tokens, as they are numbered.
         """
-        bytes_t, bytes_s = (token_bytes(side.tokenizer) for side in (self.templates.teacher, self.templates.student))
+        # A tokenizer may have more tokens than its model's output layer: Gemma 3's has one for images.
+        bytes_t, bytes_s = (
+            token_bytes(side.tokenizer)[: OutputLayer.of(who.model).width]
+            for side, who in ((self.templates.teacher, self.teacher), (self.templates.student, self.student))
+        )
         ends = self._ends
         size = len(bytes_s)
         if self.templates.same_tokens and all(one == other for one, other in ends):
+            size = min(size, len(bytes_t))
             every = VocabularyPart(torch.arange(size), size)
             return Columns(every, every)
         first, second = shared_tokens(bytes_t, bytes_s)
