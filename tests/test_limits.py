@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from peft_graft.checkpoints.read import read_checkpoint
@@ -21,6 +22,21 @@ def test_a_cache_that_takes_nothing_is_done_without(world, tmp_path, monkeypatch
     )
     assert graft.report.method == "prune-align"
     assert "the alignment is not kept for later" in caplog.text
+
+
+def test_a_kept_alignment_gives_the_same_graft(world, tmp_path, monkeypatch) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(tiny.sentences(300)))
+    other = tiny.base_model(tmp_path / "other", seed=5, layers=2, hidden=48)
+
+    def moved(name: str) -> dict[str, torch.Tensor]:
+        tiny.transfer(world / "lora", other, text=tmp_path / "text.txt", method="ridge", polish=0, out=tmp_path / name)
+        return load_file(tmp_path / name / "adapter_model.safetensors")
+
+    plain = moved("plain")
+    monkeypatch.setenv("PEFT_GRAFT_CACHE", str(tmp_path / "cache"))
+    for name in ("kept", "found"):
+        assert all(plain[key].equal(value) for key, value in moved(name).items()), name
+    assert any((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_no_handles_left_is_one_error(world) -> None:

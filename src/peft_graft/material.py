@@ -315,12 +315,18 @@ class PromptMaterial:
     @property
     def plain(self) -> Sequence[Sample]:
         """The prompts alone, as text."""
-        return [Sample(prompt.text) for prompt in prompt_parts(self.prompts).learning]
+        return [Sample(prompt.text) for prompt in self._parts.learning]
 
     @property
     def judging(self) -> Sequence[Sequence[str]]:
         """The text of every prompt that judges."""
-        return [[prompt.text] for prompt in prompt_parts(self.prompts).judging]
+        judging = self._parts.judging if self.asked is None else self.asked.asked
+        return [[prompt.text] for prompt in judging]
+
+    @property
+    def _parts(self) -> Parts[Prompt]:
+        """The prompts as they are asked, but for what is left out once the answers are known."""
+        return self.fitting or prompt_parts(self.prompts)
 
     @property
     def content(self) -> str:

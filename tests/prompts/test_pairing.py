@@ -126,6 +126,14 @@ def test_strict_positions_of_documents_cover_the_same_bytes(text: str) -> None:
                 assert theirs.spans[k] == ours.spans[n]
 
 
+def test_a_first_token_that_one_side_lacks_makes_the_next_one_another() -> None:
+    """<s>|Theorem|s and The|orem|s, whose first stands for a prompt: Theorem and orem end together."""
+    teacher = Completion([9, 1, 2], 1, [(0, 7), (7, 8)])
+    student = Completion([3, 4, 5], 1, [(3, 7), (7, 8)])
+    assert pair_completions(teacher, student) == CompletionPairs([1], [1], 2, 2)
+    assert pair_completions(student, student) == CompletionPairs([0, 1], [0, 1], 2, 2)
+
+
 def test_one_vocabulary_pairs_without_the_bytes_of_tokens() -> None:
     """As after a normalisation; but not where the two are cut otherwise, or where ids are of other vocabularies."""
     one, other = Completion([7, 1, 2, 3], 1, None), Completion([8, 9, 1, 2, 3], 2, None)

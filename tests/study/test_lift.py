@@ -55,6 +55,13 @@ def test_lift_is_between_the_bare_student_and_all_labels() -> None:
     assert cell.lifts("ridge/skip", 0) == pytest.approx([0.0])
 
 
+def test_all_labels_are_the_mean_over_seeds() -> None:
+    (cell,) = cells_of([*RECORDS, student(0.8, "all", seed=1)])
+    assert cell.all_labels == pytest.approx(0.7)
+    (alone,) = cells_of([one for one in RECORDS if one["names"].get("budget") != "all"] + [teacher("S", 0.9)])
+    assert alone.all_labels == 0.9, "the student's own teacher, where no fresh module has learned from all of them"
+
+
 def test_the_table_says_what_cells_come_to() -> None:
     page = "\n".join(lift(RECORDS))
     assert "| t, T → S (exact); teacher 0.800, all labels 0.600 | fresh | 0.100 |  | 0.300 | 0.40 |  |  |" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str)
     rows = [task.encode(examples, tokenizer) for tokenizer in tokenizers]
     found = with_teacher_answers(rows[1], teacher, rows[0], tokenizers[0])
     for row, mine, original in zip(rows[0], found, rows[1], strict=True):
-        inputs = {key: torch.tensor([value]) for key, value in row.items() if key != "labels"}
+        inputs = {key: torch.tensor([value]) for key, value in row.items() if key not in ("labels", "words")}
         with torch.inference_mode():
             expected = teacher(**inputs).logits[0].softmax(-1)
         assert mine["labels"] == original["labels"]
@@ -108,6 +109,31 @@ def test_the_teachers_answers_stand_where_the_student_is_asked(world, kind: str)
         torch.testing.assert_close(torch.tensor(given), expected, atol=1e-5, rtol=1e-4)
     silent = with_teacher_answers(rows[1], teacher, rows[0], tokenizers[0], keep_labels=False)
     assert all(label == IGNORED for row in silent for label in np.atleast_1d(row["labels"]))
+
+
+def test_a_word_that_one_tokenizer_does_not_see_shifts_no_answers(tmp_path) -> None:
+    from peft_graft.study.training import with_teacher_answers
+
+    tokenizers = [tiny.tokenizer(tmp_path / kind, kind=kind) for kind in ("wordpiece", "unigram")]
+    sentences = [TaggedSentence(("\u200e", "river", "mountain"), ("O", "B-PER", "B-LOC"))]
+    task = ner_task(sentences)
+    rows = [task.encode(sentences, tokenizer) for tokenizer in tokenizers]
+    assert [row["words"] for (row,) in rows] == [[1, 2], [0, 1, 2]], "BERT's normaliser drops the mark"
+
+    class Right(torch.nn.Module):
+        """Says the right tag wherever it is asked."""
+
+        def forward(self, **inputs: torch.Tensor) -> SimpleNamespace:
+            labels = torch.tensor([row["labels"] for row in rows[0]])
+            return SimpleNamespace(logits=20 * torch.nn.functional.one_hot(labels.clamp_min(0), 3).float())
+
+    (found,) = with_teacher_answers(rows[1], Right(), rows[0], tokenizers[0])
+    said = {
+        label: max(range(3), key=answer.__getitem__)
+        for label, answer in zip(found["labels"], found["teacher"], strict=True)
+        if not math.isnan(answer[0])
+    }
+    assert said == {1: 1, 2: 2}, "each tag at its own word, and none at the word that the teacher does not see"
 
 
 @pytest.mark.parametrize("kind", ["words", "samples"])

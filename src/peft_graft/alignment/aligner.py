@@ -248,8 +248,9 @@ class Aligner:
             }
         )
         with self.run.stage("solving alignments"):
+            # As those that are found again, in a cache or beside an unfinished graft: the same text, the same graft.
             found = [
-                solve_alignment(method, statistics, *self.models.fingerprints, self._details(counts))
+                solve_alignment(method, statistics, *self.models.fingerprints, self._details(counts)).as_stored()
                 for method in self.methods
             ]
             found = [replace(one, seen=None if self._seen is None else frozenset(self._seen)) for one in found]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ class Alignment:
         found = [value["mean_correlation"] for value in self.diagnostics.values() if "mean_correlation" in value]
         how = [("mean correlation of matched units", f"{sum(found) / len(found):.2f}")] if found else []
         return html_table("Alignment", [("method", self.method), ("pairs of spaces", len(self.maps)), *how])
+
+    def as_stored(self) -> Alignment:
+        """The same with maps as exact as files have them, so that what moves through it does so through the file."""
+        return replace(self, maps={pair: _as_stored(space_map) for pair, space_map in self.maps.items()})
 
     @property
     def digest(self) -> str:
@@ -288,6 +292,12 @@ def _tensors(space_map: SpaceMap) -> dict[str, Tensor]:
         return {f" {part}": value.float() for part, value in parts if value is not None}
     assert isinstance(space_map, Selection)
     return {"": space_map.indices}
+
+
+def _as_stored(space_map: SpaceMap) -> SpaceMap:
+    if isinstance(space_map, LinearMap):
+        return replace(space_map, **{suffix.strip(): value for suffix, value in _tensors(space_map).items()})
+    return space_map
 
 
 def _map(tensors: Mapping[str, Tensor], key: str, sizes: _Sizes) -> SpaceMap:

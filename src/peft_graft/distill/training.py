@@ -213,7 +213,7 @@ class TrainingLoop:
             own = self.processes.share(rows)
             if not own:
                 continue
-            part = 1.0 if self.processes.alone else self.weight(own) / self.weight(rows)
+            part = 1.0 if self.processes.alone else self.weight(own) / (self.weight(rows) or 1.0)
             with self._precision():
                 loss = self.loss(own) * (part / len(batches))
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

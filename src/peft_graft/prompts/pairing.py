@@ -73,12 +73,14 @@ def pair_completions(teacher: Completion, student: Completion, *, same_tokens: b
     strict, groups = list[tuple[int, int]](), 0
     if teacher.spans is not None and student.spans is not None:
         ends, others = ([end for _, end in spans] for spans in (teacher.spans, student.spans))
+        starts = [spans[0][0] if spans else 0 for spans in (teacher.spans, student.spans)]
         if ends and others and ends[-1] != others[-1]:
             raise ValueError(f"tokens of two answers, of {ends[-1]} and {others[-1]} bytes")
         for first, last in _groups(ends, others):
             groups += 1
-            # A space before the answer on one side only makes the first tokens other ones in a shared vocabulary.
-            unlike = groups == 1 and teacher.prefixed != student.prefixed
+            # A space before the answer on one side only makes the first tokens other ones in a shared vocabulary; and
+            # of documents either side may lack its first token, which takes the place of a prompt.
+            unlike = groups == 1 and (teacher.prefixed != student.prefixed or starts[0] != starts[1])
             if not unlike and all(b - a == 1 for a, b in zip(first, last, strict=True)):
                 strict.append(first)
     if teacher.ended and student.ended:

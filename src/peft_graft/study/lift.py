@@ -97,16 +97,16 @@ def cells_of(records: Sequence[Record]) -> list[Cell]:
     for (teacher, model, module, task, language), starts in grafts.items():
         title, key = f"{task}, {teacher} → {model}", (model, module, task, language)
         alone = fresh[key]
-        everything = [one.scores["all"] for one in alone.values() if "all" in one.scores]
-        everything += [teachers[key]] if key in teachers else []
+        on_all = [one.scores["all"] for one in alone.values() if "all" in one.scores]
+        everything = statistics.fmean(on_all) if on_all else teachers.get(key)
         of_teacher = teachers.get((teacher, module, task, language))
-        if of_teacher is None or not everything or not any(0 in one.scores for one in alone.values()):
+        if of_teacher is None or everything is None or not any(0 in one.scores for one in alone.values()):
             raise StudyError(
                 "the results have too little to compare grafts with",
                 where=title,
                 expected="the teacher, and the student with a fresh module without labels and on all of them",
             )
-        found.append(Cell(title, metrics[task], of_teacher, everything[0], {FRESH: alone, **starts}))
+        found.append(Cell(title, metrics[task], of_teacher, everything, {FRESH: alone, **starts}))
     return found
 
 

@@ -58,7 +58,8 @@ def encode(
     labels: Sequence[str],
     max_length: int = 128,
 ) -> list[dict[str, Any]]:
-    """Model inputs with a label at the first piece of every word and ``IGNORED`` elsewhere."""
+    """Model inputs with a label at the first piece of every word and ``IGNORED`` elsewhere; and ``words``, the numbers
+    of the words that these pieces begin, in their order: some tokenizers have no piece for some words."""
     index = {label: number for number, label in enumerate(labels)}
     rows = []
     for sentence in sentences:
@@ -68,5 +69,6 @@ def encode(
         targets = [
             index[sentence.tags[word]] if is_first else IGNORED for word, is_first in zip(words, first, strict=True)
         ]
-        rows.append({**{key: encoding[key] for key in encoding}, "labels": targets})
+        begun = [word for word, is_first in zip(words, first, strict=True) if is_first]
+        rows.append({**{key: encoding[key] for key in encoding}, "labels": targets, "words": begun})
     return rows

@@ -211,18 +211,23 @@ def with_teacher_answers(
             answers = teacher(**inputs).logits.float().softmax(-1)
         for index, number in enumerate(numbers):
             asked = targets[index] != IGNORED if targets.ndim > 1 else ...
-            found[number] = _with_answers(rows[number], answers[index][asked].tolist(), keep_labels=keep_labels)
+            words = teacher_rows[number].get("words")
+            given = answers[index][asked].tolist()
+            found[number] = _with_answers(
+                rows[number], dict(zip(words, given, strict=True)) if words else given, keep_labels=keep_labels
+            )
     return found
 
 
-def _with_answers(row: dict[str, Any], answers: list[Any], *, keep_labels: bool) -> dict[str, Any]:
-    """A row with the teacher's distribution, or with one at the first token of every word, and none elsewhere."""
+def _with_answers(row: dict[str, Any], answers: Any, *, keep_labels: bool) -> dict[str, Any]:
+    """A row with the teacher's distribution, or with one, of those by word, at the first token of every word that both
+    models read, and none elsewhere."""
     labels = row["labels"]
     if not isinstance(labels, list):
         return {**row, "teacher": answers, "labels": labels if keep_labels else IGNORED}
     places = [place for place, label in enumerate(labels) if label != IGNORED]
-    blank = [math.nan] * len(answers[0])
-    given = dict(zip(places, answers, strict=False))  # either side may have cut a long sentence
+    blank = [math.nan] * len(next(iter(answers.values())))
+    given = {place: answers[word] for place, word in zip(places, row["words"], strict=True) if word in answers}
     teacher = [given.get(place, blank) for place in range(len(labels))]
     return {**row, "teacher": teacher, "labels": labels if keep_labels else [IGNORED] * len(labels)}
 
@@ -230,7 +235,7 @@ def _with_answers(row: dict[str, Any], answers: list[Any], *, keep_labels: bool)
 def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
     """A padded batch; labels, and the teacher's answers, are padded where each token has one."""
     teacher = [row["teacher"] for row in rows] if "teacher" in rows[0] else None
-    rows = [{key: value for key, value in row.items() if key != "teacher"} for row in rows]
+    rows = [{key: value for key, value in row.items() if key not in ("teacher", "words")} for row in rows]
     per_token = isinstance(rows[0]["labels"], list)
     collator = transformers.DataCollatorForTokenClassification if per_token else transformers.DataCollatorWithPadding
     batch = collator(tokenizer)(rows)
