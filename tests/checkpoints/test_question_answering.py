@@ -66,9 +66,9 @@ def test_it_is_neither_fitted_nor_judged(bert: tuple[Path, Path, torch.Tensor], 
     assert graft.checkpoint.head is not None
     assert graft.report.verdict.level == "not measured"
     assert (
-        "neither fitted nor judged: the head gives the ends of an answer, and agreement is of classes; score the graft "
-        "on labelled text"
+        "neither fitted nor judged: the head gives the ends of an answer, for which agreement is not known; score the "
+        "graft by examples of your own"
     ) in graft.report.verdict.text
     for options in ({"polish": 5}, {"head": "fit", "polish": "auto"}):
         refused = tiny.inspect(module, student, text=text, **options).student.problem
-        assert "the head gives the ends of an answer, and learning from the teacher's predictions takes" in refused
+        assert "the head gives the ends of an answer, which is not learned from the teacher's predictions" in refused

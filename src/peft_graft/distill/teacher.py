@@ -205,8 +205,8 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
                 fix="leave the option out, or leave the head behind with --head drop",
             )
         return False, [
-            f"neither fitted nor judged: the head gives {what}, for which agreement is not known; score the graft on "
-            "labelled text"
+            f"neither fitted nor judged: the head gives {what}, for which agreement is not known; score the graft by "
+            "examples of your own"
         ]
     if version_of(library) is None:
         if needed:
