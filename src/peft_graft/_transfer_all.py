@@ -134,6 +134,9 @@ class _Named(Callback):
     def on_progress(self, stage: str, done: int, total: int | None) -> None:
         self._inner.on_progress(f"{self._name}: {stage}", done, total)
 
+    def on_loss(self, stage: str, loss: float) -> None:
+        self._inner.on_loss(f"{self._name}: {stage}", loss)
+
     def on_stage_end(self, stage: str, seconds: float) -> None:
         self._inner.on_stage_end(f"{self._name}: {stage}", seconds)
 

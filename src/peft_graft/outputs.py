@@ -154,11 +154,11 @@ def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             with writing(out):
                 staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
-                staging.chmod(0o777 & ~_umask())
+                staging.chmod(0o777 & ~umask())
                 yield staging
                 for path in staging.rglob("*"):
                     # Safetensors writes files for the owner alone.
-                    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+                    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
                     _flush(path)
                 _swap_in(staging, out, force=force)
         finally:
@@ -260,7 +260,7 @@ def write_aside(out: Path, content: str, *, force: bool = False) -> None:
                 staging = Path(name)
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
                     file.write(content)
-                staging.chmod(0o666 & ~_umask())
+                staging.chmod(0o666 & ~umask())
                 _flush(staging)
                 staging.replace(out)
         finally:
@@ -280,7 +280,8 @@ def _flush(path: Path) -> None:
                 raise  # other systems know no such call
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The bits that new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

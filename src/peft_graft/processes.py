@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _T = TypeVar("_T")
+#: One process may work for hours while the others wait for what it makes.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _group() -> ModuleType:
     import torch.distributed as group
 
     if not group.is_initialized():
-        group.init_process_group("gloo")
+        group.init_process_group("gloo", timeout=_PATIENCE)
     return group
 
 

@@ -91,12 +91,12 @@ def attach(
 
 
 def attach_written(
-    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...] = ()
+    folder: Path, raw: RawCheckpoint, handle: ModelHandle, labels: tuple[str, ...] = (), *, speaks: bool = False
 ) -> AttachedModel:
     """The same from a written checkpoint, loaded by its library as its users will load it.
 
     Args:
-        folder: the checkpoint. raw: what is in it. handle, labels: see ``attach``.
+        folder: the checkpoint. raw: what is in it. handle, labels, speaks: see ``attach``.
 
     Raises:
         VerificationError: the library cannot load it, or found keys missing or unexpected.
@@ -105,7 +105,8 @@ def attach_written(
     _check_installed(raw, handle.name)
     load = _load_peft if raw.library == Library.PEFT else _load_adapters
     with quiet():
-        return _ready(load(folder, raw, written_names(handle, raw.task), handle, labels), bf16=False)
+        names = written_names(handle, raw.task)
+        return _ready(load(folder, raw, names, handle, labels, speaks=speaks), bf16=False)
 
 
 def _check_installed(raw: RawCheckpoint, where: str) -> None:
@@ -200,11 +201,17 @@ def _give_memory(adapted: Any, known: list[nn.Parameter], device: torch.device) 
 
 
 def _load_peft(
-    folder: Path, raw: RawCheckpoint, names: StudentNames, handle: ModelHandle, labels: tuple[str, ...]
+    folder: Path,
+    raw: RawCheckpoint,
+    names: StudentNames,
+    handle: ModelHandle,
+    labels: tuple[str, ...],
+    *,
+    speaks: bool = False,
 ) -> AttachedModel:
     from peft import PeftModel
 
-    model, own = _task_model(raw, handle, labels)
+    model, own = _task_model(raw, handle, labels, speaks=speaks)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # as above

@@ -21,8 +21,10 @@ from peft_graft.config import Library
 from peft_graft.errors import CheckpointError, GraftError, reason
 from peft_graft.models.devices import is_quantised
 from peft_graft.models.loading import ModelHandle
+from peft_graft.models.output import fill_output
 from peft_graft.models.sizes import linear_shape
 from peft_graft.models.task_models import blank_model, with_task_head
+from peft_graft.models.tasks import Task
 from peft_graft.modules.base import Part
 from peft_graft.modules.lora import LoraPart
 
@@ -49,9 +51,11 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
         CheckpointError: peft cannot load the module, or its change of weights cannot be had.
     """
     heads, kind = _heads(raw), raw.config["peft_type"]
-    rows = list(heads.values())[-1].shape[0] if heads else None
     labels = tuple(raw.labels or ())
-    model = with_task_head(teacher.base, raw.task, labels, len(labels) or rows, padding=teacher.padding)
+    model = with_task_head(teacher.base, raw.task, labels, len(labels) or raw.num_labels, padding=teacher.padding)
+    output = f".{teacher.architecture.row.lm_head}."
+    if raw.task is Task.CAUSAL_LM and any(output in f".{key}" for key in raw.unconverted):
+        fill_output(model, teacher)  # some kinds multiply what is there
     if not is_quantised(teacher.base):
         model = model.float()
     where = raw.base_model or raw.name
@@ -189,10 +193,16 @@ def _by_merging(adapted: Any, kind: str, where: str) -> tuple[dict[str, Any], di
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {
-        path.removeprefix(_START): layer
-        for path, layer in adapted.named_modules()
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear)
+        path.removeprefix(_START): layer for path, layer in adapted.named_modules() if isinstance(layer, BaseTunerLayer)
     }
+    for path, layer in layers.items():
+        if linear_shape(layer.get_base_layer()) is None:
+            raise CheckpointError(
+                f"{kind} changes {path}, which is no linear layer",
+                where=where,
+                found=type(layer.get_base_layer()).__name__,
+                fix="train a LoRA in its place",
+            )
     before = {path: layer.get_base_layer().weight.detach().clone() for path, layer in layers.items()}
     biases = {path: layer.get_base_layer().bias for path, layer in layers.items()}
     biases = {path: bias.detach().clone() for path, bias in biases.items() if bias is not None}
@@ -213,7 +223,8 @@ def _by_merging(adapted: Any, kind: str, where: str) -> tuple[dict[str, Any], di
             raise CheckpointError(
                 f"{kind} changes the bias of {path}, which no LoRA does", where=where, fix="train a LoRA in its place"
             )
-        a, b, _ = low_rank(merged.weight.detach().double() - before[path].double())
+        change = merged.weight.detach().double() - before[path].double()
+        a, b, _ = low_rank(change if isinstance(merged, nn.Linear) else change.T)  # transformers' Conv1D
         if not len(a):
             continue
         ranks[path] = len(a)

@@ -11,6 +11,7 @@ from peft_graft.checkpoints.formats.base import format_of
 from peft_graft.checkpoints.formats.peft.format import config_dict
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import Library
+from peft_graft.errors import CheckpointError
 from peft_graft.labels import ProblemType
 from peft_graft.models.task_models import own_labels, quiet_libraries, shared_copy
 
@@ -22,16 +23,25 @@ def is_peft_model(model: object) -> bool:
     return isinstance(model, peft.PeftModel)
 
 
-def read_live(model: Any) -> tuple[RawCheckpoint, nn.Module]:
-    """The active module of a ``peft.PeftModel``, and the model that it sits in, without it.
+def read_live(model: Any) -> tuple[RawCheckpoint, nn.Module | str | None]:
+    """The active module of a ``peft.PeftModel``, and the model that it sits in, without it; by its name, where biases
+    were trained, which peft does in the model itself.
 
     The model is not touched: what is returned shares the values of its matrices.
 
     Raises:
-        CheckpointError: a kind of module, or an option, that is not supported.
+        CheckpointError: a kind of module, or an option, that is not supported, or a module that is merged.
     """
     import peft
 
+    if model.base_model is not model.get_base_model() and any(
+        getattr(layer, "merged_adapters", None) for layer in model.modules()
+    ):
+        raise CheckpointError(
+            "the module is merged into the model, so the model without it cannot be had",
+            where="the live PeftModel",
+            fix="call unmerge_adapter() on it",
+        )
     name = model.active_adapter
     config = config_dict(model.peft_config[name])
     inside = model.get_base_model()
@@ -45,7 +55,7 @@ def read_live(model: Any) -> tuple[RawCheckpoint, nn.Module]:
         raw,
         labels=own_labels(inside.config) or None,
         problem_type=ProblemType.declared(getattr(inside.config, "problem_type", None)),
-    ), _without_module(model)
+    ), raw.base_model if any(part.replaces_bias for part in raw.parts.values()) else _without_module(model)
 
 
 def _without_module(model: Any) -> nn.Module:

@@ -121,7 +121,7 @@ class RawCheckpoint:
     @property
     def num_labels(self) -> int | None:
         """Rows of the head's output layer, None without a head."""
-        inner = ("dense", "pre_classifier")
+        inner = ("dense", "pre_classifier", "pooler")
         outputs = [tensor for key, tensor in self.head.items() if not any(name in key for name in inner)]
         return outputs[-1].shape[0] or None if outputs and outputs[-1].ndim else None
 

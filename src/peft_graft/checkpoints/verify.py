@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from peft_graft.errors import CheckpointError, VerificationError, reason
 from peft_graft.files import read_tensors
 from peft_graft.models.loading import ModelHandle
 from peft_graft.models.task_models import complete
+from peft_graft.models.tasks import Task
 from peft_graft.record import Record
 
 
@@ -62,7 +64,9 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
     except CheckpointError as error:
         said = error.message.replace(f"{folder}{os.sep}", "")
         raise VerificationError(f"what was written cannot be read ({said})", where=student.name) from error
-    attached = attach_written(folder, raw, student, labels)
+    path = student.architecture.row.lm_head
+    output = raw.task is Task.CAUSAL_LM and any(part == path or part.endswith(f".{path}") for part in raw.parts)
+    attached = attach_written(folder, raw, student, labels, speaks=output)
     _compare(written, attached.tensors(), student.name)
     batch = {name: value.to(attached.device) for name, value in probe(student).items()}
     with torch.inference_mode():
@@ -77,7 +81,9 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
         without = attached.forward(batch, module=False)[1].clone()
     if not bool(torch.isfinite(with_module).all()):
         raise VerificationError("the student's output with the module is not finite", where=student.name)
-    change = float((with_module - without).abs().max() / without.abs().max().clamp_min(1e-12))
+    change = _change(with_module, without)
+    if change == 0 and output:
+        change = _change(*_logits(attached.model.get_output_embeddings(), without))
     if change == 0:
         raise VerificationError(
             "the module loads but changes nothing in the student's output",
@@ -85,6 +91,18 @@ def verify(folder: Path, raw: RawCheckpoint, student: ModelHandle, labels: tuple
             fix="check that the teacher's module was trained at all (peft-graft inspect shows which sites act)",
         )
     return Verification(library=library, version=version, tensors_loaded=len(written), output_change=change)
+
+
+def _change(with_module: Tensor, without: Tensor) -> float:
+    return float((with_module - without).abs().max() / without.abs().max().clamp_min(1e-12))
+
+
+def _logits(layer: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of an output layer with a module inside, and of what it was before."""
+    inside = (getattr(layer, name, None) for name in ("base_layer", "original_module"))
+    before = next((found for found in inside if found is not None), layer)
+    with torch.inference_mode():
+        return layer(states), before(states)
 
 
 def _compare(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], where: str) -> None:

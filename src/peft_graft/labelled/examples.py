@@ -101,7 +101,8 @@ def read_examples(
             ``label`` or ``labels``, of numbers also ``score``.
         columns, label: names of the columns, where they are not the usual ones.
         labels: names of numbered labels, where the source has none.
-        of: what a text has: one class, any number of ``labels`` in a list, or ``numbers``, one to each.
+        of: what a text has: one class, any number of ``labels`` in a list, or whether each holds, as a Trainer takes
+            them; or ``numbers``, one to each.
 
     Raises:
         TextError: the source cannot be read, lacks columns, has a number that no name stands for, something else in
@@ -123,7 +124,10 @@ def read_examples(
     if of == "numbers":
         return [read.number(row, number) for number, row in enumerate(rows, start=1) if row[label] is not None]
     labelled = [row for row in rows if row[label] is not None and row[label] != _UNLABELLED]
-    return [read.multi_labelled(row) if of == "labels" else read.pair(row) for row in labelled]
+    if of == "labels":
+        flags = labels if _are_flags([row[label] for row in labelled], labels) else ()
+        return [read.multi_labelled(row, flags) for row in labelled]
+    return [read.pair(row) for row in labelled]
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,12 @@ class _Rows:
             )
         return LabelledNumber(self._texts(row), found)
 
-    def multi_labelled(self, row: Mapping[str, Any]) -> MultiLabelled:
+    def multi_labelled(self, row: Mapping[str, Any], flags: Sequence[str] = ()) -> MultiLabelled:
         given = row[self.label]
+        if flags:
+            return MultiLabelled(
+                self._texts(row), tuple(name for name, holds in zip(flags, given, strict=True) if holds)
+            )
         return MultiLabelled(
             self._texts(row), tuple(map(self.name, [given] if isinstance(given, str | int) else given))
         )
@@ -190,6 +198,13 @@ def _rows(source: LabelledLike, where: str) -> tuple[Iterable[Mapping[str, Any]]
         odd = next((type(row).__name__ for row in rows if not isinstance(row, Mapping)), "nothing")
         raise TextError("these are no labelled rows", where=where, expected="dictionaries by column", found=odd)
     return rows, list(rows[0]), getattr(source, "features", None) or {}
+
+
+def _are_flags(values: Sequence[Any], labels: Sequence[str]) -> bool:
+    """Whether every row says of each label whether it holds, by 0 and 1, and does not name those that do."""
+    return bool(labels) and all(
+        isinstance(value, list | tuple) and len(value) == len(labels) and set(value) <= {0, 1} for value in values
+    )
 
 
 def _namer(feature: Any, labels: Sequence[str], where: str) -> Callable[[Any], str]:

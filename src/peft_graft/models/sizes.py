@@ -79,7 +79,9 @@ def global_sizes(
     if len(row.stacks) > 1 and last.kind != "decoder":
         return {}
     written = [Space(depths[last.name] - 1, last.full(name)) for name in ("ffn.down.out", "attn.output.out")]
-    hidden = next((sizes[space] for space in written if space in sizes), None)
+    projected = (part for path, part in base.named_modules() if path.endswith("project_out"))  # small models of OPT
+    sizes_out = (shape[1] for part in projected if (shape := linear_shape(part)) is not None)
+    hidden = next(sizes_out, None) or next((sizes[space] for space in written if space in sizes), None)
     hidden = hidden or getattr(getattr(base, "config", None), "hidden_size", None)
     if hidden is None:
         return {}

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from peft_graft.errors import StudyError
 from peft_graft.files import json_text, read_json
-from peft_graft.outputs import writing
+from peft_graft.outputs import umask, writing
 
 _PARTS = ("cells", "failures", "artifacts", "work", "locks")
 
@@ -144,6 +144,7 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
             file.write(json_text(value, str(path), indent=2, sort_keys=True, default=list))
             file.flush()
             os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~umask())  # others read studies on shared storage
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -59,10 +59,12 @@ class Ia3Codec(Codec):
 
     def config(self, raw: RawCheckpoint, config: dict[str, Any], names: StudentNames) -> dict[str, Any]:
         """Which of the layers scale what they read."""
-        inputs = [path for path, part in raw.parts.items() if "input" in part.tensors]
+        inputs = names.shortest_targets([path for path, part in raw.parts.items() if "input" in part.tensors])
+        outputs = names.shortest_targets([path for path, part in raw.parts.items() if "input" not in part.tensors])
         own = {
             "exclude_modules": None,
-            "feedforward_modules": names.shortest_targets(inputs),
+            "feedforward_modules": inputs,
+            "target_modules": sorted({*inputs, *outputs}),  # peft wants the former among these
             "fan_in_fan_out": bool(set(raw.parts) & names.transposed),
         }
-        return super().config(raw, {**config, **own}, names)
+        return {**super().config(raw, config, names), **own}
