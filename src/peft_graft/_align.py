@@ -18,7 +18,7 @@ from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelPair
-from peft_graft.outputs import check_output, reserving_output
+from peft_graft.outputs import check_apart, check_output, check_replaced, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
 from peft_graft.planning.kept_layers import with_kept_layers
 from peft_graft.planning.sources import ModelSources
@@ -26,10 +26,12 @@ from peft_graft.planning.spaces import directions_of_roles, expert_pairs, spaces
 from peft_graft.processes import Processes
 from peft_graft.progress import watchers
 from peft_graft.run import UNFINISHED, Callback, Run
+from peft_graft.surroundings import undisturbed
 
 
 @known_arguments(AlignConfig)
 @reserving_output
+@undisturbed
 def align(
     teacher: str | Path,
     student: str | Path,
@@ -65,6 +67,8 @@ def align(
         start_ray(config.ray)
     if out is not None:
         check_output(Path(out), force=config.force)
+        check_replaced(Path(out))
+        check_apart(out, [teacher, student, text])
     sources = ModelSources(teacher, student, config)
     shapes = sources.described()
     architectures = shapes.teacher.architecture, shapes.student.architecture

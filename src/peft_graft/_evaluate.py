@@ -50,6 +50,7 @@ from peft_graft.prompts.template import template_for
 from peft_graft.record import Record, html_table
 from peft_graft.report import GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
+from peft_graft.surroundings import undisturbed
 
 #: Rows in the order in which they are shown.
 _ORDER = (COMMONEST, STUDENT, BASE, GRAFT, MODULE, TEACHER, TEACHER_BASE)
@@ -113,6 +114,7 @@ class Evaluation(Record):
 
 @known_arguments(EvaluateConfig)
 @reserving_output
+@undisturbed
 def evaluate(
     graft: str | Path | Graft,
     *,

@@ -16,16 +16,18 @@ from peft_graft.graft import Graft
 from peft_graft.models.devices import placed
 from peft_graft.move import Move
 from peft_graft.outlook import outlook
-from peft_graft.outputs import check_output, reserving_output
+from peft_graft.outputs import check_apart, check_output, check_replaced, reserving_output
 from peft_graft.planning.sources import ModelLike, Tokenizers, config_of_live
 from peft_graft.processes import Processes
 from peft_graft.progress import watchers
 from peft_graft.prompts.read import PromptLike
 from peft_graft.run import UNFINISHED, Callback, Run
+from peft_graft.surroundings import undisturbed
 
 
 @known_arguments(GraftConfig)
 @reserving_output
+@undisturbed
 def transfer(  # what moves, from where, to where, on which text: these differ from call to call, all else is config
     adapter: str | Path | nn.Module | Graft,
     student: ModelLike,
@@ -72,6 +74,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     config = config_of_live(placed(GraftConfig.of(config)), student)
     if out is not None:
         check_output(Path(out), force=config.force)
+        check_replaced(Path(out))
     move = Move.planned(
         adapter,
         student,
@@ -82,6 +85,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         config=config,
         tokenizers=tokenizers,
     )
+    check_apart(out, [adapter, move.sources.teacher, move.sources.student, text, seeds, alignment])
     move.check_ray()
     processes = Processes.started()
     work = Path(f"{out}{UNFINISHED}") if out is not None and processes.first else None

@@ -25,7 +25,7 @@ from peft_graft.models.devices import gpus_of, on_worker, placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.move import Move
-from peft_graft.outputs import reserved, reserving_output, write_aside
+from peft_graft.outputs import check_apart, reserved, reserving_output, write_aside
 from peft_graft.page.graft import PAGE
 from peft_graft.page.shelf import shelf_page
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
@@ -35,6 +35,7 @@ from peft_graft.prompts.read import PromptLike
 from peft_graft.report import REPORT, GraftReport
 from peft_graft.run import UNFINISHED, Callback, Run
 from peft_graft.shelf import SHELF, ShelfEntry, ShelfModule, ShelfReport, check_names, read_shelf
+from peft_graft.surroundings import undisturbed
 
 logger = logging.getLogger("peft_graft")
 #: The stage in which modules move side by side.
@@ -43,6 +44,7 @@ MOVING = "moving modules"
 
 @known_arguments(GraftConfig)
 @reserving_output
+@undisturbed
 def transfer_all(  # as ``transfer``, and all that it takes is for every module
     adapters: Sequence[str | Path | ShelfModule],
     student: ModelLike,
@@ -83,6 +85,7 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
     config = config_of_live(placed(GraftConfig.of(config)), student)
     modules = [one if isinstance(one, ShelfModule) else ShelfModule(adapter=str(one)) for one in adapters]
     check_names(modules)
+    _check_shelf(Path(out), force=config.force)
     _check_ray(config, student, teacher)
     given = given_alignment(alignment, config.token)
     shelf = _Shelf(
@@ -96,6 +99,21 @@ def transfer_all(  # as ``transfer``, and all that it takes is for every module
         watchers(callbacks),
     )
     return shelf.moved(modules)
+
+
+def _check_shelf(out: Path, *, force: bool) -> None:
+    """Refuse a folder that is something else.
+
+    Raises:
+        OutputError: it is a graft, or has a page that is not a shelf's.
+    """
+    graft, other = (out / REPORT).is_file(), (out / PAGE).is_file() and not (out / SHELF).is_file()
+    if graft or (other and not force):
+        raise OutputError(
+            "is a graft, and no shelf of them" if graft else f"has a {PAGE} of something else, which would be lost",
+            where=str(out),
+            fix="choose another --out",
+        )
 
 
 def _check_ray(config: GraftConfig, student: ModelLike, teacher: ModelLike | None) -> None:
@@ -270,6 +288,8 @@ class _Shelf:
         try:
             move = self._planned(module)
             run = Run([_Named(one, module.folder) for one in self.callbacks], work=Path(f"{out}{UNFINISHED}"))
+            named = [module.text or self.text, module.seeds or self.seeds, self.alignment[1]]
+            check_apart(out, [module.adapter, move.sources.teacher, move.sources.student, *named])
             first = not self.loaded.has(move.sources, tokenizers=move.reads_text)
             with reserved(out):
                 with run.stage("loading models"):

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -22,6 +22,8 @@ from peft_graft.files import FULL, read_json, read_tensors, write_json, write_te
 from peft_graft.processes import Processes
 
 logger = logging.getLogger("peft_graft")
+#: Files by which a folder says that this package wrote it.
+WRITTEN = ("graft.json", "alignment.json", "export.json", "study.json")
 #: Endings of what lies beside an output while it is written: what takes its place, and the folder of what was there.
 _PARTIAL, _ASIDE = ".partial", ".old"
 #: What was there, in that folder; and the files of a state that is kept.
@@ -156,6 +158,7 @@ def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
                 staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
                 staging.chmod(0o777 & ~umask())
                 yield staging
+                staging.chmod(0o777 & ~umask())  # what is copied into it may have brought its own folder's
                 for path in staging.rglob("*"):
                     # Safetensors writes files for the owner alone.
                     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
@@ -229,6 +232,49 @@ def check_output(out: Path, *, force: bool) -> None:
             where=str(out),
             fix="choose another --out" + (", or replace it with --force" if out.is_dir() else ""),
         )
+
+
+def check_replaced(out: Path) -> None:
+    """Refuse to replace a folder that this package has not written, whatever is forced.
+
+    Raises:
+        OutputError: it holds files, and none that says what it is.
+    """
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in WRITTEN):
+        raise OutputError(
+            "is a folder with other things in it, which would be lost",
+            where=str(out),
+            expected=f"a folder that peft-graft wrote, with one of {', '.join(WRITTEN)}",
+            fix="choose another --out, or remove it yourself",
+        )
+
+
+def check_apart(out: str | Path | None, inputs: Iterable[object]) -> None:
+    """Refuse an output whose folder is, or holds, what a run reads, which would be lost.
+
+    Args:
+        inputs: paths among other things.
+
+    Raises:
+        OutputError: it is so.
+    """
+    if out is None:
+        return
+    place = Path(out).resolve()
+    for one in inputs:
+        if not isinstance(one, str | Path):
+            continue
+        try:
+            path = Path(one).expanduser().resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):  # no path
+            continue
+        if place in (path, *path.parents):
+            raise OutputError(
+                "is what the run reads, which would be lost" if place == path else "holds what the run reads",
+                where=str(out),
+                found=str(one),
+                fix="choose another --out",
+            )
 
 
 def check_output_file(out: Path, *, force: bool) -> None:
