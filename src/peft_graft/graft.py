@@ -125,6 +125,8 @@ class Graft:
         import transformers
 
         task = self.raw.task.pipeline_tag
+        if task is None and self.raw.task is Task.BASE:
+            task = "feature-extraction"
         if task not in transformers.pipelines.get_supported_tasks():
             raise ModelError(
                 f"transformers {transformers.__version__} has no pipeline for this",

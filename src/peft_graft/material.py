@@ -293,6 +293,8 @@ class PromptMaterial:
     @property
     def remarks(self) -> list[str]:
         """What the report says about the text."""
+        if isinstance(self.source, PromptSource) and (count := self.source.rows_without):
+            return [f"{count} row{'s' * (count > 1)} of {self.source.name} without a prompt left out"]
         if self.made is None or self.made.ended == "enough":
             return []
         why = "hardly any new ones came" if self.made.ended == "nothing new" else "that took all attempts"

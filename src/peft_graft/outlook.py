@@ -161,8 +161,9 @@ def outlook(move: Move) -> StudentSummary:
         known |= _documents_for(material, plan)
     elif material.samples:
         known |= _cost_of_text(plan, material, move.sources)
-    if isinstance(material, TextMaterial) and material.of_states:
-        known["notes"] = [*plan.sites.notes, material.of_states]
+    known["notes"] = [*plan.sites.notes, *material.remarks]
+    if isinstance(material, TextMaterial) and material.source is not None and not material.asked:
+        known["method"] = _uncompared(plan)
     return found.model_copy(update=known)
 
 
@@ -367,6 +368,14 @@ def _methods(plan: Plan) -> str:
         return f"the best of {names}, by agreement with the teacher on held-out text"
     without = "; else copy, if the student shares the teacher's word embeddings" if same_sizes(plan.sites) else ""
     return f"the best of {names} by agreement with the teacher, given text{without}"
+
+
+def _uncompared(plan: Plan) -> str:
+    """The method where the teacher is not asked, so that there is nothing to compare methods by."""
+    if plan.config.method != AUTO or plan.speaks:
+        return _methods(plan)
+    kept = "copy, if the student shares the teacher's word embeddings, else " if same_sizes(plan.sites) else ""
+    return f"{kept}prune-align, since methods are compared by the teacher's answers alone"
 
 
 def _needs_text(plan: Plan) -> bool | None:

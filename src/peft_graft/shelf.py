@@ -113,15 +113,21 @@ def read_shelf(folder: Path) -> ShelfReport:
 
 def read_list(path: Path) -> list[ShelfModule]:
     """The modules of a list: a folder or hub id a line, or JSON with the names of ``ShelfModule``; # begins a remark.
+    Or all of it is an array of JSON, of such strings and objects.
 
     Raises:
         PlanError: the file cannot be read, or a line is no module.
     """
     where = f"--list {path}"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        array = json.loads(text) if text.lstrip().startswith("[") else None
+        odd = [one for one in array or () if not isinstance(one, str | dict)]
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"the list cannot be read ({reason(error)})", where=where) from error
+    if odd:
+        raise PlanError("not a module", where=where, expected="a folder, a hub id, or an object", found=odd[0])
+    lines = text.splitlines() if array is None else [one if isinstance(one, str) else json.dumps(one) for one in array]
     found = []
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):

@@ -79,6 +79,20 @@ class Alignment:
         return replace(self, maps={pair: _as_stored(space_map) for pair, space_map in self.maps.items()})
 
     @property
+    def layers(self) -> str | None:
+        """The layer map that it was made with, as ``--layers`` takes it; None where several layers of the teacher go to
+        one of the student's, or a model has several stacks."""
+        served: dict[int, set[int]] = {}
+        for near, far in self.maps:
+            if "/" in near.name or "/" in far.name:
+                return None
+            if far.layer >= 0:
+                served.setdefault(far.layer, set()).add(near.layer)
+        if sorted(served) != list(range(len(served))) or any(len(layers) > 1 for layers in served.values()):
+            return None
+        return ",".join(str(*served[layer]) for layer in range(len(served))) or None
+
+    @property
     def digest(self) -> str:
         """A hash of its maps, as they are written."""
         return hash_tensors(
@@ -114,7 +128,8 @@ class Alignment:
             raise AlignmentError(
                 "the alignment lacks this pair of spaces",
                 where=f"teacher {pair[0]} -> student {pair[1]}",
-                fix="run `peft-graft align` again with the same --layers (and all --sites), or leave --alignment out",
+                fix="give the --layers and --sites that it was made with, run `peft-graft align` again for these, or leave "
+                "--alignment out",
             )
         return self.maps[pair]
 

@@ -35,7 +35,7 @@ def check_json(source: str) -> None:
         raise ValueError(f"{constant} is no value of JSON")
 
     is_first = True
-    with Path(source).open(encoding="utf-8") as file:
+    with Path(source).open(encoding="utf-8-sig") as file:
         for text in file if has_a_row_a_line(source) and not _is_spread(source) else [file.read()]:
             if is_first and text.strip():
                 is_first = False
@@ -60,7 +60,7 @@ def _is_spread(source: str) -> bool:
 
 def _first_line(source: str) -> str:
     """The first line that is not blank, empty where there is none."""
-    with Path(source).open(encoding="utf-8") as file:
+    with Path(source).open(encoding="utf-8-sig") as file:
         return next((line.strip() for line in file if line.strip()), "")
 
 

@@ -194,6 +194,10 @@ def _are_strings(values: Iterable[object]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
+#: How pandas calls what it takes for an index.
+_INDEX = "__index_level_"
+
+
 def load_rows(source: str, *, streaming: bool = False) -> Any:
     """The rows of a file or of a data set of the hub, as ``datasets`` loads them; names as for ``read_text``.
 
@@ -216,7 +220,27 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
         options = {"delimiter": "\t"} if suffix == ".tsv" else {}
         read = getattr(importlib.import_module(f"datasets.io.{module}"), reader)
         files = glob.escape(str(Path(source).resolve()))
-        return read(files, split=NamedSplit("train"), streaming=streaming, **options).read()
+        found = read(files, split=NamedSplit("train"), streaming=streaming, **options).read()
+        if suffix in (".csv", ".tsv"):
+            _check_fields(found, source)
+        return found
+
+
+def _check_fields(rows: Any, source: str) -> None:
+    """Refuse a table whose rows have more fields than its first line has names: pandas takes the first for an index.
+
+    Raises:
+        TextError: it is one.
+    """
+    first: Mapping[str, Any] = {} if rows.column_names else next(iter(rows), {})
+    names = rows.column_names or list(first)
+    if any(str(name).startswith(_INDEX) for name in names):
+        raise TextError(
+            "the rows have more fields than the first line has names",
+            where=source,
+            expected=", ".join(str(name) for name in names if not str(name).startswith(_INDEX)),
+            fix='put texts with the separator in them in quotes ("...")',
+        )
 
 
 def _suffix(source: str) -> str | None:
@@ -280,7 +304,7 @@ def _placed_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lines(source: str, suffix: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file with one a line, without importing ``datasets``, which takes longer than a small pass."""
-    with Path(source).open(encoding="utf-8") as file:
+    with Path(source).open(encoding="utf-8-sig") as file:
         columns: dict[str, None] = {}  # of the first row; what a later one lacks is None
         for number, line in enumerate(file, start=1):
             if suffix == ".txt":

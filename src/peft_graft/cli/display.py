@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,9 +190,14 @@ def show_alignment(found: Alignment, out: Path) -> None:
     console.print(f"[bold]aligned[/] {len(found.maps)} pairs of spaces by {found.method}{mean}", soft_wrap=True)
     console.print(f"[bold green]written[/] {escaped(str(out))}", soft_wrap=True)
     student = shlex.quote(str(found.details.get("student", "STUDENT")))
+    settings = found.details.get("settings")
+    sites = settings.get("sites") if isinstance(settings, Mapping) else None
+    named = f" --sites {shlex.quote(','.join(map(str, sites)))}" if sites else ""
+    if found.layers is None and isinstance(settings, Mapping) and settings.get("layers") not in (None, "auto"):
+        named += f" --layers {shlex.quote(str(settings['layers']))}"
     console.print(
         f"[bold]next[/]    peft-graft transfer MODULE --student {escaped(student)} "
-        f"--alignment {escaped(shlex.quote(str(out)))} -o out/graft",
+        f"--alignment {escaped(shlex.quote(str(out)))}{escaped(named)} -o out/graft",
         soft_wrap=True,
     )
 

@@ -217,6 +217,9 @@ def _namer(feature: Any, labels: Sequence[str], where: str) -> Callable[[Any], s
         return str
 
     def name(value: Any) -> str:
+        whole = isinstance(value, float) and value.is_integer()  # as tables have numbers where one is missing
+        if whole or (isinstance(value, str) and value.isascii() and value.isdigit() and value not in labels):
+            value = int(value)
         if isinstance(value, int):
             if not 0 <= value < len(labels):
                 known = f"0 to {len(labels) - 1}"

@@ -98,7 +98,7 @@ class Plan:
             GraftError: what ``transfer`` refuses: CheckpointError, ModelError, PlanError, HeadError, AlignmentError or
                 TextError, with the place, what was expected, what came, and the fix.
         """
-        layers, told = with_kept_layers(config.layers, models)
+        layers, told = _layers(config, models, given)
         module, moved = _resolved(raw, models, config)
         check_head_fit(moved, config)
         check_problem_type(moved, config)
@@ -136,7 +136,7 @@ class Plan:
             GraftError: as for ``make``.
         """
         given = self.given
-        layers, told = with_kept_layers(self.config.layers, models)
+        layers, told = _layers(self.config, models, given)
         config = self.config.model_copy(update={"layers": layers})
         module, moved = _resolved(raw, models, config)
         if weights is not None:
@@ -223,6 +223,14 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
     check_labels(module, models.student.base.config)
     part = at_sites(module, config.sites, teacher.architecture, teacher.text_config)
     return module, servable(in_library(part, config.library), teacher, config.for_)
+
+
+def _layers(config: GraftConfig, models: ModelPair, given: Alignment | None) -> tuple[str, list[str]]:
+    """The layer map: where nothing is said that of a given alignment, else the one that the weights tell."""
+    known = given.layers if given and config.layers == AUTO else None
+    if known and known.count(",") + 1 == models.student.architecture.num_layers:
+        return known, []
+    return with_kept_layers(config.layers, models)
 
 
 def _sites(

@@ -23,7 +23,7 @@ class PromptSource(Source):
     ``columns``: of the prompt, or of prompt and answer.
     """
 
-    _dropped: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    _dropped: list[int] = field(default_factory=lambda: [0, 0], repr=False, compare=False)
 
     @classmethod
     def of(cls, text: object, columns: Iterable[str] | None = None, seed: int = 0) -> PromptSource | None:
@@ -47,6 +47,11 @@ class PromptSource(Source):
         return cls(text, chosen, seed) if isinstance(first, Prompt) else None
 
     @property
+    def rows_without(self) -> int:
+        """Rows of the last reading, as far as it went, that have no prompt."""
+        return self._dropped[1]
+
+    @property
     def dropped_duplicates(self) -> int:
         """Prompts left out of the last reading, as far as it went, since the same messages came before."""
         return self._dropped[0]
@@ -65,9 +70,11 @@ class PromptSource(Source):
 
     def _unique(self) -> Iterator[Prompt]:
         seen = set[bytes]()
-        self._dropped[0] = 0
+        self._dropped[:] = [0, 0]
         for place, row in self._rows():
-            for prompt in self._of_row(row, f"{self.name} {place}"):
+            found = self._of_row(row, f"{self.name} {place}")
+            self._dropped[1] += not found
+            for prompt in found:
                 digest = hashlib.blake2b(prompt.key.encode(), digest_size=16).digest()
                 if digest in seen:
                     self._dropped[0] += 1

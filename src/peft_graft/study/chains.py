@@ -45,11 +45,6 @@ class ChainGraftCell(GraftCell):
         """With the layers of the alignment, where one serves each: those between the ends of a chain differ from what
         the ends alone would have, and from nothing else can they be known."""
         assert self.needs.alignment is not None
-        found: dict[int, set[int]] = {}
-        for near, far in Alignment.from_pretrained(folder.artifact(self.needs.alignment)).maps:
-            if far.layer >= 0:
-                found.setdefault(far.layer, set()).add(near.layer)
         option = self.config.transfer
-        if any(len(layers) > 1 for layers in found.values()):
-            return option
-        return option.model_copy(update={"layers": ",".join(str(min(found[layer])) for layer in sorted(found))})
+        layers = Alignment.from_pretrained(folder.artifact(self.needs.alignment)).layers
+        return option if layers is None else option.model_copy(update={"layers": layers})
