@@ -98,6 +98,25 @@ def test_a_merged_language_model_speaks_as_the_unmerged(tmp_path, tied: bool, wo
     assert tokenizer.apply_chat_template([{"role": "user", "content": "green"}], tokenize=False) == "[CLS]green[SEP]"
 
 
+@pytest.mark.parametrize("first", ["", "0_Transformer"])
+def test_a_merged_model_of_sentence_transformers_stays_one(world, tmp_path, first: str) -> None:
+    """Its pooling is in files of its own, without which another one is taken."""
+    base = tmp_path / "base"
+    shutil.copytree(world / "shallow", base)
+    modules = [{"idx": 0, "path": first, "type": "t"}, {"idx": 1, "path": "1_Pooling", "type": "p"}]
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "sentence_bert_config.json").write_text("{}")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    tiny.peft_lora(tmp_path / "lora", base, task="base")
+    found = peft_graft.export(tmp_path / "lora", to="merged", base=base)
+    merged, names = tmp_path / "lora-merged", ["1_Pooling/config.json", "modules.json", "sentence_bert_config.json"]
+    assert [(merged / name).is_file() for name in names] == [not first] * 3
+    assert ("the merged one is not" in " ".join(found.notes)) == bool(first)
+    if not first:
+        assert (merged / names[0]).read_text() == (base / names[0]).read_text()
+
+
 def test_a_merged_model_has_its_base_s_dtype(tmp_path) -> None:
     base = speaker(tmp_path / "base", torch.bfloat16)
     module(tmp_path / "lora", base, lora(), torch.bfloat16)

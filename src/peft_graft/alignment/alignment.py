@@ -128,8 +128,8 @@ class Alignment:
             raise AlignmentError(
                 "the alignment lacks this pair of spaces",
                 where=f"teacher {pair[0]} -> student {pair[1]}",
-                fix="give the --layers and --sites that it was made with, run `peft-graft align` again for these, or leave "
-                "--alignment out",
+                fix="give the --layers and --sites that it was made with, run `peft-graft align` again for these, or "
+                "leave --alignment out",
             )
         return self.maps[pair]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,6 +39,8 @@ TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "preprocessor_config.json", "processor_config.json"),
 )
+#: What sentence-transformers makes of a model's states, as its own folders say it.
+SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]*_*/*")
 #: The most of the module's effect that may be lost by rounding: beyond, the merged model is hardly the graft.
 _LOST = 0.25
 
@@ -159,22 +162,43 @@ def _untie(model: PreTrainedModel, raw: RawCheckpoint) -> None:
 
 
 def _copy_files(subject: Subject, folder: Path) -> list[str]:
-    """Put the tokenizer beside the model, as it is: the module's own, where it came with one; what could not be."""
-    place = subject.folder
-    if place is None or not (place / "tokenizer_config.json").is_file():
-        base = subject.base
-        place = (
-            Path(base.place)
-            if is_folder(base.place)
-            else downloaded(
-                base.place, TOKENIZER_FILES, ModelError,
-                revision=base.loading.revision, subfolder=None, token=base.loading.token,
-            )
-        )  # fmt: skip
-    files = {path for pattern in TOKENIZER_FILES for path in place.glob(pattern) if path.is_file()}
+    """Put beside the model, as they are, its tokenizer, the module's own where it came with one, and what makes it a
+    model of sentence-transformers; what could not be."""
+    base, own = subject.base, subject.folder
+    place = (
+        Path(base.place)
+        if is_folder(base.place)
+        else downloaded(
+            base.place, (*TOKENIZER_FILES, *SENTENCE_FILES), ModelError,
+            revision=base.loading.revision, subfolder=None, token=base.loading.token,
+        )
+    )  # fmt: skip
+    tokenizer = own if own is not None and (own / "tokenizer_config.json").is_file() else place
+    files = _matching(tokenizer, TOKENIZER_FILES)
     for path in files:
         shutil.copyfile(path, folder / path.name)
-    return [] if files else ["the base has no tokenizer, so the merged model has none"]
+    notes = [] if files else ["the base has no tokenizer, so the merged model has none"]
+    if not (place / "modules.json").is_file():
+        return notes
+    if any(module.get("idx") == 0 and module.get("path") for module in _modules(place)):
+        return [*notes, "the base is a model of sentence-transformers in folders of its own, and the merged one is not"]
+    for path in _matching(place, SENTENCE_FILES):
+        (folder / path.relative_to(place)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / path.relative_to(place))
+    return notes
+
+
+def _modules(place: Path) -> list[dict[str, Any]]:
+    """What sentence-transformers puts a model together of; nothing where its file is damaged."""
+    try:
+        found = json.loads((place / "modules.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    return [module for module in found if isinstance(module, dict)] if isinstance(found, list) else []
+
+
+def _matching(place: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in place.glob(pattern) if path.is_file()})
 
 
 def _loaded(cls: type[PreTrainedModel], folder: Path, dtype: str, *, trust: bool) -> PreTrainedModel:
