@@ -63,17 +63,15 @@ TEXTS: list[tuple[Any, str]] = [
     ("Maria moved to Lisbon.", "Maria moved to Lisbon.: no such text file, nor the name of a data set. Fix: give a "
                                "file, a hub data set as owner/name, or in Python a list of strings"),
 ]  # fmt: skip
-NO_TEXT = (
-    "given in memory: this is no text; expected strings, pairs of strings or lists of tokens, found {}. "
-    "Fix: give prompts as a list, which can be read more than once"
-)
+NO_TEXT = "given in memory: this is no text; expected strings, pairs of strings or lists of tokens, found {}"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         *TEXTS,
-        *(([bad], NO_TEXT.format(type(bad).__name__)) for bad in (None, 5, b"a", ("a", "b", "c"), (1, 2), [1, 2])),
+        ([None], "given in memory: the text is empty. Fix: give a source with at least a few hundred sentences"),
+        *(([bad], NO_TEXT.format(type(bad).__name__)) for bad in (5, b"a", ("a", "b", "c"), (1, 2), [1, 2])),
     ],
 )
 def test_what_is_no_text_is_named(text: Any, message: str) -> None:

@@ -536,7 +536,10 @@ def test_an_existing_folder_is_not_touched_without_force(move, tmp_path) -> None
     (tmp_path / "graft" / "mine").write_text("keep")
     with pytest.raises(OutputError, match="exists already.*--force"):
         move()
+    with pytest.raises(OutputError, match="other things in it, which would be lost"):
+        move(force=True)
     assert (tmp_path / "graft" / "mine").read_text() == "keep"
+    (tmp_path / "graft" / "graft.json").write_text("{}")  # an earlier graft
     move(force=True, method="prune-align", head="carry")
     assert sorted(path.name for path in (tmp_path / "graft").iterdir())[:2] == ["README.md", "adapter_config.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft"]
@@ -551,7 +554,8 @@ def test_a_file_is_never_replaced(move, tmp_path) -> None:
 
 def test_a_failure_with_force_leaves_the_old_folder(move, module, tmp_path) -> None:
     (tmp_path / "graft").mkdir()
-    (tmp_path / "graft" / "mine").write_text("keep")
+    for name in ("mine", "graft.json"):
+        (tmp_path / "graft" / name).write_text("keep")
     tensors = {key: value * 0 for key, value in weights(module).items()}
     save_file(tensors, module / "adapter_model.safetensors")
     with pytest.raises(VerificationError):

@@ -145,10 +145,10 @@ def read_report(folder: Path, where: str) -> GraftReport:
     """
     if not (folder / REPORT).is_file():
         raise CheckpointError(
-            "the folder holds a module, but no graft",
+            "the folder holds no graft",
             where=where,
             expected=REPORT,
-            fix="make one with transfer, or load the module with its own library",
+            fix="make one with transfer, or load a module without it with its own library",
         )
     try:
         return GraftReport.model_validate(read_json(folder / REPORT))

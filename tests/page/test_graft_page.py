@@ -147,4 +147,4 @@ def test_the_page_is_made_again_from_the_report_alone(command, tmp_path) -> None
     command("report", folder, "--out", tmp_path / "shown.html")
     done = command("report", folder, "--out", tmp_path / "shown.html", code=1)
     assert "exists" in done.err
-    assert "the folder holds a module, but no graft" in command("report", tmp_path, code=1).err
+    assert "the folder holds no graft" in command("report", tmp_path, code=1).err

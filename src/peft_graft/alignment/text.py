@@ -180,13 +180,15 @@ def as_samples(
             yield Sample(*text)
         elif isinstance(text, Sequence) and not isinstance(text, tuple | bytes) and _are_strings(text):
             yield Sample(" ".join(text))
-        else:  # prompts, of which an iterator shows none before it is read
+        elif text is not None:  # as it is left out of files
+            # Of prompts an iterator shows none before it is read.
+            prompts = isinstance(text, Mapping) or hasattr(text, "messages")
             raise TextError(
                 "this is no text",
                 where="given in memory",
                 expected="strings, pairs of strings or lists of tokens",
                 found=type(text).__name__,
-                fix="give prompts as a list, which can be read more than once",
+                fix="give prompts as a list, which can be read more than once" if prompts else None,
             )
 
 
@@ -261,6 +263,13 @@ def _suffix(source: str) -> str | None:
                 found=suffix or "no suffix",
             )
         return suffix
+    if path.is_dir():
+        raise TextError(
+            "is a folder, not a file of text",
+            where=source,
+            expected=f"a file: {', '.join(known)}",
+            fix="name the file in it; a data set of datasets is given in Python, as load_from_disk(...)",
+        )
     if path.exists() or suffix in known or source.count("/") > 1:
         raise TextError("no such text file", where=source, fix="give a file, or a hub data set as owner/name")
     if hub_id_of(source.partition(":")[0]) is None:
