@@ -120,3 +120,10 @@ def test_objects_of_transformers_are_taken() -> None:
     config = GraftConfig(quantization_config=QuantoConfig(weights="int8"))
     assert config.quantization_config["weights"] == "int8"
     assert GraftConfig(quantization_config=config.record()["quantization_config"]) == config
+
+
+def test_one_name_needs_no_list() -> None:
+    assert GraftConfig(columns="text", sites="attn.query, attn.value").columns == ("text",)
+    assert GraftConfig(columns="text", sites="attn.query, attn.value").sites == ("attn.query", "attn.value")
+    assert AlignConfig(sites="adapter").sites == ("adapter",)
+    assert EvaluateConfig(columns="question,answer").columns == ("question", "answer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     model_validator,
 )
@@ -13,6 +14,7 @@ from peft_graft.config.base import (
     HOW,
     WHAT,
     Option,
+    as_names,
     check_method,
 )
 from peft_graft.config.graft import PairConfig
@@ -30,7 +32,9 @@ class AlignConfig(PairConfig):
         default="prune-align", description="The method whose maps to find."
     )
     sites: Annotated[
-        tuple[str, ...] | None, Option(WHAT, "Roles to cover, such as attn.query,attn.value; all by default.")
+        tuple[str, ...] | None,
+        BeforeValidator(as_names),
+        Option(WHAT, "Roles to cover, such as attn.query,attn.value; all by default."),
     ] = Field(default=None, description="Roles to cover, such as attn.query,attn.value or adapter; all by default.")
 
     @model_validator(mode="after")

@@ -164,6 +164,11 @@ class Config(BaseModel):
         }
 
 
+def as_names(value: Any) -> Any:
+    """One name, or several with commas between them, as the shell has them; anything else stays."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
 def as_dict(value: Any) -> Any:
     """An object of transformers, such as ``BitsAndBytesConfig``, as the dictionary that it is made from."""
     return value.to_dict() if hasattr(value, "to_dict") else value

@@ -19,6 +19,7 @@ from peft_graft.config.base import (
     Dtype,
     Option,
     as_dict,
+    as_names,
 )
 from peft_graft.config.graft_place import GraftPlaceConfig
 from peft_graft.labels import ProblemType, given_names
@@ -34,7 +35,9 @@ class EvaluateConfig(GraftPlaceConfig):
     """
 
     columns: Annotated[
-        tuple[str, ...] | None, Option(TEXT, "Columns of prompt and answer, or of text and label: message,label.")
+        tuple[str, ...] | None,
+        BeforeValidator(as_names),
+        Option(TEXT, "Columns of prompt and answer, or of text and label: message,label."),
     ] = Field(
         default=None,
         description="Columns of prompt and answer, or of text and label, if they have no usual names: question,answer.",

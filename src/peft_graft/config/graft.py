@@ -35,6 +35,7 @@ from peft_graft.config.base import (
     Token,
     TrustRemoteCode,
     as_dict,
+    as_names,
     check_method,
 )
 from peft_graft.errors import PlanError
@@ -54,9 +55,11 @@ class PairConfig(Config):
         "layer: 0,2,4. auto: those whose weights the student's layers have, where it was cut out of the teacher, else "
         "skip. For models of several stacks one map for all, or encoder=skip;decoder=0,2.",
     )
-    columns: Annotated[tuple[str, ...] | None, Option(HOW, "Column of a table's text; of pairs two: a,b.")] = Field(
-        default=None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis."
-    )
+    columns: Annotated[
+        tuple[str, ...] | None,
+        BeforeValidator(as_names),
+        Option(HOW, "Column of a table's text; of pairs two: a,b."),
+    ] = Field(default=None, description="Column of the text, or two columns of sentence pairs: premise,hypothesis.")
     max_tokens: Annotated[int, Option(HOW)] = Field(
         default=MAX_TOKENS, ge=1, description="Paired tokens that the alignment sees at most."
     )
@@ -148,7 +151,7 @@ class GraftConfig(PairConfig):
         description=f"Steps of label-free training on the teacher's predictions; auto is {POLISH_STEPS} if there is "
         "text and no --method, else 0. An interrupted polish goes on when the same command is run again.",
     )
-    sites: Annotated[tuple[str, ...] | None, Option(WHAT)] = Field(
+    sites: Annotated[tuple[str, ...] | None, BeforeValidator(as_names), Option(WHAT)] = Field(
         default=None,
         description="Modules to move, by role (attn.value,ffn.*), layer (0/*) or head (attn.value@0+3); all by "
         "default.",
