@@ -234,8 +234,7 @@ def _check_fields(rows: Any, source: str) -> None:
     Raises:
         TextError: it is one.
     """
-    first: Mapping[str, Any] = {} if rows.column_names else next(iter(rows), {})
-    names = rows.column_names or list(first)
+    names: Iterable[Any] = rows.column_names or next(iter(rows), {})
     if any(str(name).startswith(_INDEX) for name in names):
         raise TextError(
             "the rows have more fields than the first line has names",

@@ -51,11 +51,17 @@ def read_live(model: Any) -> tuple[RawCheckpoint, nn.Module | str | None]:
         key: value.detach().cpu() for key, value in peft.get_peft_model_state_dict(model, adapter_name=name).items()
     }
     raw = format_of(Library.PEFT).parse(config, tensors, where="the live model")
-    return replace(
+    raw = replace(
         raw,
         labels=own_labels(inside.config) or None,
         problem_type=ProblemType.declared(getattr(inside.config, "problem_type", None)),
-    ), raw.base_model if any(part.replaces_bias for part in raw.parts.values()) else _without_module(model)
+    )
+    if not any(part.replaces_bias for part in raw.parts.values()):
+        return raw, _without_module(model)
+    if raw.base_model:
+        return raw, raw.base_model
+    unknown = "what was trained of biases is not known, since nothing names the model without it: name the teacher"
+    return replace(raw, notes=(*raw.notes, unknown)), _without_module(model)
 
 
 def _without_module(model: Any) -> nn.Module:

@@ -227,10 +227,11 @@ def _resolved(raw: RawCheckpoint, models: ModelPair, config: GraftConfig) -> tup
 
 def _layers(config: GraftConfig, models: ModelPair, given: Alignment | None) -> tuple[str, list[str]]:
     """The layer map: where nothing is said that of a given alignment, else the one that the weights tell."""
+    told = with_kept_layers(config.layers, models)
     known = given.layers if given and config.layers == AUTO else None
-    if known and known.count(",") + 1 == models.student.architecture.num_layers:
+    if known and known != told[0] and known.count(",") + 1 == models.student.architecture.num_layers:
         return known, []
-    return with_kept_layers(config.layers, models)
+    return told
 
 
 def _sites(
