@@ -22,6 +22,13 @@ _KINDS = ("teacher", "bare-teacher", "graft", "polish", "control", "rate", "stud
 #: What is published of a configuration.
 _CONFIG = ("module", "training", "transfer", "budget", "share", "rates", "keep_best", "control")
 
+#: Sentences for a user.
+_WORDS = frozenset({"method_reason", "notes", "text"})
+#: Parts of a verdict that most have not.
+_OPTIONAL = frozenset(
+    {"agreement_interval", "carried", "constant", "divergence_interval", "generated", "moved", "undefined"}
+)
+
 
 def about(record: Record, model: str) -> tuple[str, ...]:
     """What a record is about: its ``teacher`` or ``student``, module, task and language."""
@@ -89,9 +96,13 @@ def _published(record: Record, study: str) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with six digits of each fraction: more than any figure is made of."""
+    """The same with six digits of each fraction, more than any figure is made of, and without what was not measured, or
+    is said in words."""
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
+        kept = {
+            key: one for key, one in value.items() if key not in _WORDS and (one is not None or key not in _OPTIONAL)
+        }
+        return {key: _rounded(one) for key, one in kept.items()}
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
