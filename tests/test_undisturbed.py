@@ -94,6 +94,17 @@ def test_a_folder_of_other_things_is_not_replaced(world: Path, tmp_path: Path) -
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(world: Path, tmp_path: Path) -> None:
+    """As outputs lie on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "graft")
+    for _ in range(2):
+        moved(world, out=tmp_path / "out", force=True)
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "graft" / "graft.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["graft"]
+
+
 def test_a_graft_is_no_shelf_and_is_not_exported_onto_itself(world: Path, tmp_path: Path) -> None:
     moved(world, out=tmp_path / "graft")
     page = (tmp_path / "graft" / "report.html").read_text()

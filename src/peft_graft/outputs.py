@@ -146,10 +146,13 @@ def kept_aside(out: Path) -> Path | None:
 def written_aside(out: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place when the block ends well, and vanishes when it does not.
 
+    Of a link it is the place that it leads to.
+
     Raises:
         OutputError: ``out`` exists and ``force`` is not set, its place cannot be written (permissions, full disk), or
             another process is writing there.
     """
+    out = out.resolve() if out.is_symlink() else out
     with reserved(out):
         check_output(out, force=force)
         staging: Path | None = None

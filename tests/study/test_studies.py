@@ -696,3 +696,12 @@ def test_means_are_over_the_languages_that_all_rows_have() -> None:
     rows = {row.start: row for row in result_tables(records)[1].rows}
     assert rows[FRESH].entries[MEAN].score == pytest.approx(0.6)
     assert rows["copy/skip"].entries[MEAN].difference == pytest.approx(0.1)
+
+
+def test_a_name_with_a_dot_is_put_in_quotes(file: Path, tmp_path: Path) -> None:
+    text = file.read_text().replace("big = ", '"Big2.5" = ').replace('"big"', '"Big2.5"')
+    (tmp_path / "dotted.toml").write_text(text)
+    study = read_study(tmp_path / "dotted.toml", ['models."Big2.5"=/m/copy', "defaults.budgets=[3]"])
+    assert study.models["Big2.5"] == "/m/copy"
+    with pytest.raises(StudyError, match=r"no grid of the study names such a model.*found Bigg2\.5"):
+        read_study(tmp_path / "dotted.toml", ['models."Bigg2.5"=/m/copy'])

@@ -64,8 +64,8 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
 
 
 def _change(content: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    *tables, last = key.strip().split(".")
+    _, equals, text = change.partition("=")
+    *tables, last = _parts(change)
     if not equals or not last:
         raise StudyError("cannot be understood", where=f"--set {change}", expected="KEY=VALUE")
     try:
@@ -87,14 +87,27 @@ def _change(content: dict[str, Any], change: str) -> None:
     table[place] = value
 
 
+def _parts(change: str) -> list[str]:
+    """The names of a key, one of which is in quotes where it has a dot in it, as TOML has it."""
+    key = change.partition("=")[0].strip()
+    try:
+        found: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return key.split(".")
+    parts = []
+    while isinstance(found, dict):
+        ((name, found),) = found.items()
+        parts.append(name)
+    return parts
+
+
 def _check_named(study: Study, change: str, known: Mapping[str, set[str]]) -> None:
     """Refuse a new model, module or task that no grid names: one that is misspelt would change nothing.
 
     Args:
         known: the names in the file's tables.
     """
-    table, _, rest = change.partition("=")[0].strip().partition(".")
-    name = rest.partition(".")[0]
+    table, name = [*_parts(change), ""][:2]
     used = {
         "models": {model for grid in study.grid for model in (grid.teacher, grid.student)},
         "modules": {module for grid in study.grid for module in grid.modules},
