@@ -91,7 +91,14 @@ def test_a_folder_of_other_things_is_not_replaced(world: Path, tmp_path: Path) -
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match=r"other things in it, which would be lost.*one of graft\.json"):
         moved(world, out=tmp_path / "mine", force=True)
-    assert (tmp_path / "mine" / "thesis.tex").exists()
+    found = tiny.align(world / "teacher", world / "shallow", text=tiny.sentences(120), max_tokens=500)
+    for thing in (moved(world), found):
+        with pytest.raises(OutputError, match="other things in it, which would be lost"):
+            thing.save_pretrained(tmp_path / "mine", force=True)
+    (tmp_path / "mine").rename(tmp_path / "lora")
+    shelf = peft_graft.transfer_all([world / "lora"], world / "shallow", out=tmp_path, config={"force": True})
+    assert "other things in it, which would be lost" in shelf.modules[0].error
+    assert (tmp_path / "lora" / "thesis.tex").exists()
 
 
 def test_what_a_link_leads_to_is_replaced_and_not_the_link(world: Path, tmp_path: Path) -> None:

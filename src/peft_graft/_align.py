@@ -18,7 +18,7 @@ from peft_graft.config import AlignConfig, known_arguments
 from peft_graft.errors import PlanError
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import ModelPair
-from peft_graft.outputs import check_apart, check_output, check_replaced, reserving_output
+from peft_graft.outputs import check_apart, check_place, reserving_output
 from peft_graft.planning.experts import SAMPLES, match_experts
 from peft_graft.planning.kept_layers import with_kept_layers
 from peft_graft.planning.sources import ModelSources
@@ -66,8 +66,7 @@ def align(
         check_text_on_ray(text)
         start_ray(config.ray)
     if out is not None:
-        check_output(Path(out), force=config.force)
-        check_replaced(Path(out))
+        check_place(Path(out), force=config.force)
         check_apart(out, [teacher, student, text])
     sources = ModelSources(teacher, student, config)
     shapes = sources.described()

@@ -18,7 +18,7 @@ from peft_graft.graft import Graft, graft_or_module
 from peft_graft.models.devices import placed
 from peft_graft.models.loading import DTYPES, Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.places import place_of
-from peft_graft.outputs import check_apart, check_output, check_replaced, written_aside
+from peft_graft.outputs import check_apart, check_place, written_aside
 from peft_graft.record import Record
 from peft_graft.run import Callback, Run
 from peft_graft.serving.subject import Comparison, Subject
@@ -80,8 +80,7 @@ def export(
     target = _known(to)
     subject = _subject(graft, base, config)
     place = _place(subject, target, out)
-    check_output(place, force=config.force)
-    check_replaced(place)
+    check_place(place, force=config.force)
     check_apart(place, [graft, subject.name, base, subject.base.name])
     form = FORMS[target]
     form.check(subject, config)

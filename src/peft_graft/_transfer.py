@@ -16,7 +16,7 @@ from peft_graft.graft import Graft
 from peft_graft.models.devices import placed
 from peft_graft.move import Move
 from peft_graft.outlook import outlook
-from peft_graft.outputs import check_apart, check_output, check_replaced, reserving_output
+from peft_graft.outputs import check_apart, check_place, reserving_output
 from peft_graft.planning.sources import ModelLike, Tokenizers, config_of_live
 from peft_graft.processes import Processes
 from peft_graft.progress import watchers
@@ -73,8 +73,7 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
     """
     config = config_of_live(placed(GraftConfig.of(config)), student)
     if out is not None:
-        check_output(Path(out), force=config.force)
-        check_replaced(Path(out))
+        check_place(Path(out), force=config.force)
     move = Move.planned(
         adapter,
         student,
@@ -86,6 +85,11 @@ def transfer(  # what moves, from where, to where, on which text: these differ f
         tokenizers=tokenizers,
     )
     check_apart(out, [adapter, move.sources.teacher, move.sources.student, text, seeds, alignment])
+    return moved(move, out, callbacks)
+
+
+def moved(move: Move, out: str | Path | None, callbacks: Sequence[Callback] | None) -> Graft:
+    """A planned transfer carried out, and written where a place is named; arguments and errors as for ``transfer``."""
     move.check_ray()
     processes = Processes.started()
     work = Path(f"{out}{UNFINISHED}") if out is not None and processes.first else None

@@ -25,7 +25,7 @@ from peft_graft.models.devices import gpus_of, on_worker, placed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.places import place_of
 from peft_graft.move import Move
-from peft_graft.outputs import check_apart, reserved, reserving_output, write_aside
+from peft_graft.outputs import check_apart, check_place, reserved, reserving_output, write_aside
 from peft_graft.page.graft import PAGE
 from peft_graft.page.shelf import shelf_page
 from peft_graft.planning.sources import ModelLike, ModelSources, config_of_live, given_alignment
@@ -324,6 +324,7 @@ class _Shelf:
             OutputError: something else is there.
         """
         if self.config.force or not out.exists():
+            check_place(out, force=True)
             return None
         try:
             report = GraftReport.model_validate(read_json(out / REPORT))

@@ -31,7 +31,7 @@ from peft_graft.hub import explained_upload
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
-from peft_graft.outputs import temporary_folder, write_aside, written_aside
+from peft_graft.outputs import check_place, temporary_folder, write_aside, written_aside
 from peft_graft.page.graft import PAGE, graft_page
 from peft_graft.record import html_table
 from peft_graft.report import REPORT, FileRecord, GraftReport, read_report
@@ -167,6 +167,7 @@ class Graft:
         names = written_names(student, raw.task)
         if hub_id:
             names = replace(names, name=self.report.student.hub_id or names.name)
+        check_place(out, force=force)
         with written_aside(out, force=force) as staging:
             write_checkpoint(staging, raw, names)
             verification = verify(staging, raw, student, self.labels)

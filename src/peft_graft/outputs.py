@@ -237,12 +237,13 @@ def check_output(out: Path, *, force: bool) -> None:
         )
 
 
-def check_replaced(out: Path) -> None:
-    """Refuse to replace a folder that this package has not written, whatever is forced.
+def check_place(out: Path, *, force: bool) -> None:
+    """``check_output`` of a place that a user named: a folder that this package has not written is never replaced.
 
     Raises:
-        OutputError: it holds files, and none that says what it is.
+        OutputError: see ``check_output``; or the folder holds files, and none that says what it is.
     """
+    check_output(out, force=force)
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in WRITTEN):
         raise OutputError(
             "is a folder with other things in it, which would be lost",

@@ -22,7 +22,7 @@ from peft_graft.files import downloaded, read_json, read_tensors, write_json, wr
 from peft_graft.models.fingerprint import hash_tensors
 from peft_graft.models.spaces import Space
 from peft_graft.modules.base import misfit
-from peft_graft.outputs import written_aside
+from peft_graft.outputs import check_place, written_aside
 from peft_graft.record import Stored, html_table
 
 Pair = tuple[Space, Space]  # teacher space, student space
@@ -140,6 +140,7 @@ class Alignment:
             OutputError: the folder exists and ``force`` is not set, or cannot be written.
         """
         keys = {pair: f"{pair[0].key}{_SEPARATOR}{pair[1].key}" for pair in self.maps}
+        check_place(Path(folder), force=force)
         with written_aside(Path(folder), force=force) as staging:
             write_json(
                 staging / CONFIG,

@@ -34,9 +34,7 @@ def read_live(model: Any) -> tuple[RawCheckpoint, nn.Module | str | None]:
     """
     import peft
 
-    if model.base_model is not model.get_base_model() and any(
-        getattr(layer, "merged_adapters", None) for layer in model.modules()
-    ):
+    if any(getattr(layer, "merged_adapters", None) for layer in model.modules()):
         raise CheckpointError(
             "the module is merged into the model, so the model without it cannot be had",
             where="the live PeftModel",

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.agreement import EXACT, TAUGHT, Agreement, Draws, Interval, by_group, drawn, less
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Kind, Targets, answers_to, log_probabilities
+from peft_graft.distill.targets import Kind, Targets, answers_to, log_probabilities, varying
 from peft_graft.models.loading import ModelHandle
 
 #: Divergences below, in nats, leave no room for decisions that differ on other text.
@@ -47,7 +47,7 @@ def compare(
 
 
 def _of_numbers(given: Tensor, targets: Tensor, draws: Draws | None) -> Agreement:
-    varies = targets.double().var(0, correction=0) > _IDLE * targets.double().square().mean(0)
+    varies = varying(targets)
     errors = (given - targets).double().square()
     if not bool(varies.any()):
         same = _UNCHANGING.format("number", "its numbers")

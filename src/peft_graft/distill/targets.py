@@ -96,11 +96,16 @@ def cross_entropy(given: Tensor, wanted: Tensor) -> Tensor:
     return -(wanted * given).flatten(1).sum(-1).mean()
 
 
+def varying(numbers: Tensor) -> Tensor:
+    """bool [outputs]: which of numbers [n, outputs] are not always the same."""
+    numbers = numbers.double()
+    return numbers.var(0, correction=0) > _CONSTANT * numbers.square().mean(0)
+
+
 def variance_of(numbers: Tensor) -> Tensor:
     """[outputs] of numbers [n, outputs], 1 of an output that is always the same: what squared errors are divided by."""
     found = numbers.double().var(0, correction=0)
-    varies = found > _CONSTANT * numbers.double().square().mean(0)
-    return torch.where(varies, found, torch.ones_like(found)).float()
+    return torch.where(varying(numbers), found, torch.ones_like(found)).float()
 
 
 def squared_error(given: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peft_graft._transfer import transfer, written
+from peft_graft._transfer import moved, transfer
 from peft_graft.checkpoints.formats.base import write_checkpoint
 from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.checkpoints.student_names import written_names
@@ -31,7 +31,7 @@ from peft_graft.models.loading import blank_handle, load_config
 from peft_graft.move import Move
 from peft_graft.outputs import written_aside
 from peft_graft.planning.sources import ModuleSource
-from peft_graft.run import UNFINISHED, Callback, Run
+from peft_graft.run import Callback, Run
 from peft_graft.study.cell import load_plugins, unlabelled_text
 from peft_graft.study.cells import FreshPolishCell, FreshPolishConfig, GraftCell, TeacherCell, TransferConfig
 from peft_graft.study.folder import StudyFolder
@@ -129,9 +129,8 @@ class PromptControlCell(GraftCell):
             seeds=None,
             alignment=None,
             config=option,
-        ).moving(ModuleSource.of(_weights(self, folder), option))
-        run = Run(callbacks, Path(f"{out}{UNFINISHED}"))
-        written(move.carried_out(move.sources.loaded(tokenizers=True), run), out, run)
+        )
+        moved(move.moving(ModuleSource.of(_weights(self, folder), option)), out, callbacks)
 
 
 def _weights(cell: ControlCell | PromptControlCell, folder: StudyFolder) -> Path:
