@@ -126,7 +126,7 @@ def evaluate(
     config: EvaluateConfig | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] | None = None,
 ) -> Evaluation:
-    """Score a graft on labelled text, beside the teacher: what a language model answers, classes or numbers.
+    """Score a graft on labelled text, beside the teacher: what it answers, its classes or its numbers.
 
     Args:
         graft: folder or hub id of a graft, or one in memory; or a plain module, which is scored on its base.
@@ -135,7 +135,7 @@ def evaluate(
         metrics: of language models names of ``metrics.METRICS`` and ``nll``, ``exact`` by default; of classifiers names
             of ``labelled.scores.CLASS_METRICS``, by default entity F1 of tags that mark entities and accuracy of
             others, accuracy and macro F1 of classes, micro and macro F1 of labels that hold or not; Pearson's
-            correlation and the root mean square error of numbers.
+            correlation and the root mean square error of numbers; exact match and F1 of the words of answers.
         teacher: the teacher's model, if it is not where the graft's report says. A teacher that cannot be reached is
             left out, unless it, or its ``module``, is given here.
         student: the model that the graft or module is on, if it is not where its files say.
@@ -236,7 +236,7 @@ def _classified(
     raw = sides[0].raw
     asked = LabelledText.of(text, raw.task, kind_of_labels(raw), sides[0].labels, metrics, config)
     classifying = Classifying(asked, config, run)
-    common = [] if asked.kind == "numbers" else [asked.commonest(config.seed)]
+    common = [] if asked.kind in ("numbers", "spans") else [asked.commonest(config.seed)]
     rows = _in_order([*common, *map(classifying.row, sides)])
     found = {"text": asked.name, "prompts": len(asked.examples), "too_long": 0, "duplicates": 0}
     return rows, found | {"answers": asked.said(rows)}, [*asked.remarks]
@@ -353,21 +353,22 @@ def _loading(config: EvaluateConfig, revision: str | None = None) -> Loading:
 
 
 def _check_scored(raw: RawCheckpoint, name: str) -> None:
-    """Refuse what neither generates text nor gives classes, or one number.
+    """Refuse what neither generates text nor gives classes, answers in a text, or one number.
 
     Raises:
         CheckpointError: it does not.
     """
-    classifies = raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
+    classifies = raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
     numbers = raw.gives_numbers and (raw.num_labels != 1 or raw.task is Task.TOKEN_CLASSIFICATION)
     if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not numbers):
         return
     several = "several " if raw.num_labels != 1 else ""
     without = "without a head" if classifies and not raw.head else f"that gives {several}numbers" if classifies else ""
     raise CheckpointError(
-        f"evaluate scores generated text, classes and numbers, and this is a {raw.task} module {without}".rstrip(),
+        f"evaluate scores generated text, classes, numbers and answers in a text, and this is a {raw.task} module "
+        f"{without}".rstrip(),
         where=name,
-        expected="a language model, or a classifier or a regressor with its head",
+        expected="a language model, or a classifier, a regressor or an answerer of questions with its head",
         fix="load it with its library and score it there, or compare it with `peft-graft study` (docs/studies.md)",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from peft_graft.alignment.aligner import Aligner, AlignmentText, check_tokenizers
 from peft_graft.alignment.distinct import Parts, form_of
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 #: Answers that the report shows.
 _SAMPLES = 20
+#: What a text is to a module: samples of what it was trained on; what a language model says; questions, each with the
+#: text that its answer is in.
+Form = Literal["samples", "documents", "questions"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class TextMaterial:
     """Unlabelled text: its first samples in parts, and all that follow.
 
     ``asked``: whether the teacher is asked about it; where it is not ``remarks`` give the reason. ``of_states``: why a
-    language model's last hidden states are compared and not what it says, where that is so.
+    language model's last hidden states are compared and not what it says, where that is so. ``form``: what the text is.
     """
 
     source: TextSource | None
@@ -61,6 +64,7 @@ class TextMaterial:
     asked: bool
     remarks: Sequence[str]
     of_states: str | None = None
+    form: Form = "samples"
 
     speaks: ClassVar[bool] = False
 
@@ -73,11 +77,11 @@ class TextMaterial:
         Raises:
             PlanError: see ``check_documents``.
         """
-        documents = _are_documents(raw)
-        parts, samples = _read(source, documents=documents)
+        form = _form_of(raw)
+        parts, samples = _read(source, form)
         asked, remarks = can_ask(config, raw, parts)
-        found = TextMaterial(source, parts, samples, asked, remarks)
-        if not (documents and asked):
+        found = TextMaterial(source, parts, samples, asked, remarks, form=form)
+        if not (form == "documents" and asked):
             return found
         try:
             asking = DocumentAsking.of(config, sources, shapes, raw)
@@ -85,12 +89,12 @@ class TextMaterial:
         except (ModelError, PairingError) as error:
             return found.by_states(error)
         check_documents(config)
-        return DocumentMaterial(source, parts, samples, asked, remarks, asking=asking)
+        return DocumentMaterial(source, parts, samples, asked, remarks, form=form, asking=asking)
 
     def by_states(self, error: GraftError) -> TextMaterial:
         """The same of a language model whose last hidden states are compared, and why."""
         why = f"the last hidden states are compared, and not what the models say next: {error}"
-        return TextMaterial(self.source, self.parts, self.rest, self.asked, [*self.remarks, why], why)
+        return TextMaterial(self.source, self.parts, self.rest, self.asked, [*self.remarks, why], why, self.form)
 
     def of_models(self, models: ModelPair) -> TextMaterial:
         """The same for these loaded models."""
@@ -127,18 +131,17 @@ class TextMaterial:
             return None
         held = self.parts.held_out if self.asked else []
         first = self.parts.learning if self.asked else self.samples
-        key = json.dumps([self.source.key, "each once", len(held)]) if self.source.key else None
+        key = [self.source.key, "each once", len(held), *(["questions"] if self.form == "questions" else [])]
         known = {form_of(sample.texts) for sample in held}
         rest = (sample for sample in self.rest if not known or form_of(sample.texts) not in known)
         count = len(first) if self.parts.given < POOL else None  # else there may be more than was read
-        return AlignmentText(chain(first, rest), self.source.name, key, count)
+        return AlignmentText(chain(first, rest), self.source.name, json.dumps(key) if self.source.key else None, count)
 
     def on_ray(self, plan: Plan) -> RayPass | None:
         """The pass over it to align the models on, where it is run on Ray."""
         if plan.config.ray is None or self.source is None:
             return None
-        documents = _are_documents(plan.module.raw)
-        samples = partial(_to_align_anew, self.source, documents=documents, asked=self.asked)
+        samples = partial(_to_align_anew, self.source, self.form, asked=self.asked)
         return RayPass.of(plan.models, samples, plan.config)
 
     def check_length(self, tokenizer: PreTrainedTokenizerBase, needed: int) -> None:
@@ -202,19 +205,23 @@ class TextMaterial:
         return verdict, {"classes": classes, "decisions": texts}
 
 
-def _are_documents(raw: RawCheckpoint) -> bool:
-    return raw.task is Task.CAUSAL_LM and not raw.head
+def _form_of(raw: RawCheckpoint) -> Form:
+    """What the text is to a module."""
+    if raw.task is Task.CAUSAL_LM and not raw.head:
+        return "documents"
+    return "questions" if raw.task is Task.QUESTION_ANSWERING and raw.head else "samples"
 
 
-def _read(source: TextSource | None, *, documents: bool) -> tuple[Parts[Sample], Iterator[Sample]]:
+def _read(source: TextSource | None, form: Form) -> tuple[Parts[Sample], Iterator[Sample]]:
     """The first samples in parts, and those that follow."""
     samples = source.samples() if source else iter(())
-    return sample_parts(samples, *([MOST_DOCUMENTS] if documents else [])), samples
+    most = [MOST_DOCUMENTS] if form == "documents" else []
+    return sample_parts(samples, *most, questions=form == "questions"), samples
 
 
-def _to_align_anew(source: TextSource, *, documents: bool, asked: bool) -> Iterator[Sample]:
+def _to_align_anew(source: TextSource, form: Form, *, asked: bool) -> Iterator[Sample]:
     """What ``TextMaterial.to_align`` gives, for a process that reads the text for itself."""
-    text = TextMaterial(source, *_read(source, documents=documents), asked, ()).to_align()
+    text = TextMaterial(source, *_read(source, form), asked, (), form=form).to_align()
     return text.samples if text else iter(())
 
 

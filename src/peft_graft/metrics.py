@@ -230,7 +230,7 @@ def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     """Mean F1 over the words of an answer and a reference, as SQuAD counts: without case, punctuation and articles."""
 
     def one(answer: str, reference: str) -> float:
-        own, other = (Counter(_ARTICLES.sub(" ", _plain(text)).split()) for text in (answer, reference))
+        own, other = (Counter(words_of(text)) for text in (answer, reference))
         return f1((own & other).total(), own.total(), other.total()) if own or other else 1.0
 
     return [(max(one(answer, text) for text in given),) for answer, given in zip(answers, references, strict=True)]
@@ -280,6 +280,11 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tu
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """What SQuAD compares of an answer: its words without case, punctuation and articles."""
+    return _ARTICLES.sub(" ", _plain(text)).split()
 
 
 def f1(right: float, given: float, wanted: float) -> float:

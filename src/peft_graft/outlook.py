@@ -31,7 +31,7 @@ from peft_graft.distill.teacher import FIT, POOL
 from peft_graft.errors import GraftError
 from peft_graft.material import DocumentMaterial, PromptMaterial, TextMaterial
 from peft_graft.models.loading import ModelHandle
-from peft_graft.models.tasks import Task
+from peft_graft.models.spaces import TOKENS_OUT
 from peft_graft.move import Move
 from peft_graft.planning.method_choice import same_sizes
 from peft_graft.planning.plan import Plan
@@ -308,7 +308,7 @@ def _cost_of_fits(plan: Plan, material: TextMaterial, length: float, polished: i
     if head is not None and fitted:
         rows = min(learned, FIT)
         read += rows
-        answers = rows * (length if head.task is Task.TOKEN_CLASSIFICATION else 1)
+        answers = rows * (length if head.reads == TOKENS_OUT else 1)
         width = plan.models.student.architecture.hidden_size
         # Every penalty on a part of the answers and the best on all, with a product for the loss and one for its slope.
         fit = 2 * (len(PENALTIES) + 1) * STEPS * answers * width * head.num_labels

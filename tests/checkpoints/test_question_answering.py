@@ -57,7 +57,9 @@ def test_a_decoders_head_arrives_where_its_class_calls_the_base_otherwise(head: 
     assert torch.allclose(loaded(base, tmp_path / "graft"), expected) == (head == "carry")
 
 
-def test_it_is_neither_fitted_nor_judged(bert: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
+def test_by_text_without_questions_it_is_neither_fitted_nor_judged(
+    bert: tuple[Path, Path, torch.Tensor], tmp_path: Path
+) -> None:
     _, module, _ = bert
     text = tmp_path / "text.txt"
     text.write_text("\n".join(tiny.sentences(200)))
@@ -66,9 +68,9 @@ def test_it_is_neither_fitted_nor_judged(bert: tuple[Path, Path, torch.Tensor], 
     assert graft.checkpoint.head is not None
     assert graft.report.verdict.level == "not measured"
     assert (
-        "neither fitted nor judged: the head gives the ends of an answer, for which agreement is not known; score the "
-        "graft by examples of your own"
+        "neither fitted nor judged: the head marks answers to questions, and the text has none; give columns of "
+        "questions and of the texts that answer them, with --columns question,context"
     ) in graft.report.verdict.text
     for options in ({"polish": 5}, {"head": "fit", "polish": "auto"}):
         refused = tiny.inspect(module, student, text=text, **options).student.problem
-        assert "the head gives the ends of an answer, which is not learned from the teacher's predictions" in refused
+        assert "the head marks answers to questions, and the text has none" in refused

@@ -117,6 +117,8 @@ class AttachedModel:
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
         """Logits (None without a head, and of language models) and last hidden state [batch, length, d] of a batch.
 
+        Where answers are marked the logits are [batch, length, 2]: of their first and of their last token.
+
         Args:
             module: whether the module is switched on.
         """
@@ -131,6 +133,8 @@ class AttachedModel:
                 model = self._tuned  # for most tasks peft passes on what texts are read by, also where there is none
             output = model(**inputs, output_hidden_states=True)
         state, logits = last_state(output), output.get("logits")
+        if "start_logits" in output:
+            logits = torch.stack([output.start_logits, output.end_logits], -1)
         before = self.virtual_tokens if module else 0
         return logits[:, before:] if before and logits is not None and logits.ndim == 3 else logits, state[:, before:]
 

@@ -44,13 +44,15 @@ class Agreement(Record):
 
     Attributes:
         agreement: for classes Cohen's kappa of the student's and the teacher's decisions (1: always the same; 0: no
-            better than chance), for labels that hold or not of all their decisions. For numbers 1 - squared error /
+            better than chance), for labels that hold or not of all their decisions, for answers that are marked in a
+            text of their first and last tokens. For numbers 1 - squared error /
             variance of the teacher's (R squared; 0: no better than their mean), the mean over outputs that vary. For
             modules without a head the share of the teacher's mapped shift of the last hidden state that the student's
             shift reproduces, 1 - squared error / squared shift.
             None where it is not defined; then ``undefined`` says why, and what to give.
         divergence: for classes the mean Kullback-Leibler divergence of the student's from the teacher's
-            distribution, nats, of labels summed over them. For numbers, and without a head, 1 - agreement.
+            distribution, nats, of labels, and of the ends of answers, summed over them. For numbers, and without a
+            head, 1 - agreement.
             For language models the mean divergence at strict positions, over tokens that both models know, and as
             agreement 1 - divergence / the bare student's.
         answers: words, samples, tokens or positions compared.

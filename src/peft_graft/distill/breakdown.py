@@ -6,16 +6,19 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from peft_graft.alignment.activations import MAX_LENGTH, tokenize
+from peft_graft.alignment.activations import tokenize
+from peft_graft.alignment.tokens import Span
 from peft_graft.distill.agreement import WORD, same_text, word_f1
+from peft_graft.distill.answer_spans import Answered
 from peft_graft.distill.candidates import Candidate
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.targets import Targets, answers_to, log_probabilities
-from peft_graft.distill.teacher import TextDistillation
+from peft_graft.distill.teacher import TextDistillation, tokens_read
 from peft_graft.prompts.conversation import Prompt
 from peft_graft.record import Record
 
@@ -54,7 +57,7 @@ class ClassCounts(Record):
 
 
 class Decision(Record):
-    """The class that each gives to a word; ``word`` is None where the whole text has one class.
+    """The class that each gives to a word; ``word`` is None where the whole text has one class, or one answer.
 
     ``bare``: by the graft's head with the module switched off, None for modules that cannot be.
     """
@@ -89,8 +92,8 @@ class PromptKind(Record):
 
 
 def decided(candidate: Candidate, labels: Sequence[str]) -> tuple[ClassCounts | None, list[DecidedText]]:
-    """How the attached model decides the text that judges: counts, None for labels of which several may hold, and some
-    of the text; nothing of what gives no classes.
+    """How the attached model decides the text that judges: counts, None for labels of which several may hold and for
+    answers to questions, and some of the text; nothing of what gives no classes.
 
     Args:
         labels: names of the classes.
@@ -101,7 +104,7 @@ def decided(candidate: Candidate, labels: Sequence[str]) -> tuple[ClassCounts | 
     student, judging = distillation.models.student, distillation.judging
     given = _by_row(answers_to(attached, student, judging, range(len(judging))), judging)
     texts = _shown(candidate, distillation, given, labels)
-    if judging.kind == "labels":
+    if judging.kind in ("labels", "spans"):
         return None, texts
     chosen, wanted = (torch.cat([side[row].argmax(-1) for row in given]) for side in (given, judging.values))
     counts = Counter(zip(wanted.tolist(), chosen.tolist(), strict=True))
@@ -116,6 +119,8 @@ def _by_row(answers: Iterator[tuple[list[int], Tensor]], targets: Targets) -> di
         for rows, values in answers
         for row, part in zip(rows, torch.split(values, [len(targets.values[row]) for row in rows]), strict=True)
     }
+    if targets.kind == "spans":  # in batches they are as long as the longest
+        found = {row: part[..., : targets.values[row].shape[-1]] for row, part in found.items()}
     return dict(sorted(found.items()))
 
 
@@ -136,16 +141,17 @@ def _shown(
     ]
     rows = first + sorted(differ, key=lambda row: -divergence[row])[:_DIFFERING]
     bare = _without_module(candidate, rows)
-    _, spans = tokenize(distillation.models.student, [samples[row] for row in rows], MAX_LENGTH)
+    _, spans = tokenize(distillation.models.student, [samples[row] for row in rows], tokens_read(judging.kind))
     found = []
     for row, tokens in zip(rows, spans, strict=True):
         words: list[str | None] = [None] * len(given[row])
         if judging.kind == "words":
             words = [_word_at(samples[row].texts, tokens[start]) for start, _ in judging.spans[row]]
-        names = [
-            None if side is None else [_name_of(decision, labels) for decision in side[row].argmax(-1).tolist()]
-            for side in (judging.values, given, bare)
-        ]
+        if judging.kind == "spans":
+            named = partial(_answers, texts=samples[row].texts, tokens=tokens)
+        else:
+            named = partial(_classes, labels=labels)
+        names = [None if side is None else named(side[row]) for side in (judging.values, given, bare)]
         nobody: list[str | None] = [None] * len(words)
         said = zip(words, *(names_of or nobody for names_of in names), strict=True)
         found.append(
@@ -157,6 +163,17 @@ def _shown(
             )
         )
     return found
+
+
+def _answers(values: Tensor, texts: Sequence[str], tokens: Sequence[Span | None]) -> list[str]:
+    """What log-probabilities [1, 2, length] mark as the answer, in quotes; or that nothing is."""
+    found = Answered.of(values[0], texts, tokens, may_be_none=True).text
+    return [f"“{found}”" if found else "no answer"]
+
+
+def _classes(values: Tensor, labels: Sequence[str]) -> list[str]:
+    """The classes that log-probabilities [answers, ...] decide for, by name."""
+    return [_name_of(decision, labels) for decision in values.argmax(-1).tolist()]
 
 
 def _name_of(decision: int | list[int], labels: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student, resolve
 from peft_graft.distill.agreement import Agreement
 from peft_graft.distill.distillation import Distillation
-from peft_graft.distill.fit_head import features, fit_head
+from peft_graft.distill.fit_head import features, fit_head, samples_to_fit
 from peft_graft.distill.fit_layers import STAGE as FITTING_LAYERS
 from peft_graft.distill.fit_layers import fit_modules
 from peft_graft.distill.teacher import FIT, TextDistillation
@@ -135,7 +135,8 @@ class Candidate:
         assert checkpoint.head is not None
         student = distillation.models.student
         # Without pairs the other way round: a penalty chosen on them would be chosen on what it was fitted to.
-        known = distillation.train.part(0, min(FIT, distillation.own))
+        own = distillation.train.part(0, min(FIT, distillation.own))
+        known = own.part(0, samples_to_fit(own, student.architecture.hidden_size))
         read, wanted = features(attached, student, known, checkpoint.head.reads)
         head, report = fit_head(checkpoint.head, read, wanted)
         return replace(checkpoint, head=head), report

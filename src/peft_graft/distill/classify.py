@@ -1,4 +1,4 @@
-"""Classifiers and regressors side by side: the same labelled text put to each, and what they say of it scored."""
+"""Classifiers, regressors and answerers side by side: the same labelled text put to each, and what they say scored."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import Span
 from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.config import EvaluateConfig
+from peft_graft.distill.answer_spans import Answered
 from peft_graft.distill.ask_prompts import longest_text
 from peft_graft.distill.generate import Answer
 from peft_graft.distill.sides import COMMONEST, EvaluatedModel, EvaluatedPrompt, Row, Score, Side, score_of
@@ -29,6 +30,9 @@ from peft_graft.run import Run
 
 #: What a word is that belongs to no entity, and one that the model does not come to.
 _OUTSIDE = "O"
+_NO_ANSWER = "(no answer)"
+#: What ``--columns`` may be of words, and of questions.
+_COLUMNS: dict[LabelKind, str] = {"words": "tokens,ner_tags", "spans": "question,context,answers"}
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,12 @@ class LabelledText:
         chosen = _chosen(metrics, kind, names)
         where = str(text) if isinstance(text, str | Path) else "given in memory"
         *columns, label = config.columns or (None,)
-        if len(columns) > (1 if kind == "words" else 2) or (label and not columns):
+        most, least = 1 if kind == "words" else 2, 2 if kind == "spans" else 1
+        if len(columns) > most or (label and len(columns) < least):
             raise PlanError(
                 "these columns are not those of a text and its label",
                 where="--columns",
-                expected="tokens,ner_tags" if kind == "words" else "text,label or premise,hypothesis,label",
+                expected=_COLUMNS.get(kind, "text,label or premise,hypothesis,label"),
                 found=",".join(config.columns or ()),
             )
         found = read_examples(
@@ -83,10 +88,11 @@ class LabelledText:
             raise TextError("there are no labelled examples", where=where)
         random.Random(config.seed).shuffle(found)
         found = found[: config.limit]
-        foreign = {} if kind == "numbers" else _foreign_labels(found, names, where)
+        foreign = {} if kind in ("numbers", "spans") else _foreign_labels(found, names, where)
         names = [*names, *foreign]
         for name in chosen:  # a library that is missing is said now
-            CLASS_METRICS[name].counts([found[0].labels], [found[0].labels], names)
+            known = found[0].labels
+            CLASS_METRICS[name].counts([known[:1] or ("",) if kind == "spans" else known], [known], names)
         return LabelledText(where, found, kind, names, chosen, _remarks(foreign, where))
 
     @property
@@ -108,7 +114,9 @@ class LabelledText:
         }
 
     def shown(self, example: LabelledExample, labels: Labels) -> str:
-        """Labels of an example as people read them: the words that have a tag, or the classes."""
+        """Labels of an example as people read them: the words that have a tag, or the classes; or an answer."""
+        if self.kind == "spans":
+            return labels[0] or _NO_ANSWER
         if not isinstance(example, TaggedSentence):
             return ", ".join(f"{label:.4g}" if isinstance(label, float) else str(label) for label in labels)
         return (
@@ -121,11 +129,16 @@ class LabelledText:
         return [
             EvaluatedPrompt(
                 prompt=" / ".join(example.texts),
-                references=[self.shown(example, example.labels)],
+                references=self._references(example),
                 answers={row.record.name: row.answers[number].text for row in rows if row.answers},
             )
             for number, example in enumerate(self.examples)
         ]
+
+    def _references(self, example: LabelledExample) -> list[str]:
+        if self.kind == "spans":
+            return [str(answer) for answer in example.labels] or [_NO_ANSWER]
+        return [self.shown(example, example.labels)]
 
     def commonest(self, seed: int) -> Row:
         """The row of what always gives the commonest label."""
@@ -140,6 +153,8 @@ def kind_of_labels(raw: RawCheckpoint) -> LabelKind:
     """What the module gives to a word or a text."""
     if raw.task is Task.TOKEN_CLASSIFICATION:
         return "words"
+    if raw.task is Task.QUESTION_ANSWERING:
+        return "spans"
     if raw.gives_numbers:
         return "numbers"
     return "labels" if raw.problem_type is ProblemType.MULTI_LABEL else "samples"
@@ -195,21 +210,28 @@ class Classifying:
             attached = side.attached(handle, bf16=self.config.dtype == "bfloat16")
         stage, examples = f"asking the {side.whole}", self.asked.examples
         with self.run.stage(stage):
-            targets, places, cut = self._targets(handle)
+            targets, places, spans, cut = self._targets(handle)
             predicted: list[Labels] = [()] * len(examples)
             done = 0
             for rows, logits in answers_to(attached, handle, targets, range(len(examples))):
                 parts = torch.split(logits, [len(targets.values[row]) for row in rows])
                 for row, part in zip(rows, parts, strict=True):
-                    predicted[row] = self._labels(part, places[row])
+                    predicted[row] = (
+                        self._answer(part[0], examples[row].texts, spans[row])
+                        if self.asked.kind == "spans"
+                        else self._labels(part, places[row])
+                    )
                 done += len(rows)
                 self.run.progress(stage, done, len(examples))
         shown = [self.asked.shown(*each) for each in zip(examples, predicted, strict=True)]
         answers = [Answer(text, ended=not early) for text, early in zip(shown, cut, strict=True)]
         return Row(side.record(side.whole, self.asked.scored(predicted, self.config.seed), answers), answers)
 
-    def _targets(self, handle: ModelHandle) -> tuple[Targets, list[list[int | None]], list[bool]]:
-        """What the model reads, with no answers; where every word begins; and whether a text goes on beyond."""
+    def _targets(
+        self, handle: ModelHandle
+    ) -> tuple[Targets, list[list[int | None]], list[list[Span | None]], list[bool]]:
+        """What the model reads, with no answers; where every word begins; the characters of its tokens; and whether a
+        text goes on beyond."""
         samples, words = self.asked.samples, self.asked.kind == "words"
         inputs, spans = tokenize(handle, samples, longest_text(handle))
         places: list[list[int | None]] = [
@@ -220,7 +242,12 @@ class Classifying:
         nothing = [torch.empty(len(own), 0) for own in asked]
         cut = [_goes_on(sample.texts, own) for sample, own in zip(samples, spans, strict=True)]
         kind = "samples" if self.asked.kind == "numbers" else self.asked.kind  # the whole text either way
-        return Targets(kind, inputs, asked if words else [[]] * len(asked), nothing), places, cut
+        return Targets(kind, inputs, asked if words else [[]] * len(asked), nothing), places, spans, cut
+
+    def _answer(self, logits: torch.Tensor, texts: Sequence[str], spans: Sequence[Span | None]) -> Labels:
+        """The answer to a question by the logits [2, length] of its tokens; none, where some examples have none."""
+        may_be_none = any(not example.labels for example in self.asked.examples)
+        return [Answered.of(logits, texts, spans, may_be_none=may_be_none).text]
 
     def _labels(self, logits: torch.Tensor, places: Sequence[int | None]) -> Labels:
         """The labels of an example by its logits [answers, classes]."""

@@ -9,6 +9,7 @@ layer), and uses no label.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from peft_graft.alignment.activations import pad
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.targets import (
+    NEVER,
     Kind,
     Targets,
     cross_entropy,
     kind_of,
     log_probabilities,
     pooled,
+    stacked,
     variance_of,
 )
 from peft_graft.distill.training import length_batches
@@ -37,12 +40,14 @@ from peft_graft.modules.head import ACTIVATIONS, Head
 PENALTIES = (1e-2, 1e-3, 1e-4)
 _OF_NUMBERS = (1.0, 1e-1)
 STEPS = 60
+#: Numbers of features that are held of samples whose every token is read: a quarter of a gigabyte.
+_HELD = 1 << 26
 Values = dict[str, Tensor]
 
 
 def features(attached: AttachedModel, student: ModelHandle, targets: Targets, reads: str) -> tuple[Tensor, Tensor]:
     """What the head reads at every answer, [n, d] float32, and the answers' targets, as ``Targets`` has them and in
-    their order.
+    their order. Of ``spans`` it is what stands at every token, [tokens of all samples, d].
 
     Raises:
         NotFiniteError: some of it is not finite.
@@ -52,7 +57,7 @@ def features(attached: AttachedModel, student: ModelHandle, targets: Targets, re
     held: list[Tensor] = []
     hook = _pooler(attached).register_forward_hook(lambda *call: held.append(call[2])) if reads == POOLED_OUT else None
     with torch.inference_mode():
-        for rows in length_batches(targets.lengths):
+        for rows in length_batches(lengths := targets.lengths):
             batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
             state = attached.forward(batch)[1]
             if reads == POOLED_OUT:
@@ -62,14 +67,25 @@ def features(attached: AttachedModel, student: ModelHandle, targets: Targets, re
             elif reads == LAST_OUT:
                 last = batch["attention_mask"].sum(1) - 1
                 found = state[torch.arange(len(state), device=state.device), last]
+            elif targets.kind == "spans":
+                found = state[batch["attention_mask"].bool()]
             else:
                 found = pooled(state, [targets.spans[row] for row in rows])
-            found, counts = found.float().cpu(), [len(targets.values[row]) for row in rows]
+            counts = [lengths[row] if targets.kind == "spans" else len(targets.values[row]) for row in rows]
+            found = found.float().cpu()
             check_finite(found, f"student {student.name}", (targets.text(row, student) for row in rows), counts)
             read |= dict(zip(rows, torch.split(found, counts), strict=True))
     if hook:
         hook.remove()
-    return torch.cat([read[row] for row in sorted(read)]).clone(), torch.cat(list(targets.values))
+    return torch.cat([read[row] for row in sorted(read)]).clone(), stacked(targets.values)
+
+
+def samples_to_fit(targets: Targets, width: int) -> int:
+    """How many samples a head is fitted to: all, but where every token of them is read, as many as are held at ease."""
+    if targets.kind != "spans":
+        return len(targets)
+    tokens = accumulate(targets.lengths)
+    return max(1, sum(before * width <= _HELD for before in tokens))
 
 
 def _pooler(attached: AttachedModel) -> torch.nn.Module:
@@ -81,12 +97,12 @@ def _pooler(attached: AttachedModel) -> torch.nn.Module:
 def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str, float]]:
     """The head that gives the targets best from what it reads: by mean cross entropy, numbers by squared error.
 
-    The weight penalty is the one that suits the last fifth of the rows best when fitted to the others; the head is then
-    fitted to all. An inner layer is held near where it starts. A layer without a bias, as decoders have it, stays so.
+    The weight penalty is the one that suits the last fifth of the answers best when fitted to the others; the head is
+    then fitted to all. An inner layer is held near where it starts. A layer without a bias, as decoders have it, stays
+    so.
 
     Args:
-        head: where to start (its inner layer) and its form. read [n, d], targets [n, classes] log-probabilities,
-            [n, labels, 2], or numbers [n, outputs] (``targets.Targets``).
+        head: where to start (its inner layer) and its form. read, targets: from ``features``.
 
     Returns:
         The head, and what to report: ``penalty``, and on the last fifth ``divergence`` (nats; of numbers the squared
@@ -97,15 +113,15 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
     mean = read.mean(0) if f"{first}.bias" in head.tensors else torch.zeros_like(read[0])
     deviation = (read - mean).square().mean(0).sqrt().clamp_min(1e-6)
     known = (read - mean) / deviation
-    cut = max(1, len(read) * 4 // 5)
-    goal = _Goal.of(head, targets)
-    entropy = goal.of_rows(cut).least
-    start = _start(head, goal.of_rows(0, cut).common, mean, deviation)
+    goal, cut = _Goal.of(head, targets), max(1, len(targets) * 4 // 5)
+    row = goal.rows_before(cut)
+    entropy = goal.of_answers(cut).least
+    start = _start(head, goal.of_answers(0, cut).common, mean, deviation)
     best, least, nearest = PENALTIES[0], float("inf"), start
     for penalty in (*_OF_NUMBERS, *PENALTIES) if goal.kind == "numbers" else PENALTIES:
-        at = _solve(head, known[:cut], goal.of_rows(0, cut), penalty, start, nearest)
-        found = float(goal.of_rows(cut).loss(_logits(at, known[cut:], head))) - entropy
-        if not found < least:  # lighter ones fit the other rows closer still, and these worse
+        at = _solve(head, known[:row], goal.of_answers(0, cut), penalty, start, nearest)
+        found = float(goal.of_answers(cut).loss(_logits(at, known[row:], head))) - entropy
+        if not found < least:  # lighter ones fit the other answers closer still, and these worse
             break
         best, least, nearest = penalty, found, at
     fitted = {k: v.double() for k, v in _solve(head, known, goal, best, start, nearest).items()}
@@ -123,23 +139,33 @@ def fit_head(head: Head, read: Tensor, targets: Tensor) -> tuple[Head, dict[str,
 
 @dataclass(frozen=True)
 class _Goal:
-    """What the head shall give: probabilities, or numbers, in standard deviations (``scale``)."""
+    """What the head shall give: probabilities, or numbers, in standard deviations (``scale``).
+
+    ``tokens``: of ``spans``, bool [n, length]: which tokens the samples have, whose features stand one below another.
+    """
 
     kind: Kind
     values: Tensor
     scale: Tensor | None = None
+    tokens: Tensor | None = None
 
     @classmethod
     def of(cls, head: Head, targets: Tensor) -> _Goal:
         kind = kind_of(head)
         if kind != "numbers":
-            return cls(kind, targets.exp())
+            tokens = targets[:, 0] > NEVER / 2 if kind == "spans" else None
+            return cls(kind, targets.exp(), tokens=tokens)
         scale = variance_of(targets).sqrt()
         return cls(kind, targets / scale, scale)
 
-    def of_rows(self, start: int, end: int | None = None) -> _Goal:
-        """Of the rows [start, end)."""
-        return replace(self, values=self.values[start:end])
+    def of_answers(self, start: int, end: int | None = None) -> _Goal:
+        """Of the answers [start, end)."""
+        tokens = None if self.tokens is None else self.tokens[start:end]
+        return replace(self, values=self.values[start:end], tokens=tokens)
+
+    def rows_before(self, answer: int) -> int:
+        """How many rows of features the answers before this one have."""
+        return answer if self.tokens is None else int(self.tokens[:answer].sum())
 
     @property
     def least(self) -> float:
@@ -149,6 +175,8 @@ class _Goal:
     @property
     def common(self) -> Tensor:
         """The logits that are best where all texts are given the same."""
+        if self.kind == "spans":
+            return torch.zeros(2)  # what all tokens have in common makes none of them likelier
         mean = self.values.mean(0)
         if self.kind == "numbers":
             return mean
@@ -156,17 +184,27 @@ class _Goal:
         return common[:, 1] - common[:, 0] if common.ndim == 2 else common
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Of logits [n, outputs]."""
+        """Of logits [rows, outputs]."""
         if self.kind == "numbers":
             return (logits - self.values).square().mean()
-        return cross_entropy(log_probabilities(logits, self.kind), self.values)
+        return cross_entropy(self._given(logits), self.values)
 
     def slope(self, logits: Tensor) -> Tensor:
         """The loss's derivative with respect to the logits."""
         if self.kind == "numbers":
             return 2 * (logits - self.values) / logits.numel()
-        error = (log_probabilities(logits, self.kind).exp() - self.values) / len(logits)
+        error = (self._given(logits).exp() - self.values) / len(self.values)
+        if self.tokens is not None:
+            return error.transpose(1, 2)[self.tokens]
         return error[..., 1] if error.ndim == 3 else error
+
+    def _given(self, logits: Tensor) -> Tensor:
+        """Log-probabilities, as the values are probabilities."""
+        if self.tokens is not None:
+            laid_out = logits.new_full((*self.tokens.shape, 2), NEVER)
+            laid_out[self.tokens] = logits
+            logits = laid_out.transpose(1, 2)
+        return log_probabilities(logits, self.kind)
 
 
 def _start(head: Head, common: Tensor, mean: Tensor, deviation: Tensor) -> Values:

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_graft.checkpoints.attached import AttachedModel
 from peft_graft.distill.agreement import EXACT, TAUGHT, Agreement, Draws, Interval, by_group, drawn, less
 from peft_graft.distill.finite import check_finite
-from peft_graft.distill.targets import Kind, Targets, answers_to, log_probabilities, varying
+from peft_graft.distill.targets import Kind, Targets, answers_to, log_probabilities, stacked, varying
 from peft_graft.models.loading import ModelHandle
 
 #: Divergences below, in nats, leave no room for decisions that differ on other text.
@@ -24,7 +24,7 @@ def compare(
     given: Tensor, targets: Tensor, kind: Kind, shift: Tensor | None = None, draws: Draws | None = None
 ) -> Agreement:
     """Agreement of answers [n, classes] logits with targets [n, classes] log-probabilities (``labels``:
-    [n, labels, 2]; ``numbers``: [n, outputs]; ``hidden``: [n, d_s]).
+    [n, labels, 2]; ``numbers``: [n, outputs]; ``spans``: both [n, 2, length]; ``hidden``: [n, d_s]).
 
     Args:
         shift: ``hidden`` only, [n, d_s]: by how much the targets differ from the bare student's states.
@@ -114,7 +114,7 @@ def _of_classes(given: Tensor, targets: Tensor, kind: Kind, draws: Draws | None)
     varied = (teacher.exp() * (teacher - common)).flatten(1).sum(-1).mean()
     exact = sums[1] == sums[0] and divergence <= EXACT and float(varied) > TAUGHT
     kappa = 1.0 if exact else _kappa(sums)
-    unchanging = ("labels", "they") if kind == "labels" else ("class", "its classes")
+    unchanging = _OF_KIND.get(kind, ("class", "its classes"))
     found = Agreement(
         agreement=kappa,
         divergence=divergence,
@@ -142,11 +142,13 @@ _UNCHANGING = (
     "the teacher gives the same {} to all of the held-out text, so agreement cannot be told from chance; give text on "
     "which {} differ"
 )
+_OF_KIND = {"labels": ("labels", "they"), "spans": ("answer", "its answers")}
 
 
 def _kappa(sums: Sequence[float]) -> float | None:
     """Cohen's kappa of counts: all, alike, divergence, and how often the teacher and the student gave each class; of
-    labels, how often each held and not. Agreement and its chance are means over the labels.
+    labels, how often each held and not, and of the ends of answers, how often each was at which token. Agreement and
+    its chance are means over the labels, or the ends.
 
     None where the teacher gave one class: it is 0 then, or not defined, whatever the student says.
     """
@@ -182,9 +184,9 @@ def measure(
     for rows, answers in answers_to(attached, student, held_out, range(len(held_out))):
         given.append(answers)
         order.extend(rows)
-    values = torch.cat([held_out.values[row] for row in order])
+    values = stacked(held_out.values[row] for row in order)
     shift = torch.cat([held_out.shift[row] for row in order]) if held_out.shift else None
     draws = None
     if groups is not None:
         draws = Draws([groups[row] for row in order for _ in range(len(held_out.values[row]))], seed)
-    return compare(torch.cat(given), values, held_out.kind, shift, draws)
+    return compare(stacked(given), values, held_out.kind, shift, draws)

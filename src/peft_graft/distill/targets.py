@@ -5,7 +5,7 @@ This is all that fitting, polishing and judging a graft know of the teacher: no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +23,14 @@ from peft_graft.modules.head import Head
 
 #: ``words``: class logits at the first token of every word; ``samples``: class logits of a whole sample; ``labels``: of
 #: a whole sample the logits of labels, each of which holds or not; ``numbers``: what a regressor or reward model gives
-#: a whole sample; ``hidden``: the last hidden state, for modules without a head of their own.
-Kind = Literal["words", "samples", "labels", "numbers", "hidden"]
+#: a whole sample; ``spans``: of a question and a text the logits of every token to be the first, and the last, of the
+#: answer; ``hidden``: the last hidden state, for modules without a head of their own.
+Kind = Literal["words", "samples", "labels", "numbers", "spans", "hidden"]
 #: Kinds of one answer to a sample.
-WHOLE: tuple[Kind, ...] = ("samples", "labels", "numbers")
+WHOLE: tuple[Kind, ...] = ("samples", "labels", "numbers", "spans")
 Encoded = dict[str, list[int]]
+#: The logit, and the log-probability, of a token that a sample does not have: nothing, and finite.
+NEVER = -1e4
 #: Numbers whose variance is a smaller share of their mean square are one number.
 _CONSTANT = 1e-9
 
@@ -41,8 +44,9 @@ class Targets:
         inputs: each sample as the student reads it. spans: its token ranges [start, end) that answers belong to, one
             for each answer; unused for ``WHOLE`` kinds.
         values: for each sample [answers, classes], log-probabilities, float32; for ``labels`` [1, labels, 2], that each
-            does not hold and that it does; for ``numbers`` [1, outputs], as they are; for ``hidden`` [answers, d_s],
-            what the student's last hidden state should be.
+            does not hold and that it does; for ``numbers`` [1, outputs], as they are; for ``spans`` [1, 2, length], of
+            the first and of the last token; for ``hidden`` [answers, d_s], what the student's last hidden state should
+            be.
         shift: ``hidden`` only: for each sample [answers, d_s], by how much that differs from the bare student's.
         variance: ``numbers`` only: [outputs], of the teacher's numbers.
     """
@@ -79,20 +83,24 @@ def kind_of(head: Head | None) -> Kind:
         return "hidden"
     if head.task == Task.TOKEN_CLASSIFICATION:
         return "words"
+    if head.task == Task.QUESTION_ANSWERING:
+        return "spans"
     if are_numbers(head.problem_type, head.num_labels):
         return "numbers"
     return "labels" if head.problem_type is ProblemType.MULTI_LABEL else "samples"
 
 
 def log_probabilities(logits: Tensor, kind: Kind) -> Tensor:
-    """[n, classes] logits -> the same of log-probabilities; for ``labels`` [n, labels, 2], as ``Targets`` has them."""
+    """Logits [n, classes], or [n, 2, length] -> the same of log-probabilities; for ``labels`` [n, labels, 2], as
+    ``Targets`` has them."""
     if kind == "labels":
         logits = torch.stack([torch.zeros_like(logits), logits], -1)
     return logits.log_softmax(-1)
 
 
 def cross_entropy(given: Tensor, wanted: Tensor) -> Tensor:
-    """The mean cross entropy of log-probabilities with probabilities, nats; that of an answer's labels is their sum."""
+    """The mean cross entropy of log-probabilities with probabilities, nats; that of an answer's labels, or of its first
+    and its last token, is their sum."""
     return -(wanted * given).flatten(1).sum(-1).mean()
 
 
@@ -113,6 +121,21 @@ def squared_error(given: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
     return ((given - wanted).square() / variance).mean()
 
 
+def stacked(parts: Iterable[Tensor]) -> Tensor:
+    """Answers [n, ...] one below another; [n, 2, length] of samples of several lengths are filled up to the longest."""
+    found = list(parts)
+    if found[0].ndim < 3:
+        return torch.cat(found)
+    longest = max(part.shape[-1] for part in found)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[-1]), value=NEVER) for part in found])
+
+
+def of_spans(logits: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Logits [n, length, 2] of padded samples -> [n, 2, length], ``NEVER`` beyond a sample's own tokens."""
+    known = torch.arange(logits.shape[1], device=logits.device) < torch.tensor(lengths, device=logits.device)[:, None]
+    return logits.float().masked_fill(~known[..., None], NEVER).transpose(1, 2)
+
+
 def pooled(values: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
     """[rows, length, d] -> [all spans, d], the mean over each row's spans in their order."""
     cells = [(row, column) for row, own in enumerate(spans) for start, end in own for column in range(start, end)]
@@ -127,7 +150,8 @@ def pooled(values: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor
 
 
 def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targets, rows: Sequence[int]) -> Tensor:
-    """The student's answers to some of the samples, [answers, classes] logits or [answers, d_s], with gradients.
+    """The student's answers to some of the samples, logits [answers, classes] or [answers, 2, length], or [answers,
+    d_s], with gradients.
 
     Args:
         attached: the student with its module. student: for its tokenizer.
@@ -136,7 +160,11 @@ def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targ
     logits, state = attached.forward(batch)
     if targets.kind in WHOLE:
         assert logits is not None
-        return logits
+        return (
+            of_spans(logits, [len(targets.inputs[row]["input_ids"]) for row in rows])
+            if targets.kind == "spans"
+            else logits
+        )
     values = state if targets.kind == "hidden" else logits
     assert values is not None
     return pooled(values, [targets.spans[row] for row in rows])
@@ -169,7 +197,7 @@ def distillation_loss(given: Tensor, targets: Targets, rows: Sequence[int]) -> T
     the squared error over their variance, for modules without a head the squared error of the last hidden state against
     the teacher's mapped one, over the shift's.
     """
-    wanted = torch.cat([targets.values[row] for row in rows]).to(given.device)
+    wanted = stacked(targets.values[row] for row in rows).to(given.device)
     if targets.kind == "hidden":
         shift = torch.cat([targets.shift[row] for row in rows]).to(given.device)
         return (given - wanted).square().sum() / shift.square().sum().clamp_min(1e-12)

@@ -20,6 +20,7 @@ from peft_graft.checkpoints.raw import RawCheckpoint
 from peft_graft.checkpoints.resolve import PeftCheckpoint
 from peft_graft.config import GraftConfig
 from peft_graft.distill.agreement import WORD, Agreement
+from peft_graft.distill.answer_spans import LONGEST, PASSAGE, moved_to, token_places
 from peft_graft.distill.distillation import ASKING, READ, Distillation
 from peft_graft.distill.finite import check_finite
 from peft_graft.distill.predictions import measure
@@ -32,13 +33,14 @@ from peft_graft.distill.targets import (
     kind_of,
     log_probabilities,
     loss_weight,
+    of_spans,
     pooled,
     student_answers,
     variance_of,
 )
 from peft_graft.distill.training import length_batches
 from peft_graft.environment import version_of
-from peft_graft.errors import HeadError, PairingError, TextError, not_installed
+from peft_graft.errors import GraftError, HeadError, PairingError, TextError, not_installed
 from peft_graft.models.loading import ModelHandle, ModelPair
 from peft_graft.models.spaces import TOKENS_OUT, Space
 from peft_graft.models.tasks import Task
@@ -101,7 +103,7 @@ class TextDistillation(Distillation):
     def read(self, attached: AttachedModel) -> int:
         """See ``Distillation``."""
         model = self.models.teacher if attached is self.teacher else self.models.student
-        inputs, _ = tokenize(model, self.judging_samples[:READ], MAX_LENGTH)
+        inputs, _ = tokenize(model, self.judging_samples[:READ], tokens_read(self.judging.kind))
         with torch.inference_mode():
             float(attached.forward(pad(model, inputs, attached.device))[1].sum())  # to the CPU, and so to the end
         return len(inputs)
@@ -112,12 +114,20 @@ class TextDistillation(Distillation):
         return found.model_copy(update={"carried": self.carried})
 
 
-def sample_parts(samples: Iterable[Sample], most: int = HELD_OUT) -> Parts[Sample]:
-    """The first ``POOL`` samples, each once, in parts: at most ``most`` to judge and to choose, the rest to learn."""
+def sample_parts(samples: Iterable[Sample], most: int = HELD_OUT, *, questions: bool = False) -> Parts[Sample]:
+    """The first ``POOL`` samples, each once, in parts: at most ``most`` to judge and to choose, the rest to learn.
+
+    Args:
+        questions: whether the first text of a pair is a question, which may be put to many texts; then only these tell
+            whether samples are alike.
+    """
     pool = list(islice(samples, POOL))
     once = each_once(pool, lambda sample: sample.texts)
-    parts = split(once, lambda sample: [text[:_READ_SIGNS] for text in sample.texts], least=LEAST_SAMPLES, most=most)
-    return replace(parts, given=len(pool))
+
+    def texts(sample: Sample) -> list[str]:
+        return [text[:_READ_SIGNS] for text in (sample.texts[PASSAGE:] if questions else sample.texts) or sample.texts]
+
+    return replace(split(once, texts, least=LEAST_SAMPLES, most=most), given=len(pool))
 
 
 def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
@@ -135,7 +145,7 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
     Args:
         checkpoint: the teacher's module and, where it shall be carried, its head.
         parts: the text. Of what is for learning the first ``train`` samples are learned from; sentence pairs, where
-            there are fewer, the other way round too.
+            there are fewer, the other way round too, unless one is a question.
         shift_map: the map of the last hidden state from teacher to student, needed for modules without a head.
         config: its ``dtype``, ``gradient_checkpointing`` and ``seed`` count; ``GraftConfig()`` by default.
 
@@ -146,13 +156,14 @@ def ask_teacher(  # what is asked of whom, and how much of it; the rest is how
     bf16 = config.dtype == "bfloat16"
     held = len(parts.held_out)
     chosen = parts.held_out + parts.learning[:train]
-    lacking, own = held + train - len(chosen), len(chosen) - held
+    kind = kind_of(checkpoint.head)
+    lacking, own = (0 if kind == "spans" else held + train - len(chosen)), len(chosen) - held
     chosen += [Sample(pair.second, pair.first) for pair in chosen[held:] if pair.second is not None][:lacking]
     labels = checkpoint.head.labels if checkpoint.head else ()
     judging = len(parts.judging)
     with run.stage(ASKING):
         teacher = attach(checkpoint.raw, models.teacher, labels, bf16=bf16)
-        asked = _Asked(models, teacher, chosen, kind_of(checkpoint.head), shift_map)
+        asked = _Asked(models, teacher, chosen, kind, shift_map)
         found, carried = asked.targets(run, judging)
     if not any(map(len, found.values[judging:held])):
         raise PairingError(
@@ -186,28 +197,21 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
 
     Raises:
         DependencyError: what the config says needs the teacher's answers, and its module's library is not installed.
-        HeadError: it needs them, and the module's head marks answers in a text, or gives numbers for words.
-        TextError: it needs them, and there is too little text.
+        HeadError: it needs them, and the module's head gives numbers for words.
+        TextError: it needs them, and there is too little text, or none with questions where these are answered.
     """
     needed, library = asks_teacher(config), raw.library
     if not parts.given:
         return False, []
-    marks = raw.task is Task.QUESTION_ANSWERING
-    of_words = raw.task is Task.TOKEN_CLASSIFICATION and raw.gives_numbers
-    if raw.head and (marks or of_words) and config.head != "drop":
-        what = "the ends of an answer" if marks else "a number for each word"
+    if (
+        raw.head
+        and config.head != "drop"
+        and (why := _not_learned(raw, parts, asking_option(config) if needed else ""))
+    ):
+        error, remark = why
         if needed:
-            raise HeadError(
-                f"the head gives {what}, which is not learned from the teacher's predictions",
-                where=asking_option(config),
-                expected="a head that gives classes, or numbers for whole texts",
-                found=raw.task,
-                fix="leave the option out, or leave the head behind with --head drop",
-            )
-        return False, [
-            f"neither fitted nor judged: the head gives {what}, for which agreement is not known; score the graft by "
-            "examples of your own"
-        ]
+            raise error
+        return False, [f"neither fitted nor judged: {remark}"]
     if version_of(library) is None:
         if needed:
             raise not_installed(library, "adapters", asking_option(config), so="so the teacher cannot be asked")
@@ -226,6 +230,28 @@ def can_ask(config: GraftConfig, raw: RawCheckpoint, parts: Parts[Sample]) -> tu
         ]
     repeated = parts.given - len(parts.held_out) - len(parts.learning)
     return True, [f"{repeated} of {parts.given} samples of text repeat others, and count once"] * bool(repeated)
+
+
+def _not_learned(raw: RawCheckpoint, parts: Parts[Sample], option: str) -> tuple[GraftError, str] | None:
+    """An error and a remark that say why what the head gives cannot be learned from this text; None where it can."""
+    if raw.task is Task.TOKEN_CLASSIFICATION and raw.gives_numbers:
+        error = HeadError(
+            "the head gives a number for each word, which is not learned from the teacher's predictions",
+            where=option,
+            expected="a head that gives classes, or numbers for whole texts",
+            found=raw.task,
+            fix="leave the option out, or leave the head behind with --head drop",
+        )
+        return error, (
+            "the head gives a number for each word, for which agreement is not known; score the graft by examples of "
+            "your own"
+        )
+    samples = (*parts.held_out, *parts.learning)
+    if raw.task is Task.QUESTION_ANSWERING and any(sample.second is None for sample in samples):
+        lacking = "the head marks answers to questions, and the text has none"
+        fix = "give columns of questions and of the texts that answer them, with --columns question,context"
+        return TextError(lacking, where="--text", expected="a question and a text", fix=fix), f"{lacking}; {fix}"
+    return None
 
 
 def _counted(parts: Parts[Sample]) -> str:
@@ -265,6 +291,8 @@ class _Asked:
                 else:
                     assert logits is not None
                     found = logits if self.kind in WHOLE else pooled(logits, places)
+                if self.kind == "spans":
+                    found = of_spans(found, list(map(len, places)))
                 check_finite(found, name, (_line(self.samples[row]) for row in rows), counts)
                 _put(answers, rows, found, counts)
                 done += len(rows)
@@ -278,6 +306,9 @@ class _Asked:
             else:
                 numbers = self.kind == "numbers"
                 values = answers if numbers else [log_probabilities(answer, self.kind) for answer in answers]
+            if self.kind == "spans":
+                read = zip(values, side.places, student.inputs, strict=True)
+                values = [moved_to(own[0], places, len(row["input_ids"])) for own, places, row in read]
         # Tensors made in inference mode cannot take part in training.
         values, shift = ([value.clone() for value in part] for part in (values, shift))
         variance = variance_of(torch.cat(values)) if self.kind == "numbers" else None
@@ -299,7 +330,8 @@ def _carried(teacher: Tensor, student: Tensor, shift_map: SpaceMap) -> float:
 
 @dataclass(frozen=True)
 class ReadSamples:
-    """A model and the samples as it reads them: inputs, and the token ranges [start, end) that are asked about."""
+    """A model and the samples as it reads them: inputs, and the token ranges [start, end) that are asked about; of
+    ``spans`` the teacher has ``token_places``, and the student none."""
 
     model: ModelHandle
     inputs: Sequence[Encoded]
@@ -332,13 +364,18 @@ class ReadSamples:
 def read_by_both(models: ModelPair, samples: Sequence[Sample], kind: Kind) -> tuple[ReadSamples, ReadSamples]:
     """The samples as both models read them, and the token ranges of both that belong together."""
     (inputs_t, spans_t), (inputs_s, spans_s) = (
-        tokenize(model, samples, MAX_LENGTH) for model in (models.teacher, models.student)
+        tokenize(model, samples, tokens_read(kind)) for model in (models.teacher, models.student)
     )
     places = [_places(kind, *entry) for entry in zip(samples, spans_t, spans_s, strict=True)]
     return (
         ReadSamples(models.teacher, inputs_t, [first for first, _ in places]),
         ReadSamples(models.student, inputs_s, [second for _, second in places]),
     )
+
+
+def tokens_read(kind: Kind) -> int:
+    """How many tokens of a sample are read at most."""
+    return LONGEST if kind == "spans" else MAX_LENGTH
 
 
 def _put(found: list[Tensor], rows: Sequence[int], values: Tensor, counts: Sequence[int]) -> None:
@@ -351,6 +388,8 @@ def _places(
     kind: Kind, sample: Sample, teacher: Sequence[Span | None], student: Sequence[Span | None]
 ) -> tuple[list[Place], list[Place]]:
     """Token ranges of both models that belong together."""
+    if kind == "spans":
+        return token_places(teacher, student), []
     if kind in WHOLE:
         return [], []
     if kind == "hidden":

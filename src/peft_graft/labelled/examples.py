@@ -16,6 +16,8 @@ from peft_graft.models.tasks import Task
 #: The usual column of words; those of their tags, of a text's class or all labels that hold, and of its number.
 _WORDS, _TAGS, _CLASS = "tokens", ("ner_tags", "tags", "labels"), ("label", "labels")
 _NUMBER = (*_CLASS, "score")
+#: The usual columns of questions, of the texts that they are about, and of the answers.
+_QUESTION, _ANSWERS = ("question", "context"), ("answers", "answer")
 _NAME_THEM = "name those of the text and of the label with --columns text,label"
 #: How the hub marks what has no label.
 _UNLABELLED = -1
@@ -79,7 +81,27 @@ class LabelledNumber:
         return (self.number,)
 
 
-LabelledExample = TaggedSentence | LabelledPair | MultiLabelled | LabelledNumber
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """A question, the text that it is about, and all answers in the text that are accepted; none where it has none."""
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The question and the text."""
+        return self.question, self.context
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The answers."""
+        return self.answers
+
+
+LabelledExample = TaggedSentence | LabelledPair | MultiLabelled | LabelledNumber | AnsweredQuestion
 #: A file, a data set of the hub, or rows in memory.
 LabelledLike = str | Path | Iterable[Mapping[str, Any]]
 
@@ -98,7 +120,8 @@ def read_examples(
     Args:
         kind: ``token-classification``: a column of word lists (``tokens``) and one of tags (``ner_tags``, ``tags`` or
             ``labels``); ``sequence-classification``: one column of text or two, found by their usual names, and
-            ``label`` or ``labels``, of numbers also ``score``.
+            ``label`` or ``labels``, of numbers also ``score``; ``question-answering``: ``question``, ``context`` and
+            ``answers``, as SQuAD has them, or lists of texts, or one text.
         columns, label: names of the columns, where they are not the usual ones.
         labels: names of numbered labels, where the source has none.
         of: what a text has: one class, any number of ``labels`` in a list, or whether each holds, as a Trainer takes
@@ -106,21 +129,25 @@ def read_examples(
 
     Raises:
         TextError: the source cannot be read, lacks columns, has a number that no name stands for, something else in
-            place of a number, or has as many tags as words nowhere.
+            place of a number or of answers, or has as many tags as words nowhere.
     """
     where = str(source) if isinstance(source, str | Path) else "given in memory"
     rows, names, features = _rows(source, where)
-    words = kind == Task.TOKEN_CLASSIFICATION
-    found = tuple(columns) or ((_WORDS,) if words else usual_columns(names, where, _NAME_THEM))
-    usual = _TAGS if words else _NUMBER if of == "numbers" else _CLASS
+    words, questions = kind == Task.TOKEN_CLASSIFICATION, kind == Task.QUESTION_ANSWERING
+    ours = (_WORDS,) if words else _QUESTION if questions else ()
+    found = tuple(columns) or ours or usual_columns(names, where, _NAME_THEM)
+    usual = _TAGS if words else _ANSWERS if questions else _NUMBER if of == "numbers" else _CLASS
     label = label or next((name for name in usual if name in names), usual[0])
     if {*found, label} - set(names):
         wanted = ", ".join([*found, label])
-        raise TextError("columns are missing", where=where, expected=wanted, found=", ".join(names), fix=_NAME_THEM)
+        fix = _NAME_THEM.replace("text,label", "question,context,answers") if questions else _NAME_THEM
+        raise TextError("columns are missing", where=where, expected=wanted, found=", ".join(names), fix=fix)
     name = _namer(features.get(label), labels, where)
     read = _Rows(found, label, name, where)
     if words:
         return [read.tagged(row, number) for number, row in enumerate(rows, start=1) if row[found[0]]]
+    if questions:
+        return [read.question(row, number) for number, row in enumerate(rows, start=1)]
     if of == "numbers":
         return [read.number(row, number) for number, row in enumerate(rows, start=1) if row[label] is not None]
     labelled = [row for row in rows if row[label] is not None and row[label] != _UNLABELLED]
@@ -173,6 +200,24 @@ class _Rows:
                 fix="name the column of numbers last with --columns text,score",
             )
         return LabelledNumber(self._texts(row), found)
+
+    def question(self, row: Mapping[str, Any], number: int) -> AnsweredQuestion:
+        given: Any = row[self.label]
+        starts: Any = ()
+        if isinstance(given, Mapping):
+            starts, given = given.get("answer_start") or (), given.get("text")
+        answers = [given] if isinstance(given, str) else [] if given is None else given
+        if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+            raise TextError(
+                "these are no answers",
+                where=f"{self.where} row {number}",
+                expected=f'{{"text": [...], "answer_start": [...]}}, texts or one text in {self.label}',
+                found=type(row[self.label]).__name__,
+                fix="name the columns with --columns question,context,answers",
+            )
+        accepted = [answer for answer in answers if answer.strip()]  # some files have an empty one for none
+        question, context = self._texts(row)
+        return AnsweredQuestion(question, context, tuple(accepted), tuple(starts) if accepted else ())
 
     def multi_labelled(self, row: Mapping[str, Any], flags: Sequence[str] = ()) -> MultiLabelled:
         given = row[self.label]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peft_graft.errors import not_installed
-from peft_graft.metrics import OfSums, f1
+from peft_graft.metrics import OfSums, f1, token_f1, words_of
 
 #: ``words``: a tag for every word; ``samples``: one class of a text; ``labels``: all labels that hold of it;
-#: ``numbers``: a number of it.
-LabelKind = Literal["words", "samples", "labels", "numbers"]
-#: What one example has: its tags, its class alone, its labels, or its number alone.
+#: ``numbers``: a number of it; ``spans``: answers to a question that stand in it.
+LabelKind = Literal["words", "samples", "labels", "numbers", "spans"]
+#: What one example has: its tags, its class alone, its labels, its number alone, or all answers that are accepted, none
+#: where there is none; what is predicted of a question is one answer, empty where that is none.
 Labels = Sequence[Any]
 #: Predicted and known labels of every example, and the names of all -> numbers of each example, as many of every one.
 Counts = Callable[[Sequence[Labels], Sequence[Labels], Sequence[str]], list[tuple[float, ...]]]
@@ -25,7 +26,7 @@ _INSIDE = ("B-", "I-", "E-", "S-", "L-", "U-")
 
 @dataclass(frozen=True)
 class ClassMetric:
-    """A way of scoring classes, from 0 to 1, or numbers.
+    """A way of scoring classes, or answers, from 0 to 1, or numbers.
 
     Attributes:
         name: as users say it. kinds: what it scores.
@@ -51,6 +52,8 @@ def default_metrics(kind: LabelKind, names: Sequence[str]) -> tuple[str, ...]:
     """What is scored where nothing is said: entities where the names of the tags show some."""
     if kind == "numbers":
         return ("pearson", "rmse")
+    if kind == "spans":
+        return ("exact-match", "token-f1")
     if kind == "words":
         return ("entity-f1",) if any(name.startswith(_INSIDE) for name in names) else ("accuracy",)
     return ("micro-f1", "macro-f1") if kind == "labels" else ("accuracy", "macro-f1")
@@ -103,6 +106,22 @@ def _squares(predicted: Sequence[Labels], known: Sequence[Labels], names: Sequen
     return [((x - y) ** 2,) for (x,), (y,) in zip(predicted, known, strict=True)]
 
 
+def _same_answer(predicted: Sequence[Labels], known: Sequence[Labels], names: Sequence[str]) -> list[tuple[float, ...]]:
+    """Whether it is an accepted answer, as SQuAD compares them."""
+    return [
+        (float(any(words_of(given) == words_of(wanted) for wanted in accepted or ("",))),)
+        for (given,), accepted in zip(predicted, known, strict=True)
+    ]
+
+
+def _answer_f1(predicted: Sequence[Labels], known: Sequence[Labels], names: Sequence[str]) -> list[tuple[float, ...]]:
+    return token_f1([given for (given,) in predicted], [accepted or ("",) for accepted in known])
+
+
+def _mean(sums: Sequence[float], count: int) -> float:
+    return sums[0] / count
+
+
 def _common(given: set[Any], wanted: set[Any]) -> tuple[float, ...]:
     return (len(given & wanted), len(given), len(wanted))
 
@@ -140,6 +159,8 @@ CLASS_METRICS: dict[str, ClassMetric] = {
         ClassMetric("macro-f1", ("samples", "labels"), _macro, _mean_f1),
         ClassMetric("micro-f1", ("labels",), _micro, _f1),
         ClassMetric("exact", ("labels",), _exact, _share),
+        ClassMetric("exact-match", ("spans",), _same_answer, _mean),
+        ClassMetric("token-f1", ("spans",), _answer_f1, _mean),
         ClassMetric("pearson", ("numbers",), _products, _pearson),
         ClassMetric("rmse", ("numbers",), _squares, _root_mean),
     )

@@ -45,9 +45,8 @@ class Head:
 
     @property
     def can_be_fitted(self) -> bool:
-        """Whether it can be fitted to predictions: it gives classes or numbers, and its activation is a known one."""
-        classes = self.task is not Task.QUESTION_ANSWERING
-        return classes and (not self.has_inner_layer or self.activation in ACTIVATIONS)
+        """Whether it can be fitted to predictions: the activation of its inner layer, if it has one, is a known one."""
+        return not self.has_inner_layer or self.activation in ACTIVATIONS
 
     @property
     def has_inner_layer(self) -> bool:

@@ -22,12 +22,20 @@ from peft_graft.modules.head import Head, head_tensors
 _START = "layers."
 _KEY = re.compile(r"layers\.\d{1,4}\.(weight|bias)")
 _MULTI_LABEL = "multilabel_classification"
+_ANSWERS = "question_answering"
 _TASKS = {
     "tagging": Task.TOKEN_CLASSIFICATION,
+    _ANSWERS: Task.QUESTION_ANSWERING,
     "classification": Task.SEQUENCE_CLASSIFICATION,
     _MULTI_LABEL: Task.SEQUENCE_CLASSIFICATION,
 }
-_TYPES = {TOKENS_OUT: "tagging", FIRST_OUT: "classification", POOLED_OUT: "classification"}
+_TYPES = {
+    Task.TOKEN_CLASSIFICATION: "tagging",
+    Task.QUESTION_ANSWERING: _ANSWERS,
+    Task.SEQUENCE_CLASSIFICATION: "classification",
+}
+#: What the library's heads read.
+_READ = (TOKENS_OUT, FIRST_OUT, POOLED_OUT)
 
 
 def is_prediction_head(tensors: Mapping[str, Tensor]) -> bool:
@@ -68,7 +76,8 @@ def read_head(raw: RawCheckpoint) -> Head:
     values = {
         f"{names[place]}.{part}": tensor for key, tensor in raw.head.items() for place, _, part in [key.rpartition(".")]
     }
-    reads = TOKENS_OUT if kind == "tagging" else POOLED_OUT if settings.get("use_pooler") else FIRST_OUT
+    whole = _TASKS[kind] is Task.SEQUENCE_CLASSIFICATION
+    reads = TOKENS_OUT if not whole else POOLED_OUT if settings.get("use_pooler") else FIRST_OUT
     # The first versions wrote no activation, and had this one.
     activation = settings.get("activation_function", "tanh") if len(numbers) == 2 else None
     return Head(_TASKS[kind], head_tensors(values, reads), reads, (), activation)
@@ -85,7 +94,7 @@ def build_head(head: Head, name: str) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         PlanError: the library has no head that reads this.
     """
-    if head.reads not in _TYPES:
+    if head.reads not in _READ:
         raise PlanError(
             "AdapterHub has no head that reads this",
             where="--library adapters",
@@ -95,7 +104,7 @@ def build_head(head: Head, name: str) -> tuple[dict[str, Any], dict[str, Tensor]
     places = {"out": f"{_START}4", "dense": f"{_START}1"} if head.has_inner_layer else {"out": f"{_START}1"}
     labels = head.labels or tuple(f"LABEL_{index}" for index in range(head.num_labels))
     settings = {
-        "head_type": _MULTI_LABEL if head.problem_type is ProblemType.MULTI_LABEL else _TYPES[head.reads],
+        "head_type": _MULTI_LABEL if head.problem_type is ProblemType.MULTI_LABEL else _TYPES[head.task],
         "num_labels": head.num_labels,
         "layers": len(places),
         "activation_function": head.activation or "tanh",
