@@ -81,6 +81,18 @@ def sentences(count: int = 400, seed: int = 0) -> list[str]:
     return lines
 
 
+def questions(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """Questions, sentences and the only name in each, which is the answer."""
+    draw, found = torch.Generator().manual_seed(seed), []
+    names = [word for word in WORDS if word[0].isupper()]
+    others = [word for word in WORDS if word[0].islower()]
+    for number in range(count):
+        words = [others[index] for index in torch.randint(len(others), (7,), generator=draw).tolist()]
+        words[int(torch.randint(7, (), generator=draw))] = names[number % len(names)]
+        found.append((f"{others[number % 5]}?", " ".join(words) + ".", names[number % len(names)]))
+    return found
+
+
 def tokenizer(folder: Path, *, kind: str = "wordpiece") -> transformers.PreTrainedTokenizerFast:
     """Save a fast tokenizer: lower-casing WordPiece, or cased Unigram with the blank in the token.
 

@@ -143,25 +143,13 @@ def test_a_fitted_head_marks_what_it_shall() -> None:
 # ---- of whole models -------------------------------------------------------------------------------------------------
 
 
-def questions(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """Questions, sentences and the only name in each, which is the answer."""
-    draw, found = torch.Generator().manual_seed(seed), []
-    names = [word for word in tiny.WORDS if word[0].isupper()]
-    others = [word for word in tiny.WORDS if word[0].islower()]
-    for number in range(count):
-        words = [others[index] for index in torch.randint(len(others), (7,), generator=draw).tolist()]
-        words[int(torch.randint(7, (), generator=draw))] = names[number % len(names)]
-        found.append((f"{others[number % 5]}?", " ".join(words) + ".", names[number % len(names)]))
-    return found
-
-
 def trained(base: Path, folder: Path) -> Path:
     """A module that finds the name in the sentence."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     config = peft.LoraConfig(task_type="QUESTION_ANS", r=8, target_modules=["query", "key", "value", "dense"])
     model = peft.get_peft_model(AUTO.from_pretrained(base), config)
-    rows = questions(600, seed=1)
+    rows = tiny.questions(600, seed=1)
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=5e-3)
     for start in range(0, 2400, 24):
         batch = [rows[(start + number) % len(rows)] for number in range(24)]
@@ -184,14 +172,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny.base_model(root / "base", layers=2, hidden=32)
     tiny.base_model(root / "other", layers=2, hidden=24, seed=5, tokens="unigram")
     trained(base, root / "module")
-    asked = [{"question": question, "context": text} for question, text, _ in questions(400, seed=2)]
+    asked = [{"question": question, "context": text} for question, text, _ in tiny.questions(400, seed=2)]
     (root / "text.jsonl").write_text("\n".join(map(json.dumps, asked)))
     return root
 
 
 def test_a_question_that_comes_again_makes_texts_no_more_alike() -> None:
     asked = [Sample(f"what is the name that the long sentence of number {n % 3} has?", t) for n, (_, t, _) in
-             enumerate(questions(300))]  # fmt: skip
+             enumerate(tiny.questions(300))]  # fmt: skip
     assert not sample_parts(asked).judging
     parts = sample_parts(asked, questions=True)
     assert parts.judging
@@ -229,7 +217,7 @@ def test_another_model_learns_to_answer(world: Path, tmp_path: Path) -> None:
 def labelled(path: Path, *, impossible: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"question": asked, "context": text, "answers": {"text": [answer], "answer_start": [text.index(answer)]}}
-        for asked, text, answer in questions(60, seed=3)
+        for asked, text, answer in tiny.questions(60, seed=3)
     ]
     if impossible:
         rows += [{**row, "answers": {"text": [], "answer_start": []}} for row in rows[:20]]

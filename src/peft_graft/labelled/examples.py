@@ -100,6 +100,16 @@ class AnsweredQuestion:
         """The answers."""
         return self.answers
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """The characters [start, end) of the first answer in the text, None where there is none."""
+        if not self.answers:
+            return None
+        answer, start = self.answers[0], self.starts[0] if self.starts else -1
+        if self.context[max(0, start) :][: len(answer)] != answer:  # not said, or counted in bytes or otherwise
+            start = self.context.find(answer)
+        return (start, start + len(answer)) if start >= 0 else None
+
 
 LabelledExample = TaggedSentence | LabelledPair | MultiLabelled | LabelledNumber | AnsweredQuestion
 #: A file, a data set of the hub, or rows in memory.

@@ -12,9 +12,10 @@ from typing import Any
 
 from peft_graft.alignment.text import load_rows
 from peft_graft.errors import TextError
-from peft_graft.labelled.examples import LabelledPair, TaggedSentence, read_examples
+from peft_graft.labelled.examples import AnsweredQuestion, LabelledPair, TaggedSentence, read_examples
 from peft_graft.models.tasks import Task
 from peft_graft.prompts.conversation import Prompt, prompts_of_row
+from peft_graft.study.answering import AnsweringTask
 from peft_graft.study.generation import generation_task
 from peft_graft.study.ner import tag_names
 from peft_graft.study.spec import GenerationSpec, SomeTask
@@ -40,6 +41,8 @@ def read_task(
     if isinstance(spec, GenerationSpec):
         options = spec.model_dump(include=set(spec.ASKING))
         return generation_task(name, spec.metric, **options), train, validation, test
+    if spec.kind == Task.QUESTION_ANSWERING:
+        return AnsweringTask(name, spec.kind, (), spec.metric), train, validation, test
     everything = [*train, *validation, *test]
     if spec.labels:
         labels = spec.labels
@@ -102,7 +105,7 @@ def _read(source: str, spec: SomeTask, language: str) -> list[Example]:
     if isinstance(spec, GenerationSpec):
         return list(read_prompts(place, spec.columns))
     found = read_examples(place, spec.kind, columns=spec.columns, label=spec.label, labels=spec.labels)
-    return [example for example in found if isinstance(example, TaggedSentence | LabelledPair)]
+    return [example for example in found if isinstance(example, TaggedSentence | LabelledPair | AnsweredQuestion)]
 
 
 def read_prompts(source: str, columns: Sequence[str] = ()) -> list[Prompt]:
@@ -151,6 +154,8 @@ def text_file(examples: list[Example], path: Path) -> None:
             rows.append({"prompt": example.text if [turn["role"] for turn in turns] == ["user"] else turns})
         elif isinstance(example, TaggedSentence):
             rows.append({"text": " ".join(example.tokens)})
+        elif isinstance(example, AnsweredQuestion):
+            rows.append({"question": example.question, "context": example.context})
         elif example.second is None:
             rows.append({"text": example.first})
         else:

@@ -21,6 +21,7 @@ from peft_graft.distill.distillation import Distillation
 from peft_graft.distill.polish import PolishSettings, polish
 from peft_graft.distill.teacher import FIT, ask_teacher, sample_parts
 from peft_graft.models.pair import load_pair
+from peft_graft.models.tasks import Task
 from peft_graft.outputs import written_aside
 from peft_graft.run import Run
 
@@ -61,7 +62,8 @@ def polish_fresh_module(
         checkpoint = replace(checkpoint, modules=source.modules)
     # An untrained head takes the rate of the module, which is chosen by a trial as for a graft.
     settings = PolishSettings(steps=config.polish_steps, seed=config.seed, **({} if fit_head else {"head_rate": 1.0}))
-    parts = sample_parts(read_text(text, None, config.seed))
+    questions = trained.raw.task is Task.QUESTION_ANSWERING
+    parts = sample_parts(read_text(text, None, config.seed), questions=questions)
     train = max(FIT, settings.steps * settings.batch_size)
     before = _untrained(
         ask_teacher(trained, pair, parts, run, train=train, config=config), checkpoint, fit_head=fit_head

@@ -38,8 +38,9 @@ def new_module(base: Path | str, library: Library, task: StudyTask, seed: int, c
             options: dict[str, Any] = {"r": 8, "lora_alpha": 16, **(config if isinstance(config, dict) else {})}
             options.setdefault("target_modules", _query_and_value(inside))
             if task.kind != Task.CAUSAL_LM:
+                head = "qa_outputs" if task.kind == Task.QUESTION_ANSWERING else "classifier"
                 pooler = getattr(inside, "pooler", None) is not None
-                options["modules_to_save"] = ["classifier", "pooler"] if pooler else ["classifier"]
+                options["modules_to_save"] = [head, "pooler"] if pooler else [head]
             return peft.get_peft_model(model, peft.LoraConfig(task_type=task.peft_type, **options))
         adapters = _adapters()
         model = adapters.AutoAdapterModel.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
@@ -77,8 +78,12 @@ def load_module(base: Path | str, module: Path | str, library: Library, task: St
 
 
 def _task_model(base: Path | str, task: StudyTask) -> Any:
-    if task.kind == Task.CAUSAL_LM:
-        return transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
+    whole = {
+        Task.CAUSAL_LM: transformers.AutoModelForCausalLM,
+        Task.QUESTION_ANSWERING: transformers.AutoModelForQuestionAnswering,
+    }
+    if task.kind in whole:  # of which there are no names of labels
+        return whole[task.kind].from_pretrained(base, trust_remote_code=False, dtype=torch.float32)
     auto = {
         Task.TOKEN_CLASSIFICATION: transformers.AutoModelForTokenClassification,
         Task.SEQUENCE_CLASSIFICATION: transformers.AutoModelForSequenceClassification,
@@ -91,6 +96,9 @@ def _task_model(base: Path | str, task: StudyTask) -> Any:
 
 
 def _add_prediction_head(model: Any, task: StudyTask) -> None:
+    if task.kind == Task.QUESTION_ANSWERING:
+        model.add_qa_head(task.name)
+        return
     add = model.add_tagging_head if task.kind == Task.TOKEN_CLASSIFICATION else model.add_classification_head
     add(task.name, num_labels=len(task.labels), id2label=dict(enumerate(task.labels)))
 

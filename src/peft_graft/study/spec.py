@@ -52,7 +52,8 @@ class TaskSpec(Record):
 
     Attributes:
         kind: ``token-classification``: columns ``tokens`` and ``ner_tags``, IOB2 tags by name or number;
-            ``sequence-classification``: one column of text or two, and ``label``.
+            ``sequence-classification``: one column of text or two, and ``label``; ``question-answering``: ``question``,
+            ``context`` and ``answers``.
         train, validation, test: a file (parquet, jsonl, csv, tsv), beginning with ``.``, ``/`` or ``~``, relative to
             the study file, or a data set of the hub, ``owner/name``, ``owner/name:config`` or
             ``owner/name:config:split``; ``{language}`` stands for the language. Without ``validation`` its examples are
@@ -64,10 +65,11 @@ class TaskSpec(Record):
             the test set the first as they come.
         unlabelled_examples: texts for grafts, which come after the ``train_examples``, so that no teacher has seen
             them; those of the training examples where it is left out.
-        metric: entity F1 of tokens; of sequences accuracy, unless ``macro F1`` is asked for.
+        metric: entity F1 of tokens; of sequences accuracy, unless ``macro F1`` is asked for; of answers the F1 of their
+            words, unless ``exact match`` is.
     """
 
-    kind: Literal[Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION]
+    kind: Literal[Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING]
     train: str
     validation: str | None = None
     test: str
@@ -321,6 +323,8 @@ class Study(Record):
                     raise ValueError(
                         f"grid {number}: the control other-task needs another task in the language of {task}"
                     )
+                if self.tasks[task].kind == Task.QUESTION_ANSWERING and any(grid.distil):
+                    raise ValueError(f"grid {number}: {task} is a task of question answering, which takes no distil")
                 if isinstance(self.tasks[task], GenerationSpec):
                     self._check_generation(f"grid {number}: {task} is a task of generation, which", grid)
                 elif any(getattr(grid, name) != Grid.model_fields[name].default for name in PROMPT_OPTIONS):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from peft_graft.labelled.examples import LabelledPair, TaggedSentence
+from peft_graft.labelled.examples import AnsweredQuestion, LabelledPair, TaggedSentence
 from peft_graft.labelled.scores import CLASS_METRICS
 from peft_graft.models.tasks import Task
 from peft_graft.prompts.conversation import Prompt
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 128
-Metric = Literal["entity F1", "accuracy", "macro F1"]
+Metric = Literal["entity F1", "accuracy", "macro F1", "token F1", "exact match"]
 #: How tasks of a kind can be scored; the first where nothing is said.
 METRICS: dict[str, tuple[Metric, ...]] = {
     Task.TOKEN_CLASSIFICATION: ("entity F1",),
     Task.SEQUENCE_CLASSIFICATION: ("accuracy", "macro F1"),
+    Task.QUESTION_ANSWERING: ("token F1", "exact match"),
 }
 
 
-Example = TaggedSentence | LabelledPair | Prompt
+Example = TaggedSentence | LabelledPair | AnsweredQuestion | Prompt
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class StudyTask:
 
     Attributes:
         name: as in files and tables. labels: class names, in the order of the model's outputs.
-        kind: ``token-classification`` or ``sequence-classification``; ``causal-lm`` of a ``GenerationTask``.
+        kind: ``token-classification`` or ``sequence-classification``; ``question-answering`` of an ``AnsweringTask``,
+            ``causal-lm`` of a ``GenerationTask``.
         metric: how it is scored, one of ``METRICS``.
     """
 

@@ -22,6 +22,7 @@ from peft_graft.distill.training import Point, Schedule, StateStore, TrainingLoo
 from peft_graft.models.fingerprint import fingerprint
 from peft_graft.models.tasks import Task
 from peft_graft.record import Record
+from peft_graft.study.answering import ABOUT, AnsweringTask
 from peft_graft.study.generation import GenerationTask, answers_of, collate_completions, completion_loss
 from peft_graft.study.ner import IGNORED
 from peft_graft.study.tasks import StudyTask
@@ -160,6 +161,8 @@ def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any
         prompts = [row["prompt"] for row in rows]
         with quiet():
             return task.score_texts(answers_of(model, task, tokenizer, prompts), prompts)
+    if isinstance(task, AnsweringTask):
+        return task.score_answers(_marked(model, rows, tokenizer), rows)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     with quiet(), torch.no_grad():
@@ -171,6 +174,18 @@ def score(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any
         targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         return task.score(pad_sequence(logits, batch_first=True).numpy(), targets.numpy())
     return task.score(torch.stack(logits).numpy(), torch.stack(labels).numpy())
+
+
+def _marked(model: torch.nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Tensor]:
+    """Logits [2, length of the batch] of every row, of the first and of the last token of its answer."""
+    inputs = [{key: value for key, value in row.items() if key not in ABOUT} for row in rows]
+    found: dict[int, Tensor] = {}
+    with quiet(), torch.no_grad():
+        for numbers in length_batches([len(row["input_ids"]) for row in rows], _PREDICT_BATCH):
+            output = model(**collate(tokenizer, [inputs[number] for number in numbers]).to(_device()))
+            both = torch.stack([output.start_logits, output.end_logits], 1).float().cpu()
+            found |= dict(zip(numbers, both, strict=True))
+    return [found[number] for number in range(len(rows))]
 
 
 def _loss(model: torch.nn.Module, batch: Any, distillation: float) -> Tensor:
@@ -236,7 +251,7 @@ def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
     """A padded batch; labels, and the teacher's answers, are padded where each token has one."""
     teacher = [row["teacher"] for row in rows] if "teacher" in rows[0] else None
     rows = [{key: value for key, value in row.items() if key not in ("teacher", "words")} for row in rows]
-    per_token = isinstance(rows[0]["labels"], list)
+    per_token = isinstance(rows[0].get("labels"), list)
     collator = transformers.DataCollatorForTokenClassification if per_token else transformers.DataCollatorWithPadding
     batch = collator(tokenizer)(rows)
     if teacher is not None:
