@@ -11,10 +11,11 @@ import peft_graft
 import speech
 import tiny
 from peft_graft import GraftConfig
-from peft_graft.alignment.text import first_row
+from peft_graft.alignment.text import first_row, shuffled_rows
 from peft_graft.errors import PlanError, TextError
 from peft_graft.graft import Graft
 from peft_graft.labelled.examples import read_examples
+from peft_graft.prompts.read import PromptSource
 from peft_graft.shelf import read_list
 
 BOM = "\ufeff"
@@ -40,6 +41,34 @@ def test_a_list_may_be_one_array(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('["a", ')
     with pytest.raises(PlanError, match="the list cannot be read"):
         read_list(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "columns",
+    [{"text": ["one two", "three"], "n": [1, 2]}, {"text": {"0": "one two", "1": "three"}, "n": {"0": 1, "1": 2}}],
+)
+def test_a_json_file_may_be_one_object_of_columns(columns: object, indent: int | None, tmp_path: Path) -> None:
+    """As ``to_dict`` of datasets and pandas make it."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(columns, indent=indent))
+    assert [row for _, row in sorted(shuffled_rows(str(file), 0))] == [
+        {"text": "one two", "n": 1},
+        {"text": "three", "n": 2},
+    ]
+
+
+def test_prompts_in_columns_are_read_and_one_conversation_is_one(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    for found in ({"prompt": ["hi", "you"], "completion": ["ho", "me"]}, {"messages": turns}, {"messages": [turns]}):
+        file.write_text(json.dumps(found))
+        source = PromptSource.of(str(file))
+        assert source is not None
+        assert ("hi", "ho") in [(prompt.text, prompt.answer) for prompt in source.prompts()]
+    file.write_text(json.dumps({"prompt": ["hi", "you"], "completion": ["ho"]}))
+    with pytest.raises(TextError, match="differ in length.*found 2 of prompt, 1 of completion. Fix: fill"):
+        PromptSource.of(str(file))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])

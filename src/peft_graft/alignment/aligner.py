@@ -21,11 +21,12 @@ from peft_graft.alignment.collect import (
     collect_totals,
 )
 from peft_graft.alignment.distinct import key_of
+from peft_graft.alignment.json_rows import digest_of
 from peft_graft.alignment.layout import SAMPLE_SPACES, Layout, Wanted, memory_of_a_pass
 from peft_graft.alignment.methods import Method
 from peft_graft.alignment.moments import Moment
 from peft_graft.alignment.sharding import RayPass, collect_on_ray
-from peft_graft.alignment.text import Sample, digest_of
+from peft_graft.alignment.text import Sample
 from peft_graft.alignment.tokens import PairingCounts
 from peft_graft.config import PairConfig
 from peft_graft.environment import hardware, versions

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from scipy.cluster.hierarchy import DisjointSet
 
-from peft_graft.alignment.text import digest_of
+from peft_graft.alignment.json_rows import digest_of
 
 T = TypeVar("T")
 #: Chinese and Japanese are written without blanks: a character is a word.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from peft_graft.errors import TextError
 
 #: How deep a row of JSON may be nested, at which pyarrow ends the process at some ten thousand, and how many columns
 #: it may have.
@@ -51,6 +56,62 @@ def check_json(source: str) -> None:
                 and (width := len(json.loads(text))) > _WIDEST
             ):
                 raise ValueError(f"a row has {width:,} columns")
+
+
+def columns_of(source: str) -> dict[str, list[Any]] | None:
+    """The columns of a .json file that is one object of them, as ``to_dict`` of datasets and pandas and ``to_json`` of
+    pandas make it; None of any other.
+
+    Lists, or objects by row number. Where all lists hold objects alone, it is one row with a conversation in it.
+
+    Raises:
+        TextError: they differ in length.
+    """
+    found = _only_object(source)
+    values = list(found.values()) if found else []
+    if values and all(isinstance(value, dict) and value and all(map(str.isdecimal, value)) for value in values):
+        numbers = sorted({number for value in values for number in value}, key=int)
+        return {name: [value.get(number) for number in numbers] for name, value in found.items()}
+    if not values or not all(isinstance(value, list) for value in values):
+        return None
+    if all(isinstance(one, dict) for value in values for one in value):
+        return None
+    if len({len(value) for value in values}) > 1:
+        raise TextError(
+            "the columns differ in length",
+            where=source,
+            expected="as many values in each as there are rows",
+            found=", ".join(f"{len(value):,} of {name}" for name, value in found.items()),
+            fix="fill the shorter ones up with null, or write one row a line, as .jsonl",
+        )
+    return found
+
+
+def _only_object(source: str) -> dict[str, Any]:
+    """The object that a file of JSON holds, empty where it holds anything else, such as a row a line."""
+    with Path(source).open(encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "")
+        if not first.lstrip().startswith("{"):
+            return {}
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            text = first + file.read()
+        else:
+            text = "" if any(line.strip() for line in file) else first
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # the reader of rows says what is wrong with it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def digest_of(rows: Iterable[object]) -> str:
+    """A hash of rows, as JSON, and of their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _is_spread(source: str) -> bool:

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from peft_graft.alignment.json_rows import check_json, has_a_row_a_line
+from peft_graft.alignment.json_rows import check_json, columns_of, has_a_row_a_line
 from peft_graft.errors import GraftError, TextError, reason
 from peft_graft.models.places import hub_id_of
 
@@ -131,19 +131,11 @@ def content_key(text: object, columns: Sequence[str] | None, seed: int) -> str |
     return json.dumps([content, columns, seed])
 
 
-def digest_of(rows: Iterable[object]) -> str:
-    """A hash of rows, as JSON, and of their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def read_text(source: str | Path, columns: Sequence[str] | None = None, seed: int = 0) -> Iterator[Sample]:
     """Stream the samples of a source in random order.
 
     Args:
-        source: a file (.txt with a sentence a line; .jsonl, .csv, .tsv, .parquet) or a data set of the hub as
+        source: a file (.txt with a sentence a line; .jsonl, .json, .csv, .tsv, .parquet) or a data set of the hub as
             ``owner/name``, ``owner/name:config`` or ``owner/name:config:split`` (split ``train`` unless given).
         columns: one column of texts or of token lists, or two columns of sentence pairs; found by their usual names
             (``KNOWN_COLUMNS``) when not given.
@@ -207,7 +199,7 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
         TextError: no such file or data set, or an unknown file type.
     """
     suffix = _suffix(source)
-    from datasets import NamedSplit, load_dataset
+    from datasets import Dataset, NamedSplit, load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -217,6 +209,8 @@ def load_rows(source: str, *, streaming: bool = False) -> Any:
             return load_dataset(name, config or None, split=split or "train", streaming=streaming)
         if suffix in (".json", ".jsonl"):
             check_json(source)
+        if suffix == ".json" and (columns := columns_of(source)) is not None:
+            return Dataset.from_dict(columns)
         # Not by ``load_dataset``, which tells a host that files are read.
         module, reader = _READERS[suffix]
         options = {"delimiter": "\t"} if suffix == ".tsv" else {}
