@@ -20,6 +20,7 @@ from peft_graft.errors import CheckpointError, GraftError, OutputError
 from peft_graft.files import write_tensors
 from peft_graft.outputs import (
     check_output,
+    check_place,
     read_state,
     reserved,
     reserving_output,
@@ -243,6 +244,30 @@ def test_a_state_is_found_by_its_key_alone_and_whole_after_a_kill(tmp_path: Path
     (folder / "state.safetensors").write_bytes(b"cut off")
     assert read_state(folder, "key") is None
     assert "the work begins anew, since its state cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize("out", [".", "..", "../..", "../here", "{}"])
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch, out: str) -> None:
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    place = Path(out.format(here))
+    for force in (False, True):
+        with pytest.raises(
+            OutputError, match=r"is the current folder.*Fix: name one in it: --out .*graft"
+        ):
+            check_place(place, force=force)
+        with pytest.raises(OutputError, match="is the current folder"), written_aside(place, force=force):
+            pass
+    assert list(tmp_path.rglob("*")) == [here.parent, here]
+
+
+def test_the_current_folder_is_held_by_its_name(tmp_path: Path, monkeypatch) -> None:
+    """So that those who write beside it can."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with reserved(Path()):
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [".here.lock"]
 
 
 def test_outputs_are_checked_as_before_while_they_are_held(tmp_path: Path) -> None:

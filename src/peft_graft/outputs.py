@@ -90,6 +90,7 @@ def reserved(out: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds it, or it cannot be written.
     """
+    out = out if out.name not in ("", "..") else out.resolve()  # the current folder has a name as others have
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         with writing(out):
@@ -224,17 +225,34 @@ def read_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def check_output(out: Path, *, force: bool) -> None:
-    """Refuse early what ``written_aside`` would refuse in the end: an existing target without ``force``.
+    """Refuse early what ``written_aside`` would refuse in the end: an existing target without ``force``, and the
+    current folder, in whose place nothing can be put.
 
     Raises:
-        OutputError: the target exists and ``force`` is not set.
+        OutputError: the target exists and ``force`` is not set, or it is the current folder or holds it.
     """
+    if _holds_current(out):
+        raise OutputError(
+            "is the current folder, or holds it, and cannot be replaced",
+            where=str(out),
+            expected="a new folder",
+            fix=f"name one in it: --out {out / 'graft'}",
+        )
     if out.is_file() or (out.exists() and not force):
         raise OutputError(
             "exists already" if out.is_dir() else "is a file, not a folder",
             where=str(out),
             fix="choose another --out" + (", or replace it with --force" if out.is_dir() else ""),
         )
+
+
+def _holds_current(out: Path) -> bool:
+    """Whether a folder is the current one, or one that it is in."""
+    try:
+        current = Path.cwd()
+    except FileNotFoundError:  # someone has removed it
+        return False
+    return out.resolve() in (current, *current.parents)
 
 
 def check_place(out: Path, *, force: bool) -> None:
