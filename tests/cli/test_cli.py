@@ -221,6 +221,18 @@ def test_sigterm_ends_a_run_as_an_interrupt_does(command, monkeypatch, tmp_path)
     assert done.err.split("\n")[-2:] == ["interrupted; nothing was written", ""]
 
 
+@pytest.mark.parametrize("arguments", ["--help", "inspect {}", "inspect {} --json", "inspect {}-none --json"])
+def test_output_that_nobody_reads_ends_without_a_word(world, arguments: str) -> None:
+    """As ``peft-graft ... | head``."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    called = [*COMMAND, *arguments.format(world / "lora").split()]
+    done = subprocess.run(called, stdout=writes, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, check=False)
+    os.close(writes)
+    assert done.returncode == 141
+    assert [line for line in done.stderr.splitlines() if not line.startswith("error: ")] == []
+
+
 @pytest.mark.parametrize("verb", [["study", "file.toml"], ["demo"]])
 def test_what_goes_on_later_says_so(command, monkeypatch, tmp_path, verb) -> None:
     monkeypatch.chdir(tmp_path)  # where no other demo is under way

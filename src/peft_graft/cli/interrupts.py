@@ -1,12 +1,15 @@
-"""What happens when a run is ended from outside: by Ctrl-C, or by SIGTERM as containers and schedulers send it."""
+"""What happens when a run is ended from outside: by Ctrl-C, by SIGTERM as containers and schedulers send it, or because
+nobody reads its output any more."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -14,6 +17,8 @@ from peft_graft.cli.output import escaped, say_error_as_json
 from peft_graft.run import UNFINISHED
 
 INTERRUPTED = 128 + signal.SIGINT
+#: The exit code of what ends by SIGPIPE, as tools do in front of ``head``.
+UNREAD = 141
 #: SIGTERM, once it has come.
 _came: list[int] = []
 
@@ -30,6 +35,35 @@ def _terminate(number: int, _: object) -> None:
     if not _came:
         _came.append(number)
         raise KeyboardInterrupt
+
+
+@contextmanager
+def heeding_who_reads() -> Iterator[None]:
+    """End without a word where the output goes to a pipe that nobody reads any more.
+
+    Python turns the signal into an error, which rich and typer turn into an exit as of a failure.
+    """
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as error:
+        is_read = not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError)
+        flushed = [_flushed(stream) for stream in (sys.stdout, sys.stderr)]  # the second too, whatever the first
+        if is_read and all(flushed):
+            raise
+        sys.exit(UNREAD)
+
+
+def _flushed(stream: TextIO | None) -> bool:
+    """Whether what was written to a stream can be read; what cannot be goes nowhere, or Python would speak of it."""
+    if stream is None:  # it was closed before the process began
+        return True
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # it has no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def exit_code() -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import peft_graft
 import peft_graft.cli.commands
-from peft_graft.cli.interrupts import INTERRUPTED, exit_code, heed_sigterm
+from peft_graft.cli.interrupts import INTERRUPTED, exit_code, heed_sigterm, heeding_who_reads
 from peft_graft.cli.late import CommandsOnCall
 from peft_graft.cli.output import say_error, say_error_as_json
 from peft_graft.errors import GraftError, lacks_memory, reason
@@ -45,6 +45,7 @@ def _about(
     """Move trained LoRA and adapter modules from one transformer to another."""
 
 
+@heeding_who_reads()
 def main() -> None:
     """Entry point: one clear line for every error of ours, no half-written result after an interruption."""
     heed_sigterm()
@@ -59,6 +60,8 @@ def main() -> None:
         Console(stderr=True).print("interrupted; nothing was written")
         say_error_as_json("Interrupted", "interrupted; nothing was written")
         sys.exit(exit_code())
+    except BrokenPipeError:
+        raise
     except OSError as error:  # the files that a command is for say more; this is for all others
         if error.errno is None:
             raise
