@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import peft
@@ -92,6 +94,42 @@ def test_a_causal_model_speaks_at_once(tmp_path) -> None:
         assert torch.equal(student(inputs).logits, bare), "the student was touched"
     said = graft.model.generate(input_ids=inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(said, loaded.generate(input_ids=inputs, max_new_tokens=8, do_sample=False))
+
+
+def test_a_graft_that_is_read_back_is_loaded_as_it_was_made_or_as_is_asked(world, tmp_path) -> None:
+    config = {"method": "copy", "dtype": "bfloat16"}
+    peft_graft.transfer(world / "lora", world / "shallow", out=tmp_path / "graft", config=config)
+    assert Graft.from_pretrained(tmp_path / "graft").model.base_model.dtype == torch.bfloat16
+    whole = Graft.from_pretrained(tmp_path / "graft", dtype="float32", device="cpu")
+    assert (whole.model.base_model.dtype, whole.student.loading.device) == (torch.float32, "cpu")
+    four = {"load_in_4bit": True}
+    assert Graft.from_pretrained(tmp_path / "graft", quantization_config=four).student.loading.weights == {
+        "dtype": torch.bfloat16,
+        "quantization_config": four,
+    }
+    report = json.loads((tmp_path / "graft" / "graft.json").read_text())
+    report["settings"]["quantization_config"] = four
+    (tmp_path / "graft" / "graft.json").write_text(json.dumps(report))
+    assert Graft.from_pretrained(tmp_path / "graft").student.loading.quantization_config == four
+    assert (
+        Graft.from_pretrained(tmp_path / "graft", quantization_config=None).student.loading.quantization_config is None
+    )
+    with pytest.raises(peft_graft.GraftError, match="--dtype: unknown choice"):
+        Graft.from_pretrained(tmp_path / "graft", dtype="float8")
+    with pytest.raises(peft_graft.GraftError, match="tpu"):
+        assert Graft.from_pretrained(tmp_path / "graft", device="tpu", quantization_config=None).model
+
+
+def test_another_student_than_the_graft_was_made_for_is_warned_of(world, tmp_path, caplog) -> None:
+    peft_graft.transfer(world / "lora", world / "shallow", out=tmp_path / "graft", config=COPY)
+    tiny.base_model(tmp_path / "other", "bert", layers=2, hidden=32, seed=9)
+    assert Graft.from_pretrained(tmp_path / "graft", dtype="bfloat16").model  # whose values cannot be compared
+    assert Graft.from_pretrained(tmp_path / "graft").model
+    assert not caplog.records
+    assert Graft.from_pretrained(tmp_path / "graft", student=tmp_path / "other").model
+    assert re.search(
+        r"other: this is not the model that the graft was made for; expected .*Fix: name .*shallow", caplog.text
+    )
 
 
 @needs_adapters

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import torch
@@ -23,11 +24,14 @@ from peft_graft.checkpoints.resolve import PeftCheckpoint, checkpoint_of_student
 from peft_graft.checkpoints.student_names import written_names
 from peft_graft.checkpoints.task import with_task
 from peft_graft.checkpoints.verify import verify
+from peft_graft.config import EvaluateConfig
+from peft_graft.config.base import AUTO, Dtype, as_dict
 from peft_graft.config.graft_place import GraftPlaceConfig
 from peft_graft.distill.agreement import Verdict
 from peft_graft.errors import ModelError, VerificationError
 from peft_graft.files import file_hashes, write_json
 from peft_graft.hub import explained_upload
+from peft_graft.models.devices import is_quantised, placed
 from peft_graft.models.loading import Loading, ModelHandle, blank_handle, load_config, load_model
 from peft_graft.models.task_models import quiet_libraries
 from peft_graft.models.tasks import Task
@@ -35,6 +39,8 @@ from peft_graft.outputs import check_place, temporary_folder, write_aside, writt
 from peft_graft.page.graft import PAGE, graft_page
 from peft_graft.record import html_table
 from peft_graft.report import REPORT, FileRecord, GraftReport, read_report
+
+logger = logging.getLogger("peft_graft")
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,11 @@ class Graft:
     @cached_property
     def _loaded_student(self) -> ModelHandle:
         """The student with weights, which are loaded only now for a graft that was read back."""
-        student = self.student
-        return load_model(student.place, student.loading, role="student") if student.is_blank else student
+        if not self.student.is_blank:
+            return self.student
+        student = load_model(self.student.place, self.student.loading, role="student")
+        _compare_student(student, self.report)
+        return student
 
     @cached_property
     def model(self) -> Any:
@@ -243,7 +252,7 @@ class Graft:
         return str(found)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # the arguments of transformers, under their own names
         cls,
         name: str | Path,
         *,
@@ -252,16 +261,28 @@ class Graft:
         token: str | None = None,
         subfolder: str | None = None,
         trust_remote_code: bool = False,
+        device: str = "auto",
+        device_map: str | Mapping[str, Any] | None = None,
+        dtype: Dtype | Literal["auto"] = "auto",
+        quantization_config: Any = "auto",
     ) -> Graft:
         """Read a graft that was saved, from a folder or the hub; no weights of the student are loaded before needed.
 
+        A student whose values are not those that the graft was made for is warned of once they are loaded.
+
         Args:
             student: where the student is now, if not where the report says.
+            device: of the student: ``cpu``, ``cuda``, ...; ``auto`` is the GPU where there is one.
+            device_map: spreads its layers (accelerate), in place of ``device``.
+            dtype, quantization_config: as it is loaded; ``auto`` is as the graft was made, and ``None`` of the latter
+                loads it as it is stored.
 
         Raises:
             CheckpointError: there is no graft, or its files are damaged.
             ModelError: the student cannot be reached.
+            PlanError: no such dtype. DeviceError: no such device, once weights are loaded.
         """
+        chosen = placed(EvaluateConfig(device=device, **({} if dtype == AUTO else {"dtype": dtype})))
         folder = locate(name, revision=revision, subfolder=subfolder, token=token)
         raw = read_checkpoint(folder)
         report = read_report(folder, str(name))
@@ -270,13 +291,38 @@ class Graft:
             revision=report.settings.student_revision,
             token=token,
             trust_remote_code=trust_remote_code,
-            dtype=report.settings.dtype,
+            quantization_config=as_dict(
+                report.settings.quantization_config if quantization_config == AUTO else quantization_config
+            ),
+            device_map=device_map,
+            device=chosen.device,
+            dtype=report.settings.dtype if dtype == AUTO else chosen.dtype,
         )
-        handle = blank_handle(load_config(place, loading, role="student"), place, loading)
+        # Shapes are known where what quantises it is not installed.
+        unquantised = replace(loading, quantization_config=None)
+        handle = blank_handle(load_config(place, unquantised, role="student"), place, loading)
         raw = with_task(raw, handle.architecture)
         own = handle.base_tensors(output=raw.trains_output)
         checkpoint = resolve(raw, handle.architecture, own, with_head=report.head is not None)
         return cls(checkpoint, report, None, handle, folder, raw)
+
+
+def _compare_student(student: ModelHandle, report: GraftReport) -> None:
+    """Warn of a student with other values than a graft was made for, where it is loaded as it was then."""
+    expected, found = report.student.fingerprint, student.loading
+    as_stored = not is_quantised(student.base) and report.settings.quantization_config is None
+    drawn = any(not name.startswith("pooler.") for name in student.missing)  # at random, anew each time
+    if expected is None or not as_stored or drawn or found.dtype != report.settings.dtype:
+        return
+    if student.fingerprint != expected:
+        logger.warning(
+            "%s: this is not the model that the graft was made for; expected weights with fingerprint %s, found %s. "
+            "Fix: name the student that it was moved to (%s), or transfer the module to this one",
+            student.name,
+            expected[:12],
+            student.fingerprint[:12],
+            report.student.hub_id or report.student.name,
+        )
 
 
 @dataclass(frozen=True)
