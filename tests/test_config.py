@@ -94,6 +94,32 @@ def test_a_wrong_value_names_its_option_and_what_there_is(field: str, value: obj
     assert str(value) in str(caught.value) or field == "step"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("polish", True, "--polish: is of another type; expected a number or auto, found True (bool)"),
+        ("seed", False, "--seed: is of another type; expected a number, found False (bool)"),
+        ("polish", None, "--polish: is of another type; expected a whole number, found None (NoneType)"),
+        ("layers", [0, 2], '--layers: is of another type; expected text, found [0, 2] (list). Fix: write "0,2"'),
+        ("sites", ["attn.*", 3], '--sites entry 2: is of another type; expected text, found 3 (int). Fix: write "3"'),
+        ("columns", 3, "--columns: is of another type; expected names in a list"),
+        ("labels", {1: "O"}, "--labels: this holds no labels in order; expected names"),
+        ("labels", {"O", "B-PER"}, "--labels: this holds no labels in order; expected names"),
+        ("labels", [None, "O"], "--labels: a label has no name"),
+    ],
+)
+def test_a_value_of_another_type_names_what_to_write(field: str, value: object, said: str) -> None:
+    with pytest.raises(GraftError) as caught:
+        GraftConfig(**{field: value})
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("config", [GraftConfig, EvaluateConfig])
+@pytest.mark.parametrize("labels", [{0: "O", 1: "B-PER"}, {"0": "O", "1": "B-PER"}, {"B-PER": 1, "O": 0}])
+def test_labels_as_a_configuration_has_them(config: type[GraftConfig], labels: dict[object, object]) -> None:
+    assert config(labels=labels).labels == ("O", "B-PER")
+
+
 def test_a_record_holds_what_decides_the_result_and_no_token() -> None:
     record = GraftConfig(token="hf_secret", force=True, cache=True, sites=("attn.query",)).record()
     assert record["sites"] == ["attn.query"]

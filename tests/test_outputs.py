@@ -253,9 +253,7 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch, out: st
     monkeypatch.chdir(here)
     place = Path(out.format(here))
     for force in (False, True):
-        with pytest.raises(
-            OutputError, match=r"is the current folder.*Fix: name one in it: --out .*graft"
-        ):
+        with pytest.raises(OutputError, match=r"is the current folder.*Fix: name one in it: --out .*graft"):
             check_place(place, force=force)
         with pytest.raises(OutputError, match="is the current folder"), written_aside(place, force=force):
             pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,20 +66,30 @@ def given_names(value: object) -> Any:
     """Names that a user gave with ``--labels``.
 
     Args:
-        value: text with commas, a list, or a file of names; ``ANSWERS`` are left as they are.
+        value: text with commas, a list, an id2label or label2id, or a file of names; ``ANSWERS`` are left as they are.
 
     Raises:
-        PlanError: the file cannot be read, or a name is empty or comes twice.
+        PlanError: it is none of these, the file cannot be read, or a name is empty or comes twice.
     """
-    parts = str(value).split(",") if isinstance(value, str | Path) else value
-    if not isinstance(parts, list | tuple):
+    if value is None:
         return value
+    parts = str(value).split(",") if isinstance(value, str | Path) else value
+    if isinstance(value, Mapping):
+        parts = next((names for names in _tables(value) if names), None)
+    if not isinstance(parts, list | tuple):
+        raise PlanError(
+            "this holds no labels in order",
+            where="--labels",
+            expected=_EXPECTED,
+            found=value,
+            fix='give a list in the order of the head\'s rows, or an id2label from 0 on: {0: "O", 1: "B-PER"}',
+        )
     only = str(parts[0]).strip() if len(parts) == 1 else ""
     if only in ANSWERS:
         return only
     if only.endswith((".json", ".txt")) or (only and Path(only).is_file()):
         parts = _names_in(Path(only))
-    names = tuple(str(part).strip() for part in parts)
+    names = tuple("" if part is None else str(part).strip() for part in parts)
     if not names or not all(names):
         raise PlanError("a label has no name", where="--labels", expected=_EXPECTED, found=", ".join(names) or "none")
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -89,6 +99,13 @@ def given_names(value: object) -> Any:
 
 #: What ``--labels`` takes.
 Labels = Annotated[Literal["ignore", "use"] | tuple[str, ...], BeforeValidator(given_names)]
+
+
+def _tables(found: object) -> Iterator[tuple[str, ...]]:
+    """The names in an id2label or a label2id, or in a configuration that has one; empty where there are none."""
+    if isinstance(found, Mapping):
+        tables = (found, found.get("id2label"), inverted(found), inverted(found.get("label2id")))
+        yield from map(declared_names, tables)
 
 
 def _names_in(path: Path) -> Sequence[object]:
@@ -104,12 +121,7 @@ def _names_in(path: Path) -> Sequence[object]:
         ) from error
     if isinstance(found, list):
         return found
-    tables = (
-        [found, found.get("id2label"), inverted(found), inverted(found.get("label2id"))]
-        if isinstance(found, dict)
-        else []
-    )
-    names = next((names for table in tables if (names := declared_names(table))), None)
+    names = next((names for names in _tables(found) if names), None)
     if names is None:
         raise PlanError(f"{path} holds no labels", where="--labels", expected=_EXPECTED)
     return names

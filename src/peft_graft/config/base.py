@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -93,6 +93,24 @@ Force = Annotated[
 ]
 
 
+#: What is taken in place of a value of another type, by the first word that pydantic has for it.
+_TYPES = {
+    "string": "text",
+    "tuple": "names in a list, or in one text with commas between them",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "dict": "a dictionary",
+}
+
+
+def _as_text(value: object) -> str | None:
+    """What to write for a value that text was expected for; None where that is not plain."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    plain = parts and all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in parts)
+    return f'write "{",".join(map(str, parts))}"' if plain else None
+
+
 class Config(BaseModel):
     """Choices with names, which do not change; what is no choice is refused in this package's own words."""
 
@@ -121,14 +139,33 @@ class Config(BaseModel):
                     where=option_name(name),
                     found=first["input"],
                 ) from None
-            choices = first.get("ctx", {}).get("expected")
+            choices, fix, found = first.get("ctx", {}).get("expected"), None, first["input"]
             if choices:
                 message, expected = "unknown choice", str(choices).replace("'", "").replace(" or ", ", ")
+            elif (kind := str(first["type"]).partition("_")[0]) in _TYPES:
+                message, expected = "is of another type", _TYPES[kind]
+                fix = _as_text(found) if kind == "string" else None
+                found = f"{found!r} ({type(found).__name__})"
+                name += f" entry {number + 1}" if isinstance(number := first["loc"][-1], int) else ""
             else:
                 message, expected = str(first["msg"]).removeprefix("Value error, "), None
-            raise PlanError(
-                message[0].lower() + message[1:], where=option_name(name), expected=expected, found=first["input"]
-            ) from None
+            message = message[0].lower() + message[1:]
+            raise PlanError(message, where=option_name(name), expected=expected, found=found, fix=fix) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_answers(cls, value: Any) -> Any:
+        """Refuse True and False for numbers, which Python takes for 1 and 0."""
+        for name, field in cls.model_fields.items() if isinstance(value, Mapping) else ():
+            taken = {field.annotation, *get_args(field.annotation)}
+            if isinstance(value.get(name), bool) and taken & {int, float} and bool not in taken:
+                raise PlanError(
+                    "is of another type",
+                    where=option_name(name),
+                    expected="a number" + f" or {AUTO}" * (Literal[AUTO] in taken),
+                    found=f"{value[name]} (bool)",
+                )
+        return value
 
     @classmethod
     def of(cls, given: object) -> Self:
