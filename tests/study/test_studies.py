@@ -446,6 +446,12 @@ def test_a_failed_cell_says_why_and_the_rest_goes_on(command, file: Path, tmp_pa
     shown = " ".join(command("study", file, "--out", out, code=1).out.split())
     assert "6 cells done, 2 failed, 4 blocked" in shown
     assert "no such text file" in shown
+    quiet = command("study", file, "--out", out, "--quiet", code=1)
+    assert quiet.out == ""
+    *failed, last = quiet.err.splitlines()
+    assert [line.startswith("error: ") and "no such text file" in line for line in failed] == [True, True]
+    assert "6 cells done, 2 failed, 4 blocked" in last
+    assert str(out / "failures") in last
 
 
 def test_a_plan_counts_cells_and_lists_them_only_when_asked(command, kept: Path, whole) -> None:

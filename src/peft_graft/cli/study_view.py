@@ -36,6 +36,11 @@ def show_plan(found: StudyPlan, *, ids: bool) -> None:
     console.print(f"[bold]results[/] {escaped(found.out)}", soft_wrap=True)
 
 
+def counted(found: StudyRun) -> str:
+    """How many cells of a study became what."""
+    return f"{found.name}: {len(found.done)} cells done, {len(found.failed)} failed, {len(found.blocked)} blocked"
+
+
 def show_run(found: StudyRun, tables: Sequence[ResultTable], export: str | None) -> None:
     """The tables, what failed, and where all lies."""
     from peft_graft.study.command import show_tables
@@ -46,11 +51,7 @@ def show_run(found: StudyRun, tables: Sequence[ResultTable], export: str | None)
         console.print(f"[red]failed[/]  {escaped(name)}: {escaped(error)}", soft_wrap=True)
     for name in found.blocked:
         console.print(f"[yellow]blocked[/] {escaped(name)}: a cell that it needs has failed", soft_wrap=True)
-    console.print(
-        f"{escaped(found.name)}: {len(found.done)} cells done, {len(found.failed)} failed, "
-        f"{len(found.blocked)} blocked",
-        soft_wrap=True,
-    )
+    console.print(escaped(counted(found)), soft_wrap=True)
     console.print(f"[bold green]written[/] tables and curves in {escaped(shlex.quote(found.tables))}", soft_wrap=True)
     if export:
         console.print(f"{found.exported} new rows in {escaped(export)}", soft_wrap=True)

@@ -9,9 +9,9 @@ import typer
 
 from peft_graft.cli.interrupts import continued
 from peft_graft.cli.late import command
-from peft_graft.cli.output import give
+from peft_graft.cli.output import give, say_if_quiet
 from peft_graft.cli.progress import watching
-from peft_graft.cli.study_view import show_plan, show_run
+from peft_graft.cli.study_view import counted, show_plan, show_run
 
 if TYPE_CHECKING:
     from peft_graft.config import StudyConfig
@@ -54,5 +54,8 @@ def study(
     with continued("finished cells are kept"), watching() as callbacks:
         found, tables = run(file, paper=paper, out=out, changes=changes or [], config=config, callbacks=callbacks)
     give(found, lambda: show_run(found, tables, config.export))
+    for name, error in found.failed.items():
+        say_if_quiet(f"{name}: {error}")
     if found.failed or found.blocked:
+        say_if_quiet(f"{counted(found)}; {Path(found.out) / 'failures'} says of each that failed how it came to that")
         raise typer.Exit(1)
