@@ -98,6 +98,23 @@ def test_a_merged_language_model_speaks_as_the_unmerged(tmp_path, tied: bool, wo
     assert tokenizer.apply_chat_template([{"role": "user", "content": "green"}], tokenize=False) == "[CLS]green[SEP]"
 
 
+@pytest.mark.parametrize("task", ["TokenClassification", "SequenceClassification"])
+def test_a_head_of_the_base_makes_way_for_the_module_s(world, tmp_path, task: str) -> None:
+    """Also where it has the same name and another number of classes."""
+    base = getattr(transformers, f"AutoModelFor{task}").from_pretrained(world / "shallow", num_labels=3)
+    base.save_pretrained(tmp_path / "base")
+    tiny.tokenizer(tmp_path / "base")
+    graft = peft_graft.transfer(
+        world / "lora", tmp_path / "base", out=tmp_path / "graft", config=GraftConfig(method="copy")
+    )
+    peft_graft.export(graft, to="merged", out=tmp_path / "merged")
+    merged, info = transformers.AutoModelForTokenClassification.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert torch.equal(merged.classifier.weight, graft.raw.head["classifier.weight"])
+
+
 @pytest.mark.parametrize("first", ["", "0_Transformer"])
 def test_a_merged_model_of_sentence_transformers_stays_one(world, tmp_path, first: str) -> None:
     """Its pooling is in files of its own, without which another one is taken."""

@@ -123,6 +123,16 @@ def _whole(subject: Subject, raw: RawCheckpoint) -> tuple[PreTrainedModel, bool]
             **base.loading.weights,
             **labels,
             output_loading_info=True,
+            ignore_mismatched_sizes=bool(raw.head),  # the base's own head of that name, which the module's replaces
+        )
+    # Names alone, or with both shapes, as the version of transformers has it.
+    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    if other := [name for name in mismatched if name not in raw.head]:
+        raise ModelError(
+            "the weights of the base have other shapes than its configuration says",
+            where=base.name,
+            found=", ".join(other),
+            fix="save it with save_pretrained of its model class",
         )
     assert not is_quantised(model)
     model = model.to(base.loading.device).eval()
