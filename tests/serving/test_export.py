@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -224,6 +225,19 @@ def test_the_other_library_answers_the_same(world, graft, tmp_path, command) -> 
     torch.testing.assert_close(
         logits(merged, tmp_path / "merged"), logits(own.model, world / "shallow"), atol=1e-5, rtol=1e-5
     )
+
+
+@needs_adapters
+def test_a_library_does_not_speak_of_modules_that_are_switched_off(graft, tmp_path) -> None:
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    logging.getLogger("adapters").addHandler(handler)
+    try:
+        peft_graft.export(graft, to="adapters", out=tmp_path / "hub")
+    finally:
+        logging.getLogger("adapters").removeHandler(handler)
+    assert [record.getMessage() for record in heard] == []
 
 
 @needs_adapters

@@ -90,11 +90,12 @@ class AttachedModel:
     def without(self) -> Iterator[Any]:
         """The model with the module switched off."""
         if not self._is_peft:
-            self.model.set_active_adapters(None)
-            try:
-                yield self.model
-            finally:
-                self.model.set_active_adapters(self.name)
+            with quiet():  # adapters says at every call that there is one
+                self.model.set_active_adapters(None)
+                try:
+                    yield self.model
+                finally:
+                    self.model.set_active_adapters(self.name)
         elif self.checkpoint.is_virtual:  # peft cannot switch these off in models that do not generate
             yield self.model.base_model
         else:
