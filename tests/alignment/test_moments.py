@@ -50,6 +50,25 @@ def test_streamed_equals_whole(cuts: list[int], seed: int, precise: bool) -> Non
 
 
 @pytest.mark.parametrize("precise", [False, True])
+def test_sums_do_not_depend_on_when_they_are_stored(precise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_ROWS_OF_PARTIALS", 45)
+    teacher, student = batch(100, offset=30, dtype=torch.float32)
+    undisturbed, stored, resumed = (streamed(teacher, student, [0], precise) for _ in range(3))
+    for start in range(0, 100, 10):
+        for products in (undisturbed, stored, resumed):
+            products.update({"t": teacher[start : start + 10].clone(), "s": student[start : start + 10].clone()})
+        stored.tensors()
+        state = {key: value.clone() for key, value in resumed.tensors().items()}
+        resumed = streamed(teacher, student, [0], precise)
+        resumed.load(state)
+    expected = undisturbed.statistics("t", "s", ALL)
+    for products in (stored, resumed):
+        found = products.statistics("t", "s", ALL)
+        for name in ("cross", "teacher_moment", "student_moment", "teacher_mean", "student_variance_sum"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("precise", [False, True])
 def test_float32_rows_are_summed_in_parts(precise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_ROWS_OF_PARTIALS", 15)
     teacher, student = batch(100, offset=30, dtype=torch.float32)

@@ -279,19 +279,26 @@ class Products:
                     product[end:, start:end] = product[start:end, end:].T
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state by key, to be stored or sent; ``load`` reverses it."""
-        self._settle()
-        found = {"count": torch.tensor(self.count)}
+        """All of the state by key, to be stored or sent; ``load`` reverses it.
+
+        Nothing is added up for it, so that the sums are the same whenever the state is stored.
+        """
+        found = {"count": torch.tensor(self.count), "rows of partials": torch.tensor(self._rows_of_partials)}
         for part in ("shift", "sum", "squares"):
             found |= {f"{part} {name}": value for name, value in getattr(self, f"_{part}").items()}
+        if self._rows_of_partials:
+            found |= {f"partial {a} {b}": value for (a, b), value in self._partial.items()}
         return found | {f"product {a} {b}": value for (a, b), value in self._product.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a state of the same products, in place of this one."""
         self.count = int(tensors["count"])
         self._partial.clear()
-        self._rows_of_partials = 0
+        self._rows_of_partials = int(tensors["rows of partials"])
         with torch.inference_mode(False):
+            for (a, b), value in self._product.items():
+                if (partial := tensors.get(f"partial {a} {b}")) is not None:
+                    self._partial[a, b] = partial.to(value.device).clone()
             for part in ("shift", "sum", "squares"):
                 held = getattr(self, f"_{part}")
                 held.update({name: tensors[f"{part} {name}"].to(value.device).clone() for name, value in held.items()})
