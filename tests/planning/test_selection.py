@@ -40,6 +40,21 @@ def test_heads_of_a_role_are_moved_and_the_others_left(world, tmp_path) -> None:
             assert all(torch.equal(value, given[name]) for name, value in values.items())
 
 
+@pytest.mark.parametrize(
+    ("sites", "kept"),
+    [
+        (("attn.value@0", "attn.value@3"), [True, False, False, True]),
+        (("attn.value@3", "attn.value@0", "attn.*@0"), [True, False, False, True]),
+        (("attn.value@3", "attn.value"), [True] * 4),
+        (("attn.value", "attn.value@3"), [True] * 4),
+    ],
+)
+def test_heads_of_one_role_named_in_several_patterns_are_all_moved(world, tmp_path, sites, kept) -> None:
+    tiny.peft_lora(tmp_path / "m", world / "teacher", targets=["value"])
+    for values in moved(tmp_path / "m", world / "teacher", *sites).values():
+        assert [bool(head.any()) for head in values["B"].view(4, 8, -1)] == kept
+
+
 def test_keys_and_values_have_heads_of_their_own(tmp_path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=150, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -70,6 +85,7 @@ def test_keys_and_values_have_heads_of_their_own(tmp_path) -> None:
     [
         ("attn.key", "the module has no such site"),
         ("attn.value@first", "heads are numbers.*such as attn.value@0"),
+        ("attn.value@", "heads are numbers.*such as attn.value@0"),
         ("attn.value@4", "no such head; expected 0 to 3, found 4"),
         ("ffn.up@0", "heads can be chosen of a plain LoRA.*whole sites"),
     ],

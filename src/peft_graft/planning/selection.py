@@ -40,12 +40,12 @@ def at_sites(
     """
     if patterns is None:
         return checkpoint
-    chosen: dict[str, set[int] | None] = {}
+    chosen: list[tuple[str, set[int] | None]] = []  # a pattern may come again, with other heads
     for pattern in patterns:
-        name, _, numbers = pattern.partition(_HEADS)
-        chosen[name] = _numbers(pattern, numbers) if numbers else None
+        name, heads, numbers = pattern.partition(_HEADS)
+        chosen.append((name, _numbers(pattern, numbers) if heads else None))
     names = {site: (site.role, f"{site.layer}/{site.role}") for site in checkpoint.modules}
-    for pattern in chosen:
+    for pattern, _ in chosen:
         if not any(fnmatchcase(name, pattern) for pair in names.values() for name in pair):
             raise PlanError(
                 "the module has no such site",
@@ -55,7 +55,7 @@ def at_sites(
             )
     kept: dict[Site, Module] = {}
     for site, module in checkpoint.modules.items():
-        found = [part for pattern, part in chosen.items() if any(fnmatchcase(name, pattern) for name in names[site])]
+        found = [part for pattern, part in chosen if any(fnmatchcase(name, pattern) for name in names[site])]
         if None in found:
             kept[site] = module
         elif found:
