@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import tiny
+from peft_graft.checkpoints.read import read_checkpoint
 from peft_graft.errors import StudyError
 from peft_graft.study.cells import StudentCell
 from peft_graft.study.controls import write_random
@@ -150,6 +151,20 @@ def test_a_random_module_has_the_norms_of_the_trained_one(world: Path, tmp_path:
             assert abs(torch.cosine_similarity(after[name].flatten(), value.flatten(), 0)) < 0.6
         else:
             assert torch.equal(after[name], value), "the head stays"
+
+
+@pytest.mark.skipif(not tiny.HAS_ADAPTERS, reason="the extra adapters is not installed")
+def test_a_random_bottleneck_has_nothing_of_the_trained_one(world: Path, tmp_path: Path) -> None:
+    tiny.adapterhub_module(tmp_path / "trained", world / "teacher")
+    write_random(tmp_path / "trained", tmp_path / "random", str(world / "teacher"), seed=0)
+    trained, drawn = (read_checkpoint(tmp_path / name).parts for name in ("trained", "random"))
+    values = [
+        (value, drawn[path].tensors[name]) for path, part in trained.items() for name, value in part.tensors.items()
+    ]
+    assert values
+    for value, other in values:
+        assert other.norm() == pytest.approx(value.norm())
+        assert not torch.equal(other, value)
 
 
 def test_controls_and_chains_run_and_tables_show_the_best_control(file: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ not its own are the weights that are moved. The others are refused there (``spec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -150,21 +150,17 @@ def write_random(module: Path, out: Path, model: str, seed: int) -> None:
     """Write a checkpoint like another one, its module's tensors random with the same norms; the head stays."""
     raw, draw = read_checkpoint(module), torch.Generator().manual_seed(seed)
 
-    def drawn(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def drawn(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
             return value
         noise = torch.randn(value.shape, generator=draw)
-        return (noise * (value.float().norm() / noise.norm().clamp_min(1e-12))).to(value.dtype)
+        found: Tensor = noise * (value.float().norm() / noise.norm().clamp_min(1e-12))
+        return found.to(value.dtype)
 
     parts = {
-        path: replace(part, **{name: drawn(getattr(part, name)) for name in _tensors(part)})
+        path: part.with_tensors({name: drawn(value) for name, value in part.tensors.items()})
         for path, part in raw.parts.items()
     }
     with written_aside(out, force=True) as staging:
         handle = blank_handle(load_config(model), model)
         write_checkpoint(staging, replace(raw, parts=parts), written_names(handle, raw.task))
-
-
-def _tensors(part: Any) -> list[str]:
-    """The names of a part's tensors."""
-    return [field.name for field in fields(part) if isinstance(getattr(part, field.name), Tensor)]
