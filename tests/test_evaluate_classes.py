@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 import peft_graft
 import tiny
 from peft_graft import EvaluateConfig, Evaluation, Graft, GraftError, evaluate
+from peft_graft.labelled.scores import CLASS_METRICS
 
 CLASSES = ("no", "yes", "maybe")
 OPTIONS = {"method": "copy", "polish": 0}
@@ -177,6 +178,15 @@ def test_texts_of_a_class_that_the_module_lacks_lower_every_average(world: Path,
         f1_score(truth, said, labels=[*CLASSES, "never"], average="macro", zero_division=0)
     )
     assert "5 labels that the module does not give count as missed: never" in found.notes[0]
+
+
+def test_numbers_far_from_zero_correlate_as_they_do_near_it() -> None:
+    said, truth = [2001.0, 2003.0, 2002.0, 2006.0], [2000.0, 2002.0, 2004.0, 2005.0]
+    years = [[[value] for value in values] for values in (said, truth)]
+    expected = scipy.stats.pearsonr(said, truth).statistic
+    assert CLASS_METRICS["pearson"].score(*years, names=()) == pytest.approx(expected, abs=1e-6)
+    constant = [[2001.3]] * 4
+    assert CLASS_METRICS["pearson"].score(constant, years[1], names=()) == 0
 
 
 def test_numbers_are_scored_as_scipy_scores_them(world: Path, tmp_path: Path, command) -> None:

@@ -143,8 +143,9 @@ def _mean_f1(sums: Sequence[float], count: int) -> float:
 def _pearson(sums: Sequence[float], count: int) -> float:
     """0 where all numbers of one side are the same."""
     x, y, xx, yy, xy = (each / count for each in sums)
-    spread = (xx - x * x) * (yy - y * y)
-    return (xy - x * y) / math.sqrt(spread) if spread > _ROUNDING * xx * yy else 0.0
+    first, second = xx - x * x, yy - y * y
+    differ = first > _ROUNDING * xx and second > _ROUNDING * yy
+    return (xy - x * y) / math.sqrt(first * second) if differ else 0.0
 
 
 def _root_mean(sums: Sequence[float], count: int) -> float:
