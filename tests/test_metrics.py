@@ -86,6 +86,13 @@ def test_accuracy_takes_the_first_label_of_an_answer() -> None:
         score_answers("accuracy", ["x"], ["..."])
 
 
+def test_numbers_that_are_labels_keep_their_sign_and_their_point() -> None:
+    assert score_answers("accuracy", ["1", "-1", "Rating: -1.", "0"], ["-1", "-1", "-1", "1"]) == 1 / 2
+    assert score_answers("accuracy", ["-1", "4.5", "45."], ["1", "4", "45"]) == pytest.approx(1 / 3)
+    assert score_answers("accuracy", ["4.5 stars", "45"], ["4.5", "4.5"]) == 1 / 2
+    assert score_answers("accuracy", ["- 1", "(3, 4)", "1,000"], ["1", "3", "1000"]) == 1
+
+
 @needs_evaluate
 def test_rouge_is_of_the_longest_common_subsequence() -> None:
     # "the cat the mat" is common to 6 and 5 words: 2 * 4 / 11

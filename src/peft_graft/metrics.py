@@ -21,6 +21,8 @@ Counts = Callable[[Sequence[str], Sequence[Sequence[str]]], list[tuple[float, ..
 #: From the sums of such numbers, and how many answers there are, to a score.
 OfSums = Callable[[Sequence[float], int], float]
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
+#: The same but for the signs and the points of numbers, by which labels may differ.
+_BESIDE_NUMBERS = re.compile(r"(?!(?<!\w)-(?=\.?\d)|(?<=\d)\.(?=\d))(?:[^\w\s]|_)")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _WORD = re.compile(r"[^\W_]+")
 _NOT_JSON = object()
@@ -138,15 +140,15 @@ def exact(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[t
 def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Share of answers in which the label that comes first is a reference's; labels are all texts that are references.
 
-    Case and punctuation do not matter, labels are found as whole words, and of two that begin together the longer one
-    counts.
+    Case and punctuation do not matter, but for a number's minus and point; labels are found as whole words, and of two
+    that begin together the longer one counts.
     """
-    right = [{_plain(reference) for reference in given} for given in references]
+    right = [{_plain(reference, _BESIDE_NUMBERS) for reference in given} for given in references]
     labels = sorted(set().union(*right) - {""}, key=len, reverse=True)
     if not labels:
         raise GraftError("no reference is a label", where="accuracy", expected="words")
-    any_label = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)")
-    found = [any_label.search(_plain(answer)) for answer in answers]
+    any_label = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, labels))})(?![\w.])")
+    found = [any_label.search(_plain(answer, _BESIDE_NUMBERS)) for answer in answers]
     return [(float(label is not None and label[0] in given),) for label, given in zip(found, right, strict=True)]
 
 
@@ -296,6 +298,6 @@ def _collapsed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, punctuation: re.Pattern[str] = _PUNCTUATION) -> str:
     """In lower case, without punctuation and spare white space."""
-    return _collapsed(_PUNCTUATION.sub("", text.lower()))
+    return _collapsed(punctuation.sub("", text.lower()))
