@@ -285,6 +285,7 @@ def _report(plan: Plan, outcome: Outcome, polished: PolishRecord | None, aligner
         text=None,
         alignment=None,
         layers=plan.sites.recorded_layers,
+        teacher_layers=dict(plan.sites.depths),
         sites=chosen.sites,
         head=head,
         pairing=aligner.counts.record if aligner.counts else None,

@@ -45,7 +45,8 @@ class FileRecord(Record):
 class GraftReport(Record):
     """Everything about a graft, as written to ``graft.json``.
 
-    ``layers``: the teacher layers of each student layer, by stack where the student has several.
+    ``layers``: the teacher layers of each student layer, by stack where the student has several. ``teacher_layers``:
+    how many the teacher has of these, by stack; empty in those of before.
     ``tried``: agreement with the teacher, on the text that chooses, of everything that the default chose from.
     ``classes``, ``decisions``: how a classifier decides the text that judges, and some of that text.
     ``prompts``, ``kinds``, ``answers``: what a language model was asked, how it agrees with the teacher by kind of
@@ -67,6 +68,7 @@ class GraftReport(Record):
     text: str | None
     alignment: str | None
     layers: list[list[int]] | dict[str, list[list[int]]]
+    teacher_layers: dict[str, int] = {}
     sites: list[SiteRecord]
     head: HeadRecord | None
     pairing: PairingRecord | None

@@ -72,6 +72,7 @@ def test_modules_move_between_encoder_decoders(teacher: str, student: str, tmp_p
     graft = tiny.transfer(tmp_path / "module", student=other, out=tmp_path / "graft", **options(text))
     assert graft.report.verification.done
     assert graft.report.layers == {"encoder": [[0], [0], [1]], "decoder": [[0], [1]]}
+    assert graft.report.teacher_layers == {"encoder": 2, "decoder": 3}
     sites = set(graft.checkpoint.modules)
     assert {Site(2, "encoder.attn.query"), Site(1, "decoder.cross.key"), Site(1, "decoder.ffn.down")} <= sites
     for module in graft.checkpoint.modules.values():

@@ -10,7 +10,9 @@ import pytest
 
 import reports
 from peft_graft.outputs import write_aside
+from peft_graft.page.details import layer_maps
 from peft_graft.page.differences import differences
+from peft_graft.page.figures import duration
 from peft_graft.page.graft import graft_page
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>&amp;\'"--></style></title>$x^2${{ 7*7 }}'
@@ -49,6 +51,19 @@ def test_the_first_screen_says_what_moved_how_good_it_is_and_what_to_do_next() -
     assert "/data/" not in text
     assert "hash-of-weights" in text
     assert "print-of-old-base" in text
+
+
+def test_the_map_of_a_stack_has_all_layers_that_the_teacher_has_there() -> None:
+    shown = {"layers": {"encoder": [[0], [2]], "decoder": [[0]]}, "teacher_layers": {"encoder": 4, "decoder": 3}}
+    pictures = layer_maps(reports.bare(**shown))
+    assert [picture.caption.partition("; ")[2] for picture in pictures] == ["2 are left out.", "2 are left out."]
+    alone = layer_maps(reports.bare(layers=[[0], [1]], teacher_layers={"": 3}))  # of a teacher with four in two stacks
+    assert [picture.caption.partition("; ")[2] for picture in alone] == ["1 is left out."]
+
+
+def test_durations_are_rounded_once() -> None:
+    found = [duration(seconds) for seconds in (59.4, 59.7, 119.7, 3599.7, 7199)]
+    assert found == ["59 s", "1 min 0 s", "2 min 0 s", "1 h 0 min", "2 h 0 min"]
 
 
 def test_a_language_model_is_shown_by_its_answers() -> None:

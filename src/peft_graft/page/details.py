@@ -25,7 +25,7 @@ def layer_maps(report: GraftReport) -> list[Picture]:
     found = []
     for stack, sources in layers.items():
         most = max((source + 1 for each in sources for source in each), default=0)
-        depth = most if stack else max(most, report.teacher.num_layers)
+        depth = max(most, report.teacher_layers.get(stack, most if stack else report.teacher.num_layers))
         found.append(layer_map(sources, depth, f"{stack} layers".strip().capitalize()))
     return [picture for picture, sources in zip(found, layers.values(), strict=True) if sources]
 

@@ -98,7 +98,11 @@ def layer_map(layers: Sequence[Sequence[int]], teacher_layers: int, title: str) 
         lines=lines, labels=labels,
     )  # fmt: skip
     unused = teacher_layers - len(used)
-    caption = "Which teacher layers each student layer comes from" + f"; {unused} are left out" * bool(unused) + "."
+    caption = (
+        "Which teacher layers each student layer comes from"
+        + f"; {unused} {'is' if unused == 1 else 'are'} left out" * bool(unused)
+        + "."
+    )
     return Picture(title, drawn, caption)
 
 

@@ -47,6 +47,7 @@ class SitePlans:
         sites: the student's modules.
         pairs: pairs of spaces whose maps are needed, with their (teacher, student) sizes.
         head: whether the head is carried. notes: remarks for the user.
+        depths: how many layers the teacher has whose numbers ``layers`` says, by the same names.
     """
 
     layers: Mapping[str, LayerMap]
@@ -54,6 +55,7 @@ class SitePlans:
     pairs: Mapping[Pair, tuple[int, int]]
     head: bool
     notes: tuple[str, ...] = field(default=())
+    depths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def recorded_layers(self) -> list[list[int]] | dict[str, list[list[int]]]:
@@ -121,7 +123,8 @@ def plan_sites(
         pairs[space, space] = (teacher.size(space), student.size(space))
     elif config.head != "drop" and checkpoint.raw.task not in _HEADLESS:
         notes.append("no head was saved with the module, so none is carried")
-    return SitePlans(mappings, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes))
+    depths = {second.name: teacher.depths[first.name] for first, second in stacks if second.name in mappings}
+    return SitePlans(mappings, tuple(sites), dict(sorted(pairs.items())), carried, tuple(notes), depths)
 
 
 def _placed(
