@@ -181,7 +181,8 @@ def without_paths(note: str, report: GraftReport) -> str:
     """A note without places of this machine."""
     models = {record.name: model_name(record) for record in (report.teacher, report.student)}
     others = {name: public_name(name) for name in (report.module, report.text, report.alignment) if name}
-    for place, name in (models | others).items():
+    # The longest first: the beginning of another's place is no place.
+    for place, name in sorted((models | others).items(), key=lambda found: -len(found[0])):
         note = note.replace(place_of(place), name).replace(place, name)
     return note
 

@@ -61,6 +61,16 @@ def test_the_map_of_a_stack_has_all_layers_that_the_teacher_has_there() -> None:
     assert [picture.caption.partition("; ")[2] for picture in alone] == ["1 is left out."]
 
 
+def test_a_model_whose_place_begins_as_another_s_keeps_its_own_name_in_notes() -> None:
+    teacher = {**reports.model("bert", 4), "hub_id": "google/bert_uncased"}
+    report = reports.bare(
+        teacher=teacher, student=reports.model("bert-small", 2), notes=["/models/bert-small is shallower"]
+    )
+    text = Read(graft_page(report, "graft")).text
+    assert "bert-small is shallower" in text
+    assert "bert_uncased-small" not in text
+
+
 def test_durations_are_rounded_once() -> None:
     found = [duration(seconds) for seconds in (59.4, 59.7, 119.7, 3599.7, 7199)]
     assert found == ["59 s", "1 min 0 s", "2 min 0 s", "1 h 0 min", "2 h 0 min"]
