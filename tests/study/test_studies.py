@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,21 @@ def test_the_papers_grids_run_on_local_stand_ins(name: str, world: Path, file: P
     assert {(table.module, table.task) for table in tables} == {
         (module, task) for module in ("adapter", "lora") for task in ("ner", "nli", "paraphrase")
     }
+
+
+def test_records_of_cells_with_long_names_in_any_script_have_names_that_file_systems_take(
+    file: Path, tmp_path: Path
+) -> None:
+    cell = next(iter(cells_of(read_study(file)).values()))
+    renamed = cell.model_copy(update={"names": cell.names.model_copy(update={"task": "情感分析" * 40})})
+    assert "情感分析" in renamed.id
+    assert renamed.id[-10:] == cell.id[-10:], "what things are called is no part of the work"
+    folder = StudyFolder(tmp_path)
+    folder.prepare({})
+    folder.keep({"id": renamed.id})
+    assert folder.is_done(renamed.id)
+    plain = cell.model_copy(update={"names": cell.names.model_copy(update={"task": "s" * 200})})
+    assert len(plain.id) == len(cell.kind) + 1 + 120 + 1 + 10
 
 
 def test_a_rate_is_chosen_once_for_all_students_of_a_budget(file: Path) -> None:
@@ -654,6 +670,8 @@ def test_tables_hold_means_spreads_differences_and_shares() -> None:
     assert header == ["", "de", "en", "mean", "Δ fresh", "share of the gain", "p"]
     assert lines[2][:6] == ["copy/skip", "60.0 ± 0.0", "65.0 ± 0.0", "62.5 ± 0.0", "+12.5", "+42%"]
     assert r"62.5 $\pm$ 0.0 & +12.5 & +42\%" in latex([hundred])
+    named = replace(hundred, teacher="A&B", task="100%_#1")
+    assert r"\caption{A\&B $\rightarrow$ S, lora, 100\%\_\#1, 100 labels (entity F1)}" in latex([named])
 
 
 def test_there_is_no_share_of_a_gain_that_the_teacher_does_not_have() -> None:

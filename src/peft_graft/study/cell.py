@@ -18,6 +18,9 @@ from peft_graft.study.plugins import Plugin, load_plugin
 from peft_graft.study.spec import Budget, SomeTask
 from peft_graft.study.tasks import Example, StudyTask
 
+#: Bytes of the names in an id: file systems take files' names of 255.
+_LONGEST = 200
+
 
 class Names(Record):
     """What a cell is called in tables; what it is not about is None."""
@@ -85,7 +88,8 @@ class Cell(Record, ABC):
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         slug = "-".join(str(value) for value in self.names.model_dump(exclude_none=True).values())
         plain = "".join(char if char.isalnum() or char in "-." else "_" for char in slug)
-        return f"{self.kind}-{plain[:120]}-{digest[:10]}"
+        short = plain[:120].encode()[:_LONGEST].decode(errors="ignore")
+        return f"{self.kind}-{short}-{digest[:10]}"
 
     @property
     def needed(self) -> tuple[str, ...]:

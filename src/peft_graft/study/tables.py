@@ -23,6 +23,8 @@ MEAN = "mean"
 SMALLEST_GAIN = 0.01
 #: How a start's name says on how many texts it is made.
 _TEXTS = re.compile(r", (\d+) texts")
+#: Signs that mean something in LaTeX, and can stand in names.
+_SIGNS = re.compile(r"[&%$#_{}]")
 #: What a table is about.
 _TABLE = ["teacher", "student", "module", "task", "budget"]
 
@@ -348,7 +350,7 @@ def latex(tables: Sequence[ResultTable]) -> str:
     for table in tables:
         header, lines = grid_of(table)
         frame = pd.DataFrame(lines, columns=header)
-        caption = table.title.replace("_", r"\_")
+        caption = _SIGNS.sub(r"\\\g<0>", table.title)
         columns = "l" + "r" * (len(header) - 1)
         parts.append(frame.to_latex(index=False, escape=True, caption=caption, column_format=columns))
     text = "\n".join(parts)
