@@ -49,6 +49,11 @@ class Metric:
     counts: Counts | None = None
     of_sums: OfSums | None = None
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is this module's own, and so computes the same wherever this version runs."""
+        return (self.counts or self.function).__module__ == __name__
+
 
 METRICS: dict[str, Metric] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import sys
 from pathlib import Path
 
 import peft
@@ -19,6 +20,7 @@ import speech
 import tiny
 from peft_graft.config import Library
 from peft_graft.errors import ModelError, StudyError, TextError
+from peft_graft.metrics import METRICS, score_answers
 from peft_graft.prompts.conversation import Message, Prompt
 from peft_graft.study.data import read_prompts, read_task, read_unlabelled, text_file
 from peft_graft.study.folder import StudyFolder
@@ -370,6 +372,35 @@ def test_a_study_of_generation_is_declared_and_read(file: Path) -> None:
 def test_what_a_task_of_generation_cannot_be(file: Path, change: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         read_study(file, [change])
+
+
+PLUGIN = """
+from peft_graft.metrics import register_metric
+
+@register_metric("words")
+def words(answers, references):
+    return {value}
+"""
+
+
+def test_the_content_of_a_plugin_is_part_of_the_ids_of_what_its_metric_scores(file: Path) -> None:
+    changes = ["plugins=['mine.py']", "tasks.next.metric='words'"]
+    try:
+        found = []
+        for value in (0.5, 0.25, 0.25):
+            (file.parent / "mine.py").write_text(PLUGIN.format(value=value))
+            found.append(cells_of(read_study(file, changes)))
+        assert not {*found[0]} & {*found[1]}
+        assert {*found[1]} == {*found[2]}
+        METRICS.pop("words")  # as on another machine, where the study was not read
+        for name in [name for name in sys.modules if name.startswith("peft_graft_plugin_")]:
+            del sys.modules[name]
+        next(iter(found[1].values())).config.examples.read()
+        assert score_answers("words", ["a"], ["b"]) == 0.25
+    finally:
+        METRICS.pop("words", None)
+    (file.parent / "mine.py").write_text("")
+    assert {*cells_of(read_study(file))} == {*cells_of(read_study(file, changes[:1]))}
 
 
 def test_a_student_of_generation_is_run(file: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import processes
 import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.methods import METHODS
-from peft_graft.config import GraftConfig
+from peft_graft.config import METHOD_SUMMARIES, GraftConfig
 from peft_graft.distill.agreement import EXACT
 from peft_graft.errors import OutputError, StudyError
 from peft_graft.study.cells import StudentCell
@@ -326,6 +326,20 @@ def test_grids_name_methods_of_plugins(file: Path) -> None:
     kept = set(cells) & set(changed)
     assert not [name for name in kept if "first-units" in name], "a plugin's content is part of the ids that need it"
     assert [name for name in kept if name.startswith("graft") and "copy" in name]
+
+
+def test_methods_of_plugins_that_the_default_tries_are_part_of_what_it_is(file: Path) -> None:
+    plugin = file.parent / "mine.py"
+    plugin.write_text(PLUGIN.format(name="units-in-order").replace("summary=", "automatic=True, summary="))
+    changes = ["plugins=['mine.py']", "grid.0.methods=['auto']", "defaults.languages=['en']"]
+    try:
+        cells = cells_of(read_study(file, changes)).values()
+    finally:
+        METHODS.pop("units-in-order", None)
+        METHOD_SUMMARIES.pop("units-in-order", None)
+    grafts = [cell.config for cell in cells if cell.kind == "graft"]
+    assert grafts
+    assert all([one.path for one in config.plugins] == [str(plugin)] for config in grafts)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from peft_graft.record import Record
 from peft_graft.run import Callback
 from peft_graft.study.data import read_task, read_unlabelled, text_file
@@ -39,14 +41,25 @@ class Names(Record):
 
 
 class Examples(Record):
-    """The labelled examples of a task in one language."""
+    """The labelled examples of a task in one language.
+
+    ``plugins``: of the study where the task is scored by what one of them registers.
+    """
 
     task: str
     language: str
     spec: SomeTask
+    plugins: tuple[Plugin, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _with_content(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With the content of plugins, wherever they are, and as it always was where there are none."""
+        found = {key: value for key, value in plainly(self).items() if key != "plugins"}
+        return {**found, "plugins": [plugin.sha256 for plugin in self.plugins]} if self.plugins else found
 
     def read(self) -> tuple[StudyTask, list[Example], list[Example], list[Example]]:
         """The task and its training, validation and test examples."""
+        load_plugins(self.plugins)
         return read_task(self.task, self.spec, self.language)
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from peft_graft.alignment.methods import METHODS
-from peft_graft.config import AUTO, METHOD_SUMMARIES, POLISH_STEPS, AlignConfig, GraftConfig, Library
+from peft_graft.alignment.methods import METHODS, automatic_methods
+from peft_graft.config import AUTO, POLISH_STEPS, AlignConfig, GraftConfig, Library
 from peft_graft.config import FRESH as METHOD_FRESH
 from peft_graft.errors import StudyError
+from peft_graft.metrics import METRICS
 from peft_graft.study.cell import Cell, Examples, Names, Needs
 from peft_graft.study.cells import (
     AlignmentCell,
@@ -51,8 +52,6 @@ from peft_graft.study.spec import (
     ModuleSpec,
     Study,
 )
-
-_BUILT_IN = frozenset(METHOD_SUMMARIES)
 
 
 def cells_of(study: Study, only: str | None = None) -> dict[str, Cell]:
@@ -285,7 +284,10 @@ class _Comparison:
 
     @property
     def _examples(self) -> Examples:
-        return Examples(task=self.task, language=self.language, spec=self.study.tasks[self.task])
+        spec = self.study.tasks[self.task]
+        built_in = not isinstance(spec, GenerationSpec) or METRICS[spec.metric].is_built_in
+        plugins = () if built_in else self.study.plugins
+        return Examples(task=self.task, language=self.language, spec=spec, plugins=plugins)
 
     def _examples_of(self, start: Start) -> Examples:
         """With the unlabelled ones that the start is made on."""
@@ -407,8 +409,9 @@ class _Comparison:
         )
 
     def _plugins(self, option: GraftConfig) -> tuple[Plugin, ...]:
-        """The study's, where the method is from one of them."""
-        return () if option.method in {AUTO, *_BUILT_IN} else self.study.plugins
+        """The study's, where a method that is tried is from one of them."""
+        tried = automatic_methods() if option.method == AUTO else [METHODS[option.method]]
+        return () if all(method.is_built_in for method in tried) else self.study.plugins
 
 
 def _roles(spec: ModuleSpec) -> tuple[str, ...] | None:
