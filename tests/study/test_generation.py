@@ -413,6 +413,10 @@ def test_a_student_of_generation_is_run(file: Path, tmp_path: Path) -> None:
     assert [result["examples"] for result in results] == [0, 2]
     assert {result["metric"] for result in results} == {"exact"}
     assert results[0]["before"] == results[0]["score"] == results[1]["before"]
+    assert {*StudyFolder(out).finished} == {*cells}
+    longer = read_study(file, ["training.student.epochs=2", "training.teacher.epochs=1"])
+    run_study(longer, out, Here(out), only="student-*fresh*-2-*")
+    assert {*StudyFolder(out).finished} < {*cells_of(longer)}, "what was done with other options is not the study's"
 
 
 def test_grafts_are_asked_as_the_task_says_and_align_by_themselves(file: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_graft.study.folder import StudyFolder
 from peft_graft.study.lift import lifts
 from peft_graft.study.report import StudyResults, study_page
 from peft_graft.study.results import read_results
@@ -64,6 +65,16 @@ def test_failed_cells_are_there_and_nothing_in_a_study_is_markup(records, tmp_pa
     assert "student-x" in page
     assert HOSTILE not in page
     assert "ModelError: &lt;script&gt;" in page
+
+
+def test_cells_of_the_study_with_other_options_are_not_on_its_page(records, tmp_path) -> None:
+    changed = [{**one, "id": f"{one['id']}-long", "result": {**one["result"], "score": 0.123}} for one in records]
+    place = folder_of([*records, *changed], tmp_path / "out")
+    StudyFolder(place).prepare({"name": "sick", "cells": [one["id"] for one in records]})
+    found = StudyResults.read(place)
+    assert {one["id"] for one in found.records} == {one["id"] for one in records}
+    assert found.failures == {}
+    assert study_page(found) == study_page(StudyResults("sick", found.records, {}))
 
 
 def test_a_study_without_results_yet_says_so(tmp_path) -> None:

@@ -1,6 +1,6 @@
 """The folder of a study: records of finished and failed cells, what cells leave for others, and locks.
 
-    OUT/study.json        the study as it was last run
+    OUT/study.json        the study as it was last run, and the ids of its cells
     OUT/cells/ID.json     the record of a finished cell
     OUT/failures/ID.json  why a cell failed; the next run tries it again
     OUT/artifacts/ID/     what a cell leaves for others: a checkpoint, an alignment
@@ -73,13 +73,20 @@ class StudyFolder:
 
     @property
     def finished(self) -> list[str]:
-        """All cells that have finished, by whatever study."""
-        return sorted(path.stem for path in (self.path / "cells").glob("*.json"))
+        """The cells that have finished of the study that was last run."""
+        return self._of_study("cells")
 
     @property
     def failed(self) -> list[str]:
-        """All cells that have failed and not been done since."""
-        return sorted(path.stem for path in (self.path / "failures").glob("*.json"))
+        """The cells of that study that have failed and not been done since."""
+        return self._of_study("failures")
+
+    def _of_study(self, part: str) -> list[str]:
+        """Those that have a file, but for cells of other studies, and of the same with other options; all, in a folder
+        in which the study's own are not noted."""
+        own = read_json(self.path / "study.json").get("cells")
+        found = {path.stem for path in (self.path / part).glob("*.json")}
+        return sorted(found if own is None else found.intersection(own))
 
     def records(self, cells: Iterable[str]) -> list[dict[str, Any]]:
         """The records of those of the cells that have finished."""

@@ -130,7 +130,7 @@ def run_study(
         StudyError: ``only`` matches nothing, or ``out`` cannot be used.
     """
     cells, folder, run = cells_of(study, only), StudyFolder(out), Run(callbacks)
-    folder.prepare(study.model_dump(mode="json"))
+    folder.prepare({**study.model_dump(mode="json"), "cells": list(cells_of(study))})
     outcome = Outcome()
     waiting = dict(cells)
     running: set[str] = set()
