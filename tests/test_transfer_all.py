@@ -154,6 +154,11 @@ def test_names_that_clash_are_refused_before_anything_is_read(listed, message, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_module_in_the_folder_of_nobody_has_a_name_all_the_same() -> None:
+    assert ShelfModule(adapter="~nobody-of-this-name/tags").folder == "tags"
+    assert ShelfModule(adapter="~/tags").folder == "tags"
+
+
 def test_a_list_names_modules_and_what_is_theirs_alone(tmp_path) -> None:
     path = tmp_path / "list"
     path.write_text('# mine\nme/one\n\n{"adapter": "two", "name": "b", "text": "b.jsonl", "teacher": "T"}\n')

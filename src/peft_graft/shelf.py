@@ -41,7 +41,7 @@ class ShelfModule(Record):
     @property
     def folder(self) -> str:
         """The name of its graft's folder."""
-        return self.name or _PLAIN.sub("_", Path(self.adapter).expanduser().absolute().name).strip(".") or "module"
+        return self.name or _PLAIN.sub("_", Path(self.adapter).absolute().name).strip(".") or "module"
 
 
 class ShelfEntry(Record):

@@ -108,6 +108,8 @@ def test_a_missing_pair_says_how_to_get_it() -> None:
 
 
 def test_a_folder_without_alignment(tmp_path) -> None:
+    with pytest.raises(AlignmentError, match="~nobody-of-this-name/a: the folder cannot be opened"):
+        Alignment.from_pretrained("~nobody-of-this-name/a")
     with pytest.raises(AlignmentError, match="holds no alignment"):
         Alignment.from_pretrained(tmp_path)
 

@@ -355,6 +355,12 @@ def test_a_plugin_that_fails_says_why(file: Path, content: str | None, message: 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("change", ["models.big='~nobody-of-this-name/m'", "plugins=['~nobody-of-this-name/p.py']"])
+def test_a_place_in_the_folder_of_nobody_is_one_error(file: Path, change: str) -> None:
+    with pytest.raises(StudyError, match="~nobody-of-this-name/.*there is no such place.*write the path in full"):
+        read_study(file, [change])
+
+
 def test_the_benchmarks_are_studies() -> None:
     quality = cells_of(read_study(BENCHMARKS / "quality.toml")).values()
     assert {cell.names.start for cell in quality if isinstance(cell, StudentCell)} == {

@@ -252,7 +252,10 @@ def _located(name: str | Path, revision: str | None, token: str | None, subfolde
         raise AlignmentError(
             "this names no alignment", expected="a folder, or a hub id owner/name", found=type(name).__name__
         )
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise AlignmentError(f"the folder cannot be opened ({reason(error)})", where=str(name)) from error
     if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         folder = downloaded(
             str(name), (CONFIG, MAPS), AlignmentError, revision=revision, subfolder=subfolder, token=token

@@ -37,9 +37,7 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
         _change(content, change)
     folder = path.resolve().parent
     if isinstance(content.get("plugins"), list):  # first, so that grids can name the methods that they register
-        content["plugins"] = [
-            load_plugin(str((folder / Path(str(file)).expanduser()).resolve())) for file in content["plugins"]
-        ]
+        content["plugins"] = [load_plugin(_absolute(str(file), folder)) for file in content["plugins"]]
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
@@ -140,5 +138,14 @@ def paper_study(name: str) -> Path:
 def _located(value: str, folder: Path) -> str:
     """A local path made absolute; the name of a model or data set of the hub stays."""
     if value.startswith((".", "/", "~")):
-        return str((folder / Path(value).expanduser()).resolve())
+        return _absolute(value, folder)
     return value
+
+
+def _absolute(path: str, folder: Path) -> str:
+    try:
+        return str((folder / Path(path).expanduser()).resolve())
+    except RuntimeError as error:
+        raise StudyError(
+            f"there is no such place ({reason(error)})", where=path, fix="write the path in full"
+        ) from error
