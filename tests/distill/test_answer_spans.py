@@ -14,7 +14,7 @@ import transformers
 import peft_graft
 import tiny
 from conftest import needs_adapters
-from peft_graft.alignment.text import Sample
+from peft_graft.alignment.text import Sample, read_text
 from peft_graft.alignment.tokens import Span
 from peft_graft.distill.answer_spans import LONGEST_ANSWER, Answered, moved_to, token_places
 from peft_graft.distill.fit_head import fit_head
@@ -287,6 +287,25 @@ def test_answers_in_every_form(tmp_path: Path) -> None:
         read_examples([{"question": "q", "context": "x y", "answers": 7}], Task.QUESTION_ANSWERING)
     with pytest.raises(TextError, match=r"columns are missing.*question,context,answers"):
         read_examples([{"question": "q", "answers": 7}], Task.QUESTION_ANSWERING)
+
+
+def test_files_of_squad_are_read_as_they_are_to_be_had(tmp_path: Path) -> None:
+    asked = [
+        {"id": "1", "question": "who?", "answers": [{"text": "Maria", "answer_start": 0}], "is_impossible": False},
+        {"id": "2", "question": "where?", "answers": [], "is_impossible": True},
+        {"id": "3", "question": "when?"},  # of a test file
+    ]
+    article = {"title": "t", "paragraphs": [{"context": "Maria plays", "qas": asked}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": [article, article]}))
+    found = read_examples(tmp_path / "dev-v2.0.json", Task.QUESTION_ANSWERING)
+    assert [(one.question, one.context, one.answers, one.place) for one in found[:3]] == [
+        ("who?", "Maria plays", ("Maria",), (0, 5)),
+        ("where?", "Maria plays", (), None),
+        ("when?", "Maria plays", (), None),
+    ]
+    assert len(found) == 6
+    samples = list(read_text(tmp_path / "dev-v2.0.json"))
+    assert {sample.texts for sample in samples} == {(one.question, one.context) for one in found}
 
 
 def test_answers_are_compared_as_squad_compares_them() -> None:

@@ -60,7 +60,7 @@ def check_json(source: str) -> None:
 
 def columns_of(source: str) -> dict[str, list[Any]] | None:
     """The columns of a .json file that is one object of them, as ``to_dict`` of datasets and pandas and ``to_json`` of
-    pandas make it; None of any other.
+    pandas make it, or of questions in paragraphs, as SQuAD's own files are; None of any other.
 
     Lists, or objects by row number. Where all lists hold objects alone, it is one row with a conversation in it.
 
@@ -68,6 +68,8 @@ def columns_of(source: str) -> dict[str, list[Any]] | None:
         TextError: they differ in length.
     """
     found = _only_object(source)
+    if found and (questions := _questions_of(found.get("data"))):
+        return {name: [row[name] for row in questions] for name in questions[0]}
     values = list(found.values()) if found else []
     if values and all(isinstance(value, dict) and value and all(map(str.isdecimal, value)) for value in values):
         numbers = sorted({number for value in values for number in value}, key=int)
@@ -85,6 +87,23 @@ def columns_of(source: str) -> dict[str, list[Any]] | None:
             fix="fill the shorter ones up with null, or write one row a line, as .jsonl",
         )
     return found
+
+
+def _questions_of(articles: Any) -> list[dict[str, Any]]:
+    """The questions of articles in SQuAD's own form, with their paragraphs and answers; none of anything else."""
+    try:
+        return [
+            {
+                "question": asked["question"],
+                "context": paragraph["context"],
+                "answers": {name: [one[name] for one in asked.get("answers", [])] for name in ("text", "answer_start")},
+            }
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+        ]
+    except (TypeError, KeyError, AttributeError):
+        return []
 
 
 def _only_object(source: str) -> dict[str, Any]:

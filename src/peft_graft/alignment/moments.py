@@ -294,7 +294,7 @@ class Products:
         """Take over a state of the same products, in place of this one."""
         self.count = int(tensors["count"])
         self._partial.clear()
-        self._rows_of_partials = int(tensors["rows of partials"])
+        self._rows_of_partials = int(tensors.get("rows of partials", 0))
         with torch.inference_mode(False):
             for (a, b), value in self._product.items():
                 if (partial := tensors.get(f"partial {a} {b}")) is not None:
