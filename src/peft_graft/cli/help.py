@@ -21,7 +21,10 @@ _NAMES, _WIDEST = 24, 100
 #: Panel of what has no other, and those at the end.
 _FIRST, _LAST = "What", ("Loading", "Output")
 #: How a command ends; ``cli.main`` gives these codes.
-EXIT_CODES = "0 done, 1 refused or failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 ended by SIGTERM"
+EXIT_CODES = (
+    "0 done, 1 refused or failed, 2 wrong usage, 130 interrupted (Ctrl-C), 141 output not read to its end, 143 ended "
+    "by SIGTERM"
+)
 
 
 class Verb(TyperCommand):
