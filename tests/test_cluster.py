@@ -210,6 +210,31 @@ def test_finished_grafts_of_a_shelf_on_ray_are_kept(driven) -> None:
     assert (driven / "shelf" / "report.html").exists()
 
 
+def on_small_nodes(found: Path) -> None:
+    """The room that there is for tasks on two nodes of two processors each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    with pytest.raises(
+        PlanError, match="no node has the resources of a cell; expected 3 CPUs and 0 GPUs, found 2 CPUs"
+    ):
+        Tasks(cluster.address, fail, of="cell", cpus=3)
+    found.write_text(json.dumps([Tasks(cluster.address, fail, of="cell", cpus=cpus).slots for cpus in (2, 1, 0.5)]))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@needs_ray
+def test_a_task_has_to_fit_on_one_node(tmp_path: Path) -> None:
+    driver = processes.start(on_small_nodes, tmp_path / "found", out=tmp_path / "out", err=tmp_path / "err")
+    driver.join(200)
+    assert driver.exitcode == 0, (tmp_path / "err").read_text()[-3000:]
+    assert json.loads((tmp_path / "found").read_text()) == [2, 4, 8]
+
+
 @needs_ray
 def test_an_error_names_what_ray_lacks_or_what_a_task_says(driven) -> None:
     nowhere, no_room, of_task, died, ended = json.loads((driven / "refused").read_text())

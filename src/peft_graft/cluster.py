@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,16 +46,16 @@ class Tasks:
         lost: Callable[[Any, DeviceError], Any] | None = None,
     ) -> None:
         ray = self._ray = start_ray(address)
-        offered: dict[str, float] = ray.cluster_resources()
-        asked = {"CPU": cpus, "GPU": gpus}
-        fitting = [int(offered.get(kind, 0) // amount) for kind, amount in asked.items() if amount]
-        self.slots = min(fitting, default=1)
+        nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.slots = _slots(nodes, {"CPU": cpus, "GPU": gpus})
         if self.slots < 1:
             raise PlanError(
                 f"no node has the resources of a {of}",
                 where=f"--ray {address}",
                 expected=f"{cpus:g} CPUs and {gpus:g} GPUs",
-                found=f"{offered.get('CPU', 0):g} CPUs and {offered.get('GPU', 0):g} GPUs in all",
+                found=" and ".join(
+                    sorted({f"{one.get('CPU', 0):g} CPUs with {one.get('GPU', 0):g} GPUs" for one in nodes})
+                ),
             )
         here = Path.cwd()
 
@@ -144,6 +144,14 @@ class _Call:
     key: Any
     arguments: Sequence[Any]
     died: int = 0
+
+
+def _slots(nodes: Sequence[Mapping[str, float]], asked: Mapping[str, float]) -> int:
+    """Tasks that can run at a time, each on one of the nodes."""
+    wanted = {kind: amount for kind, amount in asked.items() if amount}
+    return (
+        sum(min(int(node.get(kind, 0) // amount) for kind, amount in wanted.items()) for node in nodes) if wanted else 1
+    )
 
 
 def start_ray(address: str) -> Any:
