@@ -44,6 +44,13 @@ def records() -> list[dict]:
     return found
 
 
+def test_a_page_is_made_where_nothing_was_watched_and_the_teacher_is_no_better_than_one_class() -> None:
+    found = [{**one, "study": "mine", "result": {**one["result"], "majority": 0.8, "curve": []}} for one in records()]
+    page = render("<!-- comparison: mine -->\n<!-- /comparison -->\n", found)
+    assert "majority class 0.800" in page
+    assert "| default | 2 |" in page
+
+
 def test_results_are_replaced_whole_by_one_process_at_a_time(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "results.jsonl"
     export(records(), file, study="mine")

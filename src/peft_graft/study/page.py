@@ -112,9 +112,9 @@ class Entry:
         return share_of_gain(self.mean, self.base, self.teacher)
 
     @property
-    def kept(self) -> float:
-        """Share of the teacher's score over the majority class."""
-        return (self.mean - self.majority) / (self.teacher - self.majority)
+    def kept(self) -> float | None:
+        """Share of the teacher's score over the majority class; None where it has none."""
+        return share_of_gain(self.mean, self.majority, self.teacher)
 
     @property
     def agreement(self) -> float | None:
@@ -222,7 +222,11 @@ def summary(entries: Sequence[Entry]) -> list[str]:
         above = sum(entry.mean > entry.base for entry in few)
         shares = [share for entry in few if (share := entry.share) is not None]
         kept = [
-            [entry.kept for entry in few if entry.budget == 0 and (entry.place.metric in words) == of_words]
+            [
+                kept
+                for entry in few
+                if entry.budget == 0 and (entry.place.metric in words) == of_words and (kept := entry.kept) is not None
+            ]
             for of_words in (True, False)
         ]
         shown = [f"{statistics.fmean(values):.2f}" if values else "" for values in kept]
@@ -292,7 +296,7 @@ def full_tables(entries: Sequence[Entry]) -> list[str]:
 
 def steps_to_fresh(entry: Entry) -> str:
     """Median over seeds of the first watched step at which the validation score reaches the fresh module's last."""
-    if not entry.fresh:
+    if not entry.fresh or not all(run.curve for run in entry.fresh.values()):
         return ""
     target = statistics.fmean(run.curve[-1][1] for run in entry.fresh.values())
     steps = [next((step for step, score in run.curve if score >= target), math.inf) for run in entry.runs.values()]
