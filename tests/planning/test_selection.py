@@ -80,6 +80,18 @@ def test_keys_and_values_have_heads_of_their_own(tmp_path) -> None:
         moved(tmp_path / "lora", base, "attn.value@2")
 
 
+def test_no_head_can_be_chosen_of_factors_of_what_all_heads_write_together(world, tmp_path) -> None:
+    options = {"target_modules": ["attention.output.dense"], "feedforward_modules": []}
+    adapted = peft.get_peft_model(
+        transformers.AutoModel.from_pretrained(world / "teacher"),
+        peft.IA3Config(**options, task_type="FEATURE_EXTRACTION"),
+    )
+    tiny.randomise_trained(adapted, 1)
+    adapted.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(PlanError, match="heads can be chosen of .*IA3's factors.*whole sites"):
+        moved(tmp_path / "ia3", world / "teacher", "attn.output@0")
+
+
 @pytest.mark.parametrize(
     ("sites", "message"),
     [

@@ -78,7 +78,7 @@ def _of_heads(module: Module, chosen: set[int], architecture: Architecture, head
     """The module with all but some heads switched off: their rows of B, for what reads them their columns of A."""
     site = module.site
     role = (architecture.row.stack(site.role).local(site.role) or "").rpartition(".")[2]
-    attention = role in _OF_QUERIES + _OF_PAIRS
+    attention = role in _OF_QUERIES + _OF_PAIRS and any(_has_heads(axis.space) for axis in module.axes)
     if not attention or not module.has_units_of_heads:
         raise PlanError(
             "heads can be chosen of a plain LoRA, or of IA3's factors, at an attention's projections",
