@@ -154,6 +154,7 @@ with warnings.catch_warnings():
 assert logging.root.handlers == before
 slow = {"datasets", "pandas", "pyarrow", "scipy.stats", "adapters", "onnx", "ray", "seqeval", "aiohttp"}
 assert not slow & set(sys.modules), slow & set(sys.modules)
+assert "peft" not in sys.modules  # what is refused does not wait for it
 from peft_graft.cli.main import main
 try:
     main()

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from peft_graft.modules.base import Part
 from peft_graft.modules.lora import LoraPart
 
 if TYPE_CHECKING:
+    import peft
     from transformers import PretrainedConfig
 
 #: Share of the squared singular values of every layer's update that the LoRA keeps.
@@ -50,6 +50,8 @@ def as_lora(raw: RawCheckpoint, teacher: ModelHandle) -> RawCheckpoint:
     Raises:
         CheckpointError: peft cannot load the module, or its change of weights cannot be had.
     """
+    import peft
+
     heads, kind = _heads(raw), raw.config["peft_type"]
     labels = tuple(raw.labels or ())
     model = with_task_head(teacher.base, raw.task, labels, len(labels) or raw.num_labels, padding=teacher.padding)
@@ -97,6 +99,8 @@ def _config(raw: RawCheckpoint, modules: Sequence[str], where: str) -> peft.Peft
     Raises:
         ValueError: peft says that modules of the version that wrote it compute something else today.
     """
+    import peft
+
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[raw.config["peft_type"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # it only warns of some

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import peft
 from torch import Tensor
 
 from peft_graft.checkpoints.foreign import foreign_names, missing_weights
@@ -27,6 +26,7 @@ from peft_graft.checkpoints.raw import WEIGHTS, RawCheckpoint
 from peft_graft.checkpoints.student_names import StudentNames
 from peft_graft.checkpoints.wrappers import without_wrapper_patterns, without_wrappers
 from peft_graft.config import Library
+from peft_graft.environment import version_of
 from peft_graft.errors import CheckpointError
 from peft_graft.files import file_hashes, read_json, read_tensors, write_json, write_tensors
 from peft_graft.labels import ProblemType, declared_names
@@ -144,7 +144,7 @@ class PeftFormat(Format):
             "base_model_name_or_path": names.name,
             "revision": names.revision,
             "task_type": todays_task_type(raw),
-            "peft_version": peft.__version__,
+            "peft_version": version_of("peft"),
             "inference_mode": True,
             "modules_to_save": sorted(_saved_modules(raw.head) | whole) or None,
         }
@@ -184,17 +184,21 @@ def _checked(config: Mapping[str, Any], where: str) -> PeftSettings:
         CheckpointError: one has a value of another type, or the module is of a type that cannot be moved.
     """
     settings = PeftSettings.of(config, where)
-    if settings.peft_type in _NO_WEIGHTS or settings.peft_type not in {
-        *peft.PeftType.__members__,
-        *_registered_types(),
-    }:
+    kind = settings.peft_type
+    if kind in _NO_WEIGHTS or not (kind in _registered_types() or _is_known(kind)):
         raise CheckpointError(
-            f"PEFT modules of type {settings.peft_type} cannot be moved",
+            f"PEFT modules of type {kind} cannot be moved",
             where=where,
             expected=f"{', '.join(_registered_types())}, or a type that changes weights",
             fix="train a LoRA in its place",
         )
     return settings
+
+
+def _is_known(kind: str) -> bool:
+    import peft
+
+    return kind in peft.PeftType.__members__
 
 
 def _registered_types() -> list[str]:
@@ -208,6 +212,8 @@ def _saved_modules(head: Mapping[str, Tensor]) -> set[str]:
 
 def _todays_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Those options that peft still knows: it warns of others, and ignores them."""
+    import peft
+
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
     known = {field.name for field in fields(kind)} if kind else config
     return {name: value for name, value in config.items() if name in known}
