@@ -25,13 +25,16 @@ def evaluate(
     config: EvaluateConfig,
     text: Annotated[
         str,
-        typer.Option(help="Prompts with answers, texts with labels, or tokens with ner_tags: a file or hub data set."),
+        typer.Option(
+            help="Prompts with answers, texts with labels, tokens with ner_tags, or SQuAD: a file or hub data set."
+        ),
     ],
     metric: Annotated[
         str | None,
         typer.Option(
             help="Of prompts exact, accuracy, json-f1, token-f1, rouge, bleu or nll; of classes accuracy, entity-f1, "
-            "macro-f1, micro-f1 or exact; of numbers pearson or rmse. Several with commas; the usual ones by default."
+            "macro-f1, micro-f1 or exact; of numbers pearson or rmse; of questions exact-match or token-f1. Several "
+            "with commas; the usual ones by default."
         ),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Where the teacher's model is now, if it has moved.")] = None,
@@ -43,7 +46,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Score a graft on labelled text, beside the teacher: what a language model answers, classes or numbers.
+    """Score a graft on labelled text, beside the teacher: what it answers, its classes or its numbers.
 
     Example:
         peft-graft evaluate out/graft --text labelled.jsonl --metric exact,rouge
