@@ -28,7 +28,8 @@ from peft_graft.errors import CheckpointError
 from peft_graft.models.loading import blank_handle, describe_config
 from peft_graft.models.spaces import Site
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import MODULES, average
+from peft_graft.modules.average import average
+from peft_graft.modules.base import MODULES
 from peft_graft.projection import project
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"

@@ -102,6 +102,23 @@ def test_layers_without_modules_are_no_sites(world, parts, tmp_path) -> None:
 
 
 @needs_adapters
+def test_modules_of_other_ranks_are_averaged_nowhere(world, tmp_path) -> None:
+    model = transformers.AutoModelForTokenClassification.from_pretrained(world / "teacher")
+    config = peft.LoraConfig(
+        task_type="TOKEN_CLS", r=4, target_modules=["query"], rank_pattern={"layer.1.attention.self.query": 2}
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "module")
+
+    def refused(layers: str) -> str | None:
+        return tiny.inspect(tmp_path / "module", world / "shallow", layers=layers).student.problem
+
+    assert refused("skip") is None
+    assert (
+        "modules of different rank or bottleneck cannot be averaged; found layer 0 attn.query: 4, layer 1 attn.query: 2"
+        in (refused("avg") or "")
+    )
+
+
 def test_a_site_without_counterpart_is_refused(world) -> None:
     teacher = describe_config(load_config(str(world / "teacher")))
     checkpoint = resolve(read_checkpoint(world / "pfeiffer"), teacher)

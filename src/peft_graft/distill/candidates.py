@@ -24,7 +24,8 @@ from peft_graft.models.architecture import Architecture
 from peft_graft.models.loading import ModelPair
 from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
 from peft_graft.models.tasks import Task
-from peft_graft.modules.base import Axis, LabelledTensor, Module, average
+from peft_graft.modules.average import average
+from peft_graft.modules.base import Axis, LabelledTensor, Module
 from peft_graft.modules.head import Head
 from peft_graft.planning.sites import SitePlan, SitePlans
 from peft_graft.projection import project, resize_inner_layer

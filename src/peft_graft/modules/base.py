@@ -421,28 +421,3 @@ def module_of(part: Part) -> type[Module]:
             fix="register the module's class, and import its file before the checkpoint is read",
         )
     return MODULES[type(part)]
-
-
-def average(modules: Sequence[Module]) -> Module:
-    """True mean of the modules of one window, tensor by tensor (AVG, arXiv 2403.18804).
-
-    Raises:
-        PlanError: the modules differ in inner width, so their tensors cannot be added.
-    """
-    first = modules[0]
-    if len(modules) == 1:
-        return first
-    widths = [module.width for module in modules]
-    if len(set(widths)) > 1:
-        raise PlanError(
-            "modules of different rank or bottleneck cannot be averaged",
-            where=str(first.site),
-            found=", ".join(f"{module.site}: {width}" for module, width in zip(modules, widths, strict=True)),
-            fix="choose layers with --layers skip or an explicit list",
-        )
-    aligned = [module.in_terms_of(first) for module in modules]
-    mean = {
-        name: torch.stack([module.tensors[name].values.double() for module in aligned]).mean(0).to(tensor.values.dtype)
-        for name, tensor in first.tensors.items()
-    }
-    return first.with_values(mean)

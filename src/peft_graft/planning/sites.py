@@ -15,6 +15,7 @@ from peft_graft.models.architecture import Architecture
 from peft_graft.models.spaces import VOCABULARY, Site, Space, space_at
 from peft_graft.models.spec import Stack, expert_of, moved_space
 from peft_graft.models.tasks import Task
+from peft_graft.modules.average import check_widths
 from peft_graft.modules.base import Axis, Module
 from peft_graft.planning.correspondence import ExpertMap, advice, corresponding_stacks, corresponds, counterpart
 from peft_graft.planning.layers import LayerMap, layer_map, layer_maps
@@ -89,8 +90,8 @@ def plan_sites(
         experts: which experts correspond; those of one number when None.
 
     Raises:
-        PlanError: a role that the student lacks, a layer map that leaves nothing to move, or spaces that the method
-            cannot map.
+        PlanError: a role that the student lacks, a layer map that leaves nothing to move, modules that cannot be
+            averaged, or spaces that the method cannot map.
         HeadError: the student's task model has another form of head.
     """
     sides = _Sides(checkpoint, teacher, student, experts)
@@ -106,6 +107,7 @@ def plan_sites(
     ]
     pairs: dict[Pair, tuple[int, int]] = {}
     for site in sites:
+        check_widths([checkpoint.modules[source] for source in site.teacher])
         for source in site.teacher:
             module = checkpoint.modules[source]
             for axis in (axis for axis in module.axes if axis.space != VOCABULARY):
