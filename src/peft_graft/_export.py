@@ -87,7 +87,8 @@ def export(
     run = Run(callbacks, work=None)
     if form.needs_base(subject) or subject.raw.needs_conversion:
         with run.stage("loading models"):
-            subject = replace(subject, base=_loaded(subject.base))
+            dtype = subject.base.loading.dtype if form.rounds else "float32"
+            subject = replace(subject, base=_loaded(subject.base, dtype))
     if subject.raw.needs_conversion:
         with run.stage("converting to LoRA"):
             subject = replace(subject, raw=as_lora(subject.raw, subject.base))
@@ -158,5 +159,5 @@ def _described(place: str, config: ExportConfig, revision: str | None) -> ModelH
     return blank_handle(found, place, loading)
 
 
-def _loaded(base: ModelHandle) -> ModelHandle:
-    return load_model(base.name, base.loading, role="base")
+def _loaded(base: ModelHandle, dtype: str) -> ModelHandle:
+    return load_model(base.name, replace(base.loading, dtype=dtype), role="base")

@@ -241,6 +241,16 @@ def test_a_library_does_not_speak_of_modules_that_are_switched_off(graft, tmp_pa
 
 
 @needs_adapters
+def test_on_a_base_in_bfloat16_too(tmp_path) -> None:
+    """Modules of adapters are float32, and do not read what a base in bfloat16 writes."""
+    base = speaker(tmp_path / "base", torch.bfloat16)
+    module(tmp_path / "lora", base, lora(target_modules=["q_proj", "v_proj"]))
+    assert peft_graft.export(tmp_path / "lora", to="adapters").comparison.lost < 1e-4
+    merged = peft_graft.export(tmp_path / "lora-adapters", to="merged", base=base)
+    assert 0 < merged.comparison.lost < 0.25
+
+
+@needs_adapters
 def test_what_the_other_library_cannot_say_is_refused_by_name(world, tmp_path) -> None:
     with pytest.raises(
         PlanError, match="--to peft: only a plain LoRA means the same in both libraries; found bottleneck"

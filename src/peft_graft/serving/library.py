@@ -20,6 +20,7 @@ _LOST = 1e-2
 class _InLibrary(Form):
     library: ClassVar[Library]
     use: ClassVar[str]
+    rounds: ClassVar[bool] = False
 
     def check(self, subject: Subject, config: ExportConfig) -> None:
         """Refuse all but plain LoRA, where the module is of the other library."""

@@ -86,9 +86,12 @@ class Subject:
     def outputs(self, raw: RawCheckpoint) -> tuple[Tensor, Tensor]:
         """What the loaded base says to a probe batch with a module of its, and without."""
         attached = attach(raw, self.base, self.labels, speaks=raw.task is Task.CAUSAL_LM)
-        with_module = outputs(attached.model, self.probe(attached.device), logits=self.has_logits)
-        with attached.without() as bare:
-            return with_module, outputs(bare, self.probe(attached.device), logits=self.has_logits)
+        # Modules of adapters are float32 and do not read a base's bfloat16; those of peft do.
+        mixed = attached.bf16 and raw.library == Library.ADAPTERS
+        with torch.autocast(attached.device.type, torch.bfloat16, enabled=mixed):
+            with_module = outputs(attached.model, self.probe(attached.device), logits=self.has_logits)
+            with attached.without() as bare:
+                return with_module, outputs(bare, self.probe(attached.device), logits=self.has_logits)
 
     def probe(self, device: torch.device) -> dict[str, Tensor]:
         """A batch of random inputs."""

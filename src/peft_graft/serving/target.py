@@ -29,6 +29,8 @@ class Form(ABC):
     """A form that grafts are exported to; a subclass is registered by ``register_form``."""
 
     target: ClassVar[Target]
+    #: Whether the base's own dtype matters to what is written; else float32 is taken, which rounds nothing.
+    rounds: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, subject: Subject, config: ExportConfig) -> None:
