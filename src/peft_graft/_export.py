@@ -145,7 +145,9 @@ def _of_graft(graft: Graft, name: str, base: str | Path | None, config: ExportCo
     student = graft.student
     revision = graft.report.settings.student_revision if base is None else None
     handle = _described(str(base or student.name), config, revision)
-    return Subject(name, graft.raw, handle, graft.labels, graft.folder, graft.report.settings.system)
+    given = graft.report.settings
+    own = Subject(name, graft.raw, handle, graft.labels, graft.folder)
+    return replace(own, system=given.system, format=given.format_of_student, template_args=given.template_args or {})
 
 
 def _described(place: str, config: ExportConfig, revision: str | None) -> ModelHandle:

@@ -309,3 +309,46 @@ def test_a_modelfile_lies_beside_the_adapter(tmp_path, command) -> None:
     named = ExportConfig(ollama_from="llama3.2:1b", force=True)
     peft_graft.export(tmp_path / "lora", to="ollama", config=named)
     assert (tmp_path / "lora-ollama" / "Modelfile").read_text().startswith("FROM llama3.2:1b\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "note"),
+    [
+        ({"format": r"Ask: {prompt}\nSay:"}, 'TEMPLATE """Ask: {{ .Prompt }}\nSay:{{ .Response }}"""\n', None),
+        (
+            {"format": "{system}|{prompt}", "system": "Be kind."},
+            'TEMPLATE """{{ .System }}|{{ .Prompt }}{{ .Response }}"""\nSYSTEM """Be kind."""\n',
+            None,
+        ),
+        ({"format": "{{prompt}}"}, "", "no TEMPLATE: the format cannot be said in Ollama's words"),
+        (
+            {"template_args": {"shout": True}},
+            "<|im_start|>user LOUD\n{{ .Prompt }}<|im_end|>",
+            None,
+        ),
+        ({}, "<|im_start|>user\n{{ .Prompt }}<|im_end|>", None),
+    ],
+)
+def test_a_modelfile_asks_as_the_graft_was_taught(config, template, note, tmp_path) -> None:
+    """What it was moved with counts, not what its base's tokenizer says."""
+    model = base(tmp_path / "base")
+    words = llama_cpp.tokenizer()
+    words.chat_template = CHATML.replace(
+        "message.role +", "message.role + (' LOUD' if shout and message.role == 'user' else '') +"
+    )
+    words.save_pretrained(model)
+    module(tmp_path / "lora", model)
+    graft = peft_graft.transfer(tmp_path / "lora", model, config={"method": "copy", **config})
+    found = peft_graft.export(graft, to="ollama", out=tmp_path / "out")
+    assert template in (tmp_path / "out" / "Modelfile").read_text()
+    assert ("TEMPLATE" not in (tmp_path / "out" / "Modelfile").read_text()) == bool(note)
+    assert [said for said in found.notes if "TEMPLATE" in said] == (
+        [f"{note}, so Ollama takes its own"] if note else []
+    )
+
+
+def test_a_base_without_a_chat_template_is_said_to_have_none(tmp_path) -> None:
+    model = base(tmp_path / "base")
+    module(tmp_path / "lora", model)
+    found = peft_graft.export(tmp_path / "lora", to="ollama")
+    assert "no TEMPLATE: the base has no chat template, so Ollama takes its own" in found.notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,12 +48,13 @@ class Ollama(Gguf):
             tokenizer = None
             notes.append("the base has no tokenizer, so the Modelfile says nothing of prompts")
         if tokenizer is not None:
-            found = template_of(tokenizer)
+            found = template_of(tokenizer, subject.template_args) if subject.format is None else None
+            text = found.text if found else _of_format(subject.format)
             system = subject.system or (found.system if found else "")
-            if found is None:
-                notes.append("no TEMPLATE: the chat template cannot be said in Ollama's words, so Ollama takes its own")
+            if text is None:
+                notes.append(f"no TEMPLATE: {_why_none(tokenizer, subject.format)}, so Ollama takes its own")
             else:
-                lines.append(f"TEMPLATE {_quoted(found.text)}")
+                lines.append(f"TEMPLATE {_quoted(text)}")
             if system:
                 lines.append(f"SYSTEM {_quoted(system)}")
             lines += [f"PARAMETER stop {json.dumps(word, ensure_ascii=False)}" for word in _ends(tokenizer, found)]
@@ -101,7 +102,23 @@ class GoTemplate:
         return text
 
 
-def template_of(tokenizer: Any) -> GoTemplate | None:
+def _of_format(format: str | None) -> str | None:
+    """A format in Go's words, None where there is none or it has Go's marks in it."""
+    if format is None:
+        return None
+    text = format.replace("\\n", "\n").replace("{prompt}", "\0Prompt\1").replace("{system}", "\0System\1")
+    if "{{" in text or "{\0" in text:  # a brace before a place would be a part of Go's own
+        return None
+    return text.replace("\0", "{{ .").replace("\1", " }}") + "{{ .Response }}"
+
+
+def _why_none(tokenizer: Any, format: str | None) -> str:
+    if format is None and not getattr(tokenizer, "chat_template", None):
+        return "the base has no chat template"
+    return f"the {'chat template' if format is None else 'format'} cannot be said in Ollama's words"
+
+
+def template_of(tokenizer: Any, args: Mapping[str, Any] | None = None) -> GoTemplate | None:
     """The chat template of a tokenizer, None where there is none or another rendering of it would differ.
 
     What stands around a system message, a prompt and an answer is found by rendering some, and has to give the same
@@ -115,7 +132,8 @@ def template_of(tokenizer: Any) -> GoTemplate | None:
     def rendered(*messages: str, system: str | None = None, asks: bool = True) -> str:
         turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(messages)]
         first = [{"role": "system", "content": system}] if system is not None else []
-        text: str = tokenizer.apply_chat_template([*first, *turns], tokenize=False, add_generation_prompt=asks)
+        asked = {**(args or {}), "tokenize": False, "add_generation_prompt": asks}
+        text: str = tokenizer.apply_chat_template([*first, *turns], **asked)
         return text.removeprefix(tokenizer.bos_token) if begins else text
 
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Subject:
     Attributes:
         name: as the user gave it. raw: the module with its base's own paths. folder: where it lies.
         base: described from its configuration alone until it is needed. labels: of the head's classes.
-        system: the system message that the module was moved with.
+        system, format, template_args: the system message, the format (None for the chat template) and the arguments of
+            the chat template that the module was moved with.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Subject:
     labels: tuple[str, ...] = ()
     folder: Path | None = None
     system: str | None = None
+    format: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> PeftCheckpoint:
