@@ -127,6 +127,17 @@ class GraftReport(Record):
         """What the agreement of a classifier means in counts (``ClassCounts.in_words``); nothing of others."""
         return self.classes.in_words("words" if self.tags_words else "texts") if self.classes else []
 
+    @property
+    def answered_alike(self) -> list[str]:
+        """What one answer to all prompts would come to, where agreement counts from that; else nothing."""
+        found = self.verdict.generated
+        if found is None or (found.constant_token_f1 or 0.0) <= found.bare_token_f1:
+            return []
+        return [
+            f"One answer to all of them would have {found.constant_token_f1:.0%} of the words: agreement is what the "
+            "graft does beyond that."
+        ]
+
     def __repr__(self) -> str:
         return f"GraftReport({self.module_kind} of {self.teacher.name} on {self.student.name}: {self.verdict.level})"
 

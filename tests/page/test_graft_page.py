@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 import reports
+from peft_graft.cli.result import show_graft
 from peft_graft.outputs import write_aside
 from peft_graft.page.details import layer_maps
 from peft_graft.page.differences import differences
@@ -99,6 +101,18 @@ def test_what_is_not_there_leaves_no_empty_section() -> None:
         "Old, new, untouched", "Agreement by class", "Where they disagree", "How it was moved", "How it learned",
         "The text", "What it cost", "Notes", "Provenance",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("constant", "said"), [(0.78, True), (0.1, False), (None, False)])
+def test_what_one_answer_to_all_prompts_would_come_to_is_said_where_it_counts(constant, said: bool, capsys) -> None:
+    """Agreement may be below 0 where word F1 is above the untouched student's: it counts from the better of the two."""
+    report = reports.speaker()
+    generated = report.verdict.generated.model_copy(update={"constant_token_f1": constant, "agreement": -1.4})
+    report = report.model_copy(update={"verdict": report.verdict.model_copy(update={"generated": generated})})
+    words = "One answer to all of them would have 78% of the words: agreement is what the graft does beyond that."
+    assert (words in Read(graft_page(report, "a graft")).text) is said
+    show_graft(report, Path("out"))
+    assert ("One answer to all of them would have 78%" in capsys.readouterr().out) is said
 
 
 @pytest.mark.parametrize("report", [reports.tagger, reports.speaker])

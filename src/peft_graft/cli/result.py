@@ -71,6 +71,7 @@ def _verdict(report: GraftReport) -> Panel:
             f"teacher's, without the graft {generated.bare_exact:.0%}; word F1 "
             f"{figure(generated.token_f1, generated.token_f1_interval)}, without {generated.bare_token_f1:.2f}"
         ))  # fmt: skip
+        lines += map(Text, report.answered_alike)
     elif measured and measured.agreement is not None and report.documents:
         lines.append(Text(f"Agreement with the teacher {figure(measured.agreement, measured.agreement_interval)}"))
         lines += map(Text, report.documents.verdict(measured))

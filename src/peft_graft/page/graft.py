@@ -115,7 +115,7 @@ def _practice(report: GraftReport) -> list[str]:
     """What the verdict's figure means, in counts."""
     generated, measured = report.verdict.generated, report.verdict.measured
     if generated is not None:
-        return _practice_of_answers(generated)
+        return [*_practice_of_answers(generated), *report.answered_alike]
     if measured is None or measured.agreement is None:
         return ["Nothing was measured, so nothing is promised."]
     if report.classes is not None:
