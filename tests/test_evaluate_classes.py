@@ -212,6 +212,8 @@ def test_numbers_are_scored_as_scipy_scores_them(world: Path, tmp_path: Path, co
     assert same.rows[0].scores["pearson"].value == 0
     with pytest.raises(GraftError, match="row 2: this is no number; expected a number in score.*found 'high'"):
         evaluate(tmp_path / "graft", text=[rows[0], {**rows[1], "score": "high"}])
+    with pytest.raises(GraftError, match="no such metric of numbers; expected pearson, rmse, found accuracy"):
+        evaluate(tmp_path / "graft", text=rows, metrics=["accuracy"])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = command("evaluate", tmp_path / "graft", "--text", tmp_path / "rows.jsonl")
     assert "pearson" in done.out

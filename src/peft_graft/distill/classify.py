@@ -191,7 +191,8 @@ def _chosen(metrics: Sequence[str], kind: LabelKind, names: Sequence[str]) -> li
     known = [name for name, metric in CLASS_METRICS.items() if kind in metric.kinds]
     for name in metrics:
         if name not in known:
-            raise PlanError("no such metric of classes", where="--metric", expected=", ".join(known), found=name)
+            of = "numbers" if kind == "numbers" else "classes"
+            raise PlanError(f"no such metric of {of}", where="--metric", expected=", ".join(known), found=name)
     return list(metrics or default_metrics(kind, names))
 
 
