@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 _T = TypeVar("_T")
 #: One process may work for hours while the others wait for what it makes.
 _PATIENCE = timedelta(days=7)
+#: torch's group of all processes -> ours beside it.
+_beside: dict[ProcessGroup | None, ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Processes:
     def wait(self) -> None:
         """Return when all processes have come here."""
         if not self.alone:
-            _group().barrier()
+            distributed, group = _group()
+            distributed.barrier(group=group)
 
     def least(self, value: int) -> int:
         """The least of what the processes have each."""
@@ -58,8 +62,9 @@ class Processes:
             return value
         import torch
 
-        group, least = _group(), torch.tensor(value)
-        group.all_reduce(least, group.ReduceOp.MIN)
+        distributed, group = _group()
+        least = torch.tensor(value)
+        distributed.all_reduce(least, distributed.ReduceOp.MIN, group=group)
         return int(least)
 
     def of_first(self, make: Callable[[], _T]) -> _T:
@@ -67,7 +72,8 @@ class Processes:
         if self.alone:
             return make()
         held = [make() if self.first else None]
-        _group().broadcast_object_list(held)
+        distributed, group = _group()
+        distributed.broadcast_object_list(held, group=group)
         return held[0]  # type: ignore[return-value]
 
     def of_all(self, own: _T) -> list[_T]:
@@ -75,7 +81,8 @@ class Processes:
         if self.alone:
             return [own]
         found: list[_T] = [own] * self.count
-        _group().all_gather_object(found, own)
+        distributed, group = _group()
+        distributed.all_gather_object(found, own, group=group)
         return found
 
     def share(self, rows: Sequence[_T]) -> list[_T]:
@@ -104,12 +111,14 @@ class Processes:
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the sum of those of all processes: the same bits in each."""
         for tensor in () if self.alone else tensors:
-            _group().all_reduce(tensor)
+            distributed, group = _group()
+            distributed.all_reduce(tensor, group=group)
 
     def equal(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the values of the first process's."""
         for tensor in () if self.alone else tensors:
-            _group().broadcast(tensor, 0)
+            distributed, group = _group()
+            distributed.broadcast(tensor, 0, group=group)
 
 
 def local_index() -> int | None:
@@ -123,13 +132,23 @@ def local_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _group() -> ModuleType:
-    """torch's ``distributed``, with a group of the processes, which they make when they first share something."""
-    import torch.distributed as group
+def _group() -> tuple[ModuleType, ProcessGroup | None]:
+    """torch's ``distributed``, and the group in which the processes share, made when they first do; None is torch's.
 
-    if not group.is_initialized():
-        group.init_process_group("gloo", timeout=_PATIENCE)
-    return group
+    A script's own group, such as accelerate makes on GPUs, may know NCCL alone, which takes no tensors of the CPU; then
+    there is another beside it.
+    """
+    import torch.distributed as distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=_PATIENCE)
+    if "gloo" in str(distributed.get_backend_config()):
+        return distributed, None
+    whole = distributed.group.WORLD
+    if whole not in _beside:
+        _beside.clear()  # of a group that is no more
+        _beside[whole] = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    return distributed, _beside[whole]
 
 
 #: One process.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,38 @@ def test_two_processes_of_torchrun_make_the_graft_that_one_makes(speakers, tmp_p
     mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "two" / "graft"))
     for name, value in mine.items():
         assert (theirs[name] - value).norm() < 1e-3 * value.norm(), name
+
+
+def in_a_group_without_gloo(index: int, port: int, found: str) -> None:
+    """Stands for a script on GPUs: its group is said to know NCCL alone, and what it is asked to share is noted."""
+    import torch.distributed as distributed
+
+    os.environ.update(RANK=str(index), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo")
+    distributed.get_backend_config = lambda group=None: "cuda:nccl"
+    made: list[str] = []
+    new_group = distributed.new_group
+    distributed.new_group = lambda **options: made.append(options["backend"]) or new_group(**options)
+    own, sums = Processes.started(), torch.full((2,), float(index + 1))
+    own.wait()
+    own.add_up([sums])
+    values = torch.full((1,), float(index))
+    own.equal([values])
+    said = [own.least(5 - index), own.of_first(lambda: index), own.of_all(index), sums.tolist(), values.tolist(), made]
+    Path(f"{found}-{index}").write_text(json.dumps(said))
+
+
+def test_where_the_group_of_a_script_takes_no_tensors_of_the_cpu_there_is_another(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [processes.start(in_a_group_without_gloo, index, port, tmp_path / "said") for index in range(2)]
+    for one in started:
+        one.join(120)
+        assert one.exitcode == 0
+    for index in range(2):
+        said = json.loads((tmp_path / f"said-{index}").read_text())
+        assert said == [4, 0, [0, 1], [3.0, 3.0], [0.0], ["gloo"]]
 
 
 def test_shares_of_a_batch_add_up_to_the_whole(monkeypatch) -> None:
