@@ -16,7 +16,7 @@ import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.text import Sample, read_text
 from peft_graft.alignment.tokens import Span
-from peft_graft.distill.answer_spans import LONGEST_ANSWER, Answered, moved_to, token_places
+from peft_graft.distill.answer_spans import LONGEST_ANSWER, Answered, Places, moved_to, token_places
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.predictions import compare
 from peft_graft.distill.targets import NEVER, kind_of, of_spans, stacked
@@ -58,7 +58,26 @@ def test_an_answer_begins_and_ends_at_the_same_characters() -> None:
 
 def test_tokens_of_bytes_share_their_character() -> None:
     student = [Span(1, 0, 1), Span(1, 0, 1), Span(1, 0, 1), Span(1, 1, 2)]
-    assert token_places([Span(1, 0, 1), Span(1, 1, 2)], student) == [(0, 2), (3, 3)]
+    assert [Places(student).of(span) for span in (Span(1, 0, 1), Span(1, 1, 2))] == [(0, 2), (3, 3)]
+
+
+#: who plays ⏎ the orchestra, of a tokenizer of bytes without special tokens.
+BYTES = [Span(0, 0, 3), Span(0, 4, 9), None, Span(1, 1, 4), Span(1, 5, 14)]
+
+
+def test_the_first_token_says_that_there_is_no_answer_whatever_it_is() -> None:
+    assert token_places(BYTES, WORDS)[0] == token_places(WORDS, BYTES)[0] == (0, 0)
+    assert token_places(BYTES, WORDS)[1] == (2, 2)
+    texts, nothing, blank = ("who plays", "\nthe orchestra"), ends(0, 0, 5), ends(2, 2, 5)
+    assert not Answered.of(nothing, texts, BYTES, may_be_none=True).text
+    for may_be_none in (False, True):  # a blank is neither an answer nor the sign that there is none
+        assert Answered.of(blank, texts, BYTES, may_be_none=may_be_none).text
+
+
+def test_an_answer_in_a_long_text_takes_no_square_of_its_length() -> None:
+    count = 40_000
+    spans = [None, *(Span(1, 2 * n, 2 * n + 1) for n in range(count))]
+    assert Answered.of(ends(7, 9, count + 1), ("", "x " * count), spans, may_be_none=False).text == "x x x"
 
 
 def test_probabilities_move_and_none_is_lost() -> None:

@@ -23,44 +23,52 @@ LONGEST = 384
 LONGEST_ANSWER = 30
 #: The text that answers are in; the first is the question.
 PASSAGE = 1
+#: The token that says that the text holds no answer: the first, whether it is special, as in BERT, or a word's.
+NOWHERE = 0
 #: A probability that is less is held to be this.
 _LEAST = 1e-30
 
 
-def nowhere(spans: Sequence[Span | None]) -> int:
-    """The token that says that the text holds no answer: the first special one, and where there is none the first."""
-    return next((index for index, span in enumerate(spans) if span is None), 0)
+class Places:
+    """Which tokens hold a text's characters.
+
+    Args:
+        spans: the characters of the tokens, None of those that are of no word.
+    """
+
+    def __init__(self, spans: Sequence[Span | None]) -> None:
+        self._known = [(index, span) for index, span in enumerate(spans) if span is not None]
+        self._starts = [(span.segment, span.start) for _, span in self._known]
+
+    def of(self, span: Span) -> tuple[int, int]:
+        """The tokens that hold its first and its last character; ``NOWHERE`` where none does."""
+        return self._holding(span.segment, span.start, last=False), self._holding(span.segment, span.end - 1, last=True)
+
+    def _holding(self, segment: int, character: int, *, last: bool) -> int:
+        known, at = self._known, bisect_right(self._starts, (segment, character)) - 1
+        if at < 0 or known[at][1].segment != segment or known[at][1].end <= character:
+            return NOWHERE
+        while not last and at and known[at - 1][1].segment == segment and known[at - 1][1].end > character:
+            at -= 1  # tokens of bytes share the characters that they are of
+        return known[at][0]
 
 
 def token_places(teacher: Sequence[Span | None], student: Sequence[Span | None]) -> list[tuple[int, int]]:
     """For every token of the teacher the student's tokens that hold its first and its last character.
 
-    Special tokens belong to the student's in their order, if both have as many. Otherwise theirs, and that of what the
-    student does not read, is the one of no answer (``nowhere``).
+    The first token of both is that of no answer, and so is the place of what the student does not read. Other special
+    tokens belong to the student's in their order, if both have as many.
 
     Args:
         teacher, student: the characters of their tokens, None of special ones.
     """
-    missing = nowhere(student)
     own, others = ([index for index, span in enumerate(spans) if span is None] for spans in (student, teacher))
     special = dict(zip(others, own, strict=True)) if len(own) == len(others) else {}
-    known = [(index, span) for index, span in enumerate(student) if span is not None]
-    starts = [(span.segment, span.start) for _, span in known]
-
-    def holds(segment: int, character: int, *, last: bool) -> int:
-        at = bisect_right(starts, (segment, character)) - 1
-        if at < 0 or known[at][1].segment != segment or known[at][1].end <= character:
-            return missing
-        while not last and at and known[at - 1][1].segment == segment and known[at - 1][1].end > character:
-            at -= 1  # tokens of bytes share the characters that they are of
-        return known[at][0]
-
-    return [
-        (special.get(index, missing),) * 2
-        if span is None
-        else (holds(span.segment, span.start, last=False), holds(span.segment, span.end - 1, last=True))
-        for index, span in enumerate(teacher)
+    places = Places(student)
+    found = [
+        (special.get(index, NOWHERE),) * 2 if span is None else places.of(span) for index, span in enumerate(teacher)
     ]
+    return [(NOWHERE, NOWHERE), *found[1:]]
 
 
 def moved_to(log_probabilities: Tensor, places: Sequence[tuple[int, int]], length: int) -> Tensor:
@@ -86,21 +94,19 @@ class Answered:
             logits: [2, own tokens or more], or log-probabilities. texts: the question and the text.
             spans: the characters of the tokens. may_be_none: whether there may be no answer in the text.
         """
-        none = nowhere(spans)
         inside = [index for index, span in enumerate(spans) if span is not None and span.segment == PASSAGE]
         if not inside:
-            return Answered(none, none, "")
+            return Answered(NOWHERE, NOWHERE, "")
         first, last = inside[0], inside[-1] + 1
-        begins, ends = logits[0, first:last].double(), logits[1, first:last].double()
-        size = last - first
-        allowed = torch.ones(size, size, dtype=torch.bool).triu().tril(LONGEST_ANSWER - 1)
-        allowed &= torch.tensor([span is not None for span in spans[first:last]])  # one within is of no word
-        both = (begins[:, None] + ends).masked_fill(~allowed, 4 * NEVER)
+        of_no_word = torch.tensor([span is None for span in spans[first:last]])
+        begins, ends = logits[:, first:last].double().masked_fill(of_no_word, 4 * NEVER)
+        ends = torch.nn.functional.pad(ends, (0, LONGEST_ANSWER - 1), value=4 * NEVER)
+        both = begins[:, None] + ends.unfold(0, LONGEST_ANSWER, 1)  # [where it begins, how many more tokens it has]
         best = int(both.argmax())
-        if may_be_none and float(logits[:, none].double().sum()) > float(both.max()):
-            return Answered(none, none, "")
-        start, end = first + best // size, first + best % size
-        return Answered(start, end, text_of(texts, spans, start, end))
+        if may_be_none and float(logits[:, NOWHERE].double().sum()) > float(both.max()):
+            return Answered(NOWHERE, NOWHERE, "")
+        start, more = first + best // LONGEST_ANSWER, best % LONGEST_ANSWER
+        return Answered(start, start + more, text_of(texts, spans, start, start + more))
 
 
 def text_of(texts: Sequence[str], spans: Sequence[Span | None], first: int, last: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from peft_graft.alignment.tokens import Span, trimmed_spans
-from peft_graft.distill.answer_spans import LONGEST, PASSAGE, Answered, token_places
+from peft_graft.distill.answer_spans import LONGEST, NOWHERE, PASSAGE, Answered, Places
 from peft_graft.labelled.examples import AnsweredQuestion
 from peft_graft.labelled.scores import CLASS_METRICS
 from peft_graft.study.tasks import Example, StudyTask
@@ -33,8 +33,9 @@ class AnsweringTask(StudyTask):
         rows = []
         for example, row in zip(examples, self.questions(examples, tokenizer), strict=True):
             assert isinstance(example, AnsweredQuestion)
-            wanted = Span(PASSAGE, *example.place) if example.place else None
-            ((first, last),) = token_places([wanted], row["spans"])
+            first, last = NOWHERE, NOWHERE
+            if example.place:
+                first, last = Places(row["spans"]).of(Span(PASSAGE, *example.place))
             kept = {key: value for key, value in row.items() if key not in ABOUT}
             rows.append({**kept, "start_positions": first, "end_positions": last})
         return rows
