@@ -11,6 +11,7 @@ import pytest
 
 import reports
 from peft_graft.cli.result import show_graft
+from peft_graft.distill.candidates import HeadRecord
 from peft_graft.outputs import write_aside
 from peft_graft.page.details import layer_maps
 from peft_graft.page.differences import differences
@@ -53,6 +54,20 @@ def test_the_first_screen_says_what_moved_how_good_it_is_and_what_to_do_next() -
     assert "/data/" not in text
     assert "hash-of-weights" in text
     assert "print-of-old-base" in text
+
+
+@pytest.mark.parametrize(("task", "problem", "labels", "said"), [
+    ("question-answering", None, ["LABEL_0", "LABEL_1"], "on where answers begin and end by 87%"),
+    ("sequence-classification", "multi_label_classification", ["a", "b"], "on which labels hold by 87%"),
+    ("sequence-classification", "regression", ["score"], "explains 87% of how the teacher's numbers vary"),
+])  # fmt: skip
+def test_what_was_agreed_on_is_said(task: str, problem: str | None, labels: list[str], said: str) -> None:
+    head = HeadRecord(
+        task=task, reads="tokens.out", labels=labels, dropped_inner_units=0, diagnostics={}, problem_type=problem
+    )
+    text = Read(graft_page(reports.tagger().model_copy(update={"classes": None, "head": head}), "g")).text
+    assert said in text
+    assert "hidden state" not in text
 
 
 def test_the_map_of_a_stack_has_all_layers_that_the_teacher_has_there() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from peft_graft.card import model_name, without_paths
 from peft_graft.distill.agreement import LEVELS, GenerationAgreement
 from peft_graft.distill.breakdown import ClassCounts, DecidedText
+from peft_graft.labels import are_numbers
 from peft_graft.models.loading import ModelRecord
+from peft_graft.models.tasks import Task
 from peft_graft.page import details, figures
 from peft_graft.page.differences import differences, shortened
 from peft_graft.page.render import render
@@ -122,7 +124,13 @@ def _practice(report: GraftReport) -> list[str]:
         return report.decided_alike
     if report.documents is not None:
         return report.documents.verdict(measured)
-    return [f"It reproduces {measured.agreement:.0%} of what the module does to the last hidden state."]
+    head = report.head
+    if head is None:
+        return [f"It reproduces {measured.agreement:.0%} of what the module does to the last hidden state."]
+    if are_numbers(head.problem_type, len(head.labels)):
+        return [f"It explains {measured.agreement:.0%} of how the teacher's numbers vary from text to text."]
+    what = "where answers begin and end" if head.task is Task.QUESTION_ANSWERING else "which labels hold"
+    return [f"It agrees with the teacher on {what} by {measured.agreement:.0%}, beyond what chance would."]
 
 
 def _practice_of_answers(found: GenerationAgreement) -> list[str]:
