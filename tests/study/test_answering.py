@@ -20,6 +20,7 @@ from peft_graft.study.data import read_task, text_file
 from peft_graft.study.grids import cells_of
 from peft_graft.study.read_study import read_study
 from peft_graft.study.runner import Here, run_study
+from peft_graft.study.training import collate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TASK = AnsweringTask("names", Task.QUESTION_ANSWERING, (), "token F1")
@@ -115,6 +116,18 @@ def test_what_is_not_there_is_no_answer(tmp_path: Path) -> None:
     assert TASK.score_answers([nowhere], rows) == 1.0
     there = nowhere.flip(-1)
     assert TASK.score_answers([there], rows) == 0.0
+
+
+def test_batches_are_padded_where_answers_stay_in_place(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer(tmp_path)
+    tokenizer.padding_side = "left"
+    short, long = (AnsweredQuestion("who?", "the river Maria. " * count, ("Maria",)) for count in (1, 90))
+    rows = TASK.encode([short, long], tokenizer)
+    assert len(rows[1]["input_ids"]) == tokenizer.model_max_length
+    batch = collate(tokenizer, rows)
+    for ids, first, last in zip(batch["input_ids"], batch["start_positions"], batch["end_positions"], strict=True):
+        assert tokenizer.decode(ids[first : last + 1]) == "maria"
+    assert tokenizer.padding_side == "left"
 
 
 def test_a_study_from_teacher_to_table(file: Path, tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ class AnsweringTask(StudyTask):
 
     def questions(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
         """What a model is scored on: its inputs, with the texts, the characters of its tokens and the answers."""
-        rows = []
+        rows, longest = [], min(LONGEST, tokenizer.model_max_length)
         for example in examples:
             assert isinstance(example, AnsweredQuestion)
-            encoding = tokenizer(*example.texts, truncation=True, max_length=LONGEST, return_offsets_mapping=True)
+            encoding = tokenizer(*example.texts, truncation=True, max_length=longest, return_offsets_mapping=True)
             spans = trimmed_spans(example.texts, encoding.sequence_ids(0), encoding["offset_mapping"])
             inputs = {key: encoding[key] for key in encoding if key != "offset_mapping"}
             rows.append({**inputs, "spans": spans, "texts": example.texts, "answers": example.answers})

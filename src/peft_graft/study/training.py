@@ -248,12 +248,17 @@ def _with_answers(row: dict[str, Any], answers: Any, *, keep_labels: bool) -> di
 
 
 def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """A padded batch; labels, and the teacher's answers, are padded where each token has one."""
+    """A batch, padded at the end, where the places of answers stay as they are; labels, and the teacher's answers, are
+    padded where each token has one."""
     teacher = [row["teacher"] for row in rows] if "teacher" in rows[0] else None
     rows = [{key: value for key, value in row.items() if key not in ("teacher", "words")} for row in rows]
     per_token = isinstance(rows[0].get("labels"), list)
     collator = transformers.DataCollatorForTokenClassification if per_token else transformers.DataCollatorWithPadding
-    batch = collator(tokenizer)(rows)
+    before, tokenizer.padding_side = tokenizer.padding_side, "right"
+    try:
+        batch = collator(tokenizer)(rows)
+    finally:
+        tokenizer.padding_side = before
     if teacher is not None:
         width = batch["input_ids"].shape[1]
         if per_token:
