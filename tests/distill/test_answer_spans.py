@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
+import families
 import peft_graft
 import tiny
 from conftest import needs_adapters
 from peft_graft.alignment.text import Sample, read_text
-from peft_graft.alignment.tokens import Span
+from peft_graft.alignment.tokens import Span, trimmed_spans
 from peft_graft.distill.answer_spans import LONGEST_ANSWER, Answered, Places, moved_to, token_places
 from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.predictions import compare
@@ -332,6 +333,34 @@ def test_answers_are_compared_as_squad_compares_them() -> None:
     known = [("harbour",), ("the new harbour", "Old Harbour!"), (), (), ("x",)]
     assert CLASS_METRICS["exact-match"].score(given, known, ()) == pytest.approx(3 / 5)
     assert CLASS_METRICS["token-f1"].score([["new harbour"]], [("harbour", "far")], ()) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("kind", ["t5", "prompt"])
+def test_answers_are_those_of_the_library(kind: str, tmp_path: Path) -> None:
+    """A decoder reads the text after its own first token; of a prompt peft counts the places from its start."""
+    base = tiny.base_model(tmp_path / "base", layers=1)
+    if kind == "t5":
+        base = families.saved(tmp_path / "base", "t5")
+    options = {"num_virtual_tokens": 3} if kind == "prompt" else {"r": 4, "target_modules": ["q", "v"]}
+    config = (peft.PromptTuningConfig if kind == "prompt" else peft.LoraConfig)(task_type="QUESTION_ANS", **options)
+    model = peft.get_peft_model(AUTO.from_pretrained(base), config).eval()
+    tiny.randomise_trained(model, 1)
+    with torch.no_grad():
+        model.get_submodule("base_model" if kind == "prompt" else "base_model.model").qa_outputs.weight.mul_(20)
+    model.save_pretrained(tmp_path / "module")
+    tokenizer, expected = transformers.AutoTokenizer.from_pretrained(base), []
+    rows = [{"question": asked, "context": text, "answers": [name]} for asked, text, name in tiny.questions(30, seed=3)]
+    for row in rows:
+        texts = row["question"], row["context"]
+        given = tokenizer(*texts, return_tensors="pt", return_offsets_mapping=True)
+        spans = trimmed_spans(texts, given.sequence_ids(0), given.pop("offset_mapping")[0].tolist())
+        with torch.inference_mode():
+            output = model(**given)
+        logits = torch.cat([output.start_logits, output.end_logits])[:, : len(spans)]
+        expected.append(Answered.of(logits, texts, spans, may_be_none=False).text)
+    found = peft_graft.evaluate(tmp_path / "module", text=rows, out=tmp_path / "scores.json")
+    said = {answer.prompt: answer.answers["module"] for answer in found.answers}
+    assert [said[f"{row['question']} / {row['context']}"] for row in rows] == expected
 
 
 @needs_adapters

@@ -118,7 +118,8 @@ class AttachedModel:
     def forward(self, inputs: Mapping[str, Tensor], *, module: bool = True) -> tuple[Tensor | None, Tensor]:
         """Logits (None without a head, and of language models) and last hidden state [batch, length, d] of a batch.
 
-        Where answers are marked the logits are [batch, length, 2]: of their first and of their last token.
+        Where answers are marked the logits are [batch, length, 2]: of their first and of their last token. peft counts
+        these from the first virtual token on, in training too, so the last of its places belong to no token.
 
         Args:
             module: whether the module is switched on.
@@ -137,7 +138,15 @@ class AttachedModel:
         if "start_logits" in output:
             logits = torch.stack([output.start_logits, output.end_logits], -1)
         before = self.virtual_tokens if module else 0
-        return logits[:, before:] if before and logits is not None and logits.ndim == 3 else logits, state[:, before:]
+        own = slice(0, state.shape[1] - before) if "start_logits" in output else slice(before, None)
+        return logits[:, own] if before and logits is not None and logits.ndim == 3 else logits, state[:, own]
+
+    def answer(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        """``forward`` of a model with a head, whose decoder, where it has one, reads what its class gives it: the text
+        after a token of its own, as in training."""
+        if not self.checkpoint.is_virtual:  # where the class sees vectors it cannot tell
+            inputs = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+        return self.forward(inputs)
 
     def module_at(self, path: str) -> nn.Module:
         """The part of the model that one of the checkpoint's modules acts in, or is; it reads the same input."""

@@ -59,7 +59,7 @@ def features(attached: AttachedModel, student: ModelHandle, targets: Targets, re
     with torch.inference_mode():
         for rows in length_batches(lengths := targets.lengths):
             batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
-            state = attached.forward(batch)[1]
+            state = attached.answer(batch)[1]
             if reads == POOLED_OUT:
                 found = held.pop()
             elif reads == FIRST_OUT:

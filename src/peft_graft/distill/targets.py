@@ -157,7 +157,7 @@ def student_answers(attached: AttachedModel, student: ModelHandle, targets: Targ
         attached: the student with its module. student: for its tokenizer.
     """
     batch = pad(student, [targets.inputs[row] for row in rows], attached.device)
-    logits, state = attached.forward(batch)
+    logits, state = attached.forward(batch) if targets.kind == "hidden" else attached.answer(batch)
     if targets.kind in WHOLE:
         assert logits is not None
         return (

@@ -281,8 +281,9 @@ class _Asked:
         with torch.inference_mode():
             for rows in side.batches():
                 batch = side.padded(rows, self.teacher.device)
-                logits, state = self.teacher.forward(batch)
-                own_state = self.teacher.forward(batch, module=False)[1] if self.kind == "hidden" else None
+                hidden = self.kind == "hidden"
+                logits, state = self.teacher.forward(batch) if hidden else self.teacher.answer(batch)
+                own_state = self.teacher.forward(batch, module=False)[1] if hidden else None
                 places = [side.places[row] for row in rows]
                 counts = [1 if self.kind in WHOLE else len(own) for own in places]
                 if own_state is not None:
