@@ -298,13 +298,22 @@ def test_answers_in_every_form(tmp_path: Path) -> None:
     rows = [{"question": "q", "context": "x y", "answers": form} for form in forms]
     found = read_examples(rows, Task.QUESTION_ANSWERING)
     assert [one.labels for one in found] == [("x", "y"), ("x", "y"), ("x",), (), (), ()]
+    begins = [
+        ({"text": "x", "answer_start": 4}, 4),
+        ({"text": ["", "x"], "answer_start": [0, 4]}, 4),
+        ({"text": ["x"], "answer_start": [None]}, 0),
+        ({"text": ["x"]}, 0),
+    ]
+    rows = [{"question": "q", "context": "x y x", "answers": form} for form, _ in begins]
+    assert [one.place[0] for one in read_examples(rows, Task.QUESTION_ANSWERING)] == [first for _, first in begins]
     renamed = [{"ask": "q", "passage": "x y", "said": "x"}]
     assert read_examples(renamed, Task.QUESTION_ANSWERING, columns=("ask", "passage"), label="said")[0].texts == (
         "q",
         "x y",
     )
-    with pytest.raises(TextError, match=r"row 1: these are no answers.*--columns question,context,answers"):
-        read_examples([{"question": "q", "context": "x y", "answers": 7}], Task.QUESTION_ANSWERING)
+    for odd in (7, {"spans": ["x"]}):  # the latter as DROP has them, which are not none
+        with pytest.raises(TextError, match=r"row 1: these are no answers.*--columns question,context,answers"):
+            read_examples([{"question": "q", "context": "x y", "answers": odd}], Task.QUESTION_ANSWERING)
     with pytest.raises(TextError, match=r"columns are missing.*question,context,answers"):
         read_examples([{"question": "q", "answers": 7}], Task.QUESTION_ANSWERING)
 

@@ -83,7 +83,10 @@ class LabelledNumber:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question, the text that it is about, and all answers in the text that are accepted; none where it has none."""
+    """A question, the text that it is about, and all answers in the text that are accepted; none where it has none.
+
+    ``starts``: where each of these begins in the text, -1 where that is not said.
+    """
 
     question: str
     context: str
@@ -106,7 +109,7 @@ class AnsweredQuestion:
         if not self.answers:
             return None
         answer, start = self.answers[0], self.starts[0] if self.starts else -1
-        if self.context[max(0, start) :][: len(answer)] != answer:  # not said, or counted in bytes or otherwise
+        if start < 0 or self.context[start:][: len(answer)] != answer:  # not said, or counted in bytes or otherwise
             start = self.context.find(answer)
         return (start, start + len(answer)) if start >= 0 else None
 
@@ -213,9 +216,9 @@ class _Rows:
 
     def question(self, row: Mapping[str, Any], number: int) -> AnsweredQuestion:
         given: Any = row[self.label]
-        starts: Any = ()
+        starts: Any = None
         if isinstance(given, Mapping):
-            starts, given = given.get("answer_start") or (), given.get("text")
+            starts, given = given.get("answer_start"), given.get("text", given)
         answers = [given] if isinstance(given, str) else [] if given is None else given
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise TextError(
@@ -225,9 +228,14 @@ class _Rows:
                 found=type(row[self.label]).__name__,
                 fix="name the columns with --columns question,context,answers",
             )
-        accepted = [answer for answer in answers if answer.strip()]  # some files have an empty one for none
+        starts = [*starts] if isinstance(starts, list | tuple) else [starts]
+        starts = [start if isinstance(start, int) else -1 for start in [*starts, *[None] * len(answers)]]
+        # Some files have an empty one for none.
+        accepted = [one for one in zip(answers, starts, strict=False) if one[0].strip()]
         question, context = self._texts(row)
-        return AnsweredQuestion(question, context, tuple(accepted), tuple(starts) if accepted else ())
+        return AnsweredQuestion(
+            question, context, tuple(answer for answer, _ in accepted), tuple(start for _, start in accepted)
+        )
 
     def multi_labelled(self, row: Mapping[str, Any], flags: Sequence[str] = ()) -> MultiLabelled:
         given = row[self.label]
