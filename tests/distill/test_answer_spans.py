@@ -22,7 +22,7 @@ from peft_graft.distill.fit_head import fit_head
 from peft_graft.distill.predictions import compare
 from peft_graft.distill.targets import NEVER, kind_of, of_spans, stacked
 from peft_graft.distill.teacher import sample_parts
-from peft_graft.errors import TextError
+from peft_graft.errors import GraftError, TextError
 from peft_graft.labelled.examples import read_examples
 from peft_graft.labelled.scores import CLASS_METRICS
 from peft_graft.models.tasks import Task
@@ -284,6 +284,8 @@ def test_a_graft_is_scored_beside_its_teacher(world: Path, tmp_path: Path) -> No
     found = graft and peft_graft.evaluate(tmp_path / "graft", text=tmp_path / "labelled.jsonl")
     assert {row.name for row in found.rows} == {"graft", "teacher"}
     assert all(set(row.scores) == {"exact-match", "token-f1"} for row in found.rows)
+    with pytest.raises(GraftError, match="no such metric of answers; expected exact-match, token-f1, found accuracy"):
+        peft_graft.evaluate(tmp_path / "graft", text=tmp_path / "labelled.jsonl", metrics=["accuracy"])
 
 
 def test_answers_in_every_form(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -105,6 +106,11 @@ class LabelledText:
         """The text of every example."""
         return [Sample(*example.texts) for example in self.examples]
 
+    @cached_property
+    def some_have_none(self) -> bool:
+        """Whether there are examples without a label: questions that their text does not answer."""
+        return any(not example.labels for example in self.examples)
+
     def scored(self, predicted: Sequence[Labels], seed: int = 0) -> dict[str, Score]:
         """The scores of predicted labels, by metric."""
         metrics = [CLASS_METRICS[name] for name in self.metrics]
@@ -191,7 +197,7 @@ def _chosen(metrics: Sequence[str], kind: LabelKind, names: Sequence[str]) -> li
     known = [name for name, metric in CLASS_METRICS.items() if kind in metric.kinds]
     for name in metrics:
         if name not in known:
-            of = "numbers" if kind == "numbers" else "classes"
+            of = {"numbers": "numbers", "spans": "answers"}.get(kind, "classes")
             raise PlanError(f"no such metric of {of}", where="--metric", expected=", ".join(known), found=name)
     return list(metrics or default_metrics(kind, names))
 
@@ -247,8 +253,7 @@ class Classifying:
 
     def _answer(self, logits: torch.Tensor, texts: Sequence[str], spans: Sequence[Span | None]) -> Labels:
         """The answer to a question by the logits [2, length] of its tokens; none, where some examples have none."""
-        may_be_none = any(not example.labels for example in self.asked.examples)
-        return [Answered.of(logits, texts, spans, may_be_none=may_be_none).text]
+        return [Answered.of(logits, texts, spans, may_be_none=self.asked.some_have_none).text]
 
     def _labels(self, logits: torch.Tensor, places: Sequence[int | None]) -> Labels:
         """The labels of an example by its logits [answers, classes]."""
