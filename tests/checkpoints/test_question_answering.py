@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import tiny
 from families import DECODERS
+from peft_graft.errors import HeadError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 AUTO = transformers.AutoModelForQuestionAnswering
@@ -46,6 +49,17 @@ def test_an_encoders_head_arrives(bert: tuple[Path, Path, torch.Tensor], tmp_pat
     graft = tiny.transfer(module, base, method="copy", out=tmp_path / "graft")
     assert graft.report.head.task == "question-answering"
     torch.testing.assert_close(loaded(base, tmp_path / "graft"), expected)
+
+
+def test_a_head_of_other_outputs_is_refused(bert: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
+    base, module, _ = bert
+    shutil.copytree(module, tmp_path / "module")
+    weights = tmp_path / "module" / "adapter_model.safetensors"
+    wider = {key: torch.ones(3, *value.shape[1:]) if "qa_outputs" in key else value
+             for key, value in load_file(weights).items()}  # fmt: skip
+    save_file(wider, weights, metadata={"format": "pt"})
+    with pytest.raises(HeadError, match="does not mark the ends of answers; expected 2 rows.*found 3 rows"):
+        tiny.transfer(tmp_path / "module", base, method="copy")
 
 
 @pytest.mark.parametrize("head", ["carry", "drop"])

@@ -112,6 +112,14 @@ def fits_form(raw: RawCheckpoint, task: Task, form: HeadForm, architecture: Arch
 
 
 def _labelled(head: Head, raw: RawCheckpoint) -> Head:
+    if head.task is Task.QUESTION_ANSWERING and head.num_labels != 2:
+        raise HeadError(
+            "the head does not mark the ends of answers",
+            where=raw.name,
+            expected="2 rows, of first and of last tokens",
+            found=f"{head.num_labels} rows",
+            fix="leave the head behind with --head drop",
+        )
     labels: Sequence[str] = raw.labels or ()
     if labels and len(labels) != head.num_labels:
         raise HeadError(
