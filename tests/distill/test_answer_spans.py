@@ -316,6 +316,9 @@ def test_answers_in_every_form(tmp_path: Path) -> None:
     for odd in (7, {"spans": ["x"]}):  # the latter as DROP has them, which are not none
         with pytest.raises(TextError, match=r"row 1: these are no answers.*--columns question,context,answers"):
             read_examples([{"question": "q", "context": "x y", "answers": odd}], Task.QUESTION_ANSWERING)
+    written = {"question": "q", "context": "x y", "answers": "{'text': ['x'], 'answer_start': [0]}"}
+    with pytest.raises(TextError, match=r"these are no answers.*found an object as text: \{'text'.*\.jsonl"):
+        read_examples([written], Task.QUESTION_ANSWERING)
     with pytest.raises(TextError, match=r"columns are missing.*question,context,answers"):
         read_examples([{"question": "q", "answers": 7}], Task.QUESTION_ANSWERING)
 

@@ -220,13 +220,15 @@ class _Rows:
         if isinstance(given, Mapping):
             starts, given = given.get("answer_start"), given.get("text", given)
         answers = [given] if isinstance(given, str) else [] if given is None else given
+        if isinstance(given, str) and given.startswith("{") and "answer_start" in given:  # as pandas writes tables
+            answers = None
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
             raise TextError(
                 "these are no answers",
                 where=f"{self.where} row {number}",
                 expected=f'{{"text": [...], "answer_start": [...]}}, texts or one text in {self.label}',
-                found=type(row[self.label]).__name__,
-                fix="name the columns with --columns question,context,answers",
+                found=f"an object as text: {given[:40]}" if answers is None else type(row[self.label]).__name__,
+                fix="give rows of .jsonl or .parquet, or name the columns with --columns question,context,answers",
             )
         starts = [*starts] if isinstance(starts, list | tuple) else [starts]
         starts = [start if isinstance(start, int) else -1 for start in [*starts, *[None] * len(answers)]]
