@@ -305,6 +305,7 @@ def test_answers_in_every_form(tmp_path: Path) -> None:
         ({"text": ["", "x"], "answer_start": [0, 4]}, 4),
         ({"text": ["x"], "answer_start": [None]}, 0),
         ({"text": ["x"]}, 0),
+        ([{"text": "x", "answer_start": 4}, {"text": "y", "answer_start": 2}], 4),
     ]
     rows = [{"question": "q", "context": "x y x", "answers": form} for form, _ in begins]
     assert [one.place[0] for one in read_examples(rows, Task.QUESTION_ANSWERING)] == [first for _, first in begins]

@@ -219,6 +219,8 @@ class _Rows:
         starts: Any = None
         if isinstance(given, Mapping):
             starts, given = given.get("answer_start"), given.get("text", given)
+        elif isinstance(given, list | tuple) and given and all(isinstance(one, Mapping) for one in given):
+            given, starts = ([one.get(name) for one in given] for name in ("text", "answer_start"))
         answers = [given] if isinstance(given, str) else [] if given is None else given
         if isinstance(given, str) and given.startswith("{") and "answer_start" in given:  # as pandas writes tables
             answers = None
