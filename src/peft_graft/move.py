@@ -107,12 +107,31 @@ class Move:
             sources.check_tokenizers(shapes, material.samples)
         move = cls(module, sources, material, plan, str(alignment) if isinstance(alignment, str | Path) else None)
         move.check_length()
+        move.unknown_tokens(shapes)
         return move
 
     def moving(self, weights: ModuleSource) -> Move:
         """The same with the weights of another module, so that what they are worth is seen: all else, what the teacher
         answers above all, stays."""
         return replace(self, weights=weights)
+
+    def unknown_tokens(self, shapes: ModelPair) -> list[str]:
+        """Remarks on trained tokens that the student does not have, as far as tokenizers tell.
+
+        Args:
+            shapes: of the models, without weights.
+
+        Raises:
+            PlanError: it has none of them.
+        """
+        # Of rows that were trained all together only values tell which they are.
+        named = [module for module in self.plan.moved.modules.values() if module.names_tokens]
+        teacher, student = (self.sources.tokenizer_of(role) if named else None for role in ("teacher", "student"))
+        teacher = self.module.tokenizer() or teacher
+        if teacher is None or student is None:
+            return []
+        found = Vocabularies.told(teacher, student, shapes)
+        return [note for module in named if (note := found.left_out(module))]
 
     def check_length(self) -> None:
         """Refuse text that is too short to align the models on, as far as tokenizers tell.

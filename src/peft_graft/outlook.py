@@ -161,7 +161,7 @@ def outlook(move: Move) -> StudentSummary:
         known |= _documents_for(material, plan)
     elif material.samples:
         known |= _cost_of_text(plan, material, move.sources)
-    known["notes"] = [*plan.sites.notes, *material.remarks]
+    known["notes"] = [*plan.sites.notes, *material.remarks, *move.unknown_tokens(plan.models)]
     if isinstance(material, TextMaterial) and material.source is not None and not material.asked:
         known["method"] = _uncompared(plan)
     return found.model_copy(update=known)

@@ -182,6 +182,22 @@ def test_added_tokens_find_their_places_and_those_that_only_the_teacher_has_are_
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("words", [WORDS, [*WORDS, "<two>"]])
+def test_added_tokens_that_the_student_lacks_are_told_in_the_plan(words: list[str], tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    ids = {"embed_tokens": [SIZE, SIZE + 1]}
+    trained(tmp_path / "module", base, ["q_proj"], add=2, trainable_token_indices=ids)
+    vocabulary(tmp_path / "module", [*WORDS, "<one>", "<two>"])
+    student = base_of(tmp_path / "student", words=words, seed=0)
+    student.joinpath("model.safetensors").unlink()
+    planned = tiny.inspect(tmp_path / "module", student, teacher=base, method="copy").student
+    if words == WORDS:
+        assert "has none of the tokens that the module trains; expected <one>, <two>. Fix: add them" in planned.problem
+    else:
+        assert "embed: 1 of 2 trained tokens are unknown to the student (<one>)" in planned.notes
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tokens_that_the_student_lacks_altogether_are_refused_with_what_to_do(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base")
     trained(tmp_path / "module", base, ["q_proj"], trainable_token_indices={"embed_tokens": [SIZE - 1]})

@@ -6,7 +6,7 @@ A vocabulary is a named space like any other, of which word embeddings take a un
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -53,15 +53,18 @@ class Vocabularies:
         Args:
             trained_with: the tokenizer that was saved with the module, where tokens were added for it.
         """
-        student = models.student
-        similarity = embedding_similarity(models.teacher.base, student.base)
-        return cls(
-            trained_with or models.teacher.tokenizer,
-            student.tokenizer,
-            student.architecture.sizes.get(Space(-1, VOCABULARY), 0),
-            same=similarity is not None and similarity > _SAME,
-            before=models.teacher.architecture.sizes.get(Space(-1, VOCABULARY)),
-        )
+        similarity = embedding_similarity(models.teacher.base, models.student.base)
+        found = cls.told(trained_with or models.teacher.tokenizer, models.student.tokenizer, models)
+        return replace(found, same=similarity is not None and similarity > _SAME)
+
+    @classmethod
+    def told(
+        cls, teacher: PreTrainedTokenizerBase | None, student: PreTrainedTokenizerBase | None, shapes: ModelPair
+    ) -> Vocabularies:
+        """The same as far as tokenizers and shapes tell it, before any weights."""
+        first, second = (model.architecture.sizes for model in (shapes.teacher, shapes.student))
+        vocabulary = Space(-1, VOCABULARY)
+        return cls(teacher, student, second.get(vocabulary, 0), before=first.get(vocabulary))
 
     def map_for(self, module: Module) -> Selection:
         """The map of a module's vocabulary axis; its errors are those of ``selection``."""

@@ -326,6 +326,11 @@ class Module(ABC):
         return None
 
     @property
+    def names_tokens(self) -> bool:
+        """Whether the tokens that it replaces are named, and not told by values that are unknown before weights are."""
+        return False
+
+    @property
     def has_units_of_heads(self) -> bool:
         """Whether single attention heads can be chosen of it."""
         return False

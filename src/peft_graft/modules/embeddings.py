@@ -109,6 +109,11 @@ class RowsModule(Module):
         return (values["rows"] != values["rows_was"]).any(1).nonzero().flatten()
 
     @property
+    def names_tokens(self) -> bool:
+        """Whether they are named one by one."""
+        return "chosen" in self.tensors
+
+    @property
     def is_active(self) -> bool:
         """Whether a row differs from the base model's."""
         return self.differs_from_base
