@@ -105,6 +105,22 @@ def test_rows_without_a_prompt_are_counted(speakers: Path, tmp_path: Path) -> No
     assert expected in peft_graft.transfer(*given, text=tmp_path / "mixed.jsonl", config=config).report.notes
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_columns_of_no_usual_name_are_asked_for_as_those_of_prompts(
+    in_memory: bool, speakers: Path, tmp_path: Path
+) -> None:
+    rows = [{"question": word} for word in speech.words(80)]
+    (tmp_path / "q.csv").write_text("\n".join(["question", *(row["question"] for row in rows)]))
+    given = speakers / "module", speakers / "stranger"
+    text = rows if in_memory else tmp_path / "q.csv"
+    expected = "expected prompt, messages, .*; or, of plain text, text or .*found question. Fix: name the prompt's"
+    with pytest.raises(TextError, match=expected):
+        peft_graft.transfer(*given, text=text, config=GraftConfig(format=speech.FORMAT))
+    assert "expected prompt, messages" in peft_graft.inspect(*given, text=text).student.problem
+    named = GraftConfig(format=speech.FORMAT, columns=("question",), max_new_tokens=8)
+    assert peft_graft.inspect(*given, text=text, config=named).student.prompts.prompts == len(rows)
+
+
 def test_inspect_says_where_the_text_is_too_little_to_compare_methods(world: Path, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("\n".join(tiny.sentences(30)))
     found = peft_graft.inspect(world / "lora", world / "narrow", text=tmp_path / "few.txt").student

@@ -390,8 +390,11 @@ def _choose_columns(row: Mapping[str, Any], columns: Sequence[str] | None, sourc
 _NAME_THEM = "name one column, or two for sentence pairs, with --columns"
 
 
-def usual_columns(names: Collection[str], source: str, fix: str) -> tuple[str, ...]:
+def usual_columns(names: Collection[str], source: str, fix: str, before: str = "") -> tuple[str, ...]:
     """The columns of text among these, by their usual names (``KNOWN_COLUMNS``).
+
+    Args:
+        before: what else the error says that there might have been.
 
     Raises:
         TextError: there is none.
@@ -402,7 +405,7 @@ def usual_columns(names: Collection[str], source: str, fix: str) -> tuple[str, .
     raise TextError(
         "no column with a usual name",
         where=source,
-        expected=" or ".join("+".join(known) for known in KNOWN_COLUMNS),
+        expected=before + " or ".join("+".join(known) for known in KNOWN_COLUMNS),
         found=", ".join(names),
         fix=fix,
     )

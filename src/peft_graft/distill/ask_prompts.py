@@ -31,7 +31,7 @@ from peft_graft.models.output import LanguageModel, OutputLayer, language_model
 from peft_graft.models.tasks import Task
 from peft_graft.planning.sources import ModelSources
 from peft_graft.prompts.conversation import Prompt
-from peft_graft.prompts.read import PromptLike, PromptSource
+from peft_graft.prompts.read import PromptLike, PromptSource, check_plain
 from peft_graft.prompts.template import Template, template_for
 from peft_graft.run import Run
 
@@ -49,11 +49,14 @@ def prompts_of(text: TextLike | PromptLike | None, raw: RawCheckpoint, config: G
     """The text as prompts, where the module is a language model's and it is no plain text; else None.
 
     Raises:
-        TextError: the text cannot be read.
+        TextError: the text cannot be read, or is neither by its columns.
     """
     if text is None or raw.task is not Task.CAUSAL_LM or config.columns in KNOWN_COLUMNS:
         return None
-    return PromptSource.of(text, config.columns, config.seed)
+    found = PromptSource.of(text, config.columns, config.seed)
+    if found is None:
+        check_plain(text)
+    return found
 
 
 def asking_of(config: GraftConfig, sources: ModelSources, shapes: ModelPair, raw: RawCheckpoint) -> Asking:

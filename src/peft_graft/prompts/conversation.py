@@ -26,7 +26,8 @@ _ROLES = {
 #: Columns of the answer to a ``prompt`` and to an ``instruction``, the first that is there; names of Alpaca and Dolly.
 _ANSWERS = {"prompt": ("completion", "response", "answer", "chosen"), "instruction": ("output", "response")}
 _INPUTS = ("input", "context")
-_FORMS = "prompt, messages, conversations or instruction"
+#: The columns of which one tells a row of prompts from plain text.
+FORMS = "prompt, messages, conversations or instruction"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def prompts_of_row(row: Mapping[str, Any], columns: Sequence[str] | None, where:
 def no_prompt(where: str, found: str) -> TextError:
     """The error of a row that is plain text where prompts came before it."""
     return TextError(
-        "there is no prompt", where=where, expected=_FORMS, found=found, fix="name the prompt's column with --columns"
+        "there is no prompt", where=where, expected=FORMS, found=found, fix="name the prompt's column with --columns"
     )
 
 

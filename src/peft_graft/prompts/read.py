@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from peft_graft.alignment.text import Source, first_row, shuffled, shuffled_rows
+from peft_graft.alignment.text import Source, first_row, shuffled, shuffled_rows, usual_columns
 from peft_graft.errors import TextError
-from peft_graft.prompts.conversation import Prompt, no_prompt, prompts_of_row
+from peft_graft.prompts.conversation import FORMS, Prompt, no_prompt, prompts_of_row
 
 PromptLike = str | Path | Iterable[Prompt | Mapping[str, Any] | str]
 
@@ -35,15 +35,10 @@ class PromptSource(Source):
             TextError: it cannot be read, or its first row is no good prompt.
         """
         chosen = tuple(columns) if columns is not None else None
-        if isinstance(text, str | Path):
-            row = None if Path(text).suffix.lower() == ".txt" else first_row(str(text))
-            plain = row is None or prompts_of_row(row, chosen, f"{text} first row") is None
-            return None if plain else cls(text, chosen, seed)
-        if not isinstance(text, Iterable) or isinstance(text, Iterator):
-            return None
-        first = next(iter(text), None)
+        first = _first_row(text)
         if isinstance(first, Mapping):
-            return None if prompts_of_row(first, chosen, "given in memory row 1") is None else cls(text, chosen, seed)
+            place = f"{text} first row" if isinstance(text, str | Path) else "given in memory row 1"
+            return None if prompts_of_row(first, chosen, place) is None else cls(text, chosen, seed)
         return cls(text, chosen, seed) if isinstance(first, Prompt) else None
 
     @property
@@ -98,3 +93,23 @@ class PromptSource(Source):
         if found is None:
             raise no_prompt(where, ", ".join(row))
         return found
+
+
+def check_plain(text: object) -> None:
+    """Refuse what is no source of prompts, where by the columns of its first row it is no plain text either.
+
+    Raises:
+        TextError: it is none.
+    """
+    row = _first_row(text)
+    if isinstance(row, Mapping):
+        where = str(text) if isinstance(text, str | Path) else "given in memory"
+        fix = "name the prompt's column, or those of prompt and answer, with --columns"
+        usual_columns(row, where, fix, before=f"{FORMS}; or, of plain text, ")
+
+
+def _first_row(text: object) -> object:
+    """The first row of a source that can be read again, None of any other and of lines of text."""
+    if isinstance(text, str | Path):
+        return None if Path(text).suffix.lower() == ".txt" else first_row(str(text))
+    return None if not isinstance(text, Iterable) or isinstance(text, Iterator) else next(iter(text), None)
