@@ -7,6 +7,7 @@ import json
 from itertools import chain
 from pathlib import Path
 
+import pandas
 import peft
 import pytest
 import scipy
@@ -18,6 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 import peft_graft
 import tiny
 from peft_graft import EvaluateConfig, Evaluation, Graft, GraftError, evaluate
+from peft_graft.alignment.text import as_samples, rows_given
 from peft_graft.labelled.scores import CLASS_METRICS
 
 CLASSES = ("no", "yes", "maybe")
@@ -123,6 +125,30 @@ def test_classes_of_pairs(world: Path, tmp_path: Path) -> None:
     assert plain.rows[1].scores == scores
     live = Graft.from_pretrained(tmp_path / "graft")
     assert evaluate(live, text=tmp_path / "pairs.csv", config=config).rows[1].scores == scores
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), -1])
+def test_rows_without_a_label_are_left_out_and_counted(missing: object, world: Path, tmp_path: Path) -> None:
+    tiny.peft_lora(tmp_path / "lora", world / "teacher", task="sequence-classification", labels=CLASSES)
+    grafted(tmp_path, world / "teacher", CLASSES)
+    rows = [{"text": text, "label": CLASSES[number % 3]} for number, text in enumerate(tiny.sentences(9))]
+    rows += [{"text": text, "label": missing} for text in tiny.sentences(2, seed=1)]
+    for text in (rows, pandas.DataFrame(rows)):
+        found = evaluate(tmp_path / "graft", text=text)
+        assert found.prompts == 9
+        assert "given in memory: 2 rows without a label left out" in found.notes
+    assert not any("left out" in note for note in evaluate(tmp_path / "graft", text=rows[:9]).notes)
+
+
+def test_tables_hold_lists_of_words_as_arrays(tagger: tuple[Path, list[dict]], tmp_path: Path) -> None:
+    graft, rows = tagger
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    frame = pandas.read_parquet(tmp_path / "rows.parquet")
+    assert evaluate(graft, text=frame).rows[1].scores["entity-f1"].value == 1.0
+    assert len(list(as_samples(rows_given(frame)))) == len(rows)
+    answers = {"text": ["a", "b"], "answer_start": [0, 4]}
+    pandas.DataFrame([{"question": "q", "answers": answers}]).to_parquet(tmp_path / "answers.parquet")
+    assert rows_given(pandas.read_parquet(tmp_path / "answers.parquet"))[0]["answers"] == answers
 
 
 def test_labels_that_hold_or_not(world: Path, tmp_path: Path) -> None:

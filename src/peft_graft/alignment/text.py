@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from peft_graft.alignment.json_rows import check_json, columns_of, has_a_row_a_line
+from peft_graft.alignment.tables import rows_of_table
 from peft_graft.errors import GraftError, TextError, reason
 from peft_graft.models.places import hub_id_of
 
@@ -104,7 +105,7 @@ def rows_given(text: Any, where: str = "text") -> Any:
     if isinstance(text, str | Path):
         return text
     if hasattr(text, "to_dict") and hasattr(text, "columns"):  # of pandas; going through one gives its columns' names
-        return text.to_dict("records")
+        return rows_of_table(text)
     if isinstance(text, Mapping):
         raise TextError(
             "a dictionary, such as a data set with several splits, holds no rows",

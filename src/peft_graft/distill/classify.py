@@ -82,11 +82,13 @@ class LabelledText:
                 expected=_COLUMNS.get(kind, "text,label or premise,hypothesis,label"),
                 found=",".join(config.columns or ()),
             )
-        found = read_examples(
+        read = read_examples(
             text, task, columns=[column for column in columns if column], label=label, labels=names, of=kind
         )  # fmt: skip
-        if not found:
+        if not read:
             raise TextError("there are no labelled examples", where=where)
+        unlabelled = read.unlabelled
+        found = [*read]
         random.Random(config.seed).shuffle(found)
         found = found[: config.limit]
         foreign = {} if kind in ("numbers", "spans") else _foreign_labels(found, names, where)
@@ -94,7 +96,7 @@ class LabelledText:
         for name in chosen:  # a library that is missing is said now
             known = found[0].labels
             CLASS_METRICS[name].counts([known[:1] or ("",) if kind == "spans" else known], [known], names)
-        return LabelledText(where, found, kind, names, chosen, _remarks(foreign, where))
+        return LabelledText(where, found, kind, names, chosen, _remarks(foreign, unlabelled, where))
 
     @property
     def known(self) -> list[Labels]:
@@ -186,11 +188,12 @@ def _foreign_labels(examples: Sequence[LabelledExample], names: Sequence[str], w
     return foreign
 
 
-def _remarks(foreign: Mapping[str, int], where: str) -> list[str]:
-    if not foreign:
-        return []
-    named = ", ".join([*foreign][:5]) + (", ..." if len(foreign) > 5 else "")
-    return [f"{where}: {sum(foreign.values()):,} labels that the module does not give count as missed: {named}"]
+def _remarks(foreign: Mapping[str, int], unlabelled: int, where: str) -> list[str]:
+    remarks = [f"{where}: {unlabelled:,} row{'s' * (unlabelled > 1)} without a label left out"] if unlabelled else []
+    if foreign:
+        named = ", ".join([*foreign][:5]) + (", ..." if len(foreign) > 5 else "")
+        remarks += [f"{where}: {sum(foreign.values()):,} labels that the module does not give count as missed: {named}"]
+    return remarks
 
 
 def _chosen(metrics: Sequence[str], kind: LabelKind, names: Sequence[str]) -> list[str]:

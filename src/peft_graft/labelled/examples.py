@@ -115,6 +115,16 @@ class AnsweredQuestion:
 
 
 LabelledExample = TaggedSentence | LabelledPair | MultiLabelled | LabelledNumber | AnsweredQuestion
+
+
+class Examples(list[LabelledExample]):
+    """Labelled examples, and how many rows of their source were left out, having no label."""
+
+    def __init__(self, examples: Iterable[LabelledExample] = (), unlabelled: int = 0) -> None:
+        super().__init__(examples)
+        self.unlabelled = unlabelled
+
+
 #: A file, a data set of the hub, or rows in memory.
 LabelledLike = str | Path | Iterable[Mapping[str, Any]]
 
@@ -127,8 +137,8 @@ def read_examples(
     label: str | None = None,
     labels: Sequence[str] = (),
     of: LabelKind = "samples",
-) -> list[LabelledExample]:
-    """The labelled rows of a source (names as for ``read_text``), in their order.
+) -> Examples:
+    """The labelled rows of a source (names as for ``read_text``), in their order; those without a label are left out.
 
     Args:
         kind: ``token-classification``: a column of word lists (``tokens``) and one of tags (``ner_tags``, ``tags`` or
@@ -157,17 +167,26 @@ def read_examples(
         raise TextError("columns are missing", where=where, expected=wanted, found=", ".join(names), fix=fix)
     name = _namer(features.get(label), labels, where)
     read = _Rows(found, label, name, where)
-    if words:
-        return [read.tagged(row, number) for number, row in enumerate(rows, start=1) if row[found[0]]]
+    numbered = list(enumerate(rows, start=1))
     if questions:
-        return [read.question(row, number) for number, row in enumerate(rows, start=1)]
+        return Examples(read.question(row, number) for number, row in numbered)
+    labelled = [(number, row) for number, row in numbered if not _is_missing(row[label], of)]
+    without = len(numbered) - len(labelled)
+    if words:
+        return Examples((read.tagged(row, number) for number, row in labelled if row[found[0]]), without)
     if of == "numbers":
-        return [read.number(row, number) for number, row in enumerate(rows, start=1) if row[label] is not None]
-    labelled = [row for row in rows if row[label] is not None and row[label] != _UNLABELLED]
+        return Examples((read.number(row, number) for number, row in labelled), without)
     if of == "labels":
-        flags = labels if _are_flags([row[label] for row in labelled], labels) else ()
-        return [read.multi_labelled(row, flags) for row in labelled]
-    return [read.pair(row) for row in labelled]
+        flags = labels if _are_flags([row[label] for _, row in labelled], labels) else ()
+        return Examples((read.multi_labelled(row, flags) for _, row in labelled), without)
+    return Examples((read.pair(row) for _, row in labelled), without)
+
+
+def _is_missing(value: object, of: LabelKind) -> bool:
+    """Whether a row has no label: None, NaN as tables have it, or the hub's mark, which is a number like others."""
+    if isinstance(value, float) and math.isnan(value):
+        return True
+    return value is None or (of != "numbers" and isinstance(value, int | float) and value == _UNLABELLED)
 
 
 @dataclass(frozen=True)
