@@ -11,9 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from peft_graft.config.base import nearest
 from peft_graft.errors import StudyError, reason
+from peft_graft.record import Record
 from peft_graft.study.plugins import load_plugin
-from peft_graft.study.spec import Study
+from peft_graft.study.spec import GenerationSpec, Grid, ModuleSpec, Study, TaskSpec, Training
+from peft_graft.study.tasks import METRICS
+from peft_graft.study.training import TrainingSettings
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
@@ -41,12 +45,7 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        # A task's kind stands after its name.
-        parts = [str(part) for index, part in enumerate(first["loc"]) if (first["loc"][0], index) != ("tasks", 2)]
-        place = ".".join(parts) or "the file"
-        message = f"{place}: {first['msg'].removeprefix('Value error, ')}"
-        raise StudyError(message, where=str(path), fix="see docs/studies.md") from error
+        raise _refused(error, path) from error
     for change in changes:
         _check_named(study, change, known)
     tasks = {
@@ -59,6 +58,40 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
     }
     models = {name: _located(value, folder) for name, value in study.models.items()}
     return study.model_copy(update={"models": models, "tasks": tasks})
+
+
+def _refused(error: ValidationError, path: Path) -> StudyError:
+    """What is wrong with a study file first, at its place in it."""
+    first = error.errors(include_url=False)[0]
+    loc = first["loc"]
+    # A task's kind stands after its name.
+    parts = [str(part) for index, part in enumerate(loc) if (loc[0], index) != ("tasks", 2)]
+    place, fix = ".".join(parts) or "the file", "see docs/studies.md"
+    if first["type"] == "extra_forbidden":
+        known = [*_table_of(loc).model_fields]
+        return StudyError(
+            f"{place}: unknown key",
+            where=str(path),
+            expected=", ".join(known),
+            found=parts[-1],
+            fix=nearest(parts[-1], known) or fix,
+        )
+    if first["type"] == "union_tag_invalid":
+        kinds = ", ".join([*METRICS, "generation"])
+        found = first["ctx"]["tag"]
+        return StudyError(f"{place}: no such kind of task", where=str(path), expected=kinds, found=found, fix=fix)
+    message = "expected a list" if first["type"] == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    return StudyError(f"{place}: {message}", where=str(path), fix=fix)
+
+
+def _table_of(loc: Sequence[int | str]) -> type[Record]:
+    """What a table of a study file says, by the place of one of its keys."""
+    tables: dict[str, type[Record]] = {"grid": Grid, "modules": ModuleSpec, "training": Training}
+    if loc[0] == "training" and len(loc) > 2:
+        return TrainingSettings
+    if loc[0] == "tasks":
+        return GenerationSpec if loc[2] == "generation" else TaskSpec
+    return tables.get(str(loc[0]), Study) if len(loc) > 1 else Study
 
 
 def _change(content: dict[str, Any], change: str) -> None:

@@ -28,7 +28,7 @@ from peft_graft.study.training import FITTED_RATE, TrainingSettings
 FRESH = "fresh"
 #: What tables call a graft by the method ``auto``, and a fresh module that was polished on the teacher's answers.
 DEFAULT, POLISHED_FRESH = "default", "polish from fresh"
-Budget = int | Literal["all"]
+Budget = Annotated[int, Field(ge=0)] | Literal["all"]
 #: Controls of a grid (``study.controls``) -> what tables call them, behind ``CONTROL``.
 Control = Literal["other-task", "random", "untrained", "bare-teacher", "head"]
 CONTROL = "control: "
@@ -263,6 +263,25 @@ class Grid(Record):
                 expected = f"expected {error.expected}, " if error.expected else ""
                 raise ValueError(f"{error.message}; {expected}found {error.found}") from error
         return values
+
+    @field_validator("layers")
+    @classmethod
+    def _layer_maps(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            for part in value.split(";"):
+                told = part.rpartition("=")[2].strip()
+                if told not in (AUTO, "skip", "avg") and not all(one.strip().isdigit() for one in told.split(",")):
+                    expected = "auto, skip, avg, or numbers such as 0,2,4"
+                    raise ValueError(f"not a layer map; expected {expected}, found {value}")
+        return values
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Grid:
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if isinstance(values, tuple) and (twice := [value for value in values if values.count(value) > 1]):
+                raise ValueError(f"{name}: {twice[0]} is named twice; name it once")
+        return self
 
 
 class Study(Record):
