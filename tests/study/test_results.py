@@ -15,7 +15,7 @@ from peft_graft.study.page import entries_of, main, render
 from peft_graft.study.results import export, read_results, write_results
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the extra study is missing")
-PUBLISHED = ("quality.jsonl", "decoders.jsonl", "controls.jsonl", "texts.jsonl", "kinship.jsonl")
+PUBLISHED = ("quality.jsonl", "decoders.jsonl", "controls.jsonl", "texts.jsonl", "kinship.jsonl", "answers.jsonl")
 DOCS = Path(__file__).parent.parent.parent / "docs" / "results"
 
 
@@ -133,7 +133,7 @@ def test_new_runs_take_the_place_of_old_ones_with_the_same_seed(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "page",
-    ["index.md", "quality.md", "decoders.md", "controls.md", "texts.md", "kinship.md", "../../README.md"],
+    ["index.md", "quality.md", "decoders.md", "controls.md", "texts.md", "kinship.md", "answers.md", "../../README.md"],
 )
 def test_published_pages_are_made_from_published_results(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
