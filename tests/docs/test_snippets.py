@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import peft
 import pytest
+import transformers
 
 import peft_graft
 import speech
@@ -44,6 +45,7 @@ MADE = {
     "out/filter": "peft-graft transfer my-filter --student old-encoder --text sentences.txt --labels ham,spam "
     "--out out/filter",
     "out/likeness": "peft-graft transfer my-regressor --student old-encoder --out out/likeness",
+    "out/answers": "peft-graft transfer my-answerer --student old-encoder --out out/answers",
     "out/as-peft": "peft-graft transfer my-adapters-lora --student small-encoder --text sentences.txt --library peft "
     "--out out/as-peft",
 }
@@ -89,6 +91,7 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     tiny.peft_lora(root / "my-classifier", world / "teacher", seed=2)
     tiny.peft_lora(root / "my-filter", world / "teacher", task="sequence-classification", labels=("ham", "spam"))
     tiny.peft_lora(root / "my-regressor", world / "teacher", task="sequence-classification", labels=("likeness",))
+    _answerer(root / "my-answerer", world / "teacher")
     _loha(root / "my-loha", world / "teacher")
     if tiny.HAS_ADAPTERS:
         shutil.copytree(world / "pfeiffer", root / "my-adapter")
@@ -106,6 +109,8 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
     pairs = [f"{line},{other},{number / 4}" for number, (line, other) in enumerate(pairwise(lines))]
     (root / "pairs.csv").write_text("\n".join(["first,second,score", *pairs]))
     (root / "labelled.csv").write_text("\n".join(["message,label", *labelled]))
+    asked = ({"question": one, "context": text, "answers": [answer]} for one, text, answer in tiny.questions(12))
+    (root / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     known = speech.words(12, seed=4)
     speech.prompt_file(root / "labelled.jsonl", known, [speech.answer(word) for word in known])
     return root
@@ -114,6 +119,13 @@ def stage(world: Path, speakers: Path, tmp_path_factory: pytest.TempPathFactory)
 def changed(path: Path, **values: object) -> None:
     """Change values of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def _answerer(folder: Path, base: Path) -> None:
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="QUESTION_ANS", target_modules=["query"], r=2))
+    tiny.randomise_trained(model, 1)
+    model.save_pretrained(folder)
 
 
 def _loha(folder: Path, base: Path) -> None:
