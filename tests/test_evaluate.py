@@ -207,7 +207,8 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_loaded(world: Path,
             evaluate(graft, **given)
     tiny.peft_lora(tmp_path / "bare", tiny.base_model(tmp_path / "bert", layers=2), task="base")
     with pytest.raises(
-        GraftError, match="scores generated text, classes and numbers, and this is a base module.*study"
+        GraftError,
+        match="scores generated text, classes, numbers and answers in a text, and this is a base module.*study",
     ):
         evaluate(tmp_path / "bare", text=rows[:1])
 
