@@ -360,8 +360,13 @@ def _check_scored(raw: RawCheckpoint, name: str) -> None:
     """
     classifies = raw.task in (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
     numbers = raw.gives_numbers and (raw.num_labels != 1 or raw.task is Task.TOKEN_CLASSIFICATION)
-    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not numbers):
+    marks = raw.task is not Task.QUESTION_ANSWERING or raw.num_labels == 2
+    if raw.task is Task.CAUSAL_LM or (classifies and raw.head and not numbers and marks):
         return
+    if raw.task is Task.QUESTION_ANSWERING and raw.head:
+        raise CheckpointError(
+            "the head does not mark the ends of answers", where=name, expected="2 outputs", found=raw.num_labels
+        )
     several = "several " if raw.num_labels != 1 else ""
     without = "without a head" if classifies and not raw.head else f"that gives {several}numbers" if classifies else ""
     raise CheckpointError(

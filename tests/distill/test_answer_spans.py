@@ -378,6 +378,24 @@ def test_answers_are_those_of_the_library(kind: str, tmp_path: Path) -> None:
     assert [said[f"{row['question']} / {row['context']}"] for row in rows] == expected
 
 
+def test_ends_of_answers_have_no_names(world: Path, tmp_path: Path) -> None:
+    graft = tiny.transfer(world / "module", world / "base", method="copy", out=tmp_path / "graft")
+    assert graft.report.head.labels == []
+    assert peft_graft.Graft.from_pretrained(tmp_path / "graft").labels == ()
+    with pytest.raises(GraftError, match="--labels: no head moves whose classes they could name.*leave --labels out"):
+        tiny.transfer(world / "module", world / "base", method="copy", labels=("a", "b"))
+
+
+def test_a_head_of_three_outputs_marks_no_ends(world: Path, tmp_path: Path) -> None:
+    model = AUTO.from_pretrained(world / "base", num_labels=3)
+    peft.get_peft_model(model, peft.LoraConfig(task_type="QUESTION_ANS", target_modules=["query"])).save_pretrained(
+        tmp_path / "three"
+    )
+    labelled(tmp_path / "labelled.jsonl", impossible=False)
+    with pytest.raises(GraftError, match="does not mark the ends of answers; expected 2 outputs, found 3"):
+        peft_graft.evaluate(tmp_path / "three", text=tmp_path / "labelled.jsonl")
+
+
 @needs_adapters
 def test_heads_of_adapterhub_mark_answers_too(world: Path, tmp_path: Path) -> None:
     import adapters

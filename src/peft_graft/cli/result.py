@@ -94,7 +94,7 @@ def _facts(report: GraftReport) -> list[tuple[str, str]]:
     if report.head:
         labels = list(report.head.labels)
         shown = ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
-        facts.append(("head", f"{report.head.task}, {report.head.how}: {escaped(shown)}"))
+        facts.append(("head", f"{report.head.task}, {report.head.how}" + (f": {escaped(shown)}" if shown else "")))
     if report.pairing:
         facts.append(("text", f"{report.pairing.pairs:,} paired tokens of {report.pairing.samples:,} samples "
                               f"({report.pairing.student_share_paired:.0%} of the student's tokens)"))  # fmt: skip

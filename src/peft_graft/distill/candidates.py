@@ -255,7 +255,7 @@ def project_head(
     return moved, HeadRecord(
         task=moved.task,
         reads=moved.reads,
-        labels=list(moved.labels) or [f"LABEL_{index}" for index in range(moved.num_labels)],
+        labels=list(moved.labels) or [f"LABEL_{index}" for index in range(moved.num_labels) if moved.has_classes],
         dropped_inner_units=dropped,
         problem_type=moved.problem_type,
         diagnostics=alignment.diagnostics.get((space, space), {}),

@@ -117,7 +117,7 @@ class AnsweredQuestion:
 LabelledExample = TaggedSentence | LabelledPair | MultiLabelled | LabelledNumber | AnsweredQuestion
 
 
-class Examples(list[LabelledExample]):
+class LabelledExamples(list[LabelledExample]):
     """Labelled examples, and how many rows of their source were left out, having no label."""
 
     def __init__(self, examples: Iterable[LabelledExample] = (), unlabelled: int = 0) -> None:
@@ -137,7 +137,7 @@ def read_examples(
     label: str | None = None,
     labels: Sequence[str] = (),
     of: LabelKind = "samples",
-) -> Examples:
+) -> LabelledExamples:
     """The labelled rows of a source (names as for ``read_text``), in their order; those without a label are left out.
 
     Args:
@@ -169,17 +169,17 @@ def read_examples(
     read = _Rows(found, label, name, where)
     numbered = list(enumerate(rows, start=1))
     if questions:
-        return Examples(read.question(row, number) for number, row in numbered)
+        return LabelledExamples(read.question(row, number) for number, row in numbered)
     labelled = [(number, row) for number, row in numbered if not _is_missing(row[label], of)]
     without = len(numbered) - len(labelled)
     if words:
-        return Examples((read.tagged(row, number) for number, row in labelled if row[found[0]]), without)
+        return LabelledExamples((read.tagged(row, number) for number, row in labelled if row[found[0]]), without)
     if of == "numbers":
-        return Examples((read.number(row, number) for number, row in labelled), without)
+        return LabelledExamples((read.number(row, number) for number, row in labelled), without)
     if of == "labels":
         flags = labels if _are_flags([row[label] for _, row in labelled], labels) else ()
-        return Examples((read.multi_labelled(row, flags) for _, row in labelled), without)
-    return Examples((read.pair(row) for _, row in labelled), without)
+        return LabelledExamples((read.multi_labelled(row, flags) for _, row in labelled), without)
+    return LabelledExamples((read.pair(row) for _, row in labelled), without)
 
 
 def _is_missing(value: object, of: LabelKind) -> bool:

@@ -49,6 +49,11 @@ class Head:
         return not self.has_inner_layer or self.activation in ACTIVATIONS
 
     @property
+    def has_classes(self) -> bool:
+        """Whether its outputs are of classes or numbers, which have names, and not the ends of answers."""
+        return self.task is not Task.QUESTION_ANSWERING
+
+    @property
     def has_inner_layer(self) -> bool:
         """Whether a dense layer stands before the output layer."""
         return "dense.weight" in self.tensors

@@ -207,14 +207,21 @@ def with_given_labels(checkpoint: PeftCheckpoint, names: tuple[str, ...]) -> Pef
         HeadError: there is no head that moves, or one with another number of classes.
     """
     head = checkpoint.head
-    if head is None or len(names) != head.num_labels:
+    if head is None or not head.has_classes:
         speaks = checkpoint.raw.task is Task.CAUSAL_LM
         raise HeadError(
-            "no head moves whose classes they could name" if head is None else "the head has another number of classes",
+            "no head moves whose classes they could name",
             where="--labels",
-            expected=f"{head.num_labels} names" if head else "ignore or use, of a language model" if speaks else None,
+            expected="ignore or use, of a language model" if speaks else None,
             found=f"{len(names)} ({', '.join(names)})",
-            fix="leave --labels out" if head is None else None,
+            fix="leave --labels out",
+        )
+    if len(names) != head.num_labels:
+        raise HeadError(
+            "the head has another number of classes",
+            where="--labels",
+            expected=f"{head.num_labels} names",
+            found=f"{len(names)} ({', '.join(names)})",
         )
     return replace(checkpoint, raw=replace(checkpoint.raw, labels=names), head=replace(head, labels=names))
 
