@@ -274,8 +274,8 @@ class Graft:
             student: where the student is now, if not where the report says.
             device: of the student: ``cpu``, ``cuda``, ...; ``auto`` is the GPU where there is one.
             device_map: spreads its layers (accelerate), in place of ``device``.
-            dtype, quantization_config: as it is loaded; ``auto`` is as the graft was made, and ``None`` of the latter
-                loads it as it is stored.
+            dtype: it is loaded in; ``auto`` is as the graft was made.
+            quantization_config: the same; ``None`` loads it as it is stored.
 
         Raises:
             CheckpointError: there is no graft, or its files are damaged.
