@@ -365,7 +365,11 @@ def _check_scored(raw: RawCheckpoint, name: str) -> None:
         return
     if raw.task is Task.QUESTION_ANSWERING and raw.head:
         raise CheckpointError(
-            "the head does not mark the ends of answers", where=name, expected="2 outputs", found=raw.num_labels
+            "the head does not mark the ends of answers",
+            where=name,
+            expected="2 outputs",
+            found=raw.num_labels,
+            fix="train it anew with the two that AutoModelForQuestionAnswering gives a head where nothing else is said",
         )
     several = "several " if raw.num_labels != 1 else ""
     without = "without a head" if classifies and not raw.head else f"that gives {several}numbers" if classifies else ""

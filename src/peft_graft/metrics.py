@@ -100,7 +100,8 @@ def interval(counts: Sequence[Sequence[float]], of_sums: OfSums, *, seed: int = 
     return float(low), float(high)
 
 
-def _mean(sums: Sequence[float], count: int) -> float:
+def mean(sums: Sequence[float], count: int) -> float:
+    """The mean of one number of each answer, as ``OfSums``."""
     return sums[0] / count
 
 
@@ -132,7 +133,7 @@ def score_answers(name: str, answers: Sequence[str], references: References) -> 
 # ---- of whole answers ------------------------------------------------------------------------------------------------
 
 
-@register_counts("exact", _mean)
+@register_counts("exact", mean)
 def exact(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Share of answers that equal a reference, but for white space; as JSON where both are JSON."""
     return [
@@ -141,7 +142,7 @@ def exact(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[t
     ]
 
 
-@register_counts("accuracy", _mean)
+@register_counts("accuracy", mean)
 def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Share of answers in which the label that comes first is a reference's; labels are all texts that are references.
 
@@ -232,7 +233,7 @@ def _parsed(text: str) -> Any:
 # ---- of words --------------------------------------------------------------------------------------------------------
 
 
-@register_counts("token-f1", _mean)
+@register_counts("token-f1", mean)
 def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Mean F1 over the words of an answer and a reference, as SQuAD counts: without case, punctuation and articles."""
 
@@ -243,7 +244,7 @@ def token_f1(answers: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     return [(max(one(answer, text) for text in given),) for answer, given in zip(answers, references, strict=True)]
 
 
-@register_counts("rouge", _mean)
+@register_counts("rouge", mean)
 def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
     """Mean F1 of the longest common subsequence of words (ROUGE-L of rouge-score, without stemming).
 

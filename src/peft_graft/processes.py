@@ -110,14 +110,18 @@ class Processes:
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the sum of those of all processes: the same bits in each."""
-        for tensor in () if self.alone else tensors:
-            distributed, group = _group()
+        if self.alone:
+            return
+        distributed, group = _group()
+        for tensor in tensors:
             distributed.all_reduce(tensor, group=group)
 
     def equal(self, tensors: Iterable[Tensor]) -> None:
         """Give each tensor, in place, the values of the first process's."""
-        for tensor in () if self.alone else tensors:
-            distributed, group = _group()
+        if self.alone:
+            return
+        distributed, group = _group()
+        for tensor in tensors:
             distributed.broadcast(tensor, 0, group=group)
 
 

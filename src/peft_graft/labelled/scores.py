@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peft_graft.errors import not_installed
-from peft_graft.metrics import OfSums, f1, token_f1, words_of
+from peft_graft.metrics import OfSums, f1, mean, token_f1, words_of
 
 #: ``words``: a tag for every word; ``samples``: one class of a text; ``labels``: all labels that hold of it;
 #: ``numbers``: a number of it; ``spans``: answers to a question that stand in it.
@@ -118,10 +118,6 @@ def _answer_f1(predicted: Sequence[Labels], known: Sequence[Labels], names: Sequ
     return token_f1([given for (given,) in predicted], [accepted or ("",) for accepted in known])
 
 
-def _mean(sums: Sequence[float], count: int) -> float:
-    return sums[0] / count
-
-
 def _common(given: set[Any], wanted: set[Any]) -> tuple[float, ...]:
     return (len(given & wanted), len(given), len(wanted))
 
@@ -160,8 +156,8 @@ CLASS_METRICS: dict[str, ClassMetric] = {
         ClassMetric("macro-f1", ("samples", "labels"), _macro, _mean_f1),
         ClassMetric("micro-f1", ("labels",), _micro, _f1),
         ClassMetric("exact", ("labels",), _exact, _share),
-        ClassMetric("exact-match", ("spans",), _same_answer, _mean),
-        ClassMetric("token-f1", ("spans",), _answer_f1, _mean),
+        ClassMetric("exact-match", ("spans",), _same_answer, mean),
+        ClassMetric("token-f1", ("spans",), _answer_f1, mean),
         ClassMetric("pearson", ("numbers",), _products, _pearson),
         ClassMetric("rmse", ("numbers",), _squares, _root_mean),
     )
